@@ -1,0 +1,28 @@
+# make demo   complete and infill Python code with the bundled checkpoint
+# make test   the whole test suite
+# make lint   style and types
+PYTHON ?= python3
+BIN = .venv/bin
+INSTALLED = .venv/installed
+
+.PHONY: demo test lint clean
+
+demo: $(INSTALLED)
+	@$(BIN)/python scripts/demo.py
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mqa-gpt needs Python 3.11 or later; this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,115 @@
+"""Causal attention with G key/value heads shared by H query heads: the definition, the fast
+backends, and the one place that picks between them.
+
+Every backend is a function
+
+    attend(q, k, v, start, scale, dropout_p) -> (B, T, H, D)
+
+    q        (B, T, H, D)   queries of the T new positions
+    k, v     (B, S, G, D)   keys and values of the cached and the new positions
+    start    int or (B,)    position of the first new token: one int where all rows agree (a host
+                            number lets a backend drop the mask), else int64 per row
+    scale    float          what the scores are multiplied by, D^-0.5 as a rule
+
+A key's position is its slot s in S. Query t of row b stands at position start[b] + t and sees the
+slots s <= start[b] + t; what lies behind them (padding, unwritten cache) has no influence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Attention = Callable[[Tensor, Tensor, Tensor, "int | Tensor", float, float], Tensor]
+
+BACKENDS = ("reference", "sdpa", "triton", "auto")
+
+
+def positions_from(start: int | Tensor, length: int, device: torch.device) -> Tensor:
+    """Positions of `length` tokens from `start`: (1, T) where rows agree, else (B, T); int64."""
+    steps = torch.arange(length, device=device)  # (T,)
+    return (start + steps)[None] if isinstance(start, int) else start[:, None] + steps
+
+
+def causal_mask(start: int | Tensor, T: int, S: int, device: torch.device) -> Tensor:
+    """True where query t may see slot s: (1, T, S) where rows agree on `start`, else (B, T, S)."""
+    query_positions = positions_from(start, T, device)  # (1 or B, T)
+    return torch.arange(S, device=device) <= query_positions[..., None]
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, scale: float, dropout_p: float = 0.0
+) -> Tensor:
+    """softmax(q k^T scale) v, step by step (Vaswani et al. 2017, equation 1; Shazeer 2019 for G=1).
+
+    The K/V heads are never repeated: queries are grouped as (G, H/G), and each group's K/V head
+    broadcasts over its H/G query heads. The softmax is float32 in every model dtype.
+    """
+    B, T, H, D = q.shape
+    S, G = k.shape[1], k.shape[2]
+    q = q.view(B, T, G, H // G, D).permute(0, 2, 3, 1, 4)  # (B, G, H/G, T, D)
+    k = k.transpose(1, 2)[:, :, None]  # (B, G, 1, S, D)
+    v = v.transpose(1, 2)[:, :, None]  # (B, G, 1, S, D)
+
+    scores = (q @ k.transpose(-2, -1)) * scale  # (B, G, H/G, T, S)
+    visible = causal_mask(start, T, S, q.device)[:, None, None]  # (1 or B, 1, 1, T, S)
+    scores = scores.masked_fill(~visible, float("-inf"))
+    probabilities = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    probabilities = F.dropout(probabilities, dropout_p)
+    y = probabilities @ v  # (B, G, H/G, T, D)
+    return y.permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, scale: float, dropout_p: float = 0.0
+) -> Tensor:
+    """The same through `torch.nn.functional.scaled_dot_product_attention`, K/V never repeated.
+
+    One new token (decoding): the H/G heads of a group become the rows of one product, so that its
+    keys are read once; all rows are at the same position and share one mask row. Several tokens:
+    such rows would need H/G copies of the mask, so each query head gets a stride-0 view of its
+    K/V head instead, which costs no memory either.
+    """
+    B, T, H, D = q.shape
+    S, G = k.shape[1], k.shape[2]
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, S, D)
+    if T == 1:
+        q = q.view(B, G, H // G, D)  # (B, G, H/G, D)
+        mask = None if isinstance(start, int) else causal_mask(start, 1, S, q.device)[:, None]
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)
+        return y.reshape(B, 1, H, D)
+
+    q = q.transpose(1, 2)  # (B, H, T, D)
+    if G < H:
+        k = k[:, :, None].expand(B, G, H // G, S, D).flatten(1, 2)  # (B, H, S, D), a view if G=1
+        v = v[:, :, None].expand(B, G, H // G, S, D).flatten(1, 2)
+    if isinstance(start, int) and start == 0 and S == T:
+        y = F.scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal=True, scale=scale)
+    else:
+        mask = causal_mask(start, T, S, q.device)[:, None]  # (1 or B, 1, T, S)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)
+    return y.transpose(1, 2)  # (B, T, H, D)
+
+
+def select_attention(backend: str, device: torch.device) -> Attention:
+    """The attention function for a backend name on a device.
+
+    Args:
+        backend: "reference", "sdpa", "triton", or "auto" for the fastest that runs on `device`.
+
+    Raises:
+        ValueError: an unknown name, or a backend that cannot run here; "auto" never raises.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}: accepted are {', '.join(BACKENDS)}")
+    if backend == "reference":
+        return reference_attention
+    if backend == "triton":
+        raise ValueError(
+            "backend 'triton' cannot run: this installation has no Triton kernels; "
+            "use 'sdpa', 'reference' or 'auto'"
+        )
+    return sdpa_attention

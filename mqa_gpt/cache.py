@@ -1,0 +1,137 @@
+"""KVCache: the keys and values of the tokens seen so far, preallocated, one length per row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mqa_gpt.config import GPTConfig
+
+
+class KVCache:
+    """Keys and values of every layer for a batch whose rows may differ in length.
+
+    A token's slot is its position, so there is no padding to skip. Rows of different lengths are
+    filled together by right-padding: the padding's keys land behind the row's end, where causality
+    hides them until later tokens overwrite them.
+
+    Attributes:
+        kv: (L, B, max_length, G, 2D), K and V of a head side by side, as `c_attn` produces them.
+        lengths: (B,) int64 on the cache's device: the tokens that each row holds.
+        end: the longest row's length, known on the host without asking the device.
+
+    Args:
+        config: the model's config; the cache takes its layers, key/value heads and head dim.
+        batch_size: B, rows.
+        max_length: slots per row; 2 * L * B * max_length * G * D elements are allocated at once.
+        dtype, device: where and how to store; torch's defaults if None.
+
+    Raises:
+        ValueError: `max_length` exceeds the model's context, or a size is not positive.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        max_length: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: a cache needs at least one row")
+        if not 1 <= max_length <= config.n_positions:
+            raise ValueError(
+                f"max_length is {max_length}: it must be from 1 to the model's context of "
+                f"{config.n_positions}"
+            )
+        self.kv = torch.zeros(
+            (config.n_layer, batch_size, max_length, config.n_kv_head, 2 * config.head_dim),
+            dtype=dtype,
+            device=device,
+        )
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.end = 0
+        self._ragged = False
+
+    @property
+    def batch_size(self) -> int:
+        """B: the number of rows."""
+        return self.kv.shape[1]
+
+    @property
+    def max_length(self) -> int:
+        """Slots per row."""
+        return self.kv.shape[2]
+
+    @property
+    def start(self) -> int | Tensor:
+        """Position of each row's next token: one int while all rows agree, else (B,) int64."""
+        return self.lengths if self._ragged else self.end
+
+    def require_room(self, T: int) -> None:
+        """Raise ValueError unless T more tokens fit into every row."""
+        if self.end + T > self.max_length:
+            raise ValueError(
+                f"the cache holds {self.end} of {self.max_length} positions: {T} more do not fit; "
+                "make it with a larger max_length"
+            )
+
+    def append(self, layer: int, kv: Tensor) -> Tensor:
+        """Write one layer's new keys and values behind each row's end.
+
+        Args:
+            layer: which layer, from 0.
+            kv: (B, T, G, 2D), K and V side by side.
+
+        Returns:
+            (B, S, G, 2D): a view of the layer's slots up to the longest row's new end. `advance`
+            moves the ends themselves, once all layers are written.
+        """
+        T = kv.shape[1]
+        slots = self.kv[layer]  # (B, max_length, G, 2D)
+        if self._ragged:
+            rows = torch.arange(self.batch_size, device=kv.device)[:, None]  # (B, 1)
+            steps = torch.arange(T, device=kv.device)  # (T,)
+            slots[rows, self.lengths[:, None] + steps] = kv
+        else:
+            slots[:, self.end : self.end + T] = kv
+        return slots[:, : self.end + T]
+
+    def advance(self, T: int) -> None:
+        """Count the T positions that every layer has appended to every row."""
+        self.lengths += T
+        self.end += T
+
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        """Say how many of its written slots each row really holds.
+
+        After a right-padded prefill this drops the padding; with smaller numbers it rewinds.
+
+        Raises:
+            ValueError: not one length per row, or a row would hold slots that were never written.
+        """
+        if len(lengths) != self.batch_size or not all(0 <= n <= self.end for n in lengths):
+            raise ValueError(
+                f"lengths are {list(lengths)}: the cache needs {self.batch_size} numbers "
+                f"from 0 to {self.end}, the positions written so far"
+            )
+        self.lengths.copy_(torch.tensor(lengths))
+        self.end = max(lengths)
+        self._ragged = min(lengths) != self.end
+
+    def select(self, rows: Sequence[int]) -> KVCache:
+        """A new cache whose row i is a copy of this one's row `rows[i]`.
+
+        Repeating an index branches a prompt into several continuations of one prefill; leaving
+        one out drops a finished row.
+        """
+        index = torch.tensor(rows, device=self.kv.device)
+        other = KVCache.__new__(KVCache)
+        other.kv = self.kv.index_select(1, index)
+        other.lengths = self.lengths.index_select(0, index)
+        other.end, other._ragged = self.end, self._ragged
+        return other

@@ -1,0 +1,199 @@
+"""GPTConfig: the sizes and switches of one model, under the names of Hugging Face's config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from mqa_gpt.errors import ConfigError
+
+# GELU is x * Phi(x) with the normal distribution's Phi; the tanh forms approximate Phi
+# (Hendrycks and Gimpel 2016, equation 2) and differ among themselves only by rounding.
+ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "relu")
+
+MODEL_TYPE = "gpt_bigcode"
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The sizes and switches of one model; field names and defaults are `GPTBigCodeConfig`'s.
+
+    Keys of a `config.json` that do not change the computation (training notes, legacy switches
+    without effect) are kept in `extra`, so that saving a loaded model loses nothing.
+
+    Raises:
+        ConfigError: a value is of the wrong type, out of range, or contradicts another.
+    """
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: str = "gelu_pytorch_tanh"
+    resid_pdrop: float = 0.1
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    scale_attn_weights: bool = True
+    multi_query: bool = True
+    tie_word_embeddings: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    pad_token_id: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            _require_size(key, getattr(self, key))
+        if self.n_inner is not None:
+            _require_size("n_inner", self.n_inner)
+        if self.n_embd % self.n_head:
+            raise ConfigError(
+                f"n_embd is {self.n_embd} and n_head is {self.n_head}: "
+                "n_embd must be a multiple of n_head"
+            )
+        if self.activation_function not in ACTIVATIONS:
+            raise ConfigError(
+                f"activation_function is {self.activation_function!r}: "
+                f"accepted are {', '.join(ACTIVATIONS)}"
+            )
+        for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            _require_number(key, getattr(self, key), "from 0 to below 1", lambda x: 0 <= x < 1)
+        for key in ("layer_norm_epsilon", "initializer_range"):
+            _require_number(key, getattr(self, key), "above 0", lambda x: x > 0)
+        for key in ("scale_attn_weights", "multi_query", "tie_word_embeddings"):
+            if not isinstance(getattr(self, key), bool):
+                raise ConfigError(f"{key} is {getattr(self, key)!r}: it must be true or false")
+        for key in ("bos_token_id", "pad_token_id"):
+            value = getattr(self, key)
+            if value is not None and not _is_int(value):
+                raise ConfigError(f"{key} is {value!r}: it must be an integer or null")
+        eos = self.eos_token_id
+        if eos is not None and not all(map(_is_int, eos if isinstance(eos, list) else [eos])):
+            raise ConfigError(
+                f"eos_token_id is {eos!r}: it must be an integer, a list of integers or null"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """D: the width of one head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def n_kv_head(self) -> int:
+        """G: key/value heads, 1 in multi-query attention."""
+        return 1 if self.multi_query else self.n_head
+
+    @property
+    def inner_size(self) -> int:
+        """F: the width of the MLP."""
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """`eos_token_id` as a tuple, whatever form the config gives it in."""
+        if self.eos_token_id is None:
+            return ()
+        return (
+            tuple(self.eos_token_id)
+            if isinstance(self.eos_token_id, list)
+            else (self.eos_token_id,)
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> GPTConfig:
+        """Read the contents of a `config.json`; keys without a field here go into `extra`.
+
+        Also accepts original SantaCoder's form, `model_type` "gpt2" with `attention_head_type`
+        "multiquery", which is this architecture under an older name.
+
+        Raises:
+            ConfigError: not a gpt_bigcode config, or a value is unusable; names key and value.
+        """
+        if not isinstance(values, dict):
+            raise ConfigError(f"a config must be a JSON object, not {type(values).__name__}")
+        values = dict(values)
+        model_type = values.pop("model_type", MODEL_TYPE)
+        if model_type == "gpt2" and "attention_head_type" in values:
+            values["multi_query"] = values.pop("attention_head_type") == "multiquery"
+        elif model_type != MODEL_TYPE:
+            raise ConfigError(f"model_type is {model_type!r}: accepted is {MODEL_TYPE!r}")
+        if values.get("add_cross_attention"):
+            raise ConfigError(
+                "add_cross_attention is true: this model has no encoder to attend to; "
+                "accepted is false"
+            )
+        known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
+        extra = {key: value for key, value in values.items() if key not in known}
+        return cls(**{key: value for key, value in values.items() if key in known}, extra=extra)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a `config.json` that transformers reads as the same model."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        extra = values.pop("extra")
+        return {"architectures": ["GPTBigCodeForCausalLM"], **extra, "model_type": MODEL_TYPE} | (
+            values
+        )
+
+    def to_json(self) -> str:
+        """`to_dict` as the text of a `config.json`."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def official(cls, name: str) -> GPTConfig:
+        """The shape of a published checkpoint, by its name on the hub, with or without the owner.
+
+        Raises:
+            ConfigError: no such shape; lists those there are.
+        """
+        short = name.split("/")[-1]
+        if short not in OFFICIAL_SHAPES:
+            raise ConfigError(
+                f"{name!r} is not an official shape: there are {', '.join(OFFICIAL_SHAPES)}"
+            )
+        n_layer, n_head, n_embd, vocab_size, n_positions, activation, end = OFFICIAL_SHAPES[short]
+        return cls(
+            n_layer=n_layer,
+            n_head=n_head,
+            n_embd=n_embd,
+            vocab_size=vocab_size,
+            n_positions=n_positions,
+            activation_function=activation,
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+
+
+# n_layer, n_head, n_embd, vocab_size, n_positions, activation_function, end-of-text id.
+# Of the Granite family only the 20B model has this architecture.
+OFFICIAL_SHAPES = {
+    "tiny_starcoder_py": (20, 12, 768, 49152, 8192, "gelu_pytorch_tanh", 0),
+    "gpt_bigcode-santacoder": (24, 16, 2048, 49280, 2048, "gelu_pytorch_tanh", 49152),
+    "starcoderbase-1b": (24, 16, 2048, 49152, 8192, "gelu_pytorch_tanh", 0),
+    "starcoderbase-3b": (36, 22, 2816, 49152, 8192, "gelu_pytorch_tanh", 0),
+    "starcoderbase-7b": (42, 32, 4096, 49152, 8192, "gelu", 0),
+    "starcoderbase": (40, 48, 6144, 49152, 8192, "gelu", 0),
+    "starcoder": (40, 48, 6144, 49152, 8192, "gelu", 0),
+    "granite-20b-code-base-8k": (52, 48, 6144, 49152, 8192, "gelu", 0),
+}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require_size(key: str, value: Any) -> None:
+    if not _is_int(value) or value < 1:
+        raise ConfigError(f"{key} is {value!r}: it must be a positive integer")
+
+
+def _require_number(key: str, value: Any, range_: str, accept: Any) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not accept(value):
+        raise ConfigError(f"{key} is {value!r}: it must be a number {range_}")
