@@ -1,0 +1,295 @@
+"""Generation: a prefill that reads the prompts, then one token per row and step.
+
+The prefill runs the prompts through the model together and fills the cache; it is limited by
+arithmetic. Each decode step then feeds every row's newest token and reads all weights once; it is
+limited by memory bandwidth. Rows of different lengths share both without influencing each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mqa_gpt.cache import KVCache
+from mqa_gpt.config import GPTConfig
+from mqa_gpt.errors import PromptError
+from mqa_gpt.model import GPT
+from mqa_gpt.sampling import Sampling, draw, filter_logits, fresh_seed, is_int, uniforms
+
+# Positions per forward pass of the prefill: enough to keep the arithmetic busy, few enough that
+# the activations of a long prompt (F times this many floats per row and layer) stay small.
+PREFILL_CHUNK = 2048
+
+
+class Token(NamedTuple):
+    """One generated token.
+
+    Attributes:
+        row: which continuation it belongs to; prompt i's sample j is row i * n + j.
+        id: the token.
+        finished: "stop" or "length" if it is the row's last, else None.
+        logprob: natural log of the model's probability for it, before any filter; None unless
+            log-probabilities were asked for.
+        top: the most likely tokens at this position as (id, logprob), likeliest first.
+    """
+
+    row: int
+    id: int
+    finished: str | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def generate(
+    model: GPT,
+    prompts: Sequence[Sequence[int]] | Tensor,
+    max_new_tokens: int = 64,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    n: int = 1,
+    eos_token_id: int | Sequence[int] | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> list[list[int]]:
+    """Continue each prompt; greedy unless a temperature is given.
+
+    Args:
+        model: in eval mode, or dropout stays active.
+        prompts: token ids, rows of any lengths; an empty row starts from `bos_token_id`.
+        max_new_tokens: at most this many per row.
+        temperature, top_k, top_p, min_p, repetition_penalty, seed: see `Sampling`.
+        n: samples per prompt, all from one prefill of it.
+        eos_token_id: the token or tokens that end a row; None never stops early.
+        prefill_chunk: positions per forward pass while the prompts are read.
+
+    Returns:
+        The new tokens of each row, the end token included where there is one; prompt i's sample j
+        is row i * n + j.
+
+    Raises:
+        PromptError: a token outside the vocabulary, a prompt that leaves no room for
+            `max_new_tokens` in the context, or an unusable option.
+        FloatingPointError: the logits hold NaN or infinity.
+    """
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    ends = () if eos_token_id is None else eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends)
+    tokens = decode(
+        model,
+        prompts,
+        max_new_tokens,
+        sampling,
+        n=n,
+        should_stop=lambda token: token.id in ends,
+        prefill_chunk=prefill_chunk,
+    )
+    rows: list[list[int]] = [[] for _ in range(len(prompts) * n)]
+    for token in tokens:
+        rows[token.row].append(token.id)
+    return rows
+
+
+def decode(
+    model: GPT,
+    prompts: Sequence[Sequence[int]] | Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+    *,
+    n: int = 1,
+    should_stop: Callable[[Token], bool] = lambda token: False,
+    logprobs: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Iterator[Token]:
+    """The loop behind `generate`, one token at a time.
+
+    Args:
+        should_stop: called once with each new token; True ends its row.
+        logprobs: None for no log-probabilities, else how many of the most likely tokens to report
+            beside the chosen one.
+
+    Everything else is as in `generate`; arguments are checked before this returns, so errors do
+    not wait for the first token.
+    """
+    rows = check_prompts(model.config, prompts, max_new_tokens, n)
+    if logprobs is not None and not (is_int(logprobs) and 0 <= logprobs <= model.config.vocab_size):
+        raise PromptError(
+            f"logprobs is {logprobs!r}: it must be an integer from 0 to the vocabulary's "
+            f"{model.config.vocab_size}"
+        )
+    if not rows or max_new_tokens == 0:
+        return iter(())
+    return _decode(
+        model,
+        rows,
+        max_new_tokens,
+        sampling,
+        n,
+        should_stop,
+        logprobs,
+        prefill_chunk,
+    )
+
+
+def check_prompts(
+    config: GPTConfig, prompts: Sequence[Sequence[int]] | Tensor, max_new_tokens: int, n: int = 1
+) -> list[list[int]]:
+    """The prompts as lists, empty ones replaced by the start token, or PromptError."""
+    if not is_int(max_new_tokens) or max_new_tokens < 0:
+        raise PromptError(
+            f"max_new_tokens is {max_new_tokens!r}: it must be an integer of at least 0"
+        )
+    if not is_int(n) or n < 1:
+        raise PromptError(f"n is {n!r}: it must be an integer of at least 1")
+    if isinstance(prompts, Tensor):
+        prompts = prompts.tolist()
+    rows: list[list[int]] = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
+            raise PromptError(
+                f"prompt {i} is a {type(prompt).__name__}: it must be a list of token ids "
+                "(LLM.generate takes text)"
+            )
+        for token in prompt:
+            if not is_int(token) or not 0 <= token < config.vocab_size:
+                raise PromptError(
+                    f"prompt {i} holds {token!r}: token ids are integers from 0 to "
+                    f"{config.vocab_size - 1}"
+                )
+        row = list(prompt)
+        if not row:
+            if config.bos_token_id is None:
+                raise PromptError(f"prompt {i} is empty and the config has no bos_token_id")
+            row = [config.bos_token_id]
+        if len(row) + max_new_tokens > config.n_positions:
+            raise PromptError(
+                f"prompt {i} has {len(row)} tokens and max_new_tokens is {max_new_tokens}: "
+                f"together they exceed the context of {config.n_positions} tokens; "
+                "shorten the prompt or ask for fewer"
+            )
+        rows.append(row)
+    return rows
+
+
+@torch.inference_mode()
+def prefill(
+    model: GPT, cache: KVCache, prompts: list[list[int]], chunk: int = PREFILL_CHUNK
+) -> Tensor:
+    """Read the prompts into an empty cache; the logits (B, V) behind each prompt's last token.
+
+    Rows are padded on the right to the longest, and the cache is told their true lengths after.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    width = max(lengths)
+    ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
+    ids = ids.to(model.device)  # (B, width)
+    last = torch.tensor(lengths, device=model.device) - 1  # (B,)
+    logits = torch.empty(())
+    for begin in range(0, width, chunk):
+        piece = ids[:, begin : begin + chunk]  # (B, T)
+        at = last - begin  # (B,): index of each row's last token, if it lies in this piece
+        inside = (at >= 0) & (at < piece.shape[1])  # (B,)
+        new = model(piece, cache=cache, logits_at=at.clamp(0, piece.shape[1] - 1))  # (B, V)
+        logits = new if begin == 0 else torch.where(inside[:, None], new, logits)
+    cache.set_lengths(lengths)
+    return logits
+
+
+def _decode(
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    n: int,
+    should_stop: Callable[[Token], bool],
+    logprobs: int | None,
+    prefill_chunk: int,
+) -> Iterator[Token]:
+    # A generator must not hold inference mode across its yields: the consumer would be in it too.
+    with torch.inference_mode():
+        # The last token is returned without being fed, so it needs no slot.
+        slots = max(len(prompt) for prompt in prompts) + max_new_tokens - 1
+        cache = KVCache(model.config, len(prompts), slots, dtype=model.dtype, device=model.device)
+        logits = prefill(model, cache, prompts, prefill_chunk).float()  # (B, V)
+        rows = list(range(len(prompts) * n))  # which continuation each batch row is
+        if n > 1:
+            cache = cache.select([row // n for row in rows])
+            logits = logits.repeat_interleave(n, 0)  # (B n, V)
+        seen = _tokens_seen(prompts, n, logits) if sampling.repetition_penalty != 1 else None
+        draws = None  # (max_new_tokens, B n)
+        if not sampling.greedy:
+            seed = fresh_seed() if sampling.seed is None else sampling.seed
+            draws = torch.tensor(
+                [uniforms(seed, row % n, max_new_tokens) for row in rows],
+                dtype=torch.float64,
+                device=logits.device,
+            ).T
+
+    for step in range(max_new_tokens):
+        with torch.inference_mode():
+            filtered = filter_logits(logits, sampling, seen)  # (B, V)
+            highest, chosen = filtered.max(-1)  # (B,), (B,)
+            if draws is not None:
+                chosen = draw(filtered, draws[step])  # (B,)
+            # max propagates NaN, so this one number per row vouches for the whole vocabulary.
+            if not bool(highest.isfinite().all()):
+                raise FloatingPointError(
+                    f"the model's logits are not finite after {step} new tokens: the weights hold "
+                    "NaN or infinity (see `mqa-gpt inspect --check-finite`) or overflow in "
+                    f"{model.dtype}; try float32"
+                )
+            reports = _reports(logits, chosen, logprobs)
+            if seen is not None:
+                seen.scatter_(1, chosen[:, None], True)
+
+        is_last = step == max_new_tokens - 1
+        kept = []
+        for i, (row, id_) in enumerate(zip(rows, chosen.tolist(), strict=True)):
+            token = Token(row, id_, None, *reports[i])
+            if should_stop(token):
+                token = token._replace(finished="stop")
+            elif is_last:
+                token = token._replace(finished="length")
+            else:
+                kept.append(i)
+            yield token
+        if not kept:
+            return
+
+        with torch.inference_mode():
+            if len(kept) < len(rows):  # finished rows leave the batch
+                rows = [rows[i] for i in kept]
+                cache, chosen = cache.select(kept), chosen[kept]
+                seen = None if seen is None else seen[kept]
+                draws = None if draws is None else draws[:, kept]
+            logits = model(chosen[:, None], cache=cache)[:, 0].float()  # (B, V)
+
+
+def _tokens_seen(prompts: list[list[int]], n: int, logits: Tensor) -> Tensor:
+    """(B n, V) bool: the tokens that each row's prompt holds."""
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    for row in range(len(logits)):
+        seen[row, prompts[row // n]] = True
+    return seen
+
+
+def _reports(
+    logits: Tensor, chosen: Tensor, count: int | None
+) -> list[tuple[float | None, tuple[tuple[int, float], ...]]]:
+    """Per row the chosen token's log-probability and the `count` highest with their tokens."""
+    if count is None:
+        return [(None, ())] * len(chosen)
+    logprobs = logits.log_softmax(-1)  # (B, V)
+    own = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
+    values, ids = logprobs.topk(count)  # (B, count)
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    return [
+        (logprob, tuple(zip(row_ids, row_values, strict=True)))
+        for logprob, (row_ids, row_values) in zip(own, pairs, strict=True)
+    ]

@@ -1,0 +1,348 @@
+"""LLM: a checkpoint's model and tokenizer in one object that completes and infills text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, overload
+
+import torch
+
+from mqa_gpt.checkpoint import DEMO_DIR, load_model, resolve
+from mqa_gpt.errors import PromptError
+from mqa_gpt.fim import infill_prompt
+from mqa_gpt.generate import Token, check_prompts, decode
+from mqa_gpt.model import GPT
+from mqa_gpt.sampling import Sampling
+from mqa_gpt.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One continuation of one prompt.
+
+    Attributes:
+        text: what was generated, up to the end token or stop string, without either.
+        token_ids: every token that was generated, the one that ended it included.
+        finish_reason: "stop" for an end token or stop string, "length" for `max_new_tokens`,
+            "interrupted" where generation was broken off.
+        prompt_tokens: the prompt's length in tokens.
+        logprobs: per token the natural log of its probability; None if not asked for.
+        top_logprobs: per token the likeliest tokens as (id, logprob); None if not asked for.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+
+
+@dataclass
+class Stats:
+    """Token counts of one generation over all its rows, and its times in seconds."""
+
+    rows: int
+    prompt_tokens: int
+    new_tokens: int = 0
+    first_token_seconds: float = 0.0
+    total_seconds: float = 0.0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second up to the first new token."""
+        return self.prompt_tokens / self.first_token_seconds if self.first_token_seconds else 0.0
+
+    @property
+    def decode_rate(self) -> float:
+        """New tokens per second, each row's first left out: that one is the prefill's."""
+        seconds = self.total_seconds - self.first_token_seconds
+        return (self.new_tokens - self.rows) / seconds if seconds > 0 else 0.0
+
+
+class _Row:
+    """One continuation in the making: its tokens, and its text as far as it is final."""
+
+    def __init__(self, tokenizer: Tokenizer, end_ids: set[int], stops: list[str]) -> None:
+        self._decoder = StreamDecoder(tokenizer)
+        self._end_ids, self._stops = end_ids, stops
+        self._handed_out = 0  # characters
+        self.tokens: list[Token] = []
+        self.text = ""
+        self.finish_reason = "interrupted"
+
+    def push(self, token: Token) -> bool:
+        """Take one token; True if it ends the row, by itself or by completing a stop string."""
+        self.tokens.append(token)
+        if token.id in self._end_ids:
+            self.finish("stop")
+        else:
+            # No stop string that is complete only now can begin before this.
+            begin = max(0, len(self.text) - max(map(len, self._stops), default=0))
+            self.text += self._decoder.push(token.id)
+            found = [at for stop in self._stops if (at := self.text.find(stop, begin)) >= 0]
+            if found:
+                self.text = self.text[: min(found)]
+                self.finish_reason = "stop"
+        return self.finish_reason == "stop"
+
+    def finish(self, reason: str) -> None:
+        """End the row; bytes that never became a character are shown as U+FFFD."""
+        self.text += self._decoder.flush()
+        self.finish_reason = reason
+
+    def take(self) -> str:
+        """Text not handed out yet, less an end that may turn out to begin a stop string."""
+        end = len(self.text)
+        if self.finish_reason == "interrupted":
+            end -= max((_overlap(self.text, stop) for stop in self._stops), default=0)
+        piece = self.text[self._handed_out : end]
+        self._handed_out += len(piece)
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop` begins."""
+    return next((k for k in range(len(stop) - 1, 0, -1) if text.endswith(stop[:k])), 0)
+
+
+class Generation:
+    """Completions under way. Iterating runs the model and gives (row, new text) as text becomes
+    final; prompt i's sample j is row i * n + j. What there is so far is in `completions` and
+    `stats` at any time, after an interrupt too.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        *,
+        n: int,
+        stops: list[str],
+        logprobs: int | None,
+    ) -> None:
+        prompts = check_prompts(model.config, prompts, max_new_tokens, n)
+        end_ids = set(model.config.end_token_ids)
+        if tokenizer.end_of_text_id is not None:
+            end_ids.add(tokenizer.end_of_text_id)
+        self._rows = [_Row(tokenizer, end_ids, stops) for _ in range(len(prompts) * n)]
+        self._prompt_tokens = [len(prompt) for prompt in prompts for _ in range(n)]
+        self._has_logprobs = logprobs is not None
+        self._tokens = decode(
+            model,
+            prompts,
+            max_new_tokens,
+            sampling,
+            n=n,
+            should_stop=lambda token: self._rows[token.row].push(token),
+            logprobs=logprobs,
+        )
+        if max_new_tokens == 0:
+            for row in self._rows:
+                row.finish("length")
+        self.stats = Stats(rows=len(self._rows), prompt_tokens=sum(map(len, prompts)))
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        begin = time.perf_counter()
+        for token in self._tokens:
+            self.stats.new_tokens += 1
+            self.stats.total_seconds = time.perf_counter() - begin
+            if self.stats.new_tokens == 1:
+                self.stats.first_token_seconds = self.stats.total_seconds
+            row = self._rows[token.row]
+            if token.finished == "length":
+                row.finish("length")
+            if piece := row.take():
+                yield token.row, piece
+
+    @property
+    def completions(self) -> list[Completion]:
+        """Everything generated so far, row by row."""
+        return [
+            Completion(
+                text=row.text,
+                token_ids=[token.id for token in row.tokens],
+                finish_reason=row.finish_reason,
+                prompt_tokens=prompt_tokens,
+                logprobs=[t.logprob for t in row.tokens] if self._has_logprobs else None,
+                top_logprobs=[list(t.top) for t in row.tokens] if self._has_logprobs else None,
+            )
+            for row, prompt_tokens in zip(self._rows, self._prompt_tokens, strict=True)
+        ]
+
+    def run(self) -> list[Completion]:
+        """Generate to the end."""
+        for _ in self:
+            pass
+        return self.completions
+
+
+class LLM:
+    """A model and its tokenizer: text in, text out.
+
+    Attributes:
+        model: the `GPT`.
+        tokenizer: its `Tokenizer`.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @classmethod
+    def load(
+        cls,
+        name_or_dir: str | PathLike[str] | None = None,
+        *,
+        revision: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        backend: str = "auto",
+    ) -> LLM:
+        """Load a checkpoint with its tokenizer.
+
+        Args:
+            name_or_dir: a folder or a name on the hub; None is the bundled demo checkpoint.
+            revision, device, dtype, backend: see `mqa_gpt.checkpoint.load_model`.
+
+        Raises:
+            CheckpointError, ConfigError: the checkpoint cannot be had or used; says why.
+        """
+        folder = DEMO_DIR if name_or_dir is None else resolve(name_or_dir, revision)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        return cls(load_model(folder, device=device, dtype=dtype, backend=backend), tokenizer)
+
+    @overload
+    def generate(self, prompt: str, max_new_tokens: int = 64, **options: Any) -> Completion: ...
+    @overload
+    def generate(
+        self, prompt: Sequence[str], max_new_tokens: int = 64, **options: Any
+    ) -> list[Completion]: ...
+
+    def generate(
+        self, prompt: str | Sequence[str], max_new_tokens: int = 64, *, n: int = 1, **options: Any
+    ) -> Any:
+        """Complete one prompt or several, together.
+
+        Args:
+            prompt: text, or a list of texts. An empty one starts from end-of-text.
+            max_new_tokens: at most this many new tokens per completion.
+            n: samples per prompt, from one prefill of it.
+            options: see `begin`.
+
+        Returns:
+            For a text a `Completion`, with n > 1 a list of n; for a list of texts a list of these.
+
+        Raises:
+            PromptError: an unusable prompt or option.
+        """
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        completions = self.begin(texts, max_new_tokens, n=n, **options).run()
+        if n > 1:
+            samples = [completions[i : i + n] for i in range(0, len(completions), n)]
+            return samples[0] if isinstance(prompt, str) else samples
+        return completions[0] if isinstance(prompt, str) else completions
+
+    def stream(self, prompt: str, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:
+        """Complete one prompt, piece by piece as the text becomes final; options as in `begin`."""
+        for _, piece in self.begin([prompt], max_new_tokens, **options):
+            yield piece
+
+    def infill(
+        self,
+        prefix: str,
+        suffix: str,
+        max_new_tokens: int = 64,
+        *,
+        mode: str = "psm",
+        truncate: bool = False,
+        **options: Any,
+    ) -> Completion:
+        """Write what belongs between a prefix and a suffix (Bavarian et al. 2022).
+
+        Args:
+            prefix, suffix: plain text; control tokens spelled out in it stay text.
+            mode: "psm" or "spm", the order in which the model is shown the two.
+            truncate: cut the far ends of prefix and suffix where they exceed the context, instead
+                of raising.
+            options: see `begin`.
+
+        Raises:
+            CheckpointError: the checkpoint's tokenizer has no infilling tokens.
+            PromptError: an unusable text or option.
+        """
+        return self.begin_infill(
+            prefix, suffix, max_new_tokens, mode=mode, truncate=truncate, **options
+        ).run()[0]
+
+    def begin(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 64,
+        *,
+        special_tokens: bool = True,
+        **options: Any,
+    ) -> Generation:
+        """Start completing prompts; what `generate` and `stream` run on.
+
+        Args:
+            prompts: texts.
+            max_new_tokens: at most this many new tokens per completion.
+            special_tokens: whether control tokens spelled out in a prompt, such as <fim_prefix>,
+                act as such.
+            options: `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty` and `seed` as
+                in `Sampling`; `n` samples per prompt; `stop`, a string or several, any of which
+                ends a completion; `logprobs`, how many log-probabilities to report per token
+                beside the chosen token's own.
+        """
+        if isinstance(prompts, (str, bytes)):
+            raise PromptError("prompts must be a list of texts, not one text")
+        ids = [self.tokenizer.encode(p, special_tokens=special_tokens) for p in prompts]
+        return self._begin(ids, max_new_tokens, **options)
+
+    def begin_infill(
+        self,
+        prefix: str,
+        suffix: str,
+        max_new_tokens: int = 64,
+        *,
+        mode: str = "psm",
+        truncate: bool = False,
+        **options: Any,
+    ) -> Generation:
+        """Start infilling; arguments as in `infill`."""
+        limit = self.model.config.n_positions - max_new_tokens if truncate else None
+        ids = infill_prompt(self.tokenizer, prefix, suffix, mode=mode, max_tokens=limit)
+        return self._begin([ids], max_new_tokens, **options)
+
+    def _begin(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        *,
+        n: int = 1,
+        stop: str | Sequence[str] | None = None,
+        logprobs: int | None = None,
+        **sampling: Any,
+    ) -> Generation:
+        stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
+        if not all(isinstance(text, str) and text for text in stops):
+            raise PromptError(f"stop is {stop!r}: it must be a non-empty text or several")
+        start = self.tokenizer.end_of_text_id
+        prompts = [ids or ([] if start is None else [start]) for ids in prompts]
+        return Generation(
+            self.model,
+            self.tokenizer,
+            prompts,
+            max_new_tokens,
+            Sampling(**sampling),
+            n=n,
+            stops=stops,
+            logprobs=logprobs,
+        )

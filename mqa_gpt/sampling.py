@@ -1,0 +1,164 @@
+"""From logits to the next token: filters, draws and log-probabilities, all pure functions.
+
+The filters are transformers' (`RepetitionPenaltyLogitsProcessor`, `TopKLogitsWarper`, ...) in
+transformers' order: repetition penalty, temperature, top-k, top-p, min-p. Logits are float32
+(B, V) throughout; a removed token's logit is -inf.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mqa_gpt.errors import PromptError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature: what the logits are divided by; 0 takes the most likely token (greedy).
+        top_k: keep the k most likely tokens.
+        top_p: keep the most likely tokens that together reach this probability
+            (Holtzman et al. 2020).
+        min_p: drop tokens less likely than this fraction of the likeliest (Nguyen et al. 2024).
+        repetition_penalty: divides the positive and multiplies the negative logits of tokens that
+            prompt or output already hold (Keskar et al. 2019, section 4.1); 1 changes nothing.
+        seed: makes draws repeatable. A row's draws depend on the seed and on which of its prompt's
+            samples it is, never on the rest of the batch. None draws afresh each time.
+
+    Raises:
+        PromptError: a value out of range, or a filter without a temperature to draw with.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        # Far smaller temperatures would overflow the logits that they divide.
+        _require_number(
+            "temperature", self.temperature, "0 or at least 1e-6", lambda x: x == 0 or x >= 1e-6
+        )
+        _require_number("repetition_penalty", self.repetition_penalty, "above 0", lambda x: x > 0)
+        if self.top_k is not None and (not is_int(self.top_k) or self.top_k < 1):
+            raise PromptError(f"top_k is {self.top_k!r}: it must be an integer of at least 1")
+        if self.top_p is not None:
+            _require_number("top_p", self.top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
+        if self.min_p is not None:
+            _require_number("min_p", self.min_p, "from 0 to 1", lambda x: 0 <= x <= 1)
+        if self.seed is not None and not is_int(self.seed):
+            raise PromptError(f"seed is {self.seed!r}: it must be an integer")
+        for name in ("top_k", "top_p", "min_p"):
+            if self.greedy and getattr(self, name) is not None:
+                raise PromptError(
+                    f"{name} is {getattr(self, name)} but temperature is 0, which always takes the "
+                    f"most likely token: set a temperature above 0 or leave {name} out"
+                )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0
+
+
+def is_int(value: Any) -> bool:
+    """True for integers, False for booleans."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require_number(name: str, value: Any, range_: str, accept: Any) -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not accept(value):
+        raise PromptError(f"{name} is {value!r}: it must be a number, {range_}")
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make the tokens that `seen` (B, V) bool marks less likely; (B, V)."""
+    penalized = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(seen, penalized, logits)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Keep the k highest logits of each row, and any equal to the k-th; (B, V)."""
+    kth = logits.topk(min(k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+    return logits.masked_fill(logits < kth, float("-inf"))
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the fewest most likely tokens whose probabilities reach p, at least one; (B, V)."""
+    ascending, order = logits.sort()  # (B, V)
+    drop = ascending.softmax(-1).cumsum(-1) <= 1 - p  # (B, V)
+    drop[:, -1] = False
+    return logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), float("-inf"))
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """Drop tokens with less than p times the highest probability of the row; (B, V)."""
+    probabilities = logits.softmax(-1)  # (B, V)
+    highest = probabilities.amax(-1, keepdim=True)  # (B, 1)
+    return logits.masked_fill(probabilities < p * highest, float("-inf"))
+
+
+def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+    """Apply everything `sampling` asks for, in transformers' order.
+
+    Args:
+        logits: (B, V) float32.
+        seen: (B, V) bool, the tokens that prompt or output hold; read by the repetition penalty.
+
+    Returns:
+        (B, V): greedy takes its argmax, sampling draws from its softmax.
+    """
+    if sampling.repetition_penalty != 1 and seen is not None:
+        logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
+    if sampling.greedy:
+        return logits
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None:
+        logits = keep_top_k(logits, sampling.top_k)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        logits = keep_top_p(logits, sampling.top_p)
+    if sampling.min_p is not None:
+        logits = keep_min_p(logits, sampling.min_p)
+    return logits
+
+
+def uniforms(seed: int, sample: int, count: int) -> list[float]:
+    """The numbers in [0, 1) that decide the first `count` draws of a prompt's `sample`-th sample.
+
+    A stream of its own per (seed, sample), the same on every device and in every batch.
+    """
+    stream = random.Random(f"{seed}:{sample}")
+    return [stream.random() for _ in range(count)]
+
+
+def fresh_seed() -> int:
+    """A seed for draws that nobody asked to repeat."""
+    return secrets.randbits(64)
+
+
+def draw(logits: Tensor, u: Tensor) -> Tensor:
+    """Draw one token per row by inverting the cumulative distribution.
+
+    Args:
+        logits: (B, V) float32.
+        u: (B,) float64 in [0, 1).
+
+    Returns:
+        (B,) int64: the first token whose cumulative probability exceeds u. float64, because the
+        rounding of 50,000 float32 sums would show in the rare tokens.
+    """
+    cumulative = logits.double().softmax(-1).cumsum(-1)  # (B, V)
+    target = u[:, None] * cumulative[:, -1:]  # (B, 1)
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
