@@ -13,8 +13,6 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from itertools import groupby
-from math import prod
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mqa_gpt.attention import select_attention
@@ -61,10 +60,6 @@ STORED_DTYPES = {
     "F16": torch.float16,
     "F64": torch.float64,
 }
-
-# Pages of a memory-mapped file count as this process's memory until they are unmapped, so a file
-# is opened anew after this many bytes.
-BYTES_PER_MAPPING = 256 * 2**20
 
 WTE, LM_HEAD = "transformer.wte.weight", "lm_head.weight"
 
@@ -269,10 +264,10 @@ def _read_index(file: Path) -> dict[str, str]:
 
 
 def _read_header(file: Path) -> Iterator[StoredTensor]:
-    """The tensors of one safetensors file, in the order of their bytes."""
+    """The tensors of one safetensors file."""
     try:
         with safe_open(file, framework="pt") as handle:
-            for name in handle.offset_keys():
+            for name in sorted(handle.keys()):
                 view = handle.get_slice(name)
                 yield StoredTensor(name, tuple(view.get_shape()), view.get_dtype(), file)
     except (SafetensorError, OSError) as error:
@@ -358,8 +353,7 @@ def load_model(
     folder = resolve(name_or_dir, revision)
     config = read_config(folder)
     stored = _by_parameter_name(folder, stored_tensors(folder), config)
-    with torch.device("meta"):
-        model = GPT(config, backend)
+    model = empty_model(config, backend)
     parts = _match(folder, model, stored)
 
     if chosen_dtype is None:
@@ -388,6 +382,24 @@ def load_model(
         model.lm_head.weight = model.transformer.wte.weight
     model.set_backend(backend)
     return model.eval()
+
+
+class _NoRandomNumbers(TorchFunctionMode):
+    """Skip `normal_`, for which the meta device would import a compiler: two seconds."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.nn.init.normal_, torch.Tensor.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def empty_model(config: GPTConfig, backend: str = "auto") -> GPT:
+    """A model on the meta device: every module, name and shape, and no memory for the weights."""
+    with torch.device("meta"), _NoRandomNumbers():
+        return GPT(config, backend)
 
 
 def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -552,16 +564,12 @@ def _copy(copies: list[tuple[StoredTensor, Tensor]]) -> None:
     with tqdm(
         total=total, desc="loading", unit="B", unit_scale=True, leave=False, delay=1, disable=None
     ) as bar:
-        for file, group in groupby(sorted(copies, key=lambda c: c[0].file), lambda c: c[0].file):
-            waiting = list(group)
-            while waiting:
-                with safe_open(file, framework="pt") as handle:
-                    mapped = 0
-                    while waiting and mapped < BYTES_PER_MAPPING:
-                        tensor, destination = waiting.pop(0)
-                        destination.copy_(handle.get_tensor(tensor.name))
-                        mapped += prod(tensor.shape) * STORED_DTYPES[tensor.dtype].itemsize
-                        bar.update(destination.nbytes)
+        for tensor, destination in copies:
+            # Opened per tensor, for half a millisecond each: the pages of a mapped file count as
+            # this process's memory until it is unmapped.
+            with safe_open(tensor.file, framework="pt") as handle:
+                destination.copy_(handle.get_tensor(tensor.name))
+            bar.update(destination.nbytes)
 
 
 # ---------------------------------------------------------------------------------------- saving
