@@ -3,6 +3,20 @@
 from mqa_gpt.cache import KVCache
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import CheckpointError, ConfigError, PromptError
+from mqa_gpt.generate import generate
+from mqa_gpt.llm import LLM, Completion
 from mqa_gpt.model import GPT
+from mqa_gpt.tokenizer import Tokenizer
 
-__all__ = ["GPT", "CheckpointError", "ConfigError", "GPTConfig", "KVCache", "PromptError"]
+__all__ = [
+    "GPT",
+    "LLM",
+    "CheckpointError",
+    "Completion",
+    "ConfigError",
+    "GPTConfig",
+    "KVCache",
+    "PromptError",
+    "Tokenizer",
+    "generate",
+]

@@ -79,8 +79,10 @@ def generate(
         FloatingPointError: the logits hold NaN or infinity.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    ends = () if eos_token_id is None else eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends)
+    if eos_token_id is None:
+        ends = set()
+    else:
+        ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
     tokens = decode(
         model,
         prompts,
@@ -122,6 +124,11 @@ def decode(
         raise PromptError(
             f"logprobs is {logprobs!r}: it must be an integer from 0 to the vocabulary's "
             f"{model.config.vocab_size}"
+        )
+    if n > 1 and sampling.greedy:
+        raise PromptError(
+            f"n is {n} but temperature is 0, which gives the same tokens {n} times: "
+            "set a temperature above 0 or leave n at 1"
         )
     if not rows or max_new_tokens == 0:
         return iter(())

@@ -12,7 +12,7 @@ import torch
 
 from mqa_gpt.checkpoint import DEMO_DIR, load_model, resolve
 from mqa_gpt.errors import PromptError
-from mqa_gpt.fim import infill_prompt
+from mqa_gpt.fim import infill_prompt, truncated_infill_prompt
 from mqa_gpt.generate import Token, check_prompts, decode
 from mqa_gpt.model import GPT
 from mqa_gpt.sampling import Sampling
@@ -31,6 +31,7 @@ class Completion:
         prompt_tokens: the prompt's length in tokens.
         logprobs: per token the natural log of its probability; None if not asked for.
         top_logprobs: per token the likeliest tokens as (id, logprob); None if not asked for.
+        cut: tokens of an infilling's prefix and suffix that `truncate` left out.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Completion:
     prompt_tokens: int
     logprobs: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
+    cut: tuple[int, int] = (0, 0)
 
 
 @dataclass
@@ -94,6 +96,10 @@ class _Row:
         self.text += self._decoder.flush()
         self.finish_reason = reason
 
+    def logprobs(self) -> list[float]:
+        """The log-probabilities of the tokens so far, where they were asked for."""
+        return [token.logprob for token in self.tokens if token.logprob is not None]
+
     def take(self) -> str:
         """Text not handed out yet, less an end that may turn out to begin a stop string."""
         end = len(self.text)
@@ -126,6 +132,7 @@ class Generation:
         n: int,
         stops: list[str],
         logprobs: int | None,
+        cut: tuple[int, int],
     ) -> None:
         prompts = check_prompts(model.config, prompts, max_new_tokens, n)
         end_ids = set(model.config.end_token_ids)
@@ -133,7 +140,7 @@ class Generation:
             end_ids.add(tokenizer.end_of_text_id)
         self._rows = [_Row(tokenizer, end_ids, stops) for _ in range(len(prompts) * n)]
         self._prompt_tokens = [len(prompt) for prompt in prompts for _ in range(n)]
-        self._has_logprobs = logprobs is not None
+        self._has_logprobs, self._cut = logprobs is not None, cut
         self._tokens = decode(
             model,
             prompts,
@@ -170,8 +177,9 @@ class Generation:
                 token_ids=[token.id for token in row.tokens],
                 finish_reason=row.finish_reason,
                 prompt_tokens=prompt_tokens,
-                logprobs=[t.logprob for t in row.tokens] if self._has_logprobs else None,
+                logprobs=row.logprobs() if self._has_logprobs else None,
                 top_logprobs=[list(t.top) for t in row.tokens] if self._has_logprobs else None,
+                cut=self._cut,
             )
             for row, prompt_tokens in zip(self._rows, self._prompt_tokens, strict=True)
         ]
@@ -317,9 +325,14 @@ class LLM:
         **options: Any,
     ) -> Generation:
         """Start infilling; arguments as in `infill`."""
-        limit = self.model.config.n_positions - max_new_tokens if truncate else None
-        ids = infill_prompt(self.tokenizer, prefix, suffix, mode=mode, max_tokens=limit)
-        return self._begin([ids], max_new_tokens, **options)
+        if not truncate:
+            ids = infill_prompt(self.tokenizer, prefix, suffix, mode=mode)
+            return self._begin([ids], max_new_tokens, **options)
+        check_prompts(self.model.config, [], max_new_tokens)  # before reckoning with it
+        room = self.model.config.n_positions - max_new_tokens
+        fitted = truncated_infill_prompt(self.tokenizer, prefix, suffix, room, mode=mode)
+        cut = (fitted.cut_prefix, fitted.cut_suffix)
+        return self._begin([fitted.ids], max_new_tokens, cut=cut, **options)
 
     def _begin(
         self,
@@ -329,6 +342,7 @@ class LLM:
         n: int = 1,
         stop: str | Sequence[str] | None = None,
         logprobs: int | None = None,
+        cut: tuple[int, int] = (0, 0),
         **sampling: Any,
     ) -> Generation:
         stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
@@ -345,4 +359,5 @@ class LLM:
             n=n,
             stops=stops,
             logprobs=logprobs,
+            cut=cut,
         )

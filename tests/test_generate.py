@@ -1,0 +1,236 @@
+"""The decode loop: against transformers' tokens, row by row, and at its limits."""
+
+import math
+
+import pytest
+import torch
+
+from mqa_gpt import GPT, PromptError
+from mqa_gpt.generate import Token, decode, generate
+from mqa_gpt.sampling import Sampling, draw, filter_logits, uniforms
+from tests.helpers import (
+    our_model,
+    random_prompts,
+    reference_greedy,
+    reference_model,
+    tiny_config,
+)
+
+CONFIG = tiny_config()
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return our_model(reference_model(CONFIG), CONFIG)
+
+
+def decoded(model: GPT, prompts: list[list[int]], count: int, **options: object) -> list[Token]:
+    sampling = options.pop("sampling", Sampling())
+    return list(decode(model, prompts, count, sampling, **options))
+
+
+def test_greedy_tokens_are_those_of_transformers(model):
+    prompts = random_prompts(CONFIG, [17, 3, 9, 1])
+    ids, _ = reference_greedy(reference_model(CONFIG), prompts, 64)
+    assert generate(model, prompts, 64) == ids.tolist()
+
+
+def test_a_row_of_a_batch_equals_its_solo_run(model):
+    prompts = random_prompts(CONFIG, [2, 30, 11, 11, 5], seed=1)
+    options = {"temperature": 1.2, "top_k": 30, "top_p": 0.95, "repetition_penalty": 1.2, "seed": 5}
+    together = generate(model, prompts, 40, n=2, eos_token_id=[7, 60], **options)
+    alone = [
+        row
+        for prompt in prompts
+        for row in generate(model, [prompt], 40, n=2, eos_token_id=[7, 60], **options)
+    ]
+    assert together == alone
+    assert len({len(row) for row in together}) > 1  # rows did leave the batch at different times
+
+
+def test_samples_of_one_prompt_differ_and_the_first_does_not_depend_on_how_many_there_are(model):
+    prompt = random_prompts(CONFIG, [8])
+    four = generate(model, prompt, 20, n=4, temperature=1.0, seed=2)
+    assert len(set(map(tuple, four))) == 4
+    assert four[:2] == generate(model, prompt, 20, n=2, temperature=1.0, seed=2)
+
+
+def test_n_samples_take_one_prefill(model):
+    calls = []
+    hook = model.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape))
+    generate(model, random_prompts(CONFIG, [9, 4]), 3, n=5, temperature=1.0, seed=0)
+    hook.remove()
+    assert [tuple(shape) for shape in calls] == [(2, 9), (10, 1), (10, 1)]
+
+
+def test_a_seed_repeats_and_another_seed_does_not(model):
+    prompt = random_prompts(CONFIG, [8])
+    first, again, other = (
+        generate(model, prompt, 20, temperature=1.0, seed=seed) for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    assert generate(model, prompt, 20, temperature=1.0) != generate(
+        model, prompt, 20, temperature=1.0
+    )
+
+
+def test_sampling_follows_filters_and_stream_step_by_step(model):
+    prompt, options = random_prompts(CONFIG, [8]), {"temperature": 0.9, "top_p": 0.8}
+    expected = list(prompt[0])
+    for u in uniforms(3, 0, 12):
+        seen = torch.zeros(1, CONFIG.vocab_size, dtype=torch.bool)
+        seen[0, expected] = True
+        with torch.no_grad():
+            logits = model(torch.tensor([expected]))[:, -1]
+        filtered = filter_logits(logits, Sampling(**options, repetition_penalty=1.5), seen)
+        expected.append(draw(filtered, torch.tensor([u], dtype=torch.float64)).item())
+    assert generate(model, prompt, 12, seed=3, repetition_penalty=1.5, **options) == [expected[8:]]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 64])
+def test_the_prefill_chunk_does_not_change_the_tokens(model, chunk):
+    prompts = random_prompts(CONFIG, [20, 7, 1, 8])
+    assert generate(model, prompts, 12, prefill_chunk=chunk) == generate(model, prompts, 12)
+
+
+def test_an_end_token_ends_its_row_and_is_returned(model):
+    prompts = random_prompts(CONFIG, [6, 12])
+    free = generate(model, prompts, 30)
+    end = free[0][4]
+    cut = generate(model, prompts, 30, eos_token_id=end)
+    for row, whole in zip(cut, free, strict=True):
+        assert row == (whole[: whole.index(end) + 1] if end in whole else whole)
+
+
+def test_any_of_several_end_tokens_ends_a_row(model):
+    prompt = random_prompts(CONFIG, [6])
+    free = generate(model, prompt, 30)[0]
+    second = next(token for token in free if token != free[0])
+    unused = next(i for i in range(CONFIG.vocab_size) if i not in free)
+    cut = generate(model, prompt, 30, eos_token_id=[unused, second])[0]
+    assert cut == free[: free.index(second) + 1]
+
+
+def test_without_an_end_token_nothing_stops_early(model):
+    prompt = random_prompts(CONFIG, [6])
+    assert all(len(row) == 50 for row in generate(model, prompt, 50, n=3, temperature=2.0, seed=0))
+
+
+def test_finish_reasons_mark_the_last_token_of_each_row(model):
+    prompts = random_prompts(CONFIG, [6, 6], seed=4)
+    free = generate(model, prompts, 10)
+    stop_at = free[0][3]
+    tokens = decoded(model, prompts, 10, should_stop=lambda t: t.row == 0 and t.id == stop_at)
+    rows = [[t for t in tokens if t.row == row] for row in (0, 1)]
+    assert [[t.id for t in row] for row in rows] == [free[0][: free[0].index(stop_at) + 1], free[1]]
+    assert [row[-1].finished for row in rows] == ["stop", "length"]
+    assert all(t.finished is None for row in rows for t in row[:-1])
+
+
+def test_log_probabilities_are_the_unfiltered_model_s(model):
+    prompts = random_prompts(CONFIG, [5, 9])
+    sampling = Sampling(temperature=3.0, top_k=20, repetition_penalty=2.0, seed=1)
+    tokens = decoded(model, prompts, 6, sampling=sampling, logprobs=3)
+    for row, prompt in enumerate(prompts):
+        mine = [t for t in tokens if t.row == row]
+        ids = torch.tensor([prompt + [t.id for t in mine]])
+        with torch.no_grad():
+            logprobs = model(ids)[0].double().log_softmax(-1)
+        for t, expected in zip(mine, logprobs[len(prompt) - 1 :], strict=False):
+            assert t.logprob == pytest.approx(expected[t.id].item(), abs=1e-4)
+            values, top_ids = expected.topk(3)
+            assert [i for i, _ in t.top] == top_ids.tolist()
+            assert [v for _, v in t.top] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_no_log_probabilities_unless_asked_for(model):
+    tokens = decoded(model, [[3]], 2)
+    assert [(t.logprob, t.top) for t in tokens] == [(None, ()), (None, ())]
+    assert all(
+        math.isfinite(t.logprob) and t.top == () for t in decoded(model, [[3]], 2, logprobs=0)
+    )
+
+
+def test_a_prompt_may_fill_the_context_to_the_last_new_token(model):
+    room = CONFIG.n_positions - 40
+    assert len(generate(model, random_prompts(CONFIG, [40]), room)[0]) == room
+    with pytest.raises(PromptError, match=rf"40 tokens .* {room + 1}.* {CONFIG.n_positions}"):
+        generate(model, random_prompts(CONFIG, [40]), room + 1)
+
+
+def test_errors_come_before_any_computation(model):
+    def fail(*_):
+        raise AssertionError("the model ran")
+
+    hook = model.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(PromptError):
+            decode(model, [[1], [2] * CONFIG.n_positions], 1, Sampling())
+    finally:
+        hook.remove()
+
+
+def test_an_empty_prompt_starts_from_the_bos_token(model):
+    assert generate(model, [[], [4]], 8) == generate(model, [[CONFIG.bos_token_id], [4]], 8)
+
+
+def test_an_empty_prompt_without_a_bos_token_is_refused():
+    with pytest.raises(PromptError, match="bos_token_id"):
+        generate(GPT(tiny_config(bos_token_id=None)), [[]], 1)
+
+
+def test_nothing_asked_for_gives_nothing(model):
+    assert generate(model, [[1], [2]], 0) == [[], []]
+    assert generate(model, [], 5) == []
+
+
+def test_prompts_may_be_a_tensor(model):
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    assert generate(model, ids, 4) == generate(model, ids.tolist(), 4)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "words"),
+    [
+        ([[1, 97]], {}, "97"),
+        ([[1], [-1]], {}, "prompt 1 holds -1"),
+        ([[1.5]], {}, "1.5"),
+        ([[True]], {}, "True"),
+        (["text"], {}, "list of token ids"),
+        ([None], {}, "NoneType"),
+        ([[1]], {"max_new_tokens": -1}, "max_new_tokens"),
+        ([[1]], {"max_new_tokens": 2.0}, "max_new_tokens"),
+        ([[1]], {"n": 0}, "n is 0"),
+        ([[1]], {"n": 2}, "n is 2 but temperature is 0"),
+        ([[1]], {"temperature": -1}, "temperature"),
+    ],
+)
+def test_unusable_input_is_named(model, prompts, options, words):
+    with pytest.raises(PromptError, match=words):
+        generate(model, prompts, **options)
+
+
+@pytest.mark.parametrize("logprobs", [-1, 98, 1.5, True])
+def test_an_impossible_number_of_log_probabilities_is_refused(model, logprobs):
+    with pytest.raises(PromptError, match="logprobs"):
+        decode(model, [[1]], 1, Sampling(), logprobs=logprobs)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_numbers_are_an_error_not_tokens(value, temperature):
+    broken = our_model(reference_model(CONFIG), CONFIG)
+    with torch.no_grad():
+        broken.transformer.ln_f.bias[3] = value
+    with pytest.raises(FloatingPointError, match="not finite"):
+        generate(broken, [[1, 2]], 4, temperature=temperature)
+
+
+def test_generation_leaves_gradients_and_modes_alone(model):
+    tokens = decode(model, [[1]], 3, Sampling())
+    next(tokens)
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    model(torch.tensor([[1, 2]])).sum().backward()
+    assert model.transformer.wpe.weight.grad is not None
+    model.zero_grad()

@@ -1,0 +1,167 @@
+"""Sampling filters against transformers' on the same logits, and draws against probabilities."""
+
+import math
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from mqa_gpt.errors import PromptError
+from mqa_gpt.sampling import (
+    Sampling,
+    draw,
+    filter_logits,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalize_repetition,
+    uniforms,
+)
+
+
+def random_logits(seed: int, rows: int = 5, vocabulary: int = 101) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, vocabulary, generator=generator) * 4
+
+
+def tokens_in(logits: torch.Tensor, count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(0, logits.shape[1], (len(logits), count), generator=generator)
+
+
+def seen_mask(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, tokens, True)
+
+
+@pytest.mark.parametrize("k", [1, 2, 50, 101, 1000])
+def test_top_k_agrees_with_transformers(k):
+    logits = random_logits(k)
+    torch.testing.assert_close(keep_top_k(logits, k), TopKLogitsWarper(k)(None, logits))
+
+
+def test_top_k_keeps_ties_as_transformers_does():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 2.0]])
+    kept = keep_top_k(logits, 2)
+    assert kept.isfinite().tolist() == [[False, True, True, True, False]]
+    torch.testing.assert_close(kept, TopKLogitsWarper(2)(None, logits))
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.999])
+def test_top_p_agrees_with_transformers(p):
+    logits = random_logits(3)
+    torch.testing.assert_close(keep_top_p(logits, p), TopPLogitsWarper(p)(None, logits))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.01, 0.3, 1.0])
+def test_min_p_agrees_with_transformers(p):
+    logits = random_logits(4)
+    torch.testing.assert_close(keep_min_p(logits, p), MinPLogitsWarper(p)(None, logits))
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3])
+def test_the_repetition_penalty_agrees_with_transformers(penalty):
+    logits = random_logits(5)
+    tokens = tokens_in(logits, 30)
+    torch.testing.assert_close(
+        penalize_repetition(logits, seen_mask(logits, tokens), penalty),
+        RepetitionPenaltyLogitsProcessor(penalty)(tokens, logits.clone()),
+    )
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_all_filters_together_agree_with_transformers_in_its_order(seed):
+    logits = random_logits(seed) + 3
+    tokens = tokens_in(logits, 20)
+    theirs = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(1.7),
+            TemperatureLogitsWarper(1.4),
+            TopKLogitsWarper(40),
+            TopPLogitsWarper(0.9),
+            MinPLogitsWarper(0.02),
+        ]
+    )(tokens, logits.clone())
+    sampling = Sampling(temperature=1.4, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.7)
+    torch.testing.assert_close(filter_logits(logits, sampling, seen_mask(logits, tokens)), theirs)
+
+
+def test_greedy_changes_no_logits():
+    logits = random_logits(1)
+    assert torch.equal(filter_logits(logits, Sampling()), logits)
+
+
+def test_filters_leave_their_input_unchanged():
+    logits = random_logits(2)
+    before = logits.clone()
+    seen = seen_mask(logits, tokens_in(logits, 9))
+    filter_logits(logits, Sampling(1.0, 5, 0.5, 0.1, 2.0), seen)
+    assert torch.equal(logits, before)
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.tensor([[0.0, math.log(2), math.log(4), float("-inf"), math.log(3)]])
+    count = 20_000
+    u = torch.tensor(uniforms(7, 0, count), dtype=torch.float64)
+    drawn = draw(logits.expand(count, -1), u).bincount(minlength=5) / count
+    # Six standard deviations of a frequency over 20,000 draws are at most 0.0212.
+    expected = torch.tensor([0.1, 0.2, 0.4, 0.0, 0.3])
+    assert (drawn - expected).abs().max() < 0.0212
+    assert drawn[3] == 0
+
+
+def test_the_smallest_and_the_largest_uniform_draw_the_first_and_the_last_possible_token():
+    logits = torch.tensor([[float("-inf"), 0.0, 1.0, float("-inf")]])
+    assert draw(logits, torch.tensor([0.0], dtype=torch.float64)).item() == 1
+    assert draw(logits, torch.tensor([1 - 2**-53], dtype=torch.float64)).item() == 2
+
+
+def test_a_token_of_probability_one_in_a_million_is_drawn_at_its_rate_in_a_large_vocabulary():
+    logits = torch.zeros(1, 50_000)
+    u = (torch.arange(50_000, dtype=torch.float64) + 0.5) / 50_000
+    assert torch.equal(draw(logits.expand(50_000, -1)[:64], u[:64]), torch.arange(64))
+    assert draw(logits, u[-1:]).item() == 49_999
+
+
+def test_streams_of_uniforms_differ_by_seed_and_by_sample_and_repeat():
+    streams = {
+        (seed, sample): tuple(uniforms(seed, sample, 4)) for seed in (0, 1, 11) for sample in (0, 1)
+    }
+    assert len(set(streams.values())) == len(streams)
+    assert uniforms(1, 1, 8)[:4] == uniforms(1, 1, 4)
+    assert all(0 <= u < 1 for stream in streams.values() for u in stream)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": 1e-30}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p"),
+        ({"temperature": 1.0, "top_p": 1.01}, "top_p"),
+        ({"temperature": 1.0, "top_p": float("nan")}, "top_p"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k"),
+        ({"temperature": 1.0, "top_k": 2.5}, "top_k"),
+        ({"temperature": 1.0, "top_k": True}, "top_k"),
+        ({"temperature": 1.0, "min_p": -0.1}, "min_p"),
+        ({"temperature": 1.0, "min_p": 1.1}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty"),
+        ({"seed": 1.5}, "seed"),
+        ({"top_p": 0.9}, "temperature"),
+        ({"top_k": 4}, "temperature"),
+        ({"min_p": 0.1}, "temperature"),
+    ],
+)
+def test_an_unusable_option_is_named(options, word):
+    with pytest.raises(PromptError, match=word):
+        Sampling(**options)
