@@ -1,0 +1,237 @@
+"""LLM: text in, text out, with a model that recites a script so that every piece is known."""
+
+import pytest
+import tokenizers
+import torch
+
+from mqa_gpt import GPT, LLM, CheckpointError, GPTConfig, KVCache, PromptError, Tokenizer
+from tests.helpers import our_model, reference_model, tiny_config
+
+SPECIALS = ["<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>"]
+
+
+def byte_tokenizer(specials: list[str] = SPECIALS) -> Tokenizer:
+    """One token per byte, so that every character beyond ASCII is spread over several tokens."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {name: id_ for id_, name in enumerate([*specials, *alphabet])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(specials)
+    return Tokenizer(tokenizer)
+
+
+class Reciting(GPT):
+    """Says `script` one token after the other behind a prompt of any length."""
+
+    def __init__(self, script: list[int], prompt_length: int, vocab_size: int) -> None:
+        super().__init__(
+            GPTConfig(
+                vocab_size, 256, n_embd=2, n_layer=1, n_head=1, eos_token_id=0, bos_token_id=0
+            )
+        )
+        self.script, self.prompt_length = script, prompt_length
+
+    def forward(
+        self, ids: torch.Tensor, cache: KVCache | None = None, logits_at: object = None
+    ) -> torch.Tensor:
+        assert cache is not None
+        cache.advance(ids.shape[1])
+        logits = torch.zeros(len(ids), self.config.vocab_size)
+        logits[:, self.script[cache.end - self.prompt_length]] = 9.0
+        return logits if logits_at is not None else logits[:, None]
+
+
+def reciting(text: str, *, prompt_length: int = 1, end: bool = True) -> LLM:
+    tokenizer = byte_tokenizer()
+    script = tokenizer.encode(text) + [0] * end
+    return LLM(Reciting(script, prompt_length, tokenizer.vocab_size).eval(), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    tokenizer = byte_tokenizer()
+    config = tiny_config(vocab_size=tokenizer.vocab_size, bos_token_id=0, eos_token_id=0)
+    return LLM(our_model(reference_model(config), config), tokenizer)
+
+
+def test_a_completion_ends_at_end_of_text_without_showing_it():
+    completion = reciting("hello").generate("x")
+    assert (completion.text, completion.finish_reason) == ("hello", "stop")
+    assert completion.token_ids == [*byte_tokenizer().encode("hello"), 0]
+    assert completion.prompt_tokens == 1
+
+
+def test_a_completion_ends_after_max_new_tokens():
+    completion = reciting("hello").generate("x", max_new_tokens=3)
+    assert (completion.text, completion.finish_reason) == ("hel", "length")
+
+
+def test_end_of_text_of_the_tokenizer_ends_a_completion_whatever_the_config_says():
+    llm = reciting("hello")
+    object.__setattr__(llm.model.config, "eos_token_id", 200)
+    assert llm.generate("x").text == "hello"
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [
+        ("llo w", "he"),
+        (["zzz", "wor"], "hello "),
+        (["o", "ll"], "he"),
+        (["lo w", "w"], "hel"),
+        ("h", ""),
+        ("hello world!", "hello world"),
+    ],
+)
+def test_text_ends_before_the_first_stop_string_wherever_token_borders_are(stop, text):
+    completion = reciting("hello world").generate("x", stop=stop)
+    assert (completion.text, completion.finish_reason) == (text, "stop")
+
+
+def test_generation_ends_with_the_token_that_completes_a_stop_string():
+    completion = reciting("hello world").generate("x", stop="ll")
+    assert completion.token_ids == byte_tokenizer().encode("hell")
+
+
+@pytest.mark.parametrize("stop", [None, "lo w", ["lo!", "world, "], "d\N{SNOWMAN}"])
+def test_streamed_pieces_add_up_to_the_completion(stop):
+    text = "hello w\N{LATIN SMALL LETTER O WITH DIAERESIS}rld\N{SNAKE}\N{SNOWMAN}"
+    llm = reciting(text)
+    pieces = list(llm.stream("x", stop=stop))
+    assert "".join(pieces) == llm.generate("x", stop=stop).text
+    assert all("\ufffd" not in piece and piece for piece in pieces)
+
+
+def test_text_that_might_begin_a_stop_string_is_held_back_until_it_does_not():
+    assert list(reciting("abcabd").stream("x", stop="abd")) == ["abc"]
+    assert list(reciting("abcab").stream("x", stop="abd")) == ["abc", "ab"]
+
+
+def test_a_character_cut_by_the_token_limit_is_shown_as_a_replacement():
+    llm = reciting("a\N{SNAKE}")
+    assert llm.generate("x", max_new_tokens=3).text == "a\ufffd"
+    assert "".join(llm.stream("x", max_new_tokens=3)) == "a\ufffd"
+
+
+def test_one_text_gives_one_completion_and_a_list_gives_a_list(llm):
+    assert llm.generate("a", 4).text == llm.generate(["a"], 4)[0].text
+    samples = llm.generate("a", 4, n=3, temperature=1.0, seed=0)
+    assert len(samples) == 3
+    nested = llm.generate(["b", "a"], 4, n=3, temperature=1.0, seed=0)
+    assert [len(row) for row in nested] == [3, 3]
+    assert nested[1] == samples
+
+
+def test_a_prompt_in_a_batch_is_completed_as_it_is_alone(llm):
+    prompts = ["def f(x):", "", "import os\nimport \N{SNAKE}"]
+    together = llm.generate(prompts, 30, temperature=1.0, seed=3)
+    assert together == [llm.generate(p, 30, temperature=1.0, seed=3) for p in prompts]
+
+
+def test_an_empty_prompt_starts_from_end_of_text(llm):
+    assert llm.generate("", 9).token_ids == llm.generate("<|endoftext|>", 9).token_ids
+    assert llm.generate("", 9).prompt_tokens == 1
+
+
+def test_control_tokens_in_a_prompt_act_unless_told_not_to(llm):
+    assert llm.generate("<fim_prefix>a", 1).prompt_tokens == 2
+    assert llm.generate("<fim_prefix>a", 1, special_tokens=False).prompt_tokens == 13
+
+
+def test_infilling_treats_control_tokens_in_its_texts_as_text(llm):
+    completion = llm.infill("a<fim_middle>", "<|endoftext|>b", 4)
+    assert completion.prompt_tokens == 3 + len("a<fim_middle>") + len("<|endoftext|>b")
+
+
+def test_infilling_runs_the_model_on_the_fim_prompt(llm):
+    tok = llm.tokenizer
+    psm = f"<fim_prefix>{'ab'}<fim_suffix>{'cd'}<fim_middle>"
+    spm = f"<fim_prefix><fim_suffix>{'cd'}<fim_middle>{'ab'}"
+    assert tok.fim is not None
+    assert llm.infill("ab", "cd", 8).token_ids == llm.generate(psm, 8).token_ids
+    assert llm.infill("ab", "cd", 8, mode="spm").token_ids == llm.generate(spm, 8).token_ids
+    assert llm.infill("ab", "cd", 8).token_ids != llm.infill("ab", "cd", 8, mode="spm").token_ids
+
+
+def test_infilling_beyond_the_context_is_an_error_or_is_cut_around_the_hole(llm):
+    room = llm.model.config.n_positions - 8 - 3
+    prefix, suffix = "p" * 100, "s" * 20
+    with pytest.raises(PromptError, match="context"):
+        llm.infill(prefix, suffix, 8)
+    completion = llm.infill(prefix, suffix, 8, truncate=True)
+    assert completion.cut == (120 - room, 0)
+    assert completion.prompt_tokens == room + 3
+    assert llm.infill("ab", "cd", 8, truncate=True).cut == (0, 0)
+
+
+def test_truncation_reckons_only_with_a_usable_number_of_new_tokens(llm):
+    with pytest.raises(PromptError, match="max_new_tokens"):
+        llm.infill("a", "b", "many", truncate=True)
+
+
+def test_a_checkpoint_without_fim_tokens_says_that_it_cannot_infill(llm):
+    plain = LLM(llm.model, byte_tokenizer(["<|endoftext|>"]))
+    with pytest.raises(CheckpointError, match="cannot infill"):
+        plain.infill("a", "b")
+
+
+def test_log_probabilities_come_one_per_token(llm):
+    completion = llm.generate("ab", 5, logprobs=2)
+    assert completion.logprobs is not None
+    assert completion.top_logprobs is not None
+    assert len(completion.logprobs) == len(completion.top_logprobs) == 5
+    # Greedy: the chosen token is the likeliest.
+    for id_, logprob, top in zip(
+        completion.token_ids, completion.logprobs, completion.top_logprobs, strict=True
+    ):
+        assert top[0] == (id_, logprob)
+        assert top[0][1] >= top[1][1]
+    assert llm.generate("ab", 5).logprobs is None
+
+
+def test_what_was_generated_before_an_interrupt_is_kept():
+    generation = reciting("hello").begin(["x"])
+    pieces = iter(generation)
+    assert next(pieces) == (0, "h")
+    assert next(pieces) == (0, "e")
+    completion = generation.completions[0]
+    assert (completion.text, completion.finish_reason) == ("he", "interrupted")
+
+
+def test_statistics_count_tokens_and_time():
+    generation = reciting("hello").begin(["x"])
+    generation.run()
+    stats = generation.stats
+    assert (stats.rows, stats.prompt_tokens, stats.new_tokens) == (1, 1, 6)
+    assert 0 < stats.first_token_seconds < stats.total_seconds
+    assert stats.decode_rate == pytest.approx(5 / (stats.total_seconds - stats.first_token_seconds))
+    assert stats.prefill_rate == pytest.approx(1 / stats.first_token_seconds)
+
+
+def test_no_new_tokens_give_an_empty_completion(llm):
+    completion = llm.generate("abc", 0)
+    assert (completion.text, completion.finish_reason, completion.token_ids) == ("", "length", [])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "words"),
+    [
+        (b"bytes", {}, "must be"),
+        ([None], {}, "NoneType"),
+        (["ok", "\ud800"], {}, "surrogate"),
+        ("a", {"stop": ""}, "stop"),
+        ("a", {"stop": [3]}, "stop"),
+        ("a", {"max_new_tokens": -1}, "max_new_tokens"),
+        ("a" * 200, {}, "200 tokens"),
+        ("a", {"top_p": 2.0, "temperature": 1.0}, "top_p"),
+    ],
+)
+def test_unusable_input_is_named(llm, prompt, options, words):
+    with pytest.raises(PromptError, match=words):
+        llm.generate(prompt, **options)
+
+
+def test_streaming_names_unusable_input_too(llm):
+    with pytest.raises(PromptError, match="surrogate"):
+        next(llm.stream("\udfff"))
