@@ -1,0 +1,128 @@
+"""Small random models and their transformers twins, for tests that compare the two."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GPTBigCodeConfig, GPTBigCodeForCausalLM
+
+from mqa_gpt import GPT, GPTConfig
+from mqa_gpt.generate import generate
+
+
+def tiny_config(**changes: object) -> GPTConfig:
+    """A small config whose sizes are all different, so that a mixed-up pair of them shows.
+
+    Attention is peaked and depends on position: at the usual initializer_range of 0.02 all scores
+    are about zero, and a wrong scale or mask would hardly move the logits.
+    """
+    values: dict[str, object] = {
+        "vocab_size": 97,
+        "n_positions": 112,
+        "n_embd": 60,
+        "n_layer": 2,
+        "n_head": 3,
+        "n_inner": 136,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.4,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+    return GPTConfig.from_dict(values | changes)
+
+
+def reference_model(
+    config: GPTConfig, seed: int = 0, *, attention: str = "eager"
+) -> GPTBigCodeForCausalLM:
+    """transformers' model for `config`, float32, in eval mode, every parameter random.
+
+    That includes biases and LayerNorms, whose usual 0 and 1 would hide that one is left out.
+    """
+    torch.manual_seed(seed)
+    reference = GPTBigCodeForCausalLM._from_config(
+        GPTBigCodeConfig(**config.to_dict()), attn_implementation=attention
+    )
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if parameter.ndim == 1:
+                center = 1.0 if "ln_" in name and name.endswith("weight") else 0.0
+                parameter.normal_(center, 0.3)
+    # No end token, no special cases: greedy is the largest logit and nothing else.
+    reference.generation_config = GenerationConfig(pad_token_id=0)
+    return reference.eval()
+
+
+def our_model(reference: GPTBigCodeForCausalLM, config: GPTConfig, backend: str = "auto") -> GPT:
+    """`GPT` with the reference's weights and dtype, in eval mode."""
+    model = GPT(config, backend=backend).to(reference.dtype)
+    model.load_state_dict(reference.state_dict())
+    return model.eval()
+
+
+def random_ids(config: GPTConfig, *shape: int, seed: int = 0) -> Tensor:
+    """Token ids of the given shape, int64."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(config.vocab_size, shape, generator=generator)
+
+
+def random_prompts(config: GPTConfig, lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
+    """One random prompt per length."""
+    ids = random_ids(config, len(lengths), max(lengths), seed=seed).tolist()
+    return [row[:n] for row, n in zip(ids, lengths, strict=True)]
+
+
+def left_padded(prompts: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """The batch as transformers wants it: padding in front, a mask, and positions that skip it."""
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
+    return {
+        "input_ids": torch.tensor(
+            [[0] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)]
+        ),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }
+
+
+@torch.no_grad()
+def reference_greedy(
+    reference: GPTBigCodeForCausalLM, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """transformers' `generate` on the left-padded batch: ids (B, N), logits (B, N, V)."""
+    batch = left_padded(prompts)
+    output = reference.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return output.sequences[:, -new_tokens:], torch.stack(output.logits, dim=1)
+
+
+def our_greedy(
+    model: GPT, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """The same with our `generate`; the logits are those that it chose by."""
+    steps: list[Tensor] = []
+    hook = model.lm_head.register_forward_hook(lambda *call: steps.append(call[-1]))
+    ids = generate(model, prompts, new_tokens)
+    hook.remove()
+    return torch.tensor(ids), torch.stack([step.view(len(prompts), -1) for step in steps], dim=1)
+
+
+def error(ours: Tensor, reference: Tensor) -> float:
+    """max |ours - reference|, computed in float64; NaN anywhere gives NaN."""
+    return (ours.double() - reference.double()).abs().max().item()
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    """`error` over the largest reference value."""
+    return error(ours, reference) / reference.double().abs().max().item()

@@ -1,0 +1,187 @@
+"""The matrix: random tiny checkpoints of every kind, against transformers itself."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers import (
+    error,
+    left_padded,
+    our_greedy,
+    our_model,
+    random_prompts,
+    reference_greedy,
+    reference_model,
+    relative_error,
+    tiny_config,
+)
+from torch import Tensor
+from transformers import GPTBigCodeForCausalLM
+
+from mqa_gpt import GPT, GPTConfig, KVCache
+from mqa_gpt.config import ACTIVATIONS
+
+BACKENDS = ("reference", "sdpa")
+HEAD_DIMS = (16, 17, 20, 24, 32, 40, 48, 64, 72, 80, 96, 112, 128)
+NEW_TOKENS = 64
+LENGTHS = (11, 9, 14)
+TOLERANCE = 2e-5  # float32, of the largest logit
+
+
+def matrix() -> list[GPTConfig]:
+    """The checkpoints: what is listed cycles at different periods, other sizes are drawn."""
+    rng = random.Random(0)
+    configs = []
+    for i in range(65):
+        head_dim = HEAD_DIMS[i % 13]
+        n_head = 1 if i == 8 else rng.randint(2, max(2, min(7, 200 // head_dim)))
+        n_embd = n_head * head_dim
+        scaled = i % 7 not in (2, 5)
+        configs.append(
+            tiny_config(
+                vocab_size=rng.randint(40, 260),
+                n_positions=max(LENGTHS) + NEW_TOKENS + rng.randint(0, 9),
+                n_embd=n_embd,
+                n_layer=rng.choice((1, 2, 2, 3)),
+                n_head=n_head,
+                n_inner=None if i % 6 == 0 else rng.randint(20, 3 * n_embd),
+                activation_function=ACTIVATIONS[i % 5],
+                layer_norm_epsilon=(1e-5, 1e-6, 1e-2)[i % 3],
+                # Unscaled scores are D^0.5 times larger: these weights make them no larger.
+                initializer_range=2.5 * n_embd**-0.5 * (1 if scaled else head_dim**-0.25),
+                scale_attn_weights=scaled,
+                multi_query=i % 3 != 1,
+                tie_word_embeddings=i % 4 < 2,
+            )
+        )
+    return configs
+
+
+def label(config: GPTConfig) -> str:
+    parts = [
+        "mqa" if config.multi_query else "mha",
+        config.activation_function,
+        f"H{config.n_head}xD{config.head_dim}",
+        f"L{config.n_layer}",
+        f"F{config.inner_size}",
+        f"V{config.vocab_size}",
+        "tied" if config.tie_word_embeddings else "untied",
+        "scaled" if config.scale_attn_weights else "unscaled",
+    ]
+    return "-".join(parts)
+
+
+class Checkpoint(NamedTuple):
+    config: GPTConfig
+    reference: GPTBigCodeForCausalLM
+    seed: int
+
+
+@pytest.fixture(scope="module", params=list(enumerate(matrix())), ids=lambda p: label(p[1]))
+def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
+    seed, config = request.param
+    return Checkpoint(config, reference_model(config, seed), seed)
+
+
+def test_the_matrix_has_at_least_60_distinct_checkpoints_and_every_kind() -> None:
+    configs = matrix()
+    assert len({config.to_json() for config in configs}) >= 60
+    switches = {(c.multi_query, c.tie_word_embeddings, c.scale_attn_weights) for c in configs}
+    assert switches == set(itertools.product((True, False), repeat=3))
+    kinds = {(c.multi_query, c.activation_function) for c in configs}
+    assert kinds == set(itertools.product((True, False), ACTIVATIONS))
+    assert {c.head_dim for c in configs} == set(HEAD_DIMS)
+    assert any(c.n_inner is None for c in configs)
+
+
+@torch.no_grad()
+def reference_rows(reference: GPTBigCodeForCausalLM, prompts: list[list[int]]) -> Tensor:
+    """The logits of every real token, (sum of lengths, V), from one left-padded batch."""
+    batch = left_padded(prompts)
+    return reference(**batch).logits[batch["attention_mask"].bool()]
+
+
+@torch.no_grad()
+def our_rows(model: GPT, prompts: list[list[int]]) -> Iterator[tuple[str, Tensor]]:
+    """The same from our model in the ways there are to feed it tokens, each with its name."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    longest = int(lengths.max())
+    ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
+    real = torch.arange(longest) < lengths[:, None]  # (B, T)
+    yield "uncached", model(ids)[real]
+
+    # Rows of one length: a token, two chunks, then the rest one by one.
+    cache = KVCache(model.config, len(prompts), longest, dtype=model.dtype)
+    chunks = ids.split([1, 5, 3, *[1] * (longest - 9)], dim=1)
+    yield "cached", torch.cat([model(chunk, cache=cache) for chunk in chunks], 1)[real]
+
+    # Rows of different lengths: a right-padded prefill, then a chunk, then single tokens.
+    cache = KVCache(model.config, len(prompts), longest, dtype=model.dtype)
+    first = lengths - 6
+    logits = torch.zeros(*ids.shape, model.config.vocab_size, dtype=model.dtype)
+    logits[:, : first.max()] = model(ids[:, : first.max()], cache=cache)
+    cache.set_lengths(first.tolist())
+    for T in (3, 1, 2):
+        slots = cache.lengths[:, None] + torch.arange(T)  # (B, T)
+        logits[torch.arange(len(ids))[:, None], slots] = model(ids.gather(1, slots), cache=cache)
+    yield "ragged", logits[real]
+
+
+def test_float32_logits_are_those_of_transformers(checkpoint: Checkpoint) -> None:
+    config, reference, seed = checkpoint
+    prompts = random_prompts(config, LENGTHS, seed)
+    expected = reference_rows(reference, prompts)
+    if not config.scale_attn_weights:
+        exact = reference_rows(float64_twin(reference), prompts)
+        limit = 2 * error(expected, exact)
+    for backend in BACKENDS:
+        for way, logits in our_rows(our_model(reference, config, backend), prompts):
+            if config.scale_attn_weights:
+                assert relative_error(logits, expected) <= TOLERANCE, (backend, way)
+            else:
+                assert error(logits, exact) <= limit, (backend, way)
+
+
+def test_float32_greedy_tokens_of_a_ragged_batch_are_those_of_transformers(
+    checkpoint: Checkpoint,
+) -> None:
+    config, reference, seed = checkpoint
+    for attempt in itertools.count():
+        prompts = random_prompts(config, LENGTHS, seed + 1000 * attempt)
+        expected_ids, expected = reference_greedy(reference, prompts, NEW_TOKENS)
+        first, second = expected.topk(2).values.unbind(-1)
+        # Where two logits are closer than twice the tolerance, rounding may swap them.
+        if (first - second).min() > 2 * TOLERANCE * expected.abs().max():
+            break
+    for backend in BACKENDS:
+        ids, logits = our_greedy(our_model(reference, config, backend), prompts, NEW_TOKENS)
+        assert ids.tolist() == expected_ids.tolist(), backend
+        assert relative_error(logits, expected) <= TOLERANCE, backend
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_low_precision_is_as_close_to_float32_as_transformers_is(
+    checkpoint: Checkpoint, dtype: torch.dtype
+) -> None:
+    config, reference, seed = checkpoint
+    prompts = random_prompts(config, LENGTHS * 4, seed)  # a maximum over few tokens is mostly luck
+    reference16 = copy.deepcopy(reference).to(dtype)
+    expected = reference_rows(copy.deepcopy(reference16).float(), prompts)
+    limit = 2 * error(reference_rows(reference16, prompts), expected)
+    for backend in BACKENDS:
+        for way, logits in our_rows(our_model(reference16, config, backend), prompts):
+            assert logits.dtype == dtype
+            assert error(logits, expected) <= limit, (backend, way)
+
+
+def float64_twin(reference: GPTBigCodeForCausalLM) -> GPTBigCodeForCausalLM:
+    """The same weights computed in float64; not by eager attention, whose softmax is float32."""
+    twin = copy.deepcopy(reference).double()
+    twin.set_attn_implementation("sdpa")
+    return twin
