@@ -12,7 +12,9 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import reduce
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,26 +27,28 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mqa_gpt.attention import select_attention
-from mqa_gpt.config import GPTConfig
+from mqa_gpt.config import GPTConfig, shown
 from mqa_gpt.errors import CheckpointError, ConfigError, InputError
+from mqa_gpt.hub import resolve
 from mqa_gpt.model import GPT
+
+__all__ = [
+    "DEMO_DIR",
+    "StoredTensor",
+    "available_memory",
+    "empty_model",
+    "load_model",
+    "read_config",
+    "resolve",
+    "save_model",
+    "stored_tensors",
+]
 
 DEMO_DIR = Path(__file__).parent / "demo"
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-# What is fetched from the hub: never a pickle, never code, nothing from sub-folders.
-HUB_FILES = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-]
 
 DTYPES = {
     "float32": torch.float32,
@@ -76,100 +80,7 @@ class StoredTensor(NamedTuple):
     file: Path
 
 
-# ---------------------------------------------------------------------------------------- finding
-
-
-def resolve(name_or_dir: str | PathLike[str], revision: str | None = None) -> Path:
-    """The folder of a checkpoint: `name_or_dir` itself, or the hub's files in the local cache.
-
-    A folder that exists is taken as it is. What does not exist but looks like a path (begins with
-    "/", "." or "~", or lies in a folder that exists) is an error; anything else is a hub name,
-    whose safetensors and JSON files `huggingface_hub` downloads or finds in its cache.
-
-    Args:
-        name_or_dir: a folder, or a hub name such as "bigcode/starcoderbase-1b".
-        revision: branch, tag or commit of a hub name.
-
-    Raises:
-        CheckpointError: no such folder, or what the hub answered: gated, missing, unreachable.
-    """
-    name = os.fspath(name_or_dir)
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        if revision is not None:
-            raise CheckpointError(
-                f"revision is {revision!r} but {name} is a folder: a revision needs a hub name"
-            )
-        return path
-    if name and path.is_file():
-        raise CheckpointError(
-            f"{name} is a file: give the folder that holds the config.json and the weights"
-        )
-    in_a_folder = len(path.parts) > 1 and path.parent.is_dir()
-    if not name or name[0] in "/.~" or len(path.parts) > 2 or in_a_folder:
-        raise CheckpointError(
-            f"there is no folder {name!r}: give an existing folder, "
-            "or a hub name such as 'bigcode/starcoderbase-1b'"
-        )
-    return _download(name, revision)
-
-
-def _download(name: str, revision: str | None) -> Path:
-    """The folder that holds the checkpoint's files after asking the hub and its local cache."""
-    # Imported here: half a second that loading a folder does not need.
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (  # type: ignore[attr-defined]
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*"]
-            )
-        )
-    except HFValidationError as error:
-        raise CheckpointError(
-            f"{name!r} is neither a folder nor a hub name such as 'bigcode/starcoderbase-1b'"
-        ) from error
-    except GatedRepoError as error:  # before RepositoryNotFoundError, which it derives from
-        raise CheckpointError(
-            f"{name} is gated: accept its licence at https://huggingface.co/{name}, "
-            "then run `hf auth login` with a token of that account"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"{name!r} is neither a folder here nor a model on the hub: check the spelling, "
-            "or run `hf auth login` if it is private"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(
-            f"{name} has no revision {revision!r}: see the branches and tags at "
-            f"https://huggingface.co/{name}/tree/main"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        if isinstance(error.__cause__, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
-            reason = "HF_HUB_OFFLINE is set: unset it to download"
-        else:
-            reason = f"the hub at {constants.ENDPOINT} cannot be reached: check the network"
-        raise CheckpointError(
-            f"{name} is not complete in the cache ({constants.HF_HUB_CACHE}) and {reason}, "
-            "or give a folder"
-        ) from error
-    except HfHubHTTPError as error:
-        raise CheckpointError(f"the hub refused {name}: {error}") from error
-    except (HTTPError, OSError) as error:
-        raise CheckpointError(
-            f"downloading {name} failed: {error or type(error).__name__}; "
-            "run the same again to continue where it stopped"
-        ) from error
+# --------------------------------------------------------------------------------------- reading
 
 
 def read_config(folder: str | PathLike[str]) -> GPTConfig:
@@ -185,21 +96,11 @@ def read_config(folder: str | PathLike[str]) -> GPTConfig:
             f"{folder} holds no {CONFIG_FILE}: a checkpoint is a folder with {CONFIG_FILE} and "
             f"{WEIGHTS_FILE}"
         )
+    values = _read_json(file, ConfigError)
     try:
-        return GPTConfig.from_dict(_read_json(file))
+        return GPTConfig.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
-
-
-def _read_json(file: Path) -> Any:
-    """The contents of a JSON file; ConfigError if it has none."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"not valid JSON ({error})") from error
-
-
-# --------------------------------------------------------------------------------------- headers
 
 
 def stored_tensors(folder: str | PathLike[str]) -> list[StoredTensor]:
@@ -214,7 +115,7 @@ def stored_tensors(folder: str | PathLike[str]) -> list[StoredTensor]:
     """
     folder = Path(folder)
     if (folder / WEIGHTS_FILE).is_file():
-        return list(_read_header(folder / WEIGHTS_FILE))
+        return _read_header(folder / WEIGHTS_FILE)
     if not (folder / INDEX_FILE).is_file():
         raise CheckpointError(_no_weights(folder))
     weight_map = _read_index(folder / INDEX_FILE)
@@ -223,55 +124,72 @@ def stored_tensors(folder: str | PathLike[str]) -> list[StoredTensor]:
     stored: list[StoredTensor] = []
     for shard in sorted(set(weight_map.values())):
         if not (folder / shard).is_file():
-            problems.append(f"{shard} is missing")
+            problems.append(f"{shown(shard)} is missing")
             continue
         try:
-            tensors = list(_read_header(folder / shard))
+            tensors = _read_header(folder / shard)
         except CheckpointError as error:
             problems.append(str(error))
             continue
         names = {tensor.name for tensor in tensors}
         promised = {name for name, file in weight_map.items() if file == shard}
-        problems += [f"{shard} lacks {name!r}" for name in sorted(promised - names)]
+        problems += [f"{shard} lacks {shown(name)}" for name in sorted(promised - names)]
         problems += [
-            f"{shard} holds {name!r}, which the index does not place there"
+            f"{shard} holds {shown(name)}, which the index does not place there"
             for name in sorted(names - promised)
         ]
         stored += tensors
     if problems:
-        raise _all_problems(
-            f"{folder / INDEX_FILE} does not describe the files beside it", problems
-        )
+        raise _all_problems(f"{folder / INDEX_FILE} does not fit the files beside it", problems)
     return stored
 
 
 def _read_index(file: Path) -> dict[str, str]:
     """The index's map from tensor name to shard, of plain safetensors file names only."""
-    try:
-        index = _read_json(file)
-    except ConfigError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+    index = _read_json(file, CheckpointError)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{file} has no weight_map: it must map tensor names to shards")
-    problems = []
-    for shard in {repr(shard): shard for shard in weight_map.values()}.values():
-        if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-            problems.append(f"{shard!r} is not the plain name of a .safetensors file")
-    if problems:
-        raise _all_problems(f"{file} names shards that are refused", problems)
+        raise CheckpointError(f"{file} has no weight_map from tensor names to shards: get it again")
+    refused = [
+        f"{shown(name)} is in {shown(shard)}"
+        for name, shard in weight_map.items()
+        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\:\0]+\.safetensors", shard)
+    ]
+    if refused:
+        raise _all_problems(
+            f"{file} may only name .safetensors files in its own folder, without a path", refused
+        )
     return weight_map
 
 
-def _read_header(file: Path) -> Iterator[StoredTensor]:
-    """The tensors of one safetensors file."""
+def _read_json(file: Path, error_type: type[InputError]) -> Any:
+    """The contents of a JSON file."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8 or a number too long
+        raise error_type(f"{file} is not valid JSON ({error}): get it again") from error
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, mapped into memory; CheckpointError where it cannot be used."""
     try:
         with safe_open(file, framework="pt") as handle:
-            for name in sorted(handle.keys()):
-                view = handle.get_slice(name)
-                yield StoredTensor(name, tuple(view.get_shape()), view.get_dtype(), file)
+            yield handle
     except (SafetensorError, OSError) as error:
         raise CheckpointError(_diagnose(file, error)) from error
+
+
+def _read_header(file: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors file."""
+    with _opened(file) as handle:
+        views = {name: handle.get_slice(name) for name in sorted(handle.keys())}
+        return [
+            StoredTensor(name, tuple(view.get_shape()), view.get_dtype(), file)
+            for name, view in views.items()
+        ]
 
 
 def _diagnose(file: Path, error: Exception) -> str:
@@ -281,38 +199,44 @@ def _diagnose(file: Path, error: Exception) -> str:
             head = stream.read(64)
         size = file.stat().st_size
     except OSError as unreadable:
-        return f"{file} cannot be read: {unreadable.strerror or unreadable}"
-    if not head:
-        return f"{file} is empty: download it again"
+        return f"{file} cannot be read: {unreadable.strerror}"
+    if not size:
+        return f"{file} is empty (0 bytes): get it again"
     if head.startswith(b"version https://git-lfs"):
-        return f"{file} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder"
+        return (
+            f"{file} ({size:,} bytes) is a git-lfs pointer, not the weights: run `git lfs pull` in "
+            "its folder"
+        )
     if head.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", head):
         return (
-            f"{file} is a pickle (PyTorch's .bin format), which can run code when it is opened, "
-            "and not safetensors: get the checkpoint's .safetensors files"
+            f"{file} ({size:,} bytes) is a pickle (PyTorch's .bin format), which can run code when "
+            "it is opened: get the checkpoint's real safetensors files"
         )
-    return f"{file} ({size:,} bytes) is not a valid safetensors file ({error}): download it again"
+    return f"{file} ({size:,} bytes) is not a valid safetensors file ({error}): get it again"
 
 
 def _no_weights(folder: Path) -> str:
-    """What to say about a folder without the two files that loading starts from."""
-    others = sorted(file.name for file in folder.glob("*.safetensors"))
-    pickles = sorted(file.name for p in ("*.bin", "*.pt", "*.pth") for file in folder.glob(p))
+    """What to say about a folder without the files that loading starts from."""
     message = f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}"
+    others = sorted(file.name for file in folder.glob("*.safetensors"))
     if others:
-        return f"{message} but {', '.join(others)}: rename a single file to {WEIGHTS_FILE}"
+        return f"{message} but {shown(others)}: rename a single file to {WEIGHTS_FILE}"
+    pickles = sorted(
+        file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")
+    )
+    if pickles:
+        message += f" but {shown(pickles)}"
     return (
-        f"{message}{f' but {pickles[0]}' if pickles else ''}: only safetensors are read, since "
-        "opening a pickle (.bin, .pt) can run code; convert it with transformers' save_pretrained, "
-        "or look for a revision of the checkpoint with safetensors"
+        f"{message}: pickles (.bin, .pt) are not read, since opening one can run code; convert "
+        "them with transformers' save_pretrained, or look for a revision with safetensors"
     )
 
 
-def _all_problems(what: str, problems: list[str], shown: int = 20) -> CheckpointError:
-    """One error for many problems: the first ones in full, the others counted."""
-    lines = problems[:shown]
-    if len(problems) > shown:
-        lines.append(f"... and {len(problems) - shown} more")
+def _all_problems(what: str, problems: list[str]) -> CheckpointError:
+    """One error for many problems: the first twenty in full, the others counted."""
+    lines = problems[:20]
+    if len(problems) > len(lines):
+        lines.append(f"... and {len(problems) - len(lines)} more")
     return CheckpointError(f"{what}:\n  " + "\n  ".join(lines))
 
 
@@ -347,22 +271,18 @@ def load_model(
         ConfigError: a config that this architecture cannot run.
         InputError: a dtype or device that does not exist here.
     """
-    chosen_dtype = None if dtype is None else _as_dtype(dtype)
+    wanted_dtype = None if dtype is None else _as_dtype(dtype)
     chosen_device = _as_device(device)
     select_attention(backend, chosen_device)  # a wrong name is said before the work, not after
     folder = resolve(name_or_dir, revision)
     config = read_config(folder)
     stored = _by_parameter_name(folder, stored_tensors(folder), config)
-    model = empty_model(config, backend)
+    model = empty_model(config)
     parts = _match(folder, model, stored)
-
-    if chosen_dtype is None:
-        chosen_dtype = STORED_DTYPES[next(iter(stored.values())).dtype]
-        for tensor in stored.values():
-            chosen_dtype = torch.promote_types(chosen_dtype, STORED_DTYPES[tensor.dtype])
+    chosen_dtype = wanted_dtype or _widest_dtype(stored.values())
     _require_memory(folder, model, chosen_dtype, chosen_device)
-    if config.tie_word_embeddings and LM_HEAD in stored and WTE in stored:
-        _require_equal(folder, stored[WTE], stored[LM_HEAD])
+    if config.tie_word_embeddings and WTE in stored and LM_HEAD in stored:
+        _require_equal(folder, stored[WTE], stored[LM_HEAD], chosen_dtype)
 
     state = {}
     copies: list[tuple[StoredTensor, Tensor]] = []
@@ -370,14 +290,12 @@ def load_model(
         state[name] = torch.empty(parameter.shape, dtype=chosen_dtype, device=chosen_device)
         first = 0
         for tensor, transposed in parts[name]:
-            size = tensor.shape[-1] if transposed else tensor.shape[0]
-            rows = state[name][first : first + size]
-            copies.append((tensor, rows.T if transposed else rows))
-            first += size
+            rows = tensor.shape[-1] if transposed else tensor.shape[0]
+            part = state[name][first : first + rows]
+            copies.append((tensor, part.T if transposed else part))
+            first += rows
     _copy(copies)
-    if config.tie_word_embeddings:
-        state[LM_HEAD] = state[WTE]
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict(state, assign=True, strict=False)  # a tied lm_head has no entry
     if config.tie_word_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
     model.set_backend(backend)
@@ -391,15 +309,15 @@ class _NoRandomNumbers(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.nn.init.normal_, torch.Tensor.normal_):
+        if func in (torch.nn.init.normal_, Tensor.normal_):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
 
-def empty_model(config: GPTConfig, backend: str = "auto") -> GPT:
+def empty_model(config: GPTConfig) -> GPT:
     """A model on the meta device: every module, name and shape, and no memory for the weights."""
     with torch.device("meta"), _NoRandomNumbers():
-        return GPT(config, backend)
+        return GPT(config)
 
 
 def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -414,11 +332,11 @@ def _as_device(device: torch.device | str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        torch.empty(0, device=found)  # the name may be known and the hardware absent
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
-            f"device is {str(device)!r}, which this machine or this build of torch does not have; "
-            "'cpu' always works"
+            f"device is {str(device)!r}, which this machine or this build of PyTorch does not "
+            "have: 'cpu' always works"
         ) from error
     return found
 
@@ -433,23 +351,23 @@ def _by_parameter_name(
     for tensor in tensors:
         name = tensor.name
         if name != LM_HEAD and not name.startswith("transformer."):
-            name = "transformer." + name
+            name = f"transformer.{name}"
         if buffer.fullmatch(name):
             continue
         if name in stored:
-            twice.append(f"{tensor.name!r} is the same weight as {stored[name].name!r}")
+            twice.append(f"{shown(tensor.name)} and {shown(stored[name].name)} are the same weight")
         stored[name] = tensor
     if twice:
         raise _all_problems(f"{folder} holds weights twice", twice)
     if config.n_layer > len(stored):  # before a model of that many layers is built
         raise CheckpointError(
-            f"{folder} holds {len(stored)} weights, but its {CONFIG_FILE} describes "
-            f"{config.n_layer} layers"
+            f"{folder} holds {len(stored)} weights, too few for the n_layer of {config.n_layer} in "
+            f"its {CONFIG_FILE}: one of the two is of another model"
         )
     return stored
 
 
-# One or two stored tensors that make a parameter, and whether they are stored transposed.
+# The one or two stored tensors that make a parameter, and whether they are stored transposed.
 Parts = list[tuple[StoredTensor, bool]]
 
 
@@ -458,38 +376,41 @@ def _match(folder: Path, model: GPT, stored: dict[str, StoredTensor]) -> dict[st
     config = model.config
     # Original SantaCoder keeps queries apart from keys and values, and every linear weight of its
     # blocks as [in, out], the habit of GPT-2's Conv1D.
-    santacoder = any(name.endswith(".attn.q_attn.weight") for name in stored)
+    santacoder = config.multi_query and any(name.endswith(".q_attn.weight") for name in stored)
+    left = dict(stored)
     parts: dict[str, Parts] = {}
     problems = []
-    left = dict(stored)
+    if config.tie_word_embeddings and LM_HEAD in left:
+        head = left.pop(LM_HEAD)
+        if left.setdefault(WTE, head) is not head:
+            problems += _amiss(head, (config.vocab_size, config.n_embd))
     for parameter_name, parameter in model.named_parameters():
         shape = tuple(parameter.shape)
         wanted = [(parameter_name, shape)]
         if santacoder and ".c_attn." in parameter_name:
+            sizes = {"q_attn": config.n_embd, "kv_attn": 2 * config.head_dim}
             wanted = [
                 (parameter_name.replace("c_attn", part), (rows, *shape[1:]))
-                for part, rows in (
-                    ("q_attn", config.n_embd),
-                    ("kv_attn", shape[0] - config.n_embd),
-                )
+                for part, rows in sizes.items()
             ]
         transposed = santacoder and ".h." in parameter_name and len(shape) == 2
         parts[parameter_name] = []
         for name, part_shape in wanted:
-            tied = name == WTE and config.tie_word_embeddings
-            if tied and LM_HEAD in left:
-                head = left.pop(LM_HEAD)
-                problems += _amiss(head, part_shape)
-                left.setdefault(WTE, head)
-            if name not in left:
+            tensor = left.pop(name, None)
+            if tensor is None:
                 problems.append(f"{name} is missing")
                 continue
-            tensor = left.pop(name)
             problems += _amiss(tensor, part_shape[::-1] if transposed else part_shape)
             parts[parameter_name].append((tensor, transposed))
-    problems += [f"{tensor.name!r} is unexpected" for tensor in left.values()]
+    problems += [f"{shown(tensor.name)} is unexpected" for tensor in left.values()]
     if problems:
-        raise _all_problems(f"the weights in {folder} are not those of its {CONFIG_FILE}", problems)
+        quantized = " (which says that they are quantized)" * (
+            "quantization_config" in config.extra
+        )
+        raise _all_problems(
+            f"the weights in {folder} are not those that its {CONFIG_FILE}{quantized} describes",
+            problems,
+        )
     return parts
 
 
@@ -497,13 +418,19 @@ def _amiss(tensor: StoredTensor, shape: tuple[int, ...]) -> list[str]:
     """What is wrong with one stored tensor."""
     problems = []
     if tensor.shape != shape:
-        problems.append(f"{tensor.name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        problems.append(
+            f"{tensor.name} has the shape {shown(list(tensor.shape))} instead of {list(shape)}"
+        )
     if tensor.dtype not in STORED_DTYPES:
         problems.append(
-            f"{tensor.name} has dtype {tensor.dtype}: accepted are {', '.join(STORED_DTYPES)}; "
-            "a quantized checkpoint cannot be loaded"
+            f"{tensor.name} has the dtype {tensor.dtype}: only {', '.join(STORED_DTYPES)} are read"
         )
     return problems
+
+
+def _widest_dtype(tensors: Iterable[StoredTensor]) -> torch.dtype:
+    """The dtype that holds every stored value exactly."""
+    return reduce(torch.promote_types, {STORED_DTYPES[tensor.dtype] for tensor in tensors})
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -522,39 +449,43 @@ def available_memory(device: torch.device) -> int | None:
 
 def _require_memory(folder: Path, model: GPT, dtype: torch.dtype, device: torch.device) -> None:
     """CheckpointError if the model in this dtype does not fit on this device."""
-    available = available_memory(device)
+
+    def fits(size: int, place: torch.device) -> bool:
+        room = available_memory(place)
+        return room is None or size <= room
+
     elements = sum(parameter.numel() for parameter in model.parameters())
     needed = elements * dtype.itemsize
-    if available is None or needed <= available:
+    if fits(needed, device):
         return
-    advice = "use a device with more memory"
-    if dtype.itemsize > 2 and 2 * elements <= available:
-        advice = f"dtype='bfloat16' needs {_gigabytes(2 * elements)} and fits"
-    elif device.type != "cpu":
-        on_cpu = available_memory(torch.device("cpu"))
-        if on_cpu is None or needed <= on_cpu:
-            advice = "device='cpu' has room for it"
+    advice = "it needs a device with more memory"
+    if dtype.itemsize > 2 and fits(2 * elements, device):
+        advice = f"dtype='bfloat16' takes {2 * elements / 1e9:.2f} GB and would fit"
+    elif device.type != "cpu" and fits(needed, torch.device("cpu")):
+        advice = "device='cpu' has room for it"
     raise CheckpointError(
-        f"{folder} needs {_gigabytes(needed)} in {str(dtype).removeprefix('torch.')}, and {device} "
-        f"has {_gigabytes(available)} available: {advice}"
+        f"{folder} needs {needed / 1e9:.2f} GB in {str(dtype).removeprefix('torch.')}, but "
+        f"{(available_memory(device) or 0) / 1e9:.2f} GB are available on {device}: {advice}"
     )
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB"
-
-
-def _require_equal(folder: Path, wte: StoredTensor, lm_head: StoredTensor) -> None:
+def _require_equal(
+    folder: Path, wte: StoredTensor, lm_head: StoredTensor, dtype: torch.dtype
+) -> None:
     """CheckpointError if a tied checkpoint stores two different matrices.
 
-    Versions of transformers disagree on what that means (the embedding for both; or untied, with a
-    warning), so neither is guessed.
+    Versions of transformers differ on it (wte for both, or both untied, with a warning): a
+    checkpoint that contradicts its config is not guessed at.
     """
-    with safe_open(wte.file, framework="pt") as a, safe_open(lm_head.file, framework="pt") as b:
-        if not torch.equal(a.get_tensor(wte.name), b.get_tensor(lm_head.name)):
+    with _opened(wte.file) as a, _opened(lm_head.file) as b:
+        # As bytes, because NaN is not equal to itself.
+        one = a.get_tensor(wte.name).to(dtype).view(torch.uint8)
+        two = b.get_tensor(lm_head.name).to(dtype).view(torch.uint8)
+        if not torch.equal(one, two):
             raise CheckpointError(
-                f"{folder} stores {wte.name} and {lm_head.name} with different values, but its "
-                f"{CONFIG_FILE} says tie_word_embeddings: set that to false to use both"
+                f"{folder} stores different values for {wte.name} and {lm_head.name}, but "
+                f"tie_word_embeddings in its {CONFIG_FILE} makes them one: set it to false to use "
+                "both, or remove the wrong one"
             )
 
 
@@ -565,9 +496,9 @@ def _copy(copies: list[tuple[StoredTensor, Tensor]]) -> None:
         total=total, desc="loading", unit="B", unit_scale=True, leave=False, delay=1, disable=None
     ) as bar:
         for tensor, destination in copies:
-            # Opened per tensor, for half a millisecond each: the pages of a mapped file count as
-            # this process's memory until it is unmapped.
-            with safe_open(tensor.file, framework="pt") as handle:
+            # Opened for each tensor, which takes half a millisecond: the pages of a mapped file
+            # count as this process's memory until it is closed.
+            with _opened(tensor.file) as handle:
                 destination.copy_(handle.get_tensor(tensor.name))
             bar.update(destination.nbytes)
 
@@ -609,7 +540,8 @@ def save_model(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
     values = model.config.to_dict()
-    values.pop("torch_dtype", None)
+    for stale in ("torch_dtype", "transformers_weights"):  # the older name; another weights file
+        values.pop(stale, None)
     values["dtype"] = str(model.dtype).removeprefix("torch.")
 
     temporary = (folder if folder.exists() else folder.parent) / f".saving-{uuid.uuid4().hex[:8]}"
@@ -632,7 +564,10 @@ def save_model(
             temporary.rename(folder)
         _sync(folder)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"the checkpoint cannot be written to {folder}: {error}") from error
+        raise CheckpointError(
+            f"the checkpoint cannot be written to {folder} ({error}): choose another folder or make "
+            "room"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -657,7 +592,8 @@ def _move_into(folder: Path, temporary: Path) -> None:
     must hold nothing that loads: the index goes first and comes last. One file needs no such care.
     """
     new = {file.name for file in temporary.iterdir()}
-    old = {WEIGHTS_FILE, INDEX_FILE} | {file.name for file in folder.glob("model-*.safetensors")}
+    shards = folder.glob("model-?????-of-?????.safetensors")
+    old = {WEIGHTS_FILE, INDEX_FILE, *(file.name for file in shards)}
     first = INDEX_FILE if INDEX_FILE in new else WEIGHTS_FILE
     if first == INDEX_FILE:
         for name in (INDEX_FILE, WEIGHTS_FILE):

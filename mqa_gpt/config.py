@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +17,23 @@ from mqa_gpt.errors import ConfigError
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "relu")
 
 MODEL_TYPE = "gpt_bigcode"
+ARCHITECTURE = "GPTBigCodeForCausalLM"
+
+# The general names that transformers also accepts for its models' sizes.
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+
+# Far above any model's sizes, and low enough that no product of two overflows 64 bits.
+MAX_SIZE = 2**28
+
+# How a value from untrusted input is put into a message: quoted, escaped, and not long.
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxlong = _repr.maxother = 80
+shown = _repr.repr
 
 
 @dataclass(frozen=True)
@@ -60,24 +79,24 @@ class GPTConfig:
             )
         if self.activation_function not in ACTIVATIONS:
             raise ConfigError(
-                f"activation_function is {self.activation_function!r}: "
+                f"activation_function is {shown(self.activation_function)}: "
                 f"accepted are {', '.join(ACTIVATIONS)}"
             )
         for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             _require_number(key, getattr(self, key), "from 0 to below 1", lambda x: 0 <= x < 1)
-        for key in ("layer_norm_epsilon", "initializer_range"):
-            _require_number(key, getattr(self, key), "above 0", lambda x: x > 0)
+        _require_number("layer_norm_epsilon", self.layer_norm_epsilon, "above 0", lambda x: x > 0)
+        _require_number("initializer_range", self.initializer_range, "0 or above", lambda x: x >= 0)
         for key in ("scale_attn_weights", "multi_query", "tie_word_embeddings"):
             if not isinstance(getattr(self, key), bool):
-                raise ConfigError(f"{key} is {getattr(self, key)!r}: it must be true or false")
+                raise ConfigError(f"{key} is {shown(getattr(self, key))}: it must be true or false")
         for key in ("bos_token_id", "pad_token_id"):
             value = getattr(self, key)
             if value is not None and not _is_int(value):
-                raise ConfigError(f"{key} is {value!r}: it must be an integer or null")
+                raise ConfigError(f"{key} is {shown(value)}: it must be an integer or null")
         eos = self.eos_token_id
         if eos is not None and not all(map(_is_int, eos if isinstance(eos, list) else [eos])):
             raise ConfigError(
-                f"eos_token_id is {eos!r}: it must be an integer, a list of integers or null"
+                f"eos_token_id is {shown(eos)}: it must be an integer, a list of integers or null"
             )
 
     @property
@@ -117,18 +136,26 @@ class GPTConfig:
             ConfigError: not a gpt_bigcode config, or a value is unusable; names key and value.
         """
         if not isinstance(values, dict):
-            raise ConfigError(f"a config must be a JSON object, not {type(values).__name__}")
+            raise ConfigError(f"a config must be a JSON object, not {shown(values)}")
         values = dict(values)
         model_type = values.pop("model_type", MODEL_TYPE)
         if model_type == "gpt2" and "attention_head_type" in values:
-            values["multi_query"] = values.pop("attention_head_type") == "multiquery"
+            _convert_santacoder(values)
         elif model_type != MODEL_TYPE:
-            raise ConfigError(f"model_type is {model_type!r}: accepted is {MODEL_TYPE!r}")
+            raise ConfigError(f"model_type is {shown(model_type)}: accepted is {MODEL_TYPE!r}")
         if values.get("add_cross_attention"):
             raise ConfigError(
-                "add_cross_attention is true: this model has no encoder to attend to; "
-                "accepted is false"
+                f"add_cross_attention is {shown(values['add_cross_attention'])}: this model has no "
+                "encoder to attend to; accepted is false"
             )
+        for alias, key in ALIASES.items():
+            if alias in values:
+                value = values.pop(alias)
+                if values.setdefault(key, value) != value:
+                    raise ConfigError(
+                        f"{alias} is {shown(value)} and {key} is {shown(values[key])}: they are "
+                        "two names of one size"
+                    )
         known = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         extra = {key: value for key, value in values.items() if key not in known}
         return cls(**{key: value for key, value in values.items() if key in known}, extra=extra)
@@ -137,9 +164,7 @@ class GPTConfig:
         """The contents of a `config.json` that transformers reads as the same model."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         extra = values.pop("extra")
-        return {"architectures": ["GPTBigCodeForCausalLM"], **extra, "model_type": MODEL_TYPE} | (
-            values
-        )
+        return {"architectures": [ARCHITECTURE], **extra, "model_type": MODEL_TYPE, **values}
 
     def to_json(self) -> str:
         """`to_dict` as the text of a `config.json`."""
@@ -155,7 +180,7 @@ class GPTConfig:
         short = name.split("/")[-1]
         if short not in OFFICIAL_SHAPES:
             raise ConfigError(
-                f"{name!r} is not an official shape: there are {', '.join(OFFICIAL_SHAPES)}"
+                f"{shown(name)} is not an official shape: there are {', '.join(OFFICIAL_SHAPES)}"
             )
         n_layer, n_head, n_embd, vocab_size, n_positions, activation, end = OFFICIAL_SHAPES[short]
         return cls(
@@ -184,16 +209,36 @@ OFFICIAL_SHAPES = {
 }
 
 
+def _convert_santacoder(values: dict[str, Any]) -> None:
+    """Turn the config of original SantaCoder, a subclass of GPT-2, into a gpt_bigcode config."""
+    kind = values.pop("attention_head_type")
+    if kind != "multiquery":  # "multihead" has GPT-2's own order of Q, K and V
+        raise ConfigError(
+            f"attention_head_type is {shown(kind)}: accepted with model_type 'gpt2' is 'multiquery'"
+        )
+    if values.get("scale_attn_by_inverse_layer_idx"):  # gpt_bigcode ignores it, GPT-2 does not
+        raise ConfigError(
+            "scale_attn_by_inverse_layer_idx is true: accepted with model_type 'gpt2' is false"
+        )
+    values["multi_query"] = True
+    for key in ("architectures", "auto_map"):  # they name the classes of the older form
+        values.pop(key, None)
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _require_size(key: str, value: Any) -> None:
-    if not _is_int(value) or value < 1:
-        raise ConfigError(f"{key} is {value!r}: it must be a positive integer")
+    if not _is_int(value) or not 1 <= value <= MAX_SIZE:
+        raise ConfigError(f"{key} is {shown(value)}: it must be an integer from 1 to {MAX_SIZE}")
 
 
-def _require_number(key: str, value: Any, range_: str, accept: Any) -> None:
+def _require_number(key: str, value: Any, range_: str, accept: Callable[[float], bool]) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not accept(value):
-        raise ConfigError(f"{key} is {value!r}: it must be a number {range_}")
+    try:
+        is_number = is_number and math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        is_number = False
+    if not is_number or not accept(value):
+        raise ConfigError(f"{key} is {shown(value)}: it must be a number {range_}")
