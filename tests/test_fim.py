@@ -1,0 +1,209 @@
+"""Infilling prompts token by token, and the training transform's properties."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers
+
+from mqa_gpt.errors import CheckpointError, PromptError
+from mqa_gpt.fim import MODES, fim_transform, infill_prompt, truncated_infill_prompt
+from mqa_gpt.tokenizer import FIM_SPELLINGS, Tokenizer
+
+
+def byte_tokenizer(*control_names: str) -> Tokenizer:
+    """One token per byte, then one per pair of letters "ab", then the control tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    entries = {entry: id_ for id_, entry in enumerate([*alphabet, "ab"])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(entries, [("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(control_names))
+    return Tokenizer(tokenizer)
+
+
+STARCODER = byte_tokenizer("<|endoftext|>", *FIM_SPELLINGS[0])
+SANTACODER = byte_tokenizer("<|endoftext|>", *FIM_SPELLINGS[1])
+BOTH = pytest.mark.parametrize("tokenizer", [STARCODER, SANTACODER], ids=["star", "santa"])
+
+HOSTILE = st.lists(
+    st.sampled_from(["<|endoftext|>", *FIM_SPELLINGS[0], *FIM_SPELLINGS[1], "ab", "猫"])
+    | st.text(max_size=4)
+).map("".join)
+
+
+def spell(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text in which ⟨p⟩ ⟨s⟩ ⟨m⟩ stand for the control tokens and | for nothing."""
+    control = dict(zip(("⟨p⟩", "⟨s⟩", "⟨m⟩"), tokenizer.fim[:3], strict=True))
+    return [
+        id_
+        for part in text.split("|")
+        for id_ in ([control[part]] if part in control else tokenizer.encode(part))
+    ]
+
+
+@BOTH
+def test_psm_is_prefix_then_suffix_then_middle(tokenizer):
+    ids = infill_prompt(tokenizer, "left", "right")
+    assert ids == spell(tokenizer, "⟨p⟩|left|⟨s⟩|right|⟨m⟩")
+    assert ids == infill_prompt(tokenizer, "left", "right", mode="psm")
+
+
+@BOTH
+def test_spm_is_the_variant_that_bigcode_trained(tokenizer):
+    ids = infill_prompt(tokenizer, "left", "right", mode="spm")
+    assert ids == spell(tokenizer, "⟨p⟩|⟨s⟩|right|⟨m⟩|left")
+
+
+@BOTH
+def test_an_infilling_prompt_reads_as_published_text(tokenizer):
+    prefix, suffix, middle, _ = map(tokenizer.id_to_token, tokenizer.fim)
+    psm = infill_prompt(tokenizer, "def f", "pass\n")
+    assert psm == tokenizer.encode(f"{prefix}def f{suffix}pass\n{middle}")
+
+
+@given(HOSTILE, HOSTILE, st.sampled_from(MODES))
+@BOTH
+def test_user_text_never_adds_a_control_token_to_an_infill(tokenizer, prefix, suffix, mode):
+    ids = infill_prompt(tokenizer, prefix, suffix, mode=mode)
+    control = [id_ for id_ in ids if id_ in tokenizer.special_ids]
+    prefix_id, suffix_id, middle_id, _ = tokenizer.fim
+    assert control == [prefix_id, suffix_id, middle_id]
+    order = prefix + suffix if mode == "psm" else suffix + prefix
+    assert tokenizer.decode(ids) == order
+
+
+def test_a_tokenizer_without_infilling_tokens_cannot_infill():
+    tokenizer = byte_tokenizer("<|endoftext|>", "<fim_prefix>", "<fim_suffix>")
+    for act in (
+        lambda: infill_prompt(tokenizer, "a", "b"),
+        lambda: truncated_infill_prompt(tokenizer, "a", "b", 10),
+        lambda: fim_transform("ab", tokenizer, random.Random(0), rate=1),
+    ):
+        with pytest.raises(CheckpointError, match="cannot infill"):
+            act()
+
+
+def test_an_unknown_mode_is_an_error_that_lists_the_modes():
+    with pytest.raises(PromptError, match="'mps': accepted are psm, spm"):
+        infill_prompt(STARCODER, "a", "b", mode="mps")
+
+
+@pytest.mark.parametrize("text", ["\udc80", b"b", None])
+def test_text_that_cannot_be_encoded_is_refused_on_either_side(text):
+    with pytest.raises(PromptError):
+        infill_prompt(STARCODER, text, "b")
+    with pytest.raises(PromptError):
+        infill_prompt(STARCODER, "a", text)
+
+
+def test_truncation_keeps_what_is_nearest_to_the_hole():
+    cut = truncated_infill_prompt(STARCODER, "0123456789", "ABCDEFGHIJ", 3 + 6)
+    assert cut.ids == spell(STARCODER, "⟨p⟩|789|⟨s⟩|ABC|⟨m⟩")
+    assert (cut.cut_prefix, cut.cut_suffix) == (7, 7)
+
+
+def test_a_short_side_leaves_its_room_to_the_other():
+    cut = truncated_infill_prompt(STARCODER, "01", "ABCDEFGHIJ", 3 + 6, mode="spm")
+    assert cut.ids == spell(STARCODER, "⟨p⟩|⟨s⟩|ABCD|⟨m⟩|01")
+    assert (cut.cut_prefix, cut.cut_suffix) == (0, 6)
+    cut = truncated_infill_prompt(STARCODER, "0123456789", "", 3 + 6)
+    assert cut.ids == spell(STARCODER, "⟨p⟩|456789|⟨s⟩|⟨m⟩")
+    assert (cut.cut_prefix, cut.cut_suffix) == (4, 0)
+
+
+@given(HOSTILE, HOSTILE, st.integers(4, 80), st.sampled_from(MODES))
+def test_truncation_uses_all_the_room_and_no_more(prefix, suffix, max_tokens, mode):
+    whole = infill_prompt(STARCODER, prefix, suffix, mode=mode)
+    cut = truncated_infill_prompt(STARCODER, prefix, suffix, max_tokens, mode=mode)
+    assert len(cut.ids) == min(len(whole), max_tokens)
+    assert len(cut.ids) + cut.cut_prefix + cut.cut_suffix == len(whole)
+    if len(whole) <= max_tokens:
+        assert cut.ids == whole
+
+
+def test_no_room_for_text_is_an_error():
+    with pytest.raises(PromptError, match="max_tokens is 3"):
+        truncated_infill_prompt(STARCODER, "a", "b", 3)
+
+
+def parts_of(ids: list[int], tokenizer: Tokenizer) -> tuple[str, str, str, str]:
+    """mode, P, M, S of a transformed document; in SPM, P and M run on without a border."""
+    decode = tokenizer.decode
+    prefix, suffix, middle, _ = tokenizer.fim
+    assert ids[0] == prefix
+    s, m = ids.index(suffix), ids.index(middle)
+    assert s < m
+    if s == 1:  # or PSM with an empty prefix, which looks the same
+        return "spm", "", decode(ids[m + 1 :]), decode(ids[2:m])
+    return "psm", decode(ids[1:s]), decode(ids[m + 1 :]), decode(ids[s + 1 : m])
+
+
+@given(HOSTILE, st.integers(0, 2**32), st.sampled_from([0.0, 1.0]))
+@BOTH
+def test_a_transformed_document_reassembles_to_the_original(tokenizer, text, seed, spm_rate):
+    ids = fim_transform(text, tokenizer, random.Random(seed), rate=1, spm_rate=spm_rate)
+    _, prefix, middle, suffix = parts_of(ids, tokenizer)
+    assert prefix + middle + suffix == text
+    assert sum(id_ in tokenizer.special_ids for id_ in ids) == 3
+
+
+@given(HOSTILE)
+def test_at_rate_zero_a_document_is_encoded_as_plain_text(text):
+    ids = fim_transform(text, STARCODER, random.Random(0), rate=0)
+    assert ids == STARCODER.encode(text, special_tokens=False)
+
+
+def test_half_of_the_documents_are_rearranged_and_half_of_those_are_spm():
+    rng = random.Random(0)
+    text = "x" * 1000  # so long that an empty part is rare
+    results = [fim_transform(text, STARCODER, rng) for _ in range(1000)]
+    rearranged = [ids for ids in results if ids[0] == STARCODER.fim.prefix]
+    assert len(rearranged) / len(results) == pytest.approx(0.5, abs=0.08)  # 5 standard deviations
+    spm = sum(parts_of(ids, STARCODER)[0] == "spm" for ids in rearranged)
+    assert spm / len(rearranged) == pytest.approx(0.5, abs=0.11)
+
+
+def test_both_cuts_are_uniform_over_all_positions_ends_included():
+    rng = random.Random(0)
+    text, n = "0123456789", 4000
+    lengths = Counter()
+    for _ in range(n):
+        ids = fim_transform(text, STARCODER, rng, rate=1, spm_rate=0)
+        _, prefix, middle, suffix = parts_of(ids, STARCODER)
+        assert prefix + middle + suffix == text
+        lengths[len(middle)] += 1
+    # Of the 11 * 11 pairs of cuts, 11 are 0 apart and 2 * (11 - d) are d apart.
+    for distance in range(11):
+        share = (11 if distance == 0 else 2 * (11 - distance)) / 121
+        assert lengths[distance] / n == pytest.approx(share, abs=5 * (share / n) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("spm_rate", "layouts"),
+    [
+        (0, ["⟨p⟩|a|⟨s⟩|ab|⟨m⟩|b", "⟨p⟩|a|⟨s⟩|b|⟨m⟩|b|a", "⟨p⟩|ab|⟨s⟩|ab|⟨m⟩"]),
+        (1, ["⟨p⟩|⟨s⟩|ab|⟨m⟩|a|b", "⟨p⟩|⟨s⟩|b|⟨m⟩|a|b|a", "⟨p⟩|⟨s⟩|ab|⟨m⟩|ab"]),
+    ],
+)
+def test_each_part_is_tokenized_by_itself(spm_rate, layouts):
+    results = [
+        fim_transform("abab", STARCODER, random.Random(seed), rate=1, spm_rate=spm_rate)
+        for seed in range(200)
+    ]
+    for layout in layouts:  # a cut inside "ab" makes two tokens of it
+        assert spell(STARCODER, layout) in results
+
+
+def test_the_transform_depends_on_nothing_but_its_generator():
+    texts = ["abcdef" * 5, "", "x", "猫" * 9] * 5
+    first, second = (
+        [fim_transform(text, STARCODER, rng) for text in texts]
+        for rng in (random.Random(7), random.Random(7))
+    )
+    assert first == second
