@@ -45,22 +45,22 @@ def reference_attention(
 ) -> Tensor:
     """softmax(q k^T scale) v, step by step (Vaswani et al. 2017, equation 1; Shazeer 2019 for G=1).
 
-    The K/V heads are never repeated: queries are grouped as (G, H/G), and each group's K/V head
-    broadcasts over its H/G query heads. The softmax is float32 in every model dtype.
+    The K/V heads are never repeated: queries are grouped as (G, H/G), and each product runs a
+    group's H/G heads over its one K/V head. (`@` would broadcast that head by copying it.) The
+    softmax is float32 in every model dtype.
     """
     B, T, H, D = q.shape
     S, G = k.shape[1], k.shape[2]
-    q = q.view(B, T, G, H // G, D).permute(0, 2, 3, 1, 4)  # (B, G, H/G, T, D)
-    k = k.transpose(1, 2)[:, :, None]  # (B, G, 1, S, D)
-    v = v.transpose(1, 2)[:, :, None]  # (B, G, 1, S, D)
+    q = q.view(B, T, G, H // G, D)
 
-    scores = (q @ k.transpose(-2, -1)) * scale  # (B, G, H/G, T, S)
+    # b row, t query, s key, g K/V head, h query head of the group, d element of the head
+    scores = torch.einsum("btghd,bsgd->bghts", q, k) * scale  # (B, G, H/G, T, S)
     visible = causal_mask(start, T, S, q.device)[:, None, None]  # (1 or B, 1, 1, T, S)
     scores = scores.masked_fill(~visible, float("-inf"))
     probabilities = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
     probabilities = F.dropout(probabilities, dropout_p)
-    y = probabilities @ v  # (B, G, H/G, T, D)
-    return y.permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    y = torch.einsum("bghts,bsgd->btghd", probabilities, v)  # (B, T, G, H/G, D)
+    return y.reshape(B, T, H, D)
 
 
 def sdpa_attention(
