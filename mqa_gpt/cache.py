@@ -133,5 +133,7 @@ class KVCache:
         other = KVCache.__new__(KVCache)
         other.kv = self.kv.index_select(1, index)
         other.lengths = self.lengths.index_select(0, index)
-        other.end, other._ragged = self.end, self._ragged
+        lengths = other.lengths.tolist()
+        other.end = max(lengths)
+        other._ragged = min(lengths) != other.end
         return other
