@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import (
+from tests.helpers import (
     error,
     left_padded,
     our_greedy,
