@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mqa_gpt.errors import InputError
+
 Attention = Callable[[Tensor, Tensor, Tensor, "int | Tensor", float, float], Tensor]
 
 BACKENDS = ("reference", "sdpa", "triton", "auto")
@@ -101,14 +103,14 @@ def select_attention(backend: str, device: torch.device) -> Attention:
         backend: "reference", "sdpa", "triton", or "auto" for the fastest that runs on `device`.
 
     Raises:
-        ValueError: an unknown name, or a backend that cannot run here; "auto" never raises.
+        InputError: an unknown name, or a backend that cannot run here; "auto" never raises.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}: accepted are {', '.join(BACKENDS)}")
+        raise InputError(f"backend is {backend!r}: accepted are {', '.join(BACKENDS)}")
     if backend == "reference":
         return reference_attention
     if backend == "triton":
-        raise ValueError(
+        raise InputError(
             "backend 'triton' cannot run: this installation has no Triton kernels; "
             "use 'sdpa', 'reference' or 'auto'"
         )
