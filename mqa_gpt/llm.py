@@ -64,6 +64,12 @@ class Stats:
         seconds = self.total_seconds - self.first_token_seconds
         return (self.new_tokens - self.rows) / seconds if seconds > 0 else 0.0
 
+    def __str__(self) -> str:
+        return (
+            f"prefill {self.prefill_rate:,.1f} tok/s | first token {self.first_token_seconds:.3f} s"
+            f" | decode {self.decode_rate:,.1f} tok/s"
+        )
+
 
 class _Row:
     """One continuation in the making: its tokens, and its text as far as it is final."""

@@ -1,0 +1,121 @@
+"""What this process runs on: versions, processor, memory, GPUs and the attention backends."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mqa_gpt.attention import BACKENDS, select_attention
+from mqa_gpt.checkpoint import available_memory
+
+PACKAGES = (
+    "mqa-gpt",
+    "torch",
+    "triton",
+    "transformers",
+    "safetensors",
+    "tokenizers",
+    "huggingface_hub",
+)
+
+
+def version(package: str) -> str | None:
+    """The version of an installed package, found without importing it; None if it is not there."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe() -> dict[str, Any]:
+    """Everything about this machine that a bug report should say, ready for JSON.
+
+    Returns:
+        "versions": package -> version or None; "system"; "cpu": its name, how many cores there
+        are and how many threads torch uses; "memory": bytes or None; "gpus": one entry each;
+        "backends": device type -> the attention backends that run on it.
+    """
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    versions |= {package: version(package) for package in PACKAGES}
+    gpus = []
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            gpus.append(
+                {
+                    "name": gpu.name,
+                    "compute_capability": f"{gpu.major}.{gpu.minor}",
+                    "memory_bytes": gpu.total_memory,
+                }
+            )
+    return {
+        "versions": versions,
+        "system": platform.platform(),
+        "cpu": {
+            "name": _cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "memory": {
+            "total_bytes": _total_memory(),
+            "available_bytes": available_memory(torch.device("cpu")),
+        },
+        "cuda": torch.version.cuda,
+        "gpus": gpus,
+        "backends": {name: _backends(name) for name in (["cpu", "cuda"] if gpus else ["cpu"])},
+    }
+
+
+def peak_memory(device: torch.device | str = "cpu") -> int | None:
+    """The most memory this process has held so far, in bytes: the GPU's where `device` is one.
+
+    On a CPU this is resident memory, so pages of a memory-mapped checkpoint count while they are
+    mapped. None where the system does not say (Windows).
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _cpu_name() -> str:
+    """The processor's product name, where the system gives one."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def _total_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # no sysconf on Windows
+        return None
+
+
+def _backends(device: str) -> list[str]:
+    """The attention backends that run on a device."""
+    found = []
+    for backend in BACKENDS:
+        if backend == "auto":
+            continue
+        try:
+            select_attention(backend, torch.device(device))
+        except ValueError:
+            continue
+        found.append(backend)
+    return found

@@ -1,0 +1,239 @@
+"""What a checkpoint holds and what it costs to run, without loading the model."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from mqa_gpt.checkpoint import DEMO_DIR, read_config, stored_tensors
+from mqa_gpt.config import GPTConfig
+from mqa_gpt.errors import CheckpointError
+from mqa_gpt.hub import resolve
+from mqa_gpt.model import GPT
+
+# What weights and caches are counted in.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class TensorInfo(NamedTuple):
+    """One tensor: `dtype` is as safetensors names it ("F32"), None where nothing is stored yet."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str | None
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The sizes of a model.
+
+    Attributes:
+        name: the folder, hub name or official shape that was asked for.
+        config: its config.
+        tensors: what its files store, or for an official shape, the parameters it would have.
+        file_bytes: size of the weight files; None for an official shape.
+    """
+
+    name: str
+    config: GPTConfig
+    tensors: list[TensorInfo]
+    file_bytes: int | None
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """How many numbers are trained in each part; a tied head is the token embedding again."""
+        config = self.config
+        L, C, F, V = config.n_layer, config.n_embd, config.inner_size, config.vocab_size
+        qkv = C + 2 * config.n_kv_head * config.head_dim
+        return {
+            "token embedding": V * C,
+            "position embedding": config.n_positions * C,
+            "attention": L * ((C * qkv + qkv) + (C * C + C)),
+            "MLP": L * ((C * F + F) + (F * C + C)),
+            "norms": L * 4 * C + 2 * C,
+            "head": 0 if config.tie_word_embeddings else V * C,
+        }
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the parameters in a dtype."""
+        return sum(self.parameters.values()) * dtype.itemsize
+
+    def cache_bytes_per_token(self, dtype: torch.dtype, *, multi_query: bool) -> int:
+        """Bytes of K and V that each token keeps, with one key/value head or with one per head."""
+        heads = 1 if multi_query else self.config.n_head
+        return 2 * self.config.n_layer * heads * self.config.head_dim * dtype.itemsize
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+        return {
+            "name": self.name,
+            "config": self.config.to_dict(),
+            "parameters": sum(self.parameters.values()),
+            "parameters_by_part": self.parameters,
+            "file_bytes": self.file_bytes,
+            "weight_bytes": {name: self.weight_bytes(dtype) for name, dtype in names.items()},
+            "cache_bytes_per_token": {
+                name: {
+                    "mqa": self.cache_bytes_per_token(dtype, multi_query=True),
+                    "mha": self.cache_bytes_per_token(dtype, multi_query=False),
+                }
+                for name, dtype in names.items()
+            },
+            "tensors": [tensor._asdict() for tensor in self.tensors],
+        }
+
+
+class NonFinite(NamedTuple):
+    """How many NaN and infinite values a stored tensor holds."""
+
+    name: str
+    nan: int
+    inf: int
+
+
+class FileHash(NamedTuple):
+    """The SHA-256 of a weight file beside the one it should have, hexadecimal.
+
+    `expected` is None where nobody says; `source` is who does: "hub", or "cache" for the name
+    under which the hub's cache keeps the file.
+    """
+
+    file: str
+    sha256: str
+    expected: str | None
+    source: str | None
+
+    @property
+    def differs(self) -> bool:
+        """True if the file is not what was published."""
+        return self.expected is not None and self.sha256 != self.expected
+
+
+def inspect_checkpoint(
+    name_or_dir: str | PathLike[str] | None = None, *, revision: str | None = None
+) -> Inspection:
+    """The sizes of a checkpoint, from its config and its files' headers; None is the demo.
+
+    Raises:
+        CheckpointError, ConfigError: it cannot be had, or is damaged.
+    """
+    folder = DEMO_DIR if name_or_dir is None else resolve(name_or_dir, revision)
+    config = read_config(folder)
+    stored = stored_tensors(folder)
+    return Inspection(
+        name="demo" if name_or_dir is None else str(name_or_dir),
+        config=config,
+        tensors=[TensorInfo(tensor.name, tensor.shape, tensor.dtype) for tensor in stored],
+        file_bytes=sum(file.stat().st_size for file in {tensor.file for tensor in stored}),
+    )
+
+
+def inspect_shape(name: str) -> Inspection:
+    """The sizes of a published checkpoint by its name alone; nothing is downloaded.
+
+    Raises:
+        ConfigError: not one of the official shapes; lists them.
+    """
+    config = GPTConfig.official(name)
+    with torch.device("meta"):  # shapes without memory
+        model = GPT(config)
+    tensors = [
+        TensorInfo(name, tuple(parameter.shape), None)
+        for name, parameter in model.named_parameters()
+    ]
+    return Inspection(name=name, config=config, tensors=tensors, file_bytes=None)
+
+
+def check_finite(
+    name_or_dir: str | PathLike[str] | None = None, *, revision: str | None = None
+) -> list[NonFinite]:
+    """The stored tensors that hold NaN or infinity; reads one tensor at a time.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be had or read.
+    """
+    folder = DEMO_DIR if name_or_dir is None else resolve(name_or_dir, revision)
+    found = []
+    for tensor in _progress(stored_tensors(folder), "checking", "tensor"):
+        try:
+            # Opened for each tensor: what has been read of a mapped file counts as memory.
+            with safe_open(tensor.file, framework="pt") as handle:
+                values = handle.get_tensor(tensor.name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{tensor.file}: cannot read {tensor.name!r}: {error}") from error
+        if values.is_floating_point() and values.itemsize == 1:
+            values = values.float()  # torch cannot ask this of every 8-bit format
+        if not values.isfinite().all():
+            nan, inf = int(values.isnan().sum()), int(values.isinf().sum())
+            found.append(NonFinite(tensor.name, nan, inf))
+    return found
+
+
+def hash_files(
+    name_or_dir: str | PathLike[str] | None = None, *, revision: str | None = None
+) -> list[FileHash]:
+    """The SHA-256 of each weight file, and what the hub says it should be.
+
+    For a hub name the hub is asked. Where it cannot be, and for a snapshot folder in its cache,
+    the file's name in the cache counts: a large file is kept there under its SHA-256.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be had or read.
+    """
+    folder = DEMO_DIR if name_or_dir is None else resolve(name_or_dir, revision)
+    from_hub = {}
+    if name_or_dir is not None and not Path(name_or_dir).expanduser().is_dir():
+        from_hub = _hub_digests(str(name_or_dir), folder.name)
+    hashes = []
+    for file in _progress(sorted({t.file for t in stored_tensors(folder)}), "hashing", "file"):
+        try:
+            with file.open("rb") as stream:
+                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+        blob = file.resolve()
+        expected, source = from_hub.get(file.name), "hub"
+        if expected is None and blob.parent.name == "blobs":
+            expected, source = blob.name, "cache"
+        if expected is None or not re.fullmatch("[0-9a-f]{64}", expected):
+            hashes.append(FileHash(file.name, sha256, None, None))
+        else:
+            hashes.append(FileHash(file.name, sha256, expected, source))
+    return hashes
+
+
+def _hub_digests(name: str, commit: str) -> dict[str, str]:
+    """File name -> SHA-256 of a repository's large files; empty if the hub does not answer."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        HfHubHTTPError,
+        HTTPError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        info = HfApi().model_info(name, revision=commit, files_metadata=True)
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError):
+        return {}
+    return {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs}
+
+
+def _progress(items: list[Any], what: str, unit: str) -> Iterator[Any]:
+    """The items with a progress bar on standard error, once they have taken a second."""
+    return tqdm(items, desc=what, unit=unit, delay=1, leave=False, disable=None)
