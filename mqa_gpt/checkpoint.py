@@ -565,8 +565,8 @@ def save_model(
         _sync(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"the checkpoint cannot be written to {folder} ({error}): choose another folder or make "
-            "room"
+            f"the checkpoint cannot be written to {folder} ({error}): make room there, or choose "
+            "another folder"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

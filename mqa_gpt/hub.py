@@ -104,14 +104,24 @@ def _download(name: str, revision: str | None) -> Path:
         reason = (
             "HF_HUB_OFFLINE is set: unset it to download"
             if constants.HF_HUB_OFFLINE
-            else f"{constants.ENDPOINT} cannot be reached: check the network"
+            else f"{constants.ENDPOINT} cannot be reached ({_one_line(error.__cause__ or error)}): "
+            "check the network"
         )
         raise CheckpointError(
             f"{name} is not, or not completely, in the cache at {constants.HF_HUB_CACHE}, and "
             f"{reason}, or give a folder"
         ) from error
     except (HfHubHTTPError, HTTPError, OSError) as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise CheckpointError(
+                f"{constants.ENDPOINT} refuses the access token for {name}: run `hf auth login` "
+                "with a valid one, or unset HF_TOKEN"
+            ) from error
         raise CheckpointError(
-            f"downloading {name} failed ({type(error).__name__}: {error}): run the same again to "
-            "continue where it stopped"
+            f"downloading {name} failed ({_one_line(error)}): run the same again; the files that "
+            "are complete are kept"
         ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
