@@ -15,6 +15,7 @@ from mqa_gpt.errors import PromptError
 from mqa_gpt.fim import infill_prompt, truncated_infill_prompt
 from mqa_gpt.generate import Token, check_prompts, decode
 from mqa_gpt.model import GPT
+from mqa_gpt.packing import can_pack, pack
 from mqa_gpt.sampling import Sampling
 from mqa_gpt.tokenizer import StreamDecoder, Tokenizer
 
@@ -219,7 +220,10 @@ class LLM:
         dtype: torch.dtype | str | None = None,
         backend: str = "auto",
     ) -> LLM:
-        """Load a checkpoint with its tokenizer.
+        """Load a checkpoint with its tokenizer, ready to generate.
+
+        On a CPU in float32 the weights are packed for speed (see `mqa_gpt.packing`). To train or
+        edit the model, take `LLM(GPT.from_pretrained(...), Tokenizer.from_pretrained(...))`.
 
         Args:
             name_or_dir: a folder or a name on the hub; None is the bundled demo checkpoint.
@@ -230,7 +234,10 @@ class LLM:
         """
         folder = DEMO_DIR if name_or_dir is None else resolve(name_or_dir, revision)
         tokenizer = Tokenizer.from_pretrained(folder)
-        return cls(load_model(folder, device=device, dtype=dtype, backend=backend), tokenizer)
+        model = load_model(folder, device=device, dtype=dtype, backend=backend)
+        if can_pack(model):
+            pack(model)
+        return cls(model, tokenizer)
 
     @overload
     def generate(self, prompt: str, max_new_tokens: int = 64, **options: Any) -> Completion: ...

@@ -166,12 +166,12 @@ class GPT(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""
-        return self.lm_head.weight.device
+        return self.transformer.ln_f.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' dtype, which is also that of activations and logits."""
-        return self.lm_head.weight.dtype
+        return self.transformer.ln_f.weight.dtype
 
     def set_backend(self, backend: str) -> None:
         """Choose the attention of every layer; "auto" takes the fastest for the model's device.
