@@ -50,6 +50,9 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+# A plain file name: it stays in its folder, fits every file system and prints as it is.
+SHARD_NAME = re.compile(r"[\w .+@-]{1,200}\.safetensors", re.ASCII)
+
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -153,7 +156,7 @@ def _read_index(file: Path) -> dict[str, str]:
     refused = [
         f"{shown(name)} is in {shown(shard)}"
         for name, shard in weight_map.items()
-        if not isinstance(shard, str) or not re.fullmatch(r"[^/\\:\0]+\.safetensors", shard)
+        if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard)
     ]
     if refused:
         raise _all_problems(
@@ -212,7 +215,8 @@ def _diagnose(file: Path, error: Exception) -> str:
             f"{file} ({size:,} bytes) is a pickle (PyTorch's .bin format), which can run code when "
             "it is opened: get the checkpoint's real safetensors files"
         )
-    return f"{file} ({size:,} bytes) is not a valid safetensors file ({error}): get it again"
+    reason = shown(str(error).removeprefix("Error while deserializing header: "))
+    return f"{file} ({size:,} bytes) is not a valid safetensors file ({reason}): get it again"
 
 
 def _no_weights(folder: Path) -> str:

@@ -32,7 +32,7 @@ MAX_SIZE = 2**28
 
 # How a value from untrusted input is put into a message: quoted, escaped, and not long.
 _repr = reprlib.Repr()
-_repr.maxstring = _repr.maxlong = _repr.maxother = 80
+_repr.maxstring = _repr.maxlong = _repr.maxother = 120
 shown = _repr.repr
 
 

@@ -4,12 +4,12 @@ import json
 from typing import Any
 
 import pytest
-from helpers import tiny_config
 from transformers import GPTBigCodeConfig
 
 from mqa_gpt.checkpoint import empty_model
 from mqa_gpt.config import ACTIVATIONS, OFFICIAL_SHAPES, GPTConfig
 from mqa_gpt.errors import ConfigError
+from tests.helpers import tiny_config
 
 # What bigcode/santacoder publishes: a subclass of GPT-2 with code of its own.
 SANTACODER = {

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import our_model, reference_model, tiny_config
-from hub_server import (
+
+from mqa_gpt import GPT, CheckpointError
+from mqa_gpt.hub import resolve
+from tests.helpers import our_model, reference_model, tiny_config
+from tests.hub_server import (
     ACCEPTED_TOKEN,
     EXPIRED_TOKEN,
     OTHER_TOKEN,
@@ -23,9 +26,6 @@ from hub_server import (
     Repository,
     commit_of,
 )
-
-from mqa_gpt import GPT, CheckpointError
-from mqa_gpt.hub import resolve
 
 NAME = "someone/tiny"
 
