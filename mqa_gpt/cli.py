@@ -16,10 +16,12 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -121,6 +123,15 @@ Backend = Annotated[
         help="Attention: reference, sdpa, triton, or auto for the fastest that runs here.",
     ),
 ]
+PromptFile = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--file",
+        "-f",
+        metavar="PATH",
+        help="Read a prompt from a file; may be given several times.",
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Write at most N tokens.")]
 Stop = Annotated[
     list[str] | None,
@@ -201,15 +212,7 @@ def _options(
 @app.command()
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", hidden=True)] = None,
-    file: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--file",
-            "-f",
-            metavar="PATH",
-            help="Continue the text in a file; may be given several times.",
-        ),
-    ] = None,
+    file: PromptFile = None,
     max_new_tokens: MaxNewTokens = 64,
     stop: Stop = None,
     no_special_tokens: Annotated[
@@ -378,6 +381,51 @@ def infill(
         )
     around = [(before, after) if whole else ("", "")] * n
     _run(llm, generation, around, model, load_seconds, n, stats, as_json)
+
+
+@app.command()
+def verify(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", hidden=True)] = None,
+    file: PromptFile = None,
+    max_new_tokens: MaxNewTokens = 64,
+    model: Model = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    backend: Backend = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compare a checkpoint with transformers, number by number.
+
+    Logits at every position, then greedy tokens, for each PROMPT (- is standard input) or for a few
+    built-in ones. In float32 all tokens must be equal; in 16 bit the logits' error may be twice
+    transformers' own. Exits with 1 if they are not, or it is larger. Needs transformers:
+    pip install 'mqa-gpt[test]'.
+
+    \b
+    Examples:
+      mqa-gpt verify
+      mqa-gpt verify --model bigcode/starcoderbase-1b --dtype bfloat16
+    """
+    from mqa_gpt.checkpoint import DEMO_DIR
+    from mqa_gpt.report import format_report
+    from mqa_gpt.verify import verify
+
+    report = verify(
+        DEMO_DIR if model is None else model,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        prompts=_prompt_texts(prompts or [], file or []) if prompts or file else None,
+        max_new_tokens=max_new_tokens,
+    )
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _write(format_report(report) + "\n")
+    if not report.passed:
+        raise typer.Exit(CHECK_FAILED)
 
 
 @app.command()
@@ -613,8 +661,9 @@ def _run(
             _write(before, dim=True)
         for _, piece in generation:
             if single:
-                _write(piece)
-                shown += len(piece)
+                with _uninterrupted():
+                    _write(piece)
+                    shown += len(piece)
     except KeyboardInterrupt:  # what there is by now is printed all the same
         interrupted = True
     except FloatingPointError:
@@ -628,9 +677,8 @@ def _run(
             {"prompt": row // n, "sample": row % n} | dataclasses.asdict(completion)
             for row, completion in enumerate(completions)
         ]
-        numbers = {
-            "load_seconds": load_seconds,
-            **dataclasses.asdict(stats),
+        numbers = {"load_seconds": load_seconds} | dataclasses.asdict(stats)
+        numbers |= {
             "prefill_tokens_per_second": stats.prefill_rate,
             "decode_tokens_per_second": stats.decode_rate,
             "peak_memory_bytes": peak,
@@ -642,13 +690,7 @@ def _run(
         if sys.stdout.isatty() and not (before + completions[0].text + after).endswith("\n"):
             _write("\n")
     else:
-        for row, (completion, (before, after)) in enumerate(zip(completions, around, strict=True)):
-            sample = f", sample {row % n}" if n > 1 else ""
-            _write(f"==> prompt {row // n}{sample} <==\n", dim=True)
-            _write(before, dim=True)
-            _write(completion.text)
-            _write(after, dim=True)
-            _write("\n" if (before + completion.text + after).endswith("\n") else "\n\n")
+        _print_under_headings(completions, around, n)
     if not as_json:
         for completion in completions:
             if completion.logprobs is not None:
@@ -657,6 +699,32 @@ def _run(
             memory = "" if peak is None else f" | peak memory {_size(peak)}"
             _note(f"load {load_seconds:.2f} s | {stats}{memory}")
     if interrupted:
+        raise KeyboardInterrupt
+
+
+def _print_under_headings(
+    completions: list[Completion], around: list[tuple[str, str]], n: int
+) -> None:
+    """Several completions, each with the texts around it, and a blank line behind it."""
+    for row, (completion, (before, after)) in enumerate(zip(completions, around, strict=True)):
+        sample = f", sample {row % n}" if n > 1 else ""
+        _write(f"==> prompt {row // n}{sample} <==\n", dim=True)
+        _write(before, dim=True)
+        _write(completion.text)
+        _write(after, dim=True)
+        _write("\n" if (before + completion.text + after).endswith("\n") else "\n\n")
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block."""
+    signals: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if signals:
         raise KeyboardInterrupt
 
 
@@ -795,7 +863,16 @@ def _visible(text: str) -> str:
 
 
 def _print_json(report: dict[str, Any]) -> None:
-    print(json.dumps(report, indent=2, ensure_ascii=False))
+    print(json.dumps(_without_nan(report), indent=2, ensure_ascii=False))
+
+
+def _without_nan(value: Any) -> Any:
+    """The value with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _size(size: int) -> str:

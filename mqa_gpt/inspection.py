@@ -221,17 +221,18 @@ def hash_files(
 def _hub_digests(name: str, commit: str) -> dict[str, str]:
     """File name -> SHA-256 of a repository's large files; empty if the hub does not answer."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import (  # type: ignore[attr-defined]
-        HfHubHTTPError,
-        HTTPError,
-        OfflineModeIsEnabled,
-    )
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.hf_api import RepoFile
 
     try:
-        info = HfApi().model_info(name, revision=commit, files_metadata=True)
-    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError):
+        files = [
+            file
+            for file in HfApi().list_repo_tree(name, revision=commit)
+            if isinstance(file, RepoFile)
+        ]
+    except (HTTPError, OSError):  # offline, unreachable, refused
         return {}
-    return {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs}
+    return {file.path: file.lfs.sha256 for file in files if file.lfs}
 
 
 def _progress(items: list[Any], what: str, unit: str) -> Iterator[Any]:

@@ -9,6 +9,7 @@ import time
 from mqa_gpt import LLM
 from mqa_gpt.environment import peak_memory
 from mqa_gpt.errors import InputError
+from mqa_gpt.inspection import inspect_checkpoint
 from mqa_gpt.llm import Generation
 
 COMPLETE = "def read_lines(path):\n"
@@ -35,7 +36,7 @@ def main() -> int:
     try:
         llm = LLM.load(model, dtype="float32")
         load_seconds = time.perf_counter() - begin
-        parameters = sum(parameter.numel() for parameter in llm.model.parameters())
+        parameters = sum(inspect_checkpoint(model).parameters.values())
         print(f"{model or 'The demo checkpoint'}: {parameters / 1e6:.1f} million parameters")
 
         title("It completes a function")

@@ -1,0 +1,161 @@
+"""Sizes against NUMERICS' published table and against the models themselves; checks of files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mqa_gpt import GPT, CheckpointError, ConfigError, GPTConfig, KVCache
+from mqa_gpt.inspection import (
+    check_finite,
+    hash_files,
+    inspect_checkpoint,
+    inspect_shape,
+)
+from tests.helpers import tiny_config
+from tests.hub_server import HubServer, Repository
+
+# Published: parameters, and bytes of 16-bit KV cache per token as MQA and as MHA.
+OFFICIAL = {
+    "tiny_starcoder_py": (164_144_128, 5_120, 61_440),
+    "gpt_bigcode-santacoder": (1_124_886_528, 12_288, 196_608),
+    "starcoderbase-1b": (1_137_207_296, 12_288, 196_608),
+    "starcoderbase-3b": (3_043_311_104, 18_432, 405_504),
+    "starcoderbase-7b": (7_327_263_232, 21_504, 688_128),
+    "starcoderbase": (15_517_456_384, 20_480, 983_040),
+    "starcoder": (15_517_456_384, 20_480, 983_040),
+    "granite-20b-code-base-8k": (20_066_993_152, 26_624, 1_277_952),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint in one file."""
+    GPT(tiny_config()).save_pretrained(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_the_official_shapes_have_their_published_sizes(name: str):
+    found = inspect_shape(name)
+    parameters, as_mqa, as_mha = OFFICIAL[name]
+    sizes = found.to_dict()
+    assert sizes["parameters"] == parameters
+    assert sizes["weight_bytes"]["bfloat16"] == 2 * parameters
+    assert sizes["cache_bytes_per_token"]["float16"] == {"mqa": as_mqa, "mha": as_mha}
+    assert sum(tensor.elements for tensor in found.tensors) == parameters
+
+
+@pytest.mark.parametrize("multi_query", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_and_cache_are_those_of_the_model(multi_query: bool, tied: bool, tmp_path: Path):
+    config = tiny_config(multi_query=multi_query, tie_word_embeddings=tied)
+    model = GPT(config)
+    model.save_pretrained(tmp_path / "checkpoint")
+    found = inspect_checkpoint(tmp_path / "checkpoint")
+    assert sum(found.parameters.values()) == sum(p.numel() for p in model.parameters())
+    cache = KVCache(config, 1, 1, dtype=torch.float32)
+    assert found.cache_bytes_per_token(torch.float32, multi_query=multi_query) == cache.kv.nbytes
+
+
+def test_tensors_are_what_the_files_hold(tmp_path: Path):
+    model = GPT(tiny_config()).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "checkpoint", max_shard_size=20_000)
+    found = inspect_checkpoint(tmp_path / "checkpoint")
+    files = list((tmp_path / "checkpoint").glob("*.safetensors"))
+    assert len(files) > 1
+    assert found.file_bytes == sum(file.stat().st_size for file in files)
+    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert {tensor.name: tensor.shape for tensor in found.tensors} == {
+        name: tuple(tensor.shape) for name, tensor in stored.items()
+    }
+    assert {tensor.dtype for tensor in found.tensors} == {"BF16"}
+
+
+def test_the_report_is_valid_json(folder: Path):
+    report = json.loads(json.dumps(inspect_checkpoint(folder).to_dict()))
+    assert GPTConfig.from_dict(report["config"]).to_dict() == report["config"]
+
+
+def test_a_config_of_absurd_size_is_reported_without_building_it(folder: Path):
+    config = json.loads((folder / "config.json").read_text())
+    config["n_layer"] = 2**28
+    (folder / "config.json").write_text(json.dumps(config))
+    assert sum(inspect_checkpoint(folder).parameters.values()) > 2**28
+
+
+def test_an_unknown_shape_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(ConfigError, match="starcoderbase-7b"):
+        inspect_shape("starcoderbase-7")
+
+
+def test_a_folder_that_is_no_checkpoint_is_an_error(tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        inspect_checkpoint(tmp_path)
+
+
+def test_finite_weights_are_found_finite(folder: Path):
+    assert check_finite(folder) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
+def test_nan_and_infinity_are_counted_per_tensor(folder: Path, dtype: torch.dtype):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    bad = weights["transformer.wpe.weight"]
+    bad[0, :3] = torch.nan
+    if dtype != torch.float8_e4m3fn:  # which has no infinity
+        bad[1, :2] = torch.inf
+        bad[2, 0] = -torch.inf
+    weights["transformer.wpe.weight"] = bad.to(dtype)
+    save_file(weights, file)
+    infinite = 0 if dtype == torch.float8_e4m3fn else 3
+    assert check_finite(folder) == [("transformer.wpe.weight", 3, infinite)]
+
+
+def test_a_folder_has_hashes_but_nothing_to_compare_them_with(folder: Path):
+    (hashed,) = hash_files(folder)
+    data = (folder / "model.safetensors").read_bytes()
+    assert hashed == ("model.safetensors", hashlib.sha256(data).hexdigest(), None, None)
+    assert not hashed.differs
+
+
+def test_hashes_are_compared_with_the_hub_and_offline_with_its_cache(folder: Path, tmp_path: Path):
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    digest = hashlib.sha256(files["model.safetensors"]).hexdigest()
+    name, home = "someone/tiny", tmp_path / "home"
+
+    def hashes(target: str, url: str, **variables: str) -> list[list[str]]:
+        # In a new process, because huggingface_hub reads its settings when it is imported.
+        code = (
+            "import json; from mqa_gpt.inspection import hash_files;"
+            f"print(json.dumps([[*h, h.differs] for h in hash_files({target!r})]))"
+        )
+        settings = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"} | variables
+        output = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), **settings},
+            capture_output=True,
+            check=True,
+        )
+        return json.loads(output.stdout)
+
+    with HubServer({name: Repository({"main": files})}) as hub:
+        assert hashes(name, hub.url) == [["model.safetensors", digest, digest, "hub", False]]
+        (blob,) = (home / "hub").glob(f"**/blobs/{digest}")
+        blob.write_bytes(files["model.safetensors"][:-1] + b"\xff")
+        ((_, changed, expected, source, differs),) = hashes(name, hub.url)
+        assert (expected, source, differs) == (digest, "hub", True)
+        url = hub.url
+    offline = [["model.safetensors", changed, digest, "cache", True]]
+    assert hashes(name, url, HF_HUB_OFFLINE="1") == offline
+    (snapshot,) = (home / "hub").glob("models--someone--tiny/snapshots/*")
+    assert hashes(str(snapshot), url) == offline
