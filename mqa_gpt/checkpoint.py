@@ -30,6 +30,7 @@ from mqa_gpt.attention import select_attention
 from mqa_gpt.config import GPTConfig, shown
 from mqa_gpt.errors import CheckpointError, ConfigError, InputError
 from mqa_gpt.hub import resolve
+from mqa_gpt.memory import available_memory
 from mqa_gpt.model import GPT
 
 __all__ = [
@@ -299,7 +300,7 @@ def load_model(
             copies.append((tensor, part.T if transposed else part))
             first += rows
     _copy(copies)
-    model.load_state_dict(state, assign=True, strict=False)  # a tied lm_head has no entry
+    model.load_state_dict(state, assign=True, strict=False)  # a tied head has no entry of its own
     if config.tie_word_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
     model.set_backend(backend)
@@ -435,20 +436,6 @@ def _amiss(tensor: StoredTensor, shape: tuple[int, ...]) -> list[str]:
 def _widest_dtype(tensors: Iterable[StoredTensor]) -> torch.dtype:
     """The dtype that holds every stored value exactly."""
     return reduce(torch.promote_types, {STORED_DTYPES[tensor.dtype] for tensor in tensors})
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu":
-        return None
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
-        return None
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
-    return None if found is None else int(found[1]) * 1024
 
 
 def _require_memory(folder: Path, model: GPT, dtype: torch.dtype, device: torch.device) -> None:

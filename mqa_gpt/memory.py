@@ -1,0 +1,51 @@
+"""How much memory is left, so that a model that cannot fit is refused before it is loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+
+def available_memory(device: torch.device, root: Path = Path("/")) -> int | None:
+    """Bytes that can still be allocated on a device; None where the system does not say.
+
+    On Linux that is what the machine has available or, if less, what the limits of this process's
+    control groups (containers, batch systems; cgroup v2) leave. Memory that only caches files
+    counts as available in both.
+
+    Args:
+        device: the CPU or an accelerator.
+        root: where `proc` and `sys` are.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)
+    rooms = [] if found is None else [int(found[1]) * 1024]
+    group = re.search(r"^0::/(.*)$", _read(root / "proc/self/cgroup"), re.MULTILINE)
+    if group is not None:
+        top = root / "sys/fs/cgroup"
+        folder = top / group[1]
+        while folder.is_relative_to(top):
+            rooms += _room_in(folder)
+            folder = folder.parent
+    return min(rooms, default=None)
+
+
+def _room_in(group: Path) -> list[int]:
+    """What the limit of one control group leaves; nothing if it has no limit."""
+    limit, used = _read(group / "memory.max"), _read(group / "memory.current")
+    if not limit.strip().isdigit() or not used.strip().isdigit():  # "max", or no such file
+        return []
+    cached = re.findall(r"^(?:in)?active_file (\d+)$", _read(group / "memory.stat"), re.MULTILINE)
+    return [max(0, int(limit) - int(used) + sum(map(int, cached)))]
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""

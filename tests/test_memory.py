@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mqa_gpt.memory import available_memory
+
+CPU = torch.device("cpu")
+MEMINFO = "MemTotal:       2000 kB\nMemFree:         100 kB\nMemAvailable:    1000 kB\n"
+
+
+def machine(root: Path, meminfo: str = MEMINFO, cgroup: str = "0::/a/b\n") -> Path:
+    """A made-up /proc, and control groups without limits."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(meminfo)
+    (root / "proc/self/cgroup").write_text(cgroup)
+    (root / "sys/fs/cgroup/a/b").mkdir(parents=True)
+    for group in ("a", "a/b"):
+        limit(root, group, "max", 0)
+    return root
+
+
+def limit(root: Path, group: str, maximum: str | int, used: int, cached: int = 0) -> None:
+    folder = root / "sys/fs/cgroup" / group
+    (folder / "memory.max").write_text(f"{maximum}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(
+        f"anon 1\ninactive_file {cached // 2}\nactive_file {cached - cached // 2}\nfile 9999999\n"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says")
+def test_this_machine_has_some_of_its_memory_available() -> None:
+    available = available_memory(CPU)
+    assert available is not None
+    assert 0 < available < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_without_limits_it_is_what_the_machine_has_available(tmp_path: Path) -> None:
+    assert available_memory(CPU, machine(tmp_path)) == 1000 * 1024
+
+
+@pytest.mark.parametrize("group", ["a", "a/b"])
+def test_the_limit_of_a_control_group_or_of_one_above_it_counts(tmp_path: Path, group: str) -> None:
+    machine(tmp_path)
+    limit(tmp_path, group, 500_000, used=300_000, cached=70_001)
+    assert available_memory(CPU, tmp_path) == 270_001
+    limit(tmp_path, group, 500_000, used=600_000)
+    assert available_memory(CPU, tmp_path) == 0
+    limit(tmp_path, group, 5_000_000, used=300_000)
+    assert available_memory(CPU, tmp_path) == 1000 * 1024
+
+
+def test_the_limit_of_a_container_stands_at_the_top(tmp_path: Path) -> None:
+    machine(tmp_path, cgroup="0::/\n")
+    limit(tmp_path, "", 500_000, used=100_000)
+    assert available_memory(CPU, tmp_path) == 400_000
+
+
+@pytest.mark.parametrize("cgroup", ["", "4:memory:/a\n", "0::/gone\n", "0::/../a\n"])
+def test_groups_of_another_kind_are_no_limit(tmp_path: Path, cgroup: str) -> None:
+    assert available_memory(CPU, machine(tmp_path, cgroup=cgroup)) == 1000 * 1024
+
+
+def test_a_system_that_does_not_say_gives_none(tmp_path: Path) -> None:
+    assert available_memory(CPU, tmp_path) is None
+    assert available_memory(torch.device("meta"), machine(tmp_path)) is None
