@@ -168,6 +168,12 @@ def test_a_control_token_between_the_bytes_of_a_character_does_not_break_it():
     assert "".join(pieces) == "🐈"
 
 
+def test_bytes_that_will_never_be_a_character_are_not_held_back():
+    first, *_ = STARCODER_LIKE.encode("🐈")
+    decoder = StreamDecoder(STARCODER_LIKE)
+    assert [decoder.push(first) for _ in range(4)] == ["", *3 * ["\N{REPLACEMENT CHARACTER}"]]
+
+
 def test_what_is_left_of_a_cut_character_is_flushed_once():
     first, *_ = STARCODER_LIKE.encode("🐈")
     decoder = StreamDecoder(STARCODER_LIKE)
