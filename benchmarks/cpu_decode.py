@@ -1,0 +1,158 @@
+"""How fast does this decode on a CPU in float32, beside transformers' `generate`?
+
+    python benchmarks/cpu_decode.py                          # tiny_starcoder_py's shape
+    python benchmarks/cpu_decode.py --shape starcoderbase-1b
+
+Both run the same random weights in one process, taking turns. The decode rate is
+(tokens - 1) * rows / (time of a whole generation - time of one that stops at its first token).
+The cold start is a new process each time: import, load the checkpoint, first token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import RESULTS, interleaved, write_result
+from transformers import GenerationConfig, GPTBigCodeForCausalLM
+
+from mqa_gpt import GPT, GPTConfig, generate
+from mqa_gpt.packing import pack
+
+COLD_START = {
+    "mqa-gpt": """
+from mqa_gpt import GPT, generate
+from mqa_gpt.packing import pack
+model = GPT.from_pretrained({folder!r})
+pack(model)
+generate(model, [{prompt}], 1)
+""",
+    "transformers": """
+import torch
+from transformers import GPTBigCodeForCausalLM
+model = GPTBigCodeForCausalLM.from_pretrained({folder!r})
+model.generate(torch.tensor([{prompt}]), max_new_tokens=1, do_sample=False, pad_token_id=0)
+""",
+}
+
+
+def load_both(folder: str) -> tuple[GPT, GPTBigCodeForCausalLM]:
+    ours = GPT.from_pretrained(folder)
+    pack(ours)
+    theirs = GPTBigCodeForCausalLM.from_pretrained(folder).eval()
+    theirs.generation_config = GenerationConfig(pad_token_id=0)  # no end token: full length
+    return ours, theirs
+
+
+def decode_rates(
+    ours: GPT, theirs: GPTBigCodeForCausalLM, rows: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Prefill time and decode rate of both for one batch size, and their ratios."""
+    prompt = torch.randint(ours.config.vocab_size, (rows, options.prompt))
+    mask = torch.ones_like(prompt)
+
+    def run_ours(count: int) -> list[list[int]]:
+        return generate(ours, prompt, count)
+
+    def run_theirs(count: int) -> list[list[int]]:
+        output = theirs.generate(prompt, attention_mask=mask, max_new_tokens=count, do_sample=False)
+        return output[:, options.prompt :].tolist()
+
+    same = run_ours(options.new) == run_theirs(options.new)
+    times = interleaved(
+        {
+            "mqa-gpt first": lambda: run_ours(1) and None,
+            "transformers first": lambda: run_theirs(1) and None,
+            "mqa-gpt all": lambda: run_ours(options.new) and None,
+            "transformers all": lambda: run_theirs(options.new) and None,
+        },
+        options.repeats,
+        f"batch {rows}",
+    )
+    figures: dict[str, Any] = {"same_tokens": same, "times": times}
+    for name in ("mqa-gpt", "transformers"):
+        first, whole = times[f"{name} first"]["median"], times[f"{name} all"]["median"]
+        figures[name] = {
+            "prefill_s": first,
+            "decode_tok_s": (options.new - 1) * rows / (whole - first),
+        }
+    a, b = figures["mqa-gpt"], figures["transformers"]
+    figures["decode_ratio"] = a["decode_tok_s"] / b["decode_tok_s"]
+    figures["prefill_ratio"] = b["prefill_s"] / a["prefill_s"]
+    return figures
+
+
+def cold_start(folder: str, prompt: list[int], repeats: int) -> dict[str, Any]:
+    """Seconds from starting a process to its first token, for both."""
+
+    def run(code: str) -> float:
+        begin = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-c", code.format(folder=folder, prompt=prompt)],
+            check=True,
+            cwd=Path(__file__).parents[1],
+            stderr=subprocess.DEVNULL,
+        )
+        return time.perf_counter() - begin
+
+    actions = {name: (lambda code=code: run(code)) for name, code in COLD_START.items()}
+    times = interleaved(actions, repeats, "cold start")
+    return {
+        "times": times,
+        "ratio": times["transformers"]["median"] / times["mqa-gpt"]["median"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", default="tiny_starcoder_py", help="an official shape")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompt", type=int, default=128, help="prompt tokens")
+    parser.add_argument("--new", type=int, default=32, help="new tokens")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--cold-repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/cpu_decode_*.json")
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        GPT(GPTConfig.official(options.shape)).save_pretrained(folder)
+        ours, theirs = load_both(folder)
+        for rows in options.batch:
+            figures[f"batch {rows}"] = decode_rates(ours, theirs, rows, options)
+        del ours, theirs
+        prompt = torch.randint(1000, (options.prompt,)).tolist()
+        figures["cold start"] = cold_start(folder, prompt, options.cold_repeats)
+
+    print(f"{options.shape}, float32, {options.prompt} + {options.new} tokens, medians")
+    print(f"{'':12}{'mqa-gpt':>12}{'transformers':>14}{'ratio':>8}  same tokens")
+    for rows in options.batch:
+        f = figures[f"batch {rows}"]
+        a, b = f["mqa-gpt"]["decode_tok_s"], f["transformers"]["decode_tok_s"]
+        print(
+            f"batch {rows:<6}{a:>6.1f} tok/s{b:>8.1f} tok/s{f['decode_ratio']:>8.2f}"
+            f"  {'yes' if f['same_tokens'] else 'NO'}"
+        )
+        a, b = f["mqa-gpt"]["prefill_s"], f["transformers"]["prefill_s"]
+        print(f"{'  prefill':12}{a:>10.3f} s{b:>12.3f} s{f['prefill_ratio']:>8.2f}")
+    times = figures["cold start"]["times"]
+    a, b = times["mqa-gpt"]["median"], times["transformers"]["median"]
+    print(f"{'cold start':12}{a:>10.2f} s{b:>12.2f} s{figures['cold start']['ratio']:>8.2f}")
+    settings = {key: value for key, value in vars(options).items() if key != "output"}
+    write_result(
+        options.output or RESULTS / f"cpu_decode_{options.shape}.json",
+        __doc__.split("\n")[0],
+        settings | {"dtype": "float32"},
+        figures,
+    )
+
+
+if __name__ == "__main__":
+    main()
