@@ -751,16 +751,25 @@ print(peak() - before)
 """
 
 
+@pytest.fixture(scope="module")
+def large() -> GPT:
+    """A model of 120 MB in float32."""
+    config = tiny_config(n_embd=512, n_head=8, n_inner=2048, n_layer=10, vocab_size=8000)
+    model = checkpoint.empty_model(config).to_empty(device="cpu")
+    model.lm_head.weight = model.transformer.wte.weight
+    for parameter in model.parameters():
+        torch.nn.init.ones_(parameter)
+    return model
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_takes_the_model_and_its_largest_tensor_at_most(
-    tmp_path: Path, reference: GPTBigCodeForCausalLM, dtype: str
+    tmp_path: Path, reference: GPTBigCodeForCausalLM, large: GPT, dtype: str
 ) -> None:
     write(tmp_path / "small", weights_of(reference), tiny_config())
-    config = tiny_config(n_embd=768, n_head=12, n_inner=3072, n_layer=8, vocab_size=8000)
-    model = GPT(config)
-    model.save_pretrained(tmp_path / "large", max_shard_size="150MB")
-    elements = [parameter.numel() for parameter in model.parameters()]
+    large.save_pretrained(tmp_path / "large", max_shard_size="80MB")
+    elements = [parameter.numel() for parameter in large.parameters()]
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, tmp_path / "small", tmp_path / "large", dtype],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
