@@ -1,0 +1,118 @@
+"""What `mqa_gpt.verify` found, as an object, as JSON and as a table of plain text."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first new token that differs.
+
+    `position` counts the prompt's new tokens from 0; `margin` is how far transformers' largest
+    logit is above its second largest there. Texts are None without a tokenizer.
+    """
+
+    position: int
+    ours: int
+    reference: int
+    ours_text: str | None
+    reference_text: str | None
+    margin: float
+
+
+@dataclass(frozen=True)
+class PromptReport:
+    """One prompt's comparison.
+
+    `absolute_error` and `relative_error` hold one number per position of prompt and new tokens:
+    max |ours - reference| over the vocabulary, and that over the position's largest logit. The
+    reference is the more precise of the two computations where there are two.
+    """
+
+    name: str
+    prompt_tokens: int
+    new_tokens: int
+    equal_tokens: int
+    divergence: Divergence | None
+    absolute_error: list[float]
+    relative_error: list[float]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found. `logits_error` must not exceed `logits_limit`; `rule` says in words
+    what the two are. `reference` says which transformers it was and how it got the weights.
+    """
+
+    model: str
+    dtype: str
+    device: str
+    backend: str
+    reference: str
+    rule: str
+    logits_error: float
+    logits_limit: float
+    tokens_must_be_equal: bool
+    prompts: list[PromptReport]
+
+    @property
+    def logits_passed(self) -> bool:
+        """Whether the logits keep to the rule; NaN does not."""
+        return self.logits_error <= self.logits_limit
+
+    @property
+    def tokens_passed(self) -> bool:
+        """Whether all greedy tokens are equal, or need not be."""
+        return not self.tokens_must_be_equal or all(p.divergence is None for p in self.prompts)
+
+    @property
+    def passed(self) -> bool:
+        """Whether the checkpoint computes what it computes in transformers."""
+        return self.logits_passed and self.tokens_passed
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON can hold it."""
+        return {"passed": self.passed, **asdict(self)}
+
+
+def format_report(report: Report) -> str:
+    """The report as lines of text: a table of the prompts, then the two verdicts."""
+    lines = [
+        f"{report.model} in {report.dtype} on {report.device}, backend {report.backend}",
+        f"against {report.reference}",
+        "",
+        f"{'prompt':32}  {'tokens':>6}  {'max error':>9}  {'relative':>9}  equal new tokens",
+    ]
+    notes = []
+    for prompt in report.prompts:
+        name = repr(prompt.name)[1:-1]  # one line, and no control characters for the terminal
+        name = name if len(name) <= 32 else f"{name[:29]}..."
+        lines.append(
+            f"{name:32}  {prompt.prompt_tokens:6}  {max(prompt.absolute_error):9.2e}"
+            f"  {max(prompt.relative_error):9.2e}  {prompt.equal_tokens} of {prompt.new_tokens}"
+        )
+        if (d := prompt.divergence) is not None:
+            notes.append(
+                f"{name}: new token {d.position} is {d.ours} {_quoted(d.ours_text)}here and "
+                f"{d.reference} {_quoted(d.reference_text)}in transformers, whose two largest "
+                f"logits differ by {d.margin:.2e} there"
+            )
+    equal = sum(prompt.equal_tokens for prompt in report.prompts)
+    total = sum(prompt.new_tokens for prompt in report.prompts)
+    verdict = {True: "pass", False: "FAIL"}
+    tokens = verdict[report.tokens_passed] if report.tokens_must_be_equal else "info"
+    lines += [
+        "",
+        *notes,
+        f"logits  {verdict[report.logits_passed]}  {report.logits_error:.2e}, limit "
+        f"{report.logits_limit:.2e}: {report.rule}",
+        f"tokens  {tokens}  {equal} of {total} greedy tokens equal"
+        + ("" if report.tokens_must_be_equal else f", which {report.dtype} does not promise"),
+    ]
+    return "\n".join(lines)
+
+
+def _quoted(text: str | None) -> str:
+    return "" if text is None else f"{text!r} "
