@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from mqa_gpt.attention import BACKENDS, select_attention
-from mqa_gpt.checkpoint import available_memory
+from mqa_gpt.memory import available_memory
 
 PACKAGES = (
     "mqa-gpt",
