@@ -1,0 +1,127 @@
+"""The script that needs real weights, run on random weights with transformers as the publisher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+
+from mqa_gpt import Tokenizer
+from scripts.check_published_outputs import CASES, main
+from tests.helpers import reference_greedy, reference_model, tiny_config
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+SPECIALS = ["<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("owner") / "model"
+    names = [*SPECIALS, *map(chr, range(33, 127)), "Ġ", "Ċ"]  # one token per character
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE({name: id_ for id_, name in enumerate(names)}, [])
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIALS)
+    reference_model(tiny_config(vocab_size=len(names))).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def published(folder: Path, prompt: str, count: int = 6) -> dict[str, Any]:
+    """What transformers says about a prompt, in the form of the real cases."""
+    tokenizer = Tokenizer.from_pretrained(folder)
+    reference = reference_model(tiny_config(vocab_size=tokenizer.vocab_size))
+    ids, logits = reference_greedy(reference, [tokenizer.encode(prompt)], count)
+    logprobs = logits[0].log_softmax(-1).gather(1, ids[0][:, None])[:, 0]
+    return {
+        "model": "someone/model",
+        "prompt": prompt,
+        "mode": "greedy",
+        "max_new_tokens": count,
+        "ids": ids[0].tolist(),
+        "logprobs": logprobs.half().tolist(),
+        "text": tokenizer.decode(ids[0].tolist()),
+        "source": "transformers",
+    }
+
+
+def run(folder: Path, cases: list[dict[str, Any]], *arguments: str) -> int:
+    file = folder.parent / "cases.json"
+    file.write_text(json.dumps({"cases": cases}))
+    return main(["--model", str(folder), "--cases", str(file), *arguments])
+
+
+PROMPTS = ["def f(x):", "<fim_prefix>a = <fim_suffix>\n<fim_middle>"]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_what_transformers_says_passes(
+    folder: Path, prompt: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = published(folder, prompt)
+    only_text = {key: case[key] for key in ("model", "prompt", "text", "source")}
+    assert run(folder, [case, only_text]) == 0
+    assert "2 of 2 cases pass" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": [5, 5, 5, 5, 5, 5]}, "ids: "),
+        ({"logprobs": [-9.0] * 6}, "log-probabilities: "),
+        ({"text": "something else"}, "text: "),
+    ],
+)
+def test_each_difference_fails(
+    folder: Path, change: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = published(folder, PROMPTS[0])
+    assert run(folder, [case, case | change], "--as", "someone/model") == 1
+    shown = capsys.readouterr().out
+    assert message in shown
+    assert "1 of 2 cases pass" in shown
+
+
+def test_a_model_without_cases_is_bad_input(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folder, [published(folder, PROMPTS[0])], "--as", "bigcode/starcoder") == 2
+    assert "nothing is published for 'bigcode/starcoder'" in capsys.readouterr().err
+
+
+def test_a_missing_model_or_case_file_is_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", str(tmp_path / "no"), "--as", "bigcode/starcoder"]) == 2
+    assert main(["--model", str(tmp_path), "--cases", str(tmp_path / "no.json")]) == 2
+    assert "not a file of published outputs" in capsys.readouterr().err
+
+
+def test_every_published_case_says_where_it_is_from() -> None:
+    cases = json.loads(CASES.read_text())["cases"]
+    assert {case["model"] for case in cases} == {
+        "bigcode/santacoder",
+        "bigcode/starcoder",
+        "bigcode/gpt_bigcode-santacoder",
+        "bigcode/tiny_starcoder_py",
+    }
+    for case in cases:
+        assert case["mode"] == "greedy"
+        assert case["prompt"]
+        assert case["text"]
+        assert case["source"]
+        assert len(case.get("ids", [])) == len(case.get("logprobs", []))
+
+
+def test_published_starcoder_ids_are_the_published_text() -> None:
+    if not (SHARED / "starcoder-tokenizer" / "tokenizer.json").is_file():
+        pytest.skip("StarCoder's tokenizer is not here")
+    tokenizer = Tokenizer.from_pretrained(SHARED / "starcoder-tokenizer")
+    cases = json.loads(CASES.read_text())["cases"]
+    case = next(case for case in cases if case["model"] == "bigcode/starcoder")
+    assert tokenizer.decode(case["ids"]) == case["text"]
