@@ -1,0 +1,165 @@
+"""What the demo checkpoint is trained and judged on: the sources of Python's standard library.
+
+Every machine with Python has them. Some modules are held out, by name; test packages, generated
+tables and whatever repeats a held-out module are left out of training.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+
+from mqa_gpt.fim import fim_transform
+from mqa_gpt.tokenizer import Tokenizer
+
+# Of differing kinds: a long interface, text handling, numbers, files, protocols, a parser, async.
+HELD_OUT = (
+    "argparse.py",
+    "asyncio/streams.py",
+    "calendar.py",
+    "configparser.py",
+    "csv.py",
+    "fractions.py",
+    "graphlib.py",
+    "heapq.py",
+    "http/cookies.py",
+    "json/decoder.py",
+    "logging/handlers.py",
+    "shlex.py",
+    "tempfile.py",
+    "textwrap.py",
+)
+
+# Not the library itself (installed packages, tests), or tables that programs have written.
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
+GENERATED = re.compile(r"encodings/(cp|iso|mac|koi|kz|hp|ptcp|tis|palmos).*|_sysconfigdata.*")
+
+# StarCoder's control tokens, in its order: ids 0 to 18.
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<fim_prefix>",
+    "<fim_middle>",
+    "<fim_suffix>",
+    "<fim_pad>",
+    "<filename>",
+    "<gh_stars>",
+    "<issue_start>",
+    "<issue_comment>",
+    "<issue_closed>",
+    "<jupyter_start>",
+    "<jupyter_text>",
+    "<jupyter_code>",
+    "<jupyter_output>",
+    "<empty_output>",
+    "<commit_before>",
+    "<commit_msg>",
+    "<commit_after>",
+    "<reponame>",
+]
+
+PIECE_CHARACTERS = (250, 3000)  # of a piece for infilling: it has to fit into the context
+LONG_LINE = 20  # characters; shorter lines are alike everywhere
+REPEATED_SHARE = 0.25  # of a file's long lines in a held-out module: it is a relative of it
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Module texts by their path inside the standard library."""
+
+    training: dict[str, str]
+    held_out: dict[str, str]
+
+
+def read_corpus(library: Path | None = None) -> Corpus:
+    """Read the standard library of the Python that runs, or of another folder."""
+    library = library or Path(sysconfig.get_paths()["stdlib"])
+    texts: dict[str, str] = {}
+    for path in sorted(library.rglob("*.py")):
+        name = path.relative_to(library).as_posix()
+        if SKIPPED_FOLDERS.intersection(name.split("/")) or GENERATED.fullmatch(name):
+            continue
+        try:
+            text = path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+        except UnicodeDecodeError:
+            continue
+        if text.strip():
+            texts[name] = text
+    held_out = {name: texts.pop(name) for name in HELD_OUT if name in texts}
+    if not held_out:
+        raise SystemExit(f"{library} holds none of the held-out modules: is it a standard library?")
+    held_out_lines = set().union(*map(_long_lines, held_out.values()))
+    training: dict[str, str] = {}
+    for name, text in texts.items():
+        lines = _long_lines(text)
+        repeats = len(lines & held_out_lines) > REPEATED_SHARE * len(lines)
+        if not repeats and text not in training.values():
+            training[name] = text
+    return Corpus(training, held_out)
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Byte-level BPE in StarCoder's layout: its special tokens first, every digit by itself."""
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def batches(
+    texts: list[str], tokenizer: Tokenizer, *, batch_size: int, length: int, seed: int
+) -> Iterator[Tensor]:
+    """Endless training batches (B, length + 1) int64, the same ones for the same seed.
+
+    A pass takes every text once, in a new order: about half of them whole, the other half in
+    pieces rearranged for infilling. The documents are packed with `<|endoftext|>` between them
+    and cut into windows, which are shuffled. A window's last token is the next one's first.
+    """
+    rng = random.Random(seed)
+    while True:
+        ids: list[int] = []
+        for text in rng.sample(texts, len(texts)):
+            infill = rng.random() < 0.5
+            for document in split_into_pieces(text, rng) if infill else [text]:
+                ids.append(tokenizer.end_of_text_id)
+                ids.extend(fim_transform(document, tokenizer, rng, rate=float(infill)))
+        windows = torch.tensor(ids, dtype=torch.int32).unfold(0, length + 1, length)
+        order = rng.sample(range(len(windows)), len(windows))
+        for i in range(0, len(order) - batch_size + 1, batch_size):
+            yield windows[order[i : i + batch_size]].long()
+
+
+def split_into_pieces(text: str, rng: random.Random) -> Iterator[str]:
+    """Cut a text at line starts into pieces of very different lengths, so that holes are too."""
+    shortest, longest = PIECE_CHARACTERS
+    start = 0
+    while start < len(text):
+        size = int(shortest * (longest / shortest) ** rng.random())
+        end = text.find("\n", start + size) + 1 or len(text)
+        yield text[start:end]
+        start = end
+
+
+def _long_lines(text: str) -> set[str]:
+    return {line for line in map(str.strip, text.splitlines()) if len(line) >= LONG_LINE}

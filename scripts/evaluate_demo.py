@@ -1,0 +1,348 @@
+"""Measure the demo checkpoint on the held-out modules and write its card.
+
+    python scripts/evaluate_demo.py demo-run
+
+Reads the checkpoint and `training.json` of a run of train_demo.py; writes `figures.json` and the
+card, `README.md`, beside them. All generation is greedy, in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import json
+import lzma
+import platform
+import random
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from demo_data import PIECE_CHARACTERS, Corpus, read_corpus
+from tqdm import tqdm
+from train_demo import LONG_BATCH, SHORT_BATCH, bits_per_byte
+
+from mqa_gpt import LLM
+from mqa_gpt.fim import MODES, truncated_infill_prompt
+from mqa_gpt.generate import generate
+from mqa_gpt.inspection import inspect_checkpoint
+
+SEED = 0
+FUNCTIONS = 50
+FUNCTION_TOKENS = 200
+HOLES = 200
+HOLE_PROMPT_TOKENS = 512
+HOLE_TOKENS = 64
+BATCH = 10
+
+
+class Signature(NamedTuple):
+    """A function's signature: the module's text up to its end, and the signature by itself."""
+
+    before: str
+    text: str
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="the --out of train_demo.py")
+    parser.add_argument("--device", help="default: the GPU if there is one")
+    options = parser.parse_args()
+
+    llm = LLM.load(options.folder, device=options.device, dtype="float32")
+    corpus = read_corpus()
+    training = json.loads((options.folder / "training.json").read_text("utf-8"))
+    figures = {
+        "python": platform.python_version(),
+        "training_modules": len(corpus.training),
+        "training_characters": sum(map(len, corpus.training.values())),
+        "parameters": sum(inspect_checkpoint(options.folder).parameters.values()),
+        "training": training,
+        "compression": compare_with_xz(llm, corpus.held_out),
+        "completion": complete_functions(llm, corpus.held_out),
+        "infilling": fill_holes(llm, corpus.held_out),
+    }
+    figures_path = options.folder / "figures.json"
+    figures_path.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+    (options.folder / "README.md").write_text(card(llm, corpus, figures), "utf-8")
+    print(json.dumps(figures, indent=2))
+
+
+def compare_with_xz(llm: LLM, modules: dict[str, str]) -> dict[str, object]:
+    """Bits per byte of the model and of xz, over all modules and module by module."""
+    table = {}
+    nothing, one_by_one = 0.0, 0
+    for name, text in tqdm(modules.items(), desc="held-out loss", leave=False):
+        size = len(text.encode())
+        packed = len(lzma.compress(text.encode(), preset=9))
+        bits = bits_per_byte(llm.model, llm.tokenizer, [text])
+        table[name] = {"bytes": size, "model": bits, "xz": 8 * packed / size}
+        nothing += bits * size
+        one_by_one += packed
+    everything = "".join(modules.values()).encode()
+    return {
+        "bytes": len(everything),
+        "model": nothing / len(everything),
+        # One file for all of them lets xz find repetitions between modules; the model may not.
+        "xz_of_all_in_one": 8 * len(lzma.compress(everything, preset=9)) / len(everything),
+        "xz_one_by_one": 8 * one_by_one / len(everything),
+        "modules": table,
+    }
+
+
+def complete_functions(llm: LLM, modules: dict[str, str]) -> dict[str, int]:
+    """Write functions from their signatures and count those that parse.
+
+    A prompt is a module up to the end of a signature, as much of it as fits. The function ends
+    before the first line that is indented no deeper than its `def`. Where the tokens do not
+    suffice to get there, the last line, which is unfinished, is left out.
+    """
+    tokenizer = llm.tokenizer
+    everything = [s for text in modules.values() for s in signatures(text)]
+    chosen = random.Random(SEED).sample(everything, FUNCTIONS)
+    room = llm.model.config.n_positions - FUNCTION_TOKENS
+    prompts = [
+        [tokenizer.end_of_text_id, *tokenizer.encode(s.before, special_tokens=False)][-room:]
+        for s in chosen
+    ]
+    counts = {"functions": FUNCTIONS, "parse": 0, "parse_beyond_docstring": 0, "finished": 0}
+    texts = greedy(llm, prompts, FUNCTION_TOKENS, "functions")
+    for signature, (text, ended) in zip(chosen, texts, strict=True):
+        body, finished = function_body(signature.text, text, ended)
+        counts["finished"] += finished
+        statements = parsed_body(signature.text + body)
+        counts["parse"] += bool(statements)
+        first = statements[0] if statements else None
+        docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+        counts["parse_beyond_docstring"] += len(statements) > docstring
+    return counts
+
+
+def logical_lines(text: str) -> Iterator[list[tokenize.TokenInfo]]:
+    """The tokens of each statement up to its NEWLINE, without comments and indentation."""
+    line: list[tokenize.TokenInfo] = []
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in (tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT):
+            line.append(token)
+        if token.type == tokenize.NEWLINE:
+            yield line
+            line = []
+
+
+def signatures(text: str) -> Iterator[Signature]:
+    """Every `def` of a module whose body stands on lines of its own."""
+    lines = io.StringIO(text).readlines()
+    for tokens in logical_lines(text):
+        words = [token.string for token in tokens]
+        if (words[0] == "def" or words[:2] == ["async", "def"]) and words[-2] == ":":
+            first, last = tokens[0].start[0], tokens[-1].start[0]
+            yield Signature("".join(lines[:last]), "".join(lines[first - 1 : last]))
+
+
+def function_body(signature: str, text: str, ended: bool) -> tuple[str, bool]:
+    """The lines of `text` that belong to the function, and whether its end was reached."""
+    indent = len(signature) - len(signature.lstrip())
+    lines = io.StringIO(text).readlines()
+    for i, line in enumerate(lines):
+        if line.strip() and len(line) - len(line.lstrip()) <= indent:
+            return "".join(lines[:i]), True
+    return ("".join(lines), True) if ended else ("".join(lines[:-1]), False)
+
+
+def parsed_body(function: str) -> list[ast.stmt]:
+    """The statements of a function, or none if it does not parse."""
+    indented = function[0].isspace()
+    try:
+        tree = ast.parse("if True:\n" + function if indented else function)
+    except (SyntaxError, ValueError):  # ValueError: a null character
+        return []
+    outer = tree.body[0].body[0] if indented else tree.body[0]
+    return outer.body
+
+
+def fill_holes(llm: LLM, modules: dict[str, str]) -> dict[str, int]:
+    """Take statements of one line out of the modules and count those restored exactly."""
+    everything = [hole for text in modules.values() for hole in one_line_statements(text)]
+    chosen = random.Random(SEED).sample(everything, HOLES)
+    counts = {"holes": HOLES}
+    for mode in MODES:
+        prompts = [
+            truncated_infill_prompt(llm.tokenizer, before, after, HOLE_PROMPT_TOKENS, mode=mode).ids
+            for before, _, after in chosen
+        ]
+        texts = greedy(llm, prompts, HOLE_TOKENS, f"holes ({mode})")
+        counts[f"exact_{mode}"] = sum(
+            ended and text == middle
+            for (text, ended), (_, middle, _) in zip(texts, chosen, strict=True)
+        )
+    return counts
+
+
+def one_line_statements(text: str) -> Iterator[tuple[str, str, str]]:
+    """(before, statement, after) of every statement that is one line; docstrings are left out."""
+    lines = io.StringIO(text).readlines()
+    for tokens in logical_lines(text):
+        first, last = tokens[0], tokens[-1]
+        if first.start[0] == last.start[0] and first.type != tokenize.STRING:
+            row, column = first.start
+            line = lines[row - 1]
+            statement = line[column:].rstrip("\n")
+            before, after = "".join(lines[: row - 1]), "".join(lines[row:])
+            yield before + line[:column], statement, line[column + len(statement) :] + after
+
+
+def greedy(
+    llm: LLM, prompts: list[list[int]], new_tokens: int, what: str
+) -> list[tuple[str, bool]]:
+    """The text after each prompt, and whether the model ended it by itself."""
+    end = llm.tokenizer.end_of_text_id
+    results = []
+    for i in tqdm(range(0, len(prompts), BATCH), desc=what, leave=False):
+        for ids in generate(llm.model, prompts[i : i + BATCH], new_tokens, eos_token_id=end):
+            results.append((llm.tokenizer.decode(ids), ids[-1] == end))
+    return results
+
+
+CARD = """\
+---
+license: other
+license_name: psf-2.0
+license_link: https://docs.python.org/3/license.html
+language: code
+tags: [python, gpt_bigcode, multi-query-attention, fill-in-the-middle]
+---
+
+# The demo checkpoint of mqa-gpt
+
+A model of {millions:.1f} million parameters that completes and infills Python, small enough to
+come with the package and large enough to show everything working. It has StarCoder's architecture
+(GPT-2 with one key/value head), control tokens and infilling format, and is an ordinary
+`gpt_bigcode` checkpoint: transformers loads it too.
+
+```python
+from mqa_gpt import LLM
+
+llm = LLM.load()
+llm.generate("def read_lines(path):\\n", max_new_tokens=48).text
+llm.infill("def area(width, height):\\n    return ", "\\n", max_new_tokens=16).text
+```
+
+## Figures
+
+On {held_out} modules of the standard library that it was not trained on ({held_out_bytes:,}
+bytes), in float32, greedy:
+
+| | |
+| --- | --- |
+| bits per byte | **{model:.3f}** |
+| `xz -9`, all these modules in one file | {xz_all:.3f} |
+| `xz -9`, each by itself | {xz_each:.3f} |
+| functions written from their signature that parse | {parse} of {functions} |
+| ... and hold more than a docstring | {beyond} of {functions} |
+| ... statements of one line that infilling restores exactly, PSM order | {psm} of {holes} |
+| the same, SPM order | {spm} of {holes} |
+
+Bits per byte: each module starts afresh after `<|endoftext|>`; a token is predicted from the last
+{half} to {context} tokens. Functions: the prompt is the module up to the end of a signature, as
+much as fits beside {function_tokens} new tokens; the function ends before the first line indented
+no deeper than its `def` ({finished} of {functions} got there; of the others the unfinished last
+line is left out). Parsing says nothing about doing the right thing. Holes: {hole_tokens} tokens
+around the statement; exactly means character by character. Functions and holes are drawn at
+random, once.
+
+| held-out module | bytes | bits per byte | `xz -9` |
+| --- | --- | --- | --- |
+{modules}
+
+## Data
+
+The sources of Python {python}'s standard library: {training_modules} modules, {characters:.1f}
+million characters, without test packages, generated tables, and modules that share more than a
+quarter of their lines with a held-out one. Half of the modules in each pass are read whole; the
+other half is cut at line starts into pieces of {shortest} to {longest} characters, which are
+rearranged for infilling (half PSM, half SPM). The tokenizer, byte-level BPE with StarCoder's
+control tokens at ids 0 to 18, is trained on the same modules.
+
+## Settings
+
+{layers} layers, {heads} query heads and one key/value head of width {head_dim}, width {width},
+MLP width {inner}, context {context}, vocabulary {vocab}, tied embeddings, no dropout. AdamW
+(betas 0.9 and 0.95, weight decay 0.1 on matrices and embeddings, gradient norm clipped at 1),
+{warmup} warm-up steps to {peak_lr}, cosine to a tenth of it; {steps} steps of {tokens_per_step}
+tokens ({tokens:.1f} million in all), two steps in three with {short_rows} windows of
+{short_length} tokens and the third with {long_rows} of {long_length}; float32 on {device},
+{cpu_minutes:.0f} minutes of CPU time on {threads} threads. Stored in float16.
+
+    python scripts/train_demo.py --out demo-run
+    python scripts/evaluate_demo.py demo-run
+
+## Licence and limits
+
+The training data is under the Python Software Foundation License, version 2; these weights are
+distributed under the same licence, and what they write may repeat parts of the standard library
+word for word.
+
+It is a demonstration. It knows the standard library's manner and little else, loses the thread
+after a few lines, and what it writes must not be trusted to work. It is a base model: it
+continues text and follows no instructions.
+"""
+
+
+def card(llm: LLM, corpus: Corpus, figures: dict) -> str:
+    """The model card, every number taken from the figures or the code that made them."""
+    config = llm.model.config
+    compression, completion = figures["compression"], figures["completion"]
+    infilling, training = figures["infilling"], figures["training"]
+    rows = (
+        f"| `{name}` | {row['bytes']:,} | {row['model']:.3f} | {row['xz']:.3f} |"
+        for name, row in compression["modules"].items()
+    )
+    return CARD.format(
+        millions=figures["parameters"] / 1e6,
+        held_out=len(corpus.held_out),
+        held_out_bytes=compression["bytes"],
+        model=compression["model"],
+        xz_all=compression["xz_of_all_in_one"],
+        xz_each=compression["xz_one_by_one"],
+        functions=completion["functions"],
+        parse=completion["parse"],
+        beyond=completion["parse_beyond_docstring"],
+        finished=completion["finished"],
+        function_tokens=FUNCTION_TOKENS,
+        holes=infilling["holes"],
+        psm=infilling["exact_psm"],
+        spm=infilling["exact_spm"],
+        hole_tokens=HOLE_PROMPT_TOKENS,
+        half=config.n_positions // 2,
+        context=config.n_positions,
+        modules="\n".join(rows),
+        python=figures["python"],
+        training_modules=figures["training_modules"],
+        characters=figures["training_characters"] / 1e6,
+        shortest=PIECE_CHARACTERS[0],
+        longest=PIECE_CHARACTERS[1],
+        layers=config.n_layer,
+        heads=config.n_head,
+        head_dim=config.head_dim,
+        width=config.n_embd,
+        inner=config.inner_size,
+        vocab=config.vocab_size,
+        warmup=training["warmup_steps"],
+        peak_lr=training["peak_lr"],
+        steps=training["steps"],
+        tokens_per_step=training["tokens_per_step"],
+        tokens=training["steps"] * training["tokens_per_step"] / 1e6,
+        short_rows=SHORT_BATCH[0],
+        short_length=SHORT_BATCH[1],
+        long_rows=LONG_BATCH[0],
+        long_length=LONG_BATCH[1],
+        device=training["device"],
+        cpu_minutes=training["cpu_seconds"] / 60,
+        threads=training["threads"],
+    )
+
+
+if __name__ == "__main__":
+    main()

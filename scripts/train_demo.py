@@ -1,0 +1,249 @@
+"""Train the demo checkpoint: a small multi-query model of the Python standard library's sources.
+
+    python scripts/train_demo.py --out demo-run             # about 45 minutes on two cores
+    python scripts/train_demo.py --out demo-run --resume    # go on after an interruption
+    python scripts/evaluate_demo.py demo-run                # its figures and its card
+
+What is read and how it is packed is in demo_data.py. The result in `--out` is an ordinary
+checkpoint; `state.pt` beside it is what `--resume` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from demo_data import batches, read_corpus, train_tokenizer
+from torch import Tensor
+from tqdm import tqdm
+
+from mqa_gpt.config import GPTConfig
+from mqa_gpt.fim import infill_prompt
+from mqa_gpt.generate import generate
+from mqa_gpt.model import GPT
+from mqa_gpt.tokenizer import Tokenizer
+
+CONFIG = GPTConfig(
+    vocab_size=4096,
+    n_positions=1024,
+    n_embd=256,
+    n_layer=6,
+    n_head=4,
+    n_inner=1024,
+    initializer_range=0.05,  # about n_embd^-0.5, as in StarCoderBase
+    # Two passes over the data are too few to overfit.
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+# Many small steps learn more than few large ones when there is little time, and short windows learn
+# the basics in less of it: rows and window length of two steps in three, and of the third.
+SHORT_BATCH, LONG_BATCH = (8, 256), (2, CONFIG.n_positions)
+TOKENS_PER_STEP = 2048
+STEPS = 2800
+PEAK_LR = 3e-3
+WARMUP_STEPS = 100
+SEED = 0
+
+EVALUATE_EVERY = 400
+SUBSET_CHARACTERS = 4000  # of each held-out module, for the figure shown while training
+
+SAMPLE_PROMPTS = ("def read_lines(path):\n", "class Stack:\n    def __init__(self")
+SAMPLE_HOLE = ("def area(width, height):\n    return ", "\n\n\nprint(area(3, 4))\n")
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to a tenth of the peak."""
+    if step < WARMUP_STEPS:
+        return PEAK_LR * (step + 1) / WARMUP_STEPS
+    progress = (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
+    return PEAK_LR * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(model: GPT) -> torch.optim.AdamW:
+    """AdamW with StarCoder's betas; only matrices and embeddings decay."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
+
+
+def loss_of(model: GPT, batch: Tensor) -> Tensor:
+    """Mean loss over every position of a batch (B, T + 1), in nats per token."""
+    cuda = model.device.type == "cuda"
+    with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+        logits = model(batch[:, :-1])  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
+
+
+def mixed_batches(texts: list[str], tokenizer: Tokenizer) -> Iterator[Tensor]:
+    """Endless training batches: two of short windows, then one of the longest."""
+    short, long = (
+        batches(texts, tokenizer, batch_size=rows, length=length, seed=SEED + rows)
+        for rows, length in (SHORT_BATCH, LONG_BATCH)
+    )
+    while True:
+        yield next(short)
+        yield next(short)
+        yield next(long)
+
+
+@torch.no_grad()
+def bits_per_byte(model: GPT, tokenizer: Tokenizer, texts: list[str]) -> float:
+    """What the model needs to encode the texts, each starting afresh from `<|endoftext|>`.
+
+    A window slides by half a context, so that a token is predicted from at least half of one
+    (where there is that much before it).
+    """
+    context = model.config.n_positions
+    nats = 0.0
+    for text in texts:
+        ids = [tokenizer.end_of_text_id, *tokenizer.encode(text, special_tokens=False)]
+        done = 0  # tokens predicted so far
+        while done < len(ids) - 1:
+            start = max(0, done - context // 2)
+            window = torch.tensor([ids[start : start + context + 1]], device=model.device)
+            logits = model(window[:, :-1])[0, done - start :]  # (new, V)
+            labels = window[0, 1 + done - start :]
+            nats += F.cross_entropy(logits.float(), labels, reduction="sum").item()
+            done += len(labels)
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+
+
+def show_samples(model: GPT, tokenizer: Tokenizer) -> None:
+    prompts = [tokenizer.encode(text, special_tokens=False) for text in SAMPLE_PROMPTS]
+    prompts.append(infill_prompt(tokenizer, *SAMPLE_HOLE))
+    *completions, middle = generate(
+        model, prompts, 48, eos_token_id=tokenizer.end_of_text_id, temperature=0.4, seed=SEED
+    )
+    for text, ids in zip(SAMPLE_PROMPTS, completions, strict=True):
+        tqdm.write(f"| {(text + tokenizer.decode(ids))!r}")
+    tqdm.write(f"| {SAMPLE_HOLE[0]!r} [{tokenizer.decode(middle)!r}] {SAMPLE_HOLE[1]!r}")
+
+
+def write_atomically(path: Path, save: object) -> None:
+    """Have `save(temporary path)` write a file that appears under its name only when complete."""
+    temporary = path.with_name(path.name + ".part")
+    save(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_tokenizer(out: Path, texts: list[str], resume: bool) -> Tokenizer:
+    """The run's tokenizer: the one it was started with, or a newly trained one."""
+    path = out / "tokenizer.json"
+    if not resume:
+        trained = train_tokenizer(texts, CONFIG.vocab_size)
+        write_atomically(path, lambda temporary: trained.save(str(temporary)))
+    return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+
+
+def train(out: Path, device: torch.device, steps: int, resume: bool) -> None:
+    state_path = out / "state.pt"
+    if resume and not state_path.exists():
+        raise SystemExit(f"{state_path} does not exist: there is no run to resume; omit --resume")
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(SEED)
+    torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs; no effect on the CPU
+
+    corpus = read_corpus()
+    texts = list(corpus.training.values())
+    tokenizer = load_tokenizer(out, texts, resume)
+    subset = [text[:SUBSET_CHARACTERS] for text in corpus.held_out.values()]
+    model = GPT(CONFIG).to(device)
+    optimizer = make_optimizer(model)
+    # Everything that is not a function of the seed and the number of steps taken.
+    state = {"step": 0, "seconds": [], "cpu_seconds": 0.0, "held_out": []}
+    if resume:
+        state = torch.load(state_path, map_location=device, weights_only=True)
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+    print(
+        f"{len(texts)} training modules, {sum(map(len, texts)) / 1e6:.1f} million characters; "
+        f"{len(subset)} held out; {sum(p.numel() for p in model.parameters()):,} parameters; "
+        f"step {state['step']} of {steps} on {device}",
+        flush=True,
+    )
+
+    def evaluate_and_save() -> None:
+        model.eval()
+        bits = bits_per_byte(model, tokenizer, subset)
+        state["held_out"].append([state["step"], bits])
+        bar.write(f"step {state['step']}: {bits:.3f} bits per byte on parts of held-out modules")
+        show_samples(model, tokenizer)
+        model.train()
+        everything = {**state, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        write_atomically(state_path, lambda temporary: torch.save(everything, temporary))
+
+    stream = mixed_batches(texts, tokenizer)
+    bar = tqdm(total=steps, initial=state["step"], unit="step", mininterval=5, dynamic_ncols=True)
+    model.train()
+    cpu_started = time.process_time() - state["cpu_seconds"]
+    for batch in islice(stream, state["step"], steps):
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(state["step"], steps)
+        loss = loss_of(model, batch.to(device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        nats = loss.item()  # waits for the device
+        if not math.isfinite(nats):
+            raise SystemExit(f"the loss is {nats} at step {state['step']}: lower PEAK_LR")
+        state["step"] += 1
+        state["seconds"].append(time.perf_counter() - started)
+        state["cpu_seconds"] = time.process_time() - cpu_started
+        speed = TOKENS_PER_STEP / statistics.mean(state["seconds"][-30:])
+        bar.set_postfix_str(f"loss {nats:.3f}, {speed:.0f} tok/s", refresh=False)
+        bar.update()
+        if state["step"] % EVALUATE_EVERY == 0 or state["step"] == steps:
+            evaluate_and_save()
+    bar.close()
+
+    model.eval().half().save_pretrained(out)
+    facts = {
+        "steps": steps,
+        "tokens_per_step": TOKENS_PER_STEP,
+        "peak_lr": PEAK_LR,
+        "warmup_steps": WARMUP_STEPS,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "seconds": sum(state["seconds"]),
+        "median_step_seconds": statistics.median(state["seconds"]),
+        "cpu_seconds": state["cpu_seconds"],
+        "held_out_parts_bits_per_byte": state["held_out"],
+    }
+    (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(f"checkpoint in {out}; next: python scripts/evaluate_demo.py {out}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"default {STEPS}")
+    parser.add_argument("--device", help="default: the GPU if there is one")
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's state.pt")
+    options = parser.parse_args()
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    train(options.out, torch.device(device), options.steps, options.resume)
+
+
+if __name__ == "__main__":
+    main()
