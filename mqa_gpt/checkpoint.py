@@ -144,7 +144,9 @@ def stored_tensors(folder: str | PathLike[str]) -> list[StoredTensor]:
         ]
         stored += tensors
     if problems:
-        raise _all_problems(f"{folder / INDEX_FILE} does not fit the files beside it", problems)
+        raise _all_problems(
+            f"{folder / INDEX_FILE} does not fit the files beside it; get them all again", problems
+        )
     return stored
 
 
@@ -161,7 +163,7 @@ def _read_index(file: Path) -> dict[str, str]:
     ]
     if refused:
         raise _all_problems(
-            f"{file} may only name .safetensors files in its own folder, without a path", refused
+            f"{file} may only name .safetensors files in its own folder; do not trust it", refused
         )
     return weight_map
 
@@ -232,8 +234,9 @@ def _no_weights(folder: Path) -> str:
     if pickles:
         message += f" but {shown(pickles)}"
     return (
-        f"{message}: pickles (.bin, .pt) are not read, since opening one can run code; convert "
-        "them with transformers' save_pretrained, or look for a revision with safetensors"
+        f"{message}: only safetensors are read, since opening a pickle (.bin, .pt) can run code; "
+        "convert such a checkpoint with transformers' save_pretrained, or look for a revision with "
+        "safetensors"
     )
 
 
@@ -363,7 +366,7 @@ def _by_parameter_name(
             twice.append(f"{shown(tensor.name)} and {shown(stored[name].name)} are the same weight")
         stored[name] = tensor
     if twice:
-        raise _all_problems(f"{folder} holds weights twice", twice)
+        raise _all_problems(f"{folder} holds weights twice; remove one of each", twice)
     if config.n_layer > len(stored):  # before a model of that many layers is built
         raise CheckpointError(
             f"{folder} holds {len(stored)} weights, too few for the n_layer of {config.n_layer} in "
@@ -409,11 +412,10 @@ def _match(folder: Path, model: GPT, stored: dict[str, StoredTensor]) -> dict[st
             parts[parameter_name].append((tensor, transposed))
     problems += [f"{shown(tensor.name)} is unexpected" for tensor in left.values()]
     if problems:
-        quantized = " (which says that they are quantized)" * (
-            "quantization_config" in config.extra
-        )
+        quantized = " (quantized weights)" * ("quantization_config" in config.extra)
         raise _all_problems(
-            f"the weights in {folder} are not those that its {CONFIG_FILE}{quantized} describes",
+            f"the weights in {folder} are not those that its {CONFIG_FILE} describes{quantized}; "
+            "get both from the same place",
             problems,
         )
     return parts

@@ -416,7 +416,7 @@ def test_a_folder_without_safetensors_is_refused_with_the_reason_and_the_way_out
         load_model(tmp_path)
     message = str(caught.value)
     assert all(file in message for file in files)
-    assert "opening one can run code" in message
+    assert "opening a pickle (.bin, .pt) can run code" in message
     assert "save_pretrained" in message
 
 
