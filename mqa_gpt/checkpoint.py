@@ -12,15 +12,14 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import reduce
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -32,27 +31,20 @@ from mqa_gpt.errors import CheckpointError, ConfigError, InputError
 from mqa_gpt.hub import resolve
 from mqa_gpt.memory import available_memory
 from mqa_gpt.model import GPT
-
-__all__ = [
-    "DEMO_DIR",
-    "StoredTensor",
-    "available_memory",
-    "empty_model",
-    "load_model",
-    "read_config",
-    "resolve",
-    "save_model",
-    "stored_tensors",
-]
+from mqa_gpt.packing import PackedLinear
+from mqa_gpt.weight_files import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    StoredTensor,
+    all_problems,
+    opened,
+    read_json,
+    stored_tensors,
+)
 
 DEMO_DIR = Path(__file__).parent / "demo"
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
-# A plain file name: it stays in its folder, fits every file system and prints as it is.
-SHARD_NAME = re.compile(r"[\w .+@-]{1,200}\.safetensors", re.ASCII)
 
 DTYPES = {
     "float32": torch.float32,
@@ -72,21 +64,6 @@ STORED_DTYPES = {
 WTE, LM_HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
-class StoredTensor(NamedTuple):
-    """One tensor of a checkpoint, as its file's header describes it.
-
-    `dtype` is the name that safetensors gives it, such as "F32" or "BF16".
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    file: Path
-
-
-# --------------------------------------------------------------------------------------- reading
-
-
 def read_config(folder: str | PathLike[str]) -> GPTConfig:
     """The config of the checkpoint in `folder`.
 
@@ -100,155 +77,11 @@ def read_config(folder: str | PathLike[str]) -> GPTConfig:
             f"{folder} holds no {CONFIG_FILE}: a checkpoint is a folder with {CONFIG_FILE} and "
             f"{WEIGHTS_FILE}"
         )
-    values = _read_json(file, ConfigError)
+    values = read_json(file, ConfigError)
     try:
         return GPTConfig.from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from error
-
-
-def stored_tensors(folder: str | PathLike[str]) -> list[StoredTensor]:
-    """Every tensor of the checkpoint in `folder`, read from its files' headers alone.
-
-    `model.safetensors` is used if it exists, else the shards that the index names, as in
-    transformers.
-
-    Raises:
-        CheckpointError: no weights, a damaged file, or an index that disagrees with its shards;
-            all such problems in one message.
-    """
-    folder = Path(folder)
-    if (folder / WEIGHTS_FILE).is_file():
-        return _read_header(folder / WEIGHTS_FILE)
-    if not (folder / INDEX_FILE).is_file():
-        raise CheckpointError(_no_weights(folder))
-    weight_map = _read_index(folder / INDEX_FILE)
-
-    problems: list[str] = []
-    stored: list[StoredTensor] = []
-    for shard in sorted(set(weight_map.values())):
-        if not (folder / shard).is_file():
-            problems.append(f"{shown(shard)} is missing")
-            continue
-        try:
-            tensors = _read_header(folder / shard)
-        except CheckpointError as error:
-            problems.append(str(error))
-            continue
-        names = {tensor.name for tensor in tensors}
-        promised = {name for name, file in weight_map.items() if file == shard}
-        problems += [f"{shard} lacks {shown(name)}" for name in sorted(promised - names)]
-        problems += [
-            f"{shard} holds {shown(name)}, which the index does not place there"
-            for name in sorted(names - promised)
-        ]
-        stored += tensors
-    if problems:
-        raise _all_problems(
-            f"{folder / INDEX_FILE} does not fit the files beside it; get them all again", problems
-        )
-    return stored
-
-
-def _read_index(file: Path) -> dict[str, str]:
-    """The index's map from tensor name to shard, of plain safetensors file names only."""
-    index = _read_json(file, CheckpointError)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{file} has no weight_map from tensor names to shards: get it again")
-    refused = [
-        f"{shown(name)} is in {shown(shard)}"
-        for name, shard in weight_map.items()
-        if not isinstance(shard, str) or not SHARD_NAME.fullmatch(shard)
-    ]
-    if refused:
-        raise _all_problems(
-            f"{file} may only name .safetensors files in its own folder; do not trust it", refused
-        )
-    return weight_map
-
-
-def _read_json(file: Path, error_type: type[InputError]) -> Any:
-    """The contents of a JSON file."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8 or a number too long
-        raise error_type(f"{file} is not valid JSON ({error}): get it again") from error
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, mapped into memory; CheckpointError where it cannot be used."""
-    try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(_diagnose(file, error)) from error
-
-
-def _read_header(file: Path) -> list[StoredTensor]:
-    """The tensors of one safetensors file."""
-    with _opened(file) as handle:
-        views = {name: handle.get_slice(name) for name in sorted(handle.keys())}
-        return [
-            StoredTensor(name, tuple(view.get_shape()), view.get_dtype(), file)
-            for name, view in views.items()
-        ]
-
-
-def _diagnose(file: Path, error: Exception) -> str:
-    """Why safetensors refused a file, from its first bytes where they tell."""
-    try:
-        with file.open("rb") as stream:
-            head = stream.read(64)
-        size = file.stat().st_size
-    except OSError as unreadable:
-        return f"{file} cannot be read: {unreadable.strerror}"
-    if not size:
-        return f"{file} is empty (0 bytes): get it again"
-    if head.startswith(b"version https://git-lfs"):
-        return (
-            f"{file} ({size:,} bytes) is a git-lfs pointer, not the weights: run `git lfs pull` in "
-            "its folder"
-        )
-    if head.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", head):
-        return (
-            f"{file} ({size:,} bytes) is a pickle (PyTorch's .bin format), which can run code when "
-            "it is opened: get the checkpoint's real safetensors files"
-        )
-    reason = shown(str(error).removeprefix("Error while deserializing header: "))
-    return f"{file} ({size:,} bytes) is not a valid safetensors file ({reason}): get it again"
-
-
-def _no_weights(folder: Path) -> str:
-    """What to say about a folder without the files that loading starts from."""
-    message = f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}"
-    others = sorted(file.name for file in folder.glob("*.safetensors"))
-    if others:
-        return f"{message} but {shown(others)}: rename a single file to {WEIGHTS_FILE}"
-    pickles = sorted(
-        file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")
-    )
-    if pickles:
-        message += f" but {shown(pickles)}"
-    return (
-        f"{message}: only safetensors are read, since opening a pickle (.bin, .pt) can run code; "
-        "convert such a checkpoint with transformers' save_pretrained, or look for a revision with "
-        "safetensors"
-    )
-
-
-def _all_problems(what: str, problems: list[str]) -> CheckpointError:
-    """One error for many problems: the first twenty in full, the others counted."""
-    lines = problems[:20]
-    if len(problems) > len(lines):
-        lines.append(f"... and {len(problems) - len(lines)} more")
-    return CheckpointError(f"{what}:\n  " + "\n  ".join(lines))
-
-
-# --------------------------------------------------------------------------------------- loading
 
 
 def load_model(
@@ -366,7 +199,7 @@ def _by_parameter_name(
             twice.append(f"{shown(tensor.name)} and {shown(stored[name].name)} are the same weight")
         stored[name] = tensor
     if twice:
-        raise _all_problems(f"{folder} holds weights twice; remove one of each", twice)
+        raise all_problems(f"{folder} holds weights twice; remove one of each", twice)
     if config.n_layer > len(stored):  # before a model of that many layers is built
         raise CheckpointError(
             f"{folder} holds {len(stored)} weights, too few for the n_layer of {config.n_layer} in "
@@ -413,7 +246,7 @@ def _match(folder: Path, model: GPT, stored: dict[str, StoredTensor]) -> dict[st
     problems += [f"{shown(tensor.name)} is unexpected" for tensor in left.values()]
     if problems:
         quantized = " (quantized weights)" * ("quantization_config" in config.extra)
-        raise _all_problems(
+        raise all_problems(
             f"the weights in {folder} are not those that its {CONFIG_FILE} describes{quantized}; "
             "get both from the same place",
             problems,
@@ -470,7 +303,7 @@ def _require_equal(
     Versions of transformers differ on it (wte for both, or both untied, with a warning): a
     checkpoint that contradicts its config is not guessed at.
     """
-    with _opened(wte.file) as a, _opened(lm_head.file) as b:
+    with opened(wte.file) as a, opened(lm_head.file) as b:
         # As bytes, because NaN is not equal to itself.
         one = a.get_tensor(wte.name).to(dtype).view(torch.uint8)
         two = b.get_tensor(lm_head.name).to(dtype).view(torch.uint8)
@@ -491,12 +324,9 @@ def _copy(copies: list[tuple[StoredTensor, Tensor]]) -> None:
         for tensor, destination in copies:
             # Opened for each tensor, which takes half a millisecond: the pages of a mapped file
             # count as this process's memory until it is closed.
-            with _opened(tensor.file) as handle:
+            with opened(tensor.file) as handle:
                 destination.copy_(handle.get_tensor(tensor.name))
             bar.update(destination.nbytes)
-
-
-# ---------------------------------------------------------------------------------------- saving
 
 
 def save_model(
@@ -516,11 +346,16 @@ def save_model(
 
     Raises:
         CheckpointError: the files cannot be written; those of before are untouched.
-        ValueError: a size that cannot be read, or a tied model whose head is a weight of its own.
+        ValueError: a size that cannot be read, a packed model, or a tied model whose head is a
+            weight of its own.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
     folder = Path(folder).expanduser().resolve()
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise ValueError(
+            "this model's weights are packed for inference: save one that GPT.from_pretrained loads"
+        )
     tensors = model.state_dict()
     if model.config.tie_word_embeddings:
         if model.lm_head.weight is not model.transformer.wte.weight:

@@ -15,11 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from mqa_gpt.checkpoint import DEMO_DIR, read_config, stored_tensors
+from mqa_gpt.checkpoint import DEMO_DIR, read_config
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import CheckpointError
 from mqa_gpt.hub import resolve
 from mqa_gpt.model import GPT
+from mqa_gpt.weight_files import stored_tensors
 
 # What weights and caches are counted in.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

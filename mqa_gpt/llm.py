@@ -10,10 +10,11 @@ from typing import Any, overload
 
 import torch
 
-from mqa_gpt.checkpoint import DEMO_DIR, load_model, resolve
+from mqa_gpt.checkpoint import DEMO_DIR, load_model
 from mqa_gpt.errors import PromptError
 from mqa_gpt.fim import infill_prompt, truncated_infill_prompt
 from mqa_gpt.generate import Token, check_prompts, decode
+from mqa_gpt.hub import resolve
 from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack
 from mqa_gpt.sampling import Sampling

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import tokenizers
 
-from mqa_gpt.checkpoint import resolve
 from mqa_gpt.errors import CheckpointError, PromptError
+from mqa_gpt.hub import resolve
 
 END_OF_TEXT = "<|endoftext|>"
 

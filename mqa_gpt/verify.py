@@ -29,11 +29,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mqa_gpt.checkpoint import load_model, read_config, resolve
+from mqa_gpt.checkpoint import load_model, read_config
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.environment import version
 from mqa_gpt.errors import InputError, PromptError
 from mqa_gpt.generate import check_prompts, generate
+from mqa_gpt.hub import resolve
 from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack
 from mqa_gpt.report import Divergence, PromptReport, Report

@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import GPTBigCodeForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from mqa_gpt import GPT, CheckpointError, ConfigError, GPTConfig, checkpoint
-from mqa_gpt.checkpoint import load_model, read_config, save_model, stored_tensors
+from mqa_gpt import GPT, CheckpointError, ConfigError, GPTConfig, checkpoint, weight_files
+from mqa_gpt.checkpoint import load_model, read_config, save_model
 from mqa_gpt.errors import InputError
+from mqa_gpt.weight_files import stored_tensors
 from tests.helpers import our_model, random_ids, reference_model, tiny_config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -396,7 +397,7 @@ def test_a_file_that_may_not_be_read_is_named(
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:  # permissions do not bind root, so they are played
-        patch.setattr(checkpoint, "safe_open", refuse)
+        patch.setattr(weight_files, "safe_open", refuse)
         patch.setattr(Path, "open", refuse)
         with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: Permission"):
             stored_tensors(tmp_path)
@@ -658,9 +659,9 @@ def test_an_index_that_names_anything_but_a_file_beside_it_is_refused(
     index["weight_map"]["transformer.ln_f.bias"] = shard
     (folder / INDEX).write_text(json.dumps(index))
     opened: list[Path] = []
-    real = checkpoint.safe_open
+    real = weight_files.safe_open
     monkeypatch.setattr(
-        checkpoint, "safe_open", lambda file, **kw: opened.append(file) or real(file, **kw)
+        weight_files, "safe_open", lambda file, **kw: opened.append(file) or real(file, **kw)
     )
     assert problems_of(folder, monkeypatch)[0].startswith("'transformer.ln_f.bias' is in ")
     assert not opened

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from mqa_gpt import GPT, CheckpointError, ConfigError, GPTConfig, checkpoint
+from mqa_gpt import GPT, CheckpointError, ConfigError, GPTConfig, weight_files
 
 CONFIG = GPTConfig(
     vocab_size=5, n_positions=3, n_embd=4, n_layer=1, n_head=2, n_inner=3, bos_token_id=0
@@ -43,13 +43,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for file in (tmp_path / "sharded").iterdir():
         file.replace(folder / file.name)
     save_file({"transformer.ln_f.bias": torch.zeros(4)}, tmp_path / "outside.safetensors")
-    real = checkpoint.safe_open
+    real = weight_files.safe_open
 
     def recorded(file: Path, **kwargs: Any) -> Any:
         opened.append(str(file))
         return real(file, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "safe_open", recorded)
+    monkeypatch.setattr(weight_files, "safe_open", recorded)
     return folder
 
 

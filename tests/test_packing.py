@@ -80,3 +80,10 @@ def test_only_float32_is_packed(dtype):
     assert not can_pack(model)
     with pytest.raises(ValueError, match="float32"):
         pack(model)
+
+
+def test_a_packed_model_is_not_saved(tmp_path):
+    _, packed = packed_model()
+    with pytest.raises(ValueError, match="packed"):
+        packed.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

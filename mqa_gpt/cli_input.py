@@ -1,0 +1,92 @@
+"""What the command line reads: prompts, files, and where in them the hole is."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from mqa_gpt.errors import InputError, PromptError
+
+MARKER = "<FILL>"
+
+
+def prompt_texts(arguments: list[str], files: list[str]) -> list[str]:
+    """The prompts from arguments and files, or from standard input if there are neither."""
+    if not arguments and not files:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise PromptError(
+                "there is no prompt: give one as an argument, with --file, or on standard input"
+            )
+        return [read_text("-")]
+    texts = [read_text("-") if text == "-" else text for text in arguments]
+    return texts + [read_text(file) for file in files]
+
+
+def read_text(path: str) -> str:
+    """A file's text, exactly as it is there; "-" is standard input."""
+    name = "standard input" if path == "-" else path
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror}") from error
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"{name} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}"
+        ) from error
+
+
+def unescape(text: str) -> str:
+    r"""A --stop text with \n, \t, \r and \\ replaced by what they stand for."""
+    escapes = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return re.sub(r"\\([ntr\\])", lambda match: escapes[match[1]], text)
+
+
+def split_hole(
+    file: str | None, at: str | None, marker: str | None, prefix: str | None, suffix: str | None
+) -> tuple[str, str]:
+    """The texts before and after the hole, from whichever way of giving them was used."""
+    if file is None:
+        if prefix is None and suffix is None:
+            raise PromptError("there is nothing to fill: give a FILE, or --prefix and --suffix")
+        if at is not None or marker is not None:
+            raise PromptError("--at and --marker say where the hole in a FILE is: give a FILE")
+        return prefix or "", suffix or ""
+    if prefix is not None or suffix is not None:
+        raise PromptError("give either a FILE or --prefix and --suffix, not both")
+    if at is not None and marker is not None:
+        raise PromptError("give either --at or --marker, not both")
+    text = read_text(file)
+    if at is not None:
+        return _split_at_position(text, at, file)
+    return _split_at_marker(text, MARKER if marker is None else marker, file)
+
+
+def _split_at_marker(text: str, marker: str, name: str) -> tuple[str, str]:
+    if not marker:
+        raise PromptError("--marker is empty: give the text that stands where the hole is")
+    count = text.count(marker)
+    if count != 1:
+        raise PromptError(
+            f"{name} holds {marker!r} {count} times: it must stand there once, where the hole is; "
+            "or name another with --marker, or a place with --at LINE:COLUMN"
+        )
+    before, _, after = text.partition(marker)
+    return before, after
+
+
+def _split_at_position(text: str, at: str, name: str) -> tuple[str, str]:
+    match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", at)
+    if match is None:
+        raise PromptError(f"--at is {at!r}: it must be LINE:COLUMN, such as 12:8")
+    line, column = int(match[1]), int(match[2])
+    lines = text.split("\n")
+    if not 1 <= line <= len(lines):
+        raise PromptError(f"--at is {at} but {name} has lines 1 to {len(lines)}")
+    width = len(lines[line - 1].removesuffix("\r"))
+    if not 1 <= column <= width + 1:
+        raise PromptError(f"--at is {at} but line {line} of {name} has columns 1 to {width + 1}")
+    offset = sum(len(earlier) + 1 for earlier in lines[: line - 1]) + column - 1
+    return text[:offset], text[offset:]

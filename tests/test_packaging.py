@@ -1,0 +1,49 @@
+"""What is shipped: the wheel holds the package, its types and its demo checkpoint, and runs."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
+    options = ["--no-deps", "--no-build-isolation", "--wheel-dir", str(folder)]
+    # From a copy: building writes next to its source.
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    (source / "mqa_gpt").symlink_to(ROOT / "mqa_gpt")
+    subprocess.run([*command, *options, str(source)], check=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_code_types_licence_and_the_demo_checkpoint(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    modules = {f"mqa_gpt/{path.name}" for path in (ROOT / "mqa_gpt").glob("*.py")}
+    demo = {f"mqa_gpt/demo/{path.name}" for path in (ROOT / "mqa_gpt/demo").iterdir()}
+    assert modules | demo | {"mqa_gpt/py.typed"} <= set(names)
+    assert any(name.endswith("LICENSE") for name in names)
+    assert not [name for name in names if "test" in name.split("/")[0]]
+
+
+def test_the_unpacked_wheel_completes_code_by_itself(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    code = "from mqa_gpt import LLM; print(len(LLM.load().generate('def f(', 4).token_ids))"
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    assert output.strip() == "4"
+
+
+def test_the_demo_checkpoint_takes_at_most_12_megabytes():
+    files = (ROOT / "mqa_gpt/demo").iterdir()
+    assert sum(file.stat().st_size for file in files) <= 12_000_000

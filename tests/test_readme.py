@@ -1,0 +1,59 @@
+"""What the README and the help texts tell people to type works."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mqa_gpt.checkpoint import DEMO_DIR
+from mqa_gpt.cli import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def commands(text: str) -> list[str]:
+    """The lines that call `mqa-gpt`, from its name to what the shell would take for itself."""
+    lines = re.findall(r"^ .*?\b(mqa-gpt [a-z].*)$", text, re.MULTILINE)
+    return [re.split(r" [|>] |   +", line)[0] for line in lines]
+
+
+def help_texts() -> str:
+    runs = [[], ["generate"], ["infill"], ["verify"], ["inspect"], ["env"]]
+    return "".join(CliRunner().invoke(app, [*run, "--help"]).stdout for run in runs)
+
+
+def test_the_python_examples_run_on_the_demo_checkpoint(capsys: pytest.CaptureFixture[str]):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, object] = {}
+    for block in blocks:
+        if "bigcode/" not in block:  # which would be downloaded
+            exec(block, names)
+    assert len(capsys.readouterr().out) > 100
+
+
+@pytest.mark.parametrize("command", [*commands(README), *commands(help_texts())])
+def test_every_command_that_is_shown_has_only_options_that_exist(command: str):
+    words = [word for word in shlex.split(command)[1:] if word not in ("COMMAND", "...")]
+    assert CliRunner().invoke(app, [*words, "--help"]).exit_code == 0
+
+
+def test_the_commands_are_found():
+    assert len(commands(README)) > 8
+    assert len(commands(help_texts())) > 10
+
+
+def test_every_file_in_the_tree_exists():
+    (tree,) = re.findall(r"## What is where\n\n(.*?)\n\n", README, re.DOTALL)
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folder = DEMO_DIR.parent if line.startswith("      ") else ROOT
+        assert (folder / name).exists(), name
+
+
+def test_make_runs_the_commands_that_the_readme_begins_with():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^    make (\w+)", README, re.MULTILINE):
+        assert f"\n{target}:" in makefile
