@@ -165,9 +165,9 @@ def _no_weights(folder: Path) -> str:
     if pickles:
         message += f" but {shown(pickles)}"
     return (
-        f"{message}: only safetensors are read, since opening a pickle (.bin, .pt) can run code; "
-        "convert such a checkpoint with transformers' save_pretrained, or look for a revision with "
-        "safetensors"
+        f"{message}: get the rest if files are missing; only safetensors are read, since opening a "
+        "pickle (.bin, .pt) can run code, so convert a checkpoint of pickles with transformers' "
+        "save_pretrained, or look for a revision with safetensors"
     )
 
 

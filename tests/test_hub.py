@@ -178,6 +178,8 @@ def test_a_broken_connection_is_resumed_where_it_broke(client: Client, hub: HubS
     hub.repositories[NAME].revisions["main"]["model.safetensors"] = weights
     hub.cut["model.safetensors"] = piece + 100
     folder = client.resolve(NAME, hub.url)
+    if "run the same again" in folder:  # huggingface_hub 1.x leaves the rest to the next run
+        folder = client.resolve(NAME, hub.url)
     ranges = [r.range for r in hub.log if r.method == "GET" and r.file == "model.safetensors"]
     assert ranges == [None, f"bytes={piece}-"]
     assert (Path(folder) / "model.safetensors").read_bytes() == weights
@@ -194,7 +196,11 @@ def test_after_a_failed_download_the_complete_files_are_kept(
     assert len(message.splitlines()) == 1
 
     offline = client.resolve(NAME, hub.url, HF_HUB_OFFLINE="1")
-    assert offline.startswith(f"CheckpointError: {NAME} is not, or not completely, in the cache")
+    if offline.startswith("CheckpointError"):
+        assert f"{NAME} is not, or not completely, in the cache" in offline
+    else:  # huggingface_hub 1.x does not notice
+        with pytest.raises(CheckpointError, match="get the rest if files are missing"):
+            GPT.from_pretrained(offline)
 
     hub.failing.clear()
     hub.log.clear()
@@ -247,7 +253,7 @@ def test_a_repository_of_pickles_is_refused_without_downloading_them(
 ) -> None:
     folder = client.resolve("someone/pickles", hub.url)
     assert hub.downloads() == ["config.json"]
-    with pytest.raises(CheckpointError, match=r"opening a pickle .* can run code; convert"):
+    with pytest.raises(CheckpointError, match=r"opening a pickle .* can run code, so convert"):
         GPT.from_pretrained(folder)
 
 
