@@ -26,12 +26,12 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mqa_gpt.attention import select_attention
-from mqa_gpt.config import GPTConfig, shown
+from mqa_gpt.checks import shown
+from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import CheckpointError, ConfigError, InputError
 from mqa_gpt.hub import resolve
 from mqa_gpt.memory import available_memory
 from mqa_gpt.model import GPT
-from mqa_gpt.packing import PackedLinear
 from mqa_gpt.weight_files import (
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -346,16 +346,12 @@ def save_model(
 
     Raises:
         CheckpointError: the files cannot be written; those of before are untouched.
-        ValueError: a size that cannot be read, a packed model, or a tied model whose head is a
-            weight of its own.
+        ValueError: a size that cannot be read, or a tied model whose head is a weight of its own.
+        RuntimeError: the model's weights are packed (see `mqa_gpt.packing`).
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
     folder = Path(folder).expanduser().resolve()
-    if any(isinstance(module, PackedLinear) for module in model.modules()):
-        raise ValueError(
-            "this model's weights are packed for inference: save one that GPT.from_pretrained loads"
-        )
     tensors = model.state_dict()
     if model.config.tie_word_embeddings:
         if model.lm_head.weight is not model.transformer.wte.weight:
@@ -390,6 +386,7 @@ def save_model(
             _move_into(folder, temporary)
         else:
             temporary.rename(folder)
+            _sync(folder.parent)  # the rename itself
         _sync(folder)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(

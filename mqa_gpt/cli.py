@@ -2,9 +2,6 @@
 
 Results go to standard output, everything else to standard error. The exit status is 0, 1 if a check
 failed, 2 for bad input, 130 after Ctrl-C, and 141 if whoever read the output went away.
-
-torch takes seconds to import and `--help` must not wait for it: modules that need it are imported
-by the commands that do.
 """
 
 from __future__ import annotations
@@ -14,11 +11,13 @@ import io
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from mqa_gpt import inspection
+from mqa_gpt.checkpoint import DEMO_DIR
 from mqa_gpt.cli_input import MARKER, prompt_texts, split_hole, unescape
 from mqa_gpt.cli_output import (
     note,
@@ -30,10 +29,11 @@ from mqa_gpt.cli_output import (
     run,
     write,
 )
+from mqa_gpt.environment import describe
 from mqa_gpt.errors import InputError
-
-if TYPE_CHECKING:
-    from mqa_gpt.llm import LLM
+from mqa_gpt.llm import LLM
+from mqa_gpt.report import format_report
+from mqa_gpt.verify import verify as verify_checkpoint
 
 CHECK_FAILED, BAD_INPUT, INTERRUPTED, READER_GONE = 1, 2, 130, 141
 
@@ -401,11 +401,7 @@ def verify(
       mqa-gpt verify
       mqa-gpt verify --model bigcode/starcoderbase-1b --dtype bfloat16
     """
-    from mqa_gpt.checkpoint import DEMO_DIR
-    from mqa_gpt.report import format_report
-    from mqa_gpt.verify import verify
-
-    report = verify(
+    report = verify_checkpoint(
         DEMO_DIR if model is None else model,
         revision=revision,
         device=device,
@@ -456,8 +452,6 @@ def inspect(
       mqa-gpt inspect --shape starcoderbase-7b
       mqa-gpt inspect --model bigcode/starcoderbase-1b --check-finite --hash
     """
-    from mqa_gpt import inspection
-
     if shape is not None:
         if model is not None or revision is not None or check_finite or hash_files:
             raise InputError(
@@ -497,8 +491,6 @@ def env(as_json: Json = False) -> None:
     Example:
       mqa-gpt env --json
     """
-    from mqa_gpt.environment import describe
-
     found = describe()
     if as_json:
         print_json(found)
@@ -510,8 +502,6 @@ def _load(
     model: str | None, revision: str | None, device: str | None, dtype: str | None, backend: str
 ) -> tuple[LLM, float]:
     """The loaded checkpoint and the seconds that took."""
-    from mqa_gpt.llm import LLM
-
     begin = time.perf_counter()
     llm = LLM.load(model, revision=revision, device=device, dtype=dtype, backend=backend)
     return llm, time.perf_counter() - begin

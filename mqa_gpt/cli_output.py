@@ -16,16 +16,16 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from mqa_gpt.inspection import FileHash, Inspection, NonFinite, TensorInfo
-    from mqa_gpt.llm import LLM, Completion, Generation
+from mqa_gpt.environment import peak_memory
+from mqa_gpt.inspection import FileHash, Inspection, NonFinite, TensorInfo
+from mqa_gpt.llm import LLM, Completion, Generation
 
 
 def run(
@@ -44,8 +44,6 @@ def run(
         around: per completion the texts to print before and after it.
         n: samples per prompt.
     """
-    from mqa_gpt.environment import peak_memory
-
     single = len(around) == 1 and not as_json
     before, after = around[0]
     interrupted = False

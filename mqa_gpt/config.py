@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from mqa_gpt.checks import is_int, require_number, shown
 from mqa_gpt.errors import ConfigError
 
 # GELU is x * Phi(x) with the normal distribution's Phi; the tanh forms approximate Phi
@@ -29,11 +28,6 @@ ALIASES = {
 
 # Far above any model's sizes, and low enough that no product of two overflows 64 bits.
 MAX_SIZE = 2**28
-
-# How a value from untrusted input is put into a message: quoted, escaped, and not long.
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxlong = _repr.maxother = 120
-shown = _repr.repr
 
 
 @dataclass(frozen=True)
@@ -83,21 +77,30 @@ class GPTConfig:
                 f"accepted are {', '.join(ACTIVATIONS)}"
             )
         for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-            _require_number(key, getattr(self, key), "from 0 to below 1", lambda x: 0 <= x < 1)
-        _require_number("layer_norm_epsilon", self.layer_norm_epsilon, "above 0", lambda x: x > 0)
-        _require_number("initializer_range", self.initializer_range, "0 or above", lambda x: x >= 0)
+            require_number(
+                ConfigError, key, getattr(self, key), "from 0 to below 1", lambda x: 0 <= x < 1
+            )
+        require_number(
+            ConfigError, "layer_norm_epsilon", self.layer_norm_epsilon, "above 0", lambda x: x > 0
+        )
+        require_number(
+            ConfigError, "initializer_range", self.initializer_range, "0 or above", lambda x: x >= 0
+        )
         for key in ("scale_attn_weights", "multi_query", "tie_word_embeddings"):
             if not isinstance(getattr(self, key), bool):
                 raise ConfigError(f"{key} is {shown(getattr(self, key))}: it must be true or false")
         for key in ("bos_token_id", "pad_token_id"):
             value = getattr(self, key)
-            if value is not None and not _is_int(value):
+            if value is not None and not is_int(value):
                 raise ConfigError(f"{key} is {shown(value)}: it must be an integer or null")
         eos = self.eos_token_id
-        if eos is not None and not all(map(_is_int, eos if isinstance(eos, list) else [eos])):
+        if eos is not None and not all(map(is_int, eos if isinstance(eos, list) else [eos])):
             raise ConfigError(
                 f"eos_token_id is {shown(eos)}: it must be an integer, a list of integers or null"
             )
+
+    def _require_number(self, key: str, range_: str, accept: Callable[[float], bool]) -> None:
+        require_number(ConfigError, key, getattr(self, key), range_, accept)
 
     @property
     def head_dim(self) -> int:
@@ -225,20 +228,6 @@ def _convert_santacoder(values: dict[str, Any]) -> None:
         values.pop(key, None)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _require_size(key: str, value: Any) -> None:
-    if not _is_int(value) or not 1 <= value <= MAX_SIZE:
+    if not is_int(value) or not 1 <= value <= MAX_SIZE:
         raise ConfigError(f"{key} is {shown(value)}: it must be an integer from 1 to {MAX_SIZE}")
-
-
-def _require_number(key: str, value: Any, range_: str, accept: Callable[[float], bool]) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    try:
-        is_number = is_number and math.isfinite(value)
-    except OverflowError:  # an int beyond every float
-        is_number = False
-    if not is_number or not accept(value):
-        raise ConfigError(f"{key} is {shown(value)}: it must be a number {range_}")

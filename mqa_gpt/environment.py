@@ -39,8 +39,9 @@ def describe() -> dict[str, Any]:
 
     Returns:
         "versions": package -> version or None; "system"; "cpu": its name, how many cores there
-        are and how many threads torch uses; "memory": bytes or None; "gpus": one entry each;
-        "backends": device type -> the attention backends that run on it.
+        are and how many threads torch uses; "memory": total and available bytes, or None; "cuda":
+        the version torch is built with; "gpus": one entry each; "backends": device type -> the
+        attention backends that run on it.
     """
     versions: dict[str, str | None] = {"python": platform.python_version()}
     versions |= {package: version(package) for package in PACKAGES}
@@ -82,6 +83,11 @@ def peak_memory(device: torch.device | str = "cpu") -> int | None:
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose getrusage begins with the peak of the parent process
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
     try:
         import resource
     except ImportError:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from mqa_gpt.cache import KVCache
+from mqa_gpt.checks import is_int, shown
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import PromptError
 from mqa_gpt.model import GPT
-from mqa_gpt.sampling import Sampling, draw, filter_logits, fresh_seed, is_int, uniforms
+from mqa_gpt.sampling import Sampling, draw, filter_logits, fresh_seed, uniforms
 
 # Positions per forward pass of the prefill: enough to keep the arithmetic busy, few enough that
 # the activations of a long prompt (F times this many floats per row and layer) stay small.
@@ -76,13 +77,15 @@ def generate(
     Raises:
         PromptError: a token outside the vocabulary, a prompt that leaves no room for
             `max_new_tokens` in the context, or an unusable option.
-        FloatingPointError: the logits hold NaN or infinity.
+        FloatingPointError: a row's largest logit is NaN or infinite.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    if eos_token_id is None:
-        ends = set()
-    else:
-        ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id)
+    ends = () if eos_token_id is None else eos_token_id
+    ends = ends if isinstance(ends, Sequence) else (ends,)
+    if not all(is_int(token) for token in ends):
+        raise PromptError(
+            f"eos_token_id is {shown(eos_token_id)}: it must be a token id, a list of them or None"
+        )
     tokens = decode(
         model,
         prompts,
@@ -125,6 +128,10 @@ def decode(
             f"logprobs is {logprobs!r}: it must be an integer from 0 to the vocabulary's "
             f"{model.config.vocab_size}"
         )
+    if not is_int(prefill_chunk) or prefill_chunk < 1:
+        raise PromptError(
+            f"prefill_chunk is {shown(prefill_chunk)}: it must be an integer of at least 1"
+        )
     if n > 1 and sampling.greedy:
         raise PromptError(
             f"n is {n} but temperature is 0, which gives the same tokens {n} times: "
@@ -156,6 +163,11 @@ def check_prompts(
         raise PromptError(f"n is {n!r}: it must be an integer of at least 1")
     if isinstance(prompts, Tensor):
         prompts = prompts.tolist()
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+        raise PromptError(
+            f"prompts are {shown(prompts)}: they must be a list of lists of token ids "
+            "(LLM.generate takes text)"
+        )
     rows: list[list[int]] = []
     for i, prompt in enumerate(prompts):
         if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
@@ -163,17 +175,17 @@ def check_prompts(
                 f"prompt {i} is a {type(prompt).__name__}: it must be a list of token ids "
                 "(LLM.generate takes text)"
             )
-        for token in prompt:
-            if not is_int(token) or not 0 <= token < config.vocab_size:
-                raise PromptError(
-                    f"prompt {i} holds {token!r}: token ids are integers from 0 to "
-                    f"{config.vocab_size - 1}"
-                )
         row = list(prompt)
         if not row:
             if config.bos_token_id is None:
                 raise PromptError(f"prompt {i} is empty and the config has no bos_token_id")
             row = [config.bos_token_id]
+        for token in row:
+            if not is_int(token) or not 0 <= token < config.vocab_size:
+                raise PromptError(
+                    f"prompt {i} holds {shown(token)}: token ids are integers from 0 to "
+                    f"{config.vocab_size - 1}"
+                )
         if len(row) + max_new_tokens > config.n_positions:
             raise PromptError(
                 f"prompt {i} has {len(row)} tokens and max_new_tokens is {max_new_tokens}: "

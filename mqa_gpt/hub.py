@@ -6,7 +6,7 @@ import os
 from os import PathLike
 from pathlib import Path
 
-from mqa_gpt.config import shown
+from mqa_gpt.checks import shown
 from mqa_gpt.errors import CheckpointError
 
 # What is fetched: never a pickle, never code, nothing from sub-folders.

@@ -15,11 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from mqa_gpt.checkpoint import DEMO_DIR, read_config
+from mqa_gpt.checkpoint import DEMO_DIR, empty_model, read_config
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import CheckpointError
 from mqa_gpt.hub import resolve
-from mqa_gpt.model import GPT
 from mqa_gpt.weight_files import stored_tensors
 
 # What weights and caches are counted in.
@@ -152,11 +151,9 @@ def inspect_shape(name: str) -> Inspection:
         ConfigError: not one of the official shapes; lists them.
     """
     config = GPTConfig.official(name)
-    with torch.device("meta"):  # shapes without memory
-        model = GPT(config)
     tensors = [
         TensorInfo(name, tuple(parameter.shape), None)
-        for name, parameter in model.named_parameters()
+        for name, parameter in empty_model(config).named_parameters()
     ]
     return Inspection(name=name, config=config, tensors=tensors, file_bytes=None)
 

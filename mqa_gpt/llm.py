@@ -6,11 +6,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack
 
 import torch
 
 from mqa_gpt.checkpoint import DEMO_DIR, load_model
+from mqa_gpt.checks import shown
 from mqa_gpt.errors import PromptError
 from mqa_gpt.fim import infill_prompt, truncated_infill_prompt
 from mqa_gpt.generate import Token, check_prompts, decode
@@ -64,13 +65,31 @@ class Stats:
     def decode_rate(self) -> float:
         """New tokens per second, each row's first left out: that one is the prefill's."""
         seconds = self.total_seconds - self.first_token_seconds
-        return (self.new_tokens - self.rows) / seconds if seconds > 0 else 0.0
+        return max(0, self.new_tokens - self.rows) / seconds if seconds > 0 else 0.0
 
     def __str__(self) -> str:
         return (
             f"prefill {self.prefill_rate:,.1f} tok/s | first token {self.first_token_seconds:.3f} s"
             f" | decode {self.decode_rate:,.1f} tok/s"
         )
+
+
+class Options(TypedDict, total=False):
+    """The options that every way of generating takes.
+
+    The first six are described at `Sampling`. `stop` is a text or several, any of which ends a
+    completion; `logprobs` is how many log-probabilities to report per token beside the chosen
+    token's own.
+    """
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    seed: int | None
+    stop: str | Sequence[str] | None
+    logprobs: int | None
 
 
 class _Row:
@@ -164,10 +183,13 @@ class Generation:
         self.stats = Stats(rows=len(self._rows), prompt_tokens=sum(map(len, prompts)))
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        begin = time.perf_counter()
-        for token in self._tokens:
+        while True:
+            begin = time.perf_counter()  # what the consumer does between tokens does not count
+            token = next(self._tokens, None)
+            self.stats.total_seconds += time.perf_counter() - begin
+            if token is None:
+                return
             self.stats.new_tokens += 1
-            self.stats.total_seconds = time.perf_counter() - begin
             if self.stats.new_tokens == 1:
                 self.stats.first_token_seconds = self.stats.total_seconds
             row = self._rows[token.row]
@@ -203,7 +225,8 @@ class LLM:
     """A model and its tokenizer: text in, text out.
 
     Attributes:
-        model: the `GPT`.
+        model: the `GPT`; from `load` on a CPU in float32 its weights are packed, which is for
+            inference only (see `mqa_gpt.packing`).
         tokenizer: its `Tokenizer`.
     """
 
@@ -240,15 +263,14 @@ class LLM:
             pack(model)
         return cls(model, tokenizer)
 
-    @overload
-    def generate(self, prompt: str, max_new_tokens: int = 64, **options: Any) -> Completion: ...
-    @overload
     def generate(
-        self, prompt: Sequence[str], max_new_tokens: int = 64, **options: Any
-    ) -> list[Completion]: ...
-
-    def generate(
-        self, prompt: str | Sequence[str], max_new_tokens: int = 64, *, n: int = 1, **options: Any
+        self,
+        prompt: str | Sequence[str],
+        max_new_tokens: int = 64,
+        *,
+        n: int = 1,
+        special_tokens: bool = True,
+        **options: Unpack[Options],
     ) -> Any:
         """Complete one prompt or several, together.
 
@@ -256,7 +278,9 @@ class LLM:
             prompt: text, or a list of texts. An empty one starts from end-of-text.
             max_new_tokens: at most this many new tokens per completion.
             n: samples per prompt, from one prefill of it.
-            options: see `begin`.
+            special_tokens: whether control tokens spelled out in a prompt, such as <fim_prefix>,
+                act as such.
+            options: see `Options`.
 
         Returns:
             For a text a `Completion`, with n > 1 a list of n; for a list of texts a list of these.
@@ -265,16 +289,30 @@ class LLM:
             PromptError: an unusable prompt or option.
         """
         texts = [prompt] if isinstance(prompt, str) else prompt
-        completions = self.begin(texts, max_new_tokens, n=n, **options).run()
+        completions = self.begin(
+            texts, max_new_tokens, n=n, special_tokens=special_tokens, **options
+        ).run()
         if n > 1:
             samples = [completions[i : i + n] for i in range(0, len(completions), n)]
             return samples[0] if isinstance(prompt, str) else samples
         return completions[0] if isinstance(prompt, str) else completions
 
-    def stream(self, prompt: str, max_new_tokens: int = 64, **options: Any) -> Iterator[str]:
-        """Complete one prompt, piece by piece as the text becomes final; options as in `begin`."""
-        for _, piece in self.begin([prompt], max_new_tokens, **options):
-            yield piece
+    def stream(
+        self,
+        prompt: str,
+        max_new_tokens: int = 64,
+        *,
+        special_tokens: bool = True,
+        **options: Unpack[Options],
+    ) -> Iterator[str]:
+        """Complete one prompt, piece by piece as the text becomes final.
+
+        Arguments and errors are those of `generate`; errors come at once, not with the first piece.
+        """
+        generation = self.begin(
+            [prompt], max_new_tokens, n=1, special_tokens=special_tokens, **options
+        )
+        return (piece for _, piece in generation)
 
     def infill(
         self,
@@ -284,7 +322,7 @@ class LLM:
         *,
         mode: str = "psm",
         truncate: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> Completion:
         """Write what belongs between a prefix and a suffix (Bavarian et al. 2022).
 
@@ -293,14 +331,14 @@ class LLM:
             mode: "psm" or "spm", the order in which the model is shown the two.
             truncate: cut the far ends of prefix and suffix where they exceed the context, instead
                 of raising.
-            options: see `begin`.
+            options: see `Options`.
 
         Raises:
             CheckpointError: the checkpoint's tokenizer has no infilling tokens.
             PromptError: an unusable text or option.
         """
         return self.begin_infill(
-            prefix, suffix, max_new_tokens, mode=mode, truncate=truncate, **options
+            prefix, suffix, max_new_tokens, n=1, mode=mode, truncate=truncate, **options
         ).run()[0]
 
     def begin(
@@ -308,25 +346,17 @@ class LLM:
         prompts: Sequence[str],
         max_new_tokens: int = 64,
         *,
+        n: int = 1,
         special_tokens: bool = True,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> Generation:
-        """Start completing prompts; what `generate` and `stream` run on.
-
-        Args:
-            prompts: texts.
-            max_new_tokens: at most this many new tokens per completion.
-            special_tokens: whether control tokens spelled out in a prompt, such as <fim_prefix>,
-                act as such.
-            options: `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty` and `seed` as
-                in `Sampling`; `n` samples per prompt; `stop`, a string or several, any of which
-                ends a completion; `logprobs`, how many log-probabilities to report per token
-                beside the chosen token's own.
-        """
-        if isinstance(prompts, (str, bytes)):
-            raise PromptError("prompts must be a list of texts, not one text")
+        """Start completing prompts; what `generate` and `stream` run on, with their arguments."""
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+            raise PromptError(
+                f"the prompt is {shown(prompts)}: it must be a text or a list of texts"
+            )
         ids = [self.tokenizer.encode(p, special_tokens=special_tokens) for p in prompts]
-        return self._begin(ids, max_new_tokens, **options)
+        return self._begin(ids, max_new_tokens, n, (0, 0), **options)
 
     def begin_infill(
         self,
@@ -334,34 +364,35 @@ class LLM:
         suffix: str,
         max_new_tokens: int = 64,
         *,
+        n: int = 1,
         mode: str = "psm",
         truncate: bool = False,
-        **options: Any,
+        **options: Unpack[Options],
     ) -> Generation:
-        """Start infilling; arguments as in `infill`."""
+        """Start infilling, with the arguments of `infill`; n samples of it."""
         if not truncate:
             ids = infill_prompt(self.tokenizer, prefix, suffix, mode=mode)
-            return self._begin([ids], max_new_tokens, **options)
+            return self._begin([ids], max_new_tokens, n, (0, 0), **options)
         check_prompts(self.model.config, [], max_new_tokens)  # before reckoning with it
         room = self.model.config.n_positions - max_new_tokens
         fitted = truncated_infill_prompt(self.tokenizer, prefix, suffix, room, mode=mode)
         cut = (fitted.cut_prefix, fitted.cut_suffix)
-        return self._begin([fitted.ids], max_new_tokens, cut=cut, **options)
+        return self._begin([fitted.ids], max_new_tokens, n, cut, **options)
 
     def _begin(
         self,
         prompts: list[list[int]],
         max_new_tokens: int,
+        n: int,
+        cut: tuple[int, int],
         *,
-        n: int = 1,
         stop: str | Sequence[str] | None = None,
         logprobs: int | None = None,
-        cut: tuple[int, int] = (0, 0),
         **sampling: Any,
     ) -> Generation:
-        stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
-        if not all(isinstance(text, str) and text for text in stops):
-            raise PromptError(f"stop is {stop!r}: it must be a non-empty text or several")
+        stops: Any = [stop] if isinstance(stop, str) else stop or []
+        if not isinstance(stops, Sequence) or not all(isinstance(t, str) and t for t in stops):
+            raise PromptError(f"stop is {shown(stop)}: it must be a non-empty text or several")
         start = self.tokenizer.end_of_text_id
         prompts = [ids or ([] if start is None else [start]) for ids in prompts]
         return Generation(
@@ -371,7 +402,7 @@ class LLM:
             max_new_tokens,
             Sampling(**sampling),
             n=n,
-            stops=stops,
+            stops=list(stops),
             logprobs=logprobs,
             cut=cut,
         )

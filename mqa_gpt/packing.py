@@ -7,17 +7,22 @@ oneDNN's blocked layout, in which the weights of one vector instruction lie side
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
 # oneDNN picks the blocking for an expected number of rows; that for 8 serves 1 to thousands.
 EXPECTED_ROWS = 8
 
+UNPACKED = "load the model with GPT.from_pretrained, which leaves its weights as they are"
+
 
 class PackedLinear(nn.Module):
     """`nn.Linear` for inference, with its weight in oneDNN's blocked layout only.
 
-    Computes the same sums in another order, so results differ from `nn.Linear` by rounding.
+    Computes the same sums in another order, so results differ from `nn.Linear` by rounding. There
+    is no `weight` to read or edit, and nothing to train, convert or save: `UNPACKED` says so.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -27,14 +32,22 @@ class PackedLinear(nn.Module):
             linear.weight.detach(), EXPECTED_ROWS
         )
 
-    @property
-    def weight(self) -> Tensor:
-        """(out_features, in_features): a plain copy; writing to it changes nothing."""
-        return self._packed.to_dense()
-
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), without gradients."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(f"packed weights have no gradients: {UNPACKED}")
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(f"packed weights cannot be read or edited: {UNPACKED}")
+        return super().__getattr__(name)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(f"packed weights cannot be saved: {UNPACKED}")
+
+    def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
+        raise RuntimeError(f"packed weights cannot be moved or converted: {UNPACKED}")
 
 
 def can_pack(module: nn.Module) -> bool:
@@ -48,7 +61,7 @@ def can_pack(module: nn.Module) -> bool:
 
 
 def pack(module: nn.Module) -> None:
-    """Replace every linear layer inside `module` by a `PackedLinear`, one at a time.
+    """Replace every linear layer inside `module` by a `PackedLinear`, one after the other.
 
     The plain weights are given up, so the model can no longer be trained, edited or saved. A
     weight that something else holds too, as the embedding holds that of a tied `lm_head`, stays
@@ -61,6 +74,6 @@ def pack(module: nn.Module) -> None:
         raise ValueError(
             "only float32 models on a CPU, with a torch that has oneDNN, can be packed"
         )
-    for name, child in list(module.named_modules()):
-        if isinstance(child, nn.Linear):
-            module.set_submodule(name, PackedLinear(child))
+    # By name, because a list of the layers would keep all their weights to the end.
+    for name in [n for n, child in module.named_modules() if isinstance(child, nn.Linear)]:
+        module.set_submodule(name, PackedLinear(cast(nn.Linear, module.get_submodule(name))))

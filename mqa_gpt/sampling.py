@@ -7,15 +7,15 @@ transformers' order: repetition penalty, temperature, top-k, top-p, min-p. Logit
 
 from __future__ import annotations
 
-import math
 import random
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from mqa_gpt.checks import is_int, require_number, shown
 from mqa_gpt.errors import PromptError
 
 
@@ -47,18 +47,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         # Far smaller temperatures would overflow the logits that they divide.
-        _require_number(
-            "temperature", self.temperature, "0 or at least 1e-6", lambda x: x == 0 or x >= 1e-6
-        )
-        _require_number("repetition_penalty", self.repetition_penalty, "above 0", lambda x: x > 0)
+        self._require_number("temperature", "of 0 or at least 1e-6", lambda x: x == 0 or x >= 1e-6)
+        self._require_number("repetition_penalty", "above 0", lambda x: x > 0)
         if self.top_k is not None and (not is_int(self.top_k) or self.top_k < 1):
-            raise PromptError(f"top_k is {self.top_k!r}: it must be an integer of at least 1")
+            raise PromptError(f"top_k is {shown(self.top_k)}: it must be an integer of at least 1")
         if self.top_p is not None:
-            _require_number("top_p", self.top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
+            self._require_number("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1)
         if self.min_p is not None:
-            _require_number("min_p", self.min_p, "from 0 to 1", lambda x: 0 <= x <= 1)
+            self._require_number("min_p", "from 0 to 1", lambda x: 0 <= x <= 1)
         if self.seed is not None and not is_int(self.seed):
-            raise PromptError(f"seed is {self.seed!r}: it must be an integer")
+            raise PromptError(f"seed is {shown(self.seed)}: it must be an integer")
         for name in ("top_k", "top_p", "min_p"):
             if self.greedy and getattr(self, name) is not None:
                 raise PromptError(
@@ -66,21 +64,13 @@ class Sampling:
                     f"most likely token: set a temperature above 0 or leave {name} out"
                 )
 
+    def _require_number(self, name: str, range_: str, accept: Callable[[float], bool]) -> None:
+        require_number(PromptError, name, getattr(self, name), range_, accept)
+
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0
-
-
-def is_int(value: Any) -> bool:
-    """True for integers, False for booleans."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _require_number(name: str, value: Any, range_: str, accept: Any) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not accept(value):
-        raise PromptError(f"{name} is {value!r}: it must be a number, {range_}")
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

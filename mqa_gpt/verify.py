@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from mqa_gpt.checkpoint import load_model, read_config
+from mqa_gpt.checks import is_int
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.environment import version
 from mqa_gpt.errors import InputError, PromptError
@@ -38,7 +39,6 @@ from mqa_gpt.hub import resolve
 from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack
 from mqa_gpt.report import Divergence, PromptReport, Report
-from mqa_gpt.sampling import is_int
 from mqa_gpt.tokenizer import Tokenizer
 
 FLOAT32_TOLERANCE = 2e-5

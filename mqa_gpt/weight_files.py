@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from mqa_gpt.config import shown
+from mqa_gpt.checks import shown
 from mqa_gpt.errors import CheckpointError, InputError
 
 WEIGHTS_FILE = "model.safetensors"

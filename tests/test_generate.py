@@ -179,6 +179,12 @@ def test_an_empty_prompt_without_a_bos_token_is_refused():
         generate(GPT(tiny_config(bos_token_id=None)), [[]], 1)
 
 
+@pytest.mark.parametrize("bos", [97, -1])
+def test_a_bos_token_outside_the_vocabulary_is_refused(bos):
+    with pytest.raises(PromptError, match=f"holds {bos}"):
+        generate(GPT(tiny_config(bos_token_id=bos)), [[]], 1)
+
+
 def test_nothing_asked_for_gives_nothing(model):
     assert generate(model, [[1], [2]], 0) == [[], []]
     assert generate(model, [], 5) == []
@@ -198,6 +204,11 @@ def test_prompts_may_be_a_tensor(model):
         ([[True]], {}, "True"),
         (["text"], {}, "list of token ids"),
         ([None], {}, "NoneType"),
+        (None, {}, "prompts are None"),
+        ("text", {}, "list of lists"),
+        ([[1]], {"eos_token_id": 1.5}, "eos_token_id is 1.5"),
+        ([[1]], {"eos_token_id": "x"}, "eos_token_id"),
+        ([[1]], {"prefill_chunk": 0}, "prefill_chunk"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens"),
         ([[1]], {"max_new_tokens": 2.0}, "max_new_tokens"),
         ([[1]], {"n": 0}, "n is 0"),

@@ -1,5 +1,7 @@
 """LLM: text in, text out, with a model that recites a script so that every piece is known."""
 
+import time
+
 import pytest
 import tokenizers
 import torch
@@ -80,6 +82,7 @@ def test_end_of_text_of_the_tokenizer_ends_a_completion_whatever_the_config_says
         (["zzz", "wor"], "hello "),
         (["o", "ll"], "he"),
         (["lo w", "w"], "hel"),
+        (["w", "lo w"], "hel"),
         ("h", ""),
         ("hello world!", "hello world"),
     ],
@@ -217,7 +220,11 @@ def test_no_new_tokens_give_an_empty_completion(llm):
 @pytest.mark.parametrize(
     ("prompt", "options", "words"),
     [
-        (b"bytes", {}, "must be"),
+        (b"bytes", {}, "text or a list of texts"),
+        (None, {}, "the prompt is None"),
+        (3, {}, "the prompt is 3"),
+        ("a", {"stop": 5}, "stop is 5"),
+        ("a", {"temperature": 10**400}, "temperature"),
         ([None], {}, "NoneType"),
         (["ok", "\ud800"], {}, "surrogate"),
         ("a", {"stop": ""}, "stop"),
@@ -232,6 +239,20 @@ def test_unusable_input_is_named(llm, prompt, options, words):
         llm.generate(prompt, **options)
 
 
-def test_streaming_names_unusable_input_too(llm):
+def test_streaming_names_unusable_input_before_the_first_piece(llm):
     with pytest.raises(PromptError, match="surrogate"):
-        next(llm.stream("\udfff"))
+        llm.stream("\udfff")
+
+
+def test_streaming_and_infilling_give_one_completion_and_take_no_number_of_samples(llm):
+    with pytest.raises(TypeError, match="n"):
+        llm.stream("a", n=2)
+    with pytest.raises(TypeError, match="n"):
+        llm.infill("a", "b", n=2)
+
+
+def test_time_that_the_reader_of_a_stream_takes_is_not_counted():
+    generation = reciting("hello").begin(["x"])
+    for _ in generation:
+        time.sleep(0.05)
+    assert generation.stats.total_seconds < 0.05 * len("hello")

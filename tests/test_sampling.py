@@ -53,7 +53,7 @@ def test_top_k_keeps_ties_as_transformers_does():
     torch.testing.assert_close(kept, TopKLogitsWarper(2)(None, logits))
 
 
-@pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("p", [1e-9, 1e-6, 0.1, 0.5, 0.9, 0.999])
 def test_top_p_agrees_with_transformers(p):
     logits = random_logits(3)
     torch.testing.assert_close(keep_top_p(logits, p), TopPLogitsWarper(p)(None, logits))

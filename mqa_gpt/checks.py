@@ -1,0 +1,37 @@
+"""Checks of single values that come from outside, and how such values are put into messages."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Callable
+from typing import Any
+
+from mqa_gpt.errors import InputError
+
+# How a value from untrusted input is put into a message: quoted, escaped, and not long.
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxlong = _repr.maxother = 120
+shown = _repr.repr
+
+
+def is_int(value: Any) -> bool:
+    """True for integers, False for booleans."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def require_number(
+    error: type[InputError],
+    name: str,
+    value: Any,
+    range_: str,
+    accept: Callable[[float], bool],
+) -> None:
+    """Raise `error`, naming the value and its range, unless it is a finite number that fits."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    try:
+        is_number = is_number and math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        is_number = False
+    if not is_number or not accept(value):
+        raise error(f"{name} is {shown(value)}: it must be a number {range_}")
