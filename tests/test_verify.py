@@ -18,7 +18,7 @@ from mqa_gpt.errors import InputError
 from mqa_gpt.generate import generate
 from mqa_gpt.report import format_report
 from mqa_gpt.verify import verify
-from tests.helpers import reference_greedy, reference_model, tiny_config
+from tests.helpers import error, our_model, reference_greedy, reference_model, tiny_config
 
 # Larger weights would make 16-bit rounding so large that it hides small mistakes.
 config_of = partial(tiny_config, initializer_range=0.2)
@@ -223,6 +223,18 @@ def test_a_wrong_computation_of_an_unscaled_model_fails(
     save(tmp_path, config_of(scale_attn_weights=False))
     break_models(monkeypatch, one_bias_wrong)
     assert not verify(tmp_path, dtype=dtype, prompts=PROMPTS, max_new_tokens=16).logits_passed
+
+
+def test_the_limit_of_an_unscaled_model_is_measured_in_float64_throughout(tmp_path: Path) -> None:
+    config = config_of(scale_attn_weights=False, initializer_range=0.5)
+    report = verify(save(tmp_path, config), prompts=[PROMPTS[0]], max_new_tokens=16)
+    reference = reference_model(config)
+    new_ids, _ = reference_greedy(reference, [PROMPTS[0]], 16)
+    ids = torch.cat([torch.tensor([PROMPTS[0]]), new_ids], dim=1)[:, :-1]
+    with torch.no_grad():
+        expected = reference(ids).logits
+        exact = our_model(reference.double(), config, "sdpa")(ids)
+    assert report.logits_limit == pytest.approx(2 * error(expected, exact), rel=1e-6)
 
 
 def test_the_rule_for_16_bit_notices_an_error_of_a_few_times_the_rounding(
