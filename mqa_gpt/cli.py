@@ -6,6 +6,7 @@ failed, 2 for bad input, 130 after Ctrl-C, and 141 if whoever read the output we
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import io
 import os
@@ -410,6 +411,8 @@ def verify(
         prompts=prompt_texts(prompts or [], file or []) if prompts or file else None,
         max_new_tokens=max_new_tokens,
     )
+    if model is None:
+        report = dataclasses.replace(report, model="demo")
     if as_json:
         print_json(report.to_dict())
     else:

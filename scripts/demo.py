@@ -6,24 +6,35 @@ import argparse
 import sys
 import time
 
+import torch
+
 from mqa_gpt import LLM
 from mqa_gpt.environment import peak_memory
 from mqa_gpt.errors import InputError
 from mqa_gpt.inspection import inspect_checkpoint
 from mqa_gpt.llm import Generation
 
-COMPLETE = "def read_lines(path):\n"
+CLASS = """\
+class Reader:
+    def __init__(self, file):
+        self._file = file
 
-INFILL_BEFORE = '''\
-def count_words(path):
-    """Return how often each word occurs in a file."""
-    counts = {}
-    with open(path) as f:
-        for line in f:
-            for word in line.split():
-                '''
-INFILL_AFTER = """
-    return counts
+"""
+SIGNATURE = (
+    CLASS
+    + """\
+    def read(self, size=-1):
+"""
+)
+BEFORE_HOLE = (
+    CLASS
+    + """\
+    def close(self):
+        if self._file is not None:
+            self._file."""
+)
+AFTER_HOLE = """
+            self._file = None
 """
 
 
@@ -32,6 +43,7 @@ def main() -> int:
     parser.add_argument("--model", help="another checkpoint: a hub name or a folder")
     model = parser.parse_args().model
 
+    torch.set_num_threads(1)  # a model this small is done before a second thread has joined in
     begin = time.perf_counter()
     try:
         llm = LLM.load(model, dtype="float32")
@@ -39,11 +51,14 @@ def main() -> int:
         parameters = sum(inspect_checkpoint(model).parameters.values())
         print(f"{model or 'The demo checkpoint'}: {parameters / 1e6:.1f} million parameters")
 
-        title("It completes a function")
-        show(llm, load_seconds, COMPLETE, llm.begin([COMPLETE], 96, stop=["\n\n\n"]), "")
-        title("It fills a hole, marked here, between what is before and after it")
-        filling = llm.begin_infill(INFILL_BEFORE, INFILL_AFTER, 48)
-        show(llm, load_seconds, INFILL_BEFORE, filling, INFILL_AFTER)
+        print_title("It completes a function from its signature")
+        # The penalty keeps a small model from saying the same thing over and over.
+        body = llm.begin([SIGNATURE], 96, repetition_penalty=1.15, stop="\n\n")
+        show(llm, load_seconds, SIGNATURE, body, "")
+
+        print_title("It fills a hole, knowing what is before and after it")
+        filling = llm.begin_infill(BEFORE_HOLE, AFTER_HOLE, 48, mode="spm", stop="\n")
+        show(llm, load_seconds, BEFORE_HOLE, filling, AFTER_HOLE)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -52,7 +67,7 @@ def main() -> int:
     return 0
 
 
-def title(text: str) -> None:
+def print_title(text: str) -> None:
     print(f"\n{text}\n{'-' * len(text)}\n")
 
 
