@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import random
 from collections.abc import Iterator
@@ -173,9 +174,12 @@ def test_float32_greedy_tokens_of_a_ragged_batch_are_those_of_transformers(
 def test_low_precision_is_as_close_to_float32_as_transformers_is(
     checkpoint: Checkpoint, dtype: torch.dtype
 ) -> None:
-    config, reference, seed = checkpoint
-    prompts = random_prompts(config, LENGTHS * 4, seed)  # a maximum over few tokens is mostly luck
-    reference16 = copy.deepcopy(reference).to(dtype)
+    # Milder weights and more tokens than above: where rounding decides between two nearly equal
+    # keys, the largest error says more about luck than about the computation.
+    weights = 0.6 * checkpoint.config.initializer_range
+    config = dataclasses.replace(checkpoint.config, initializer_range=weights)
+    prompts = random_prompts(config, LENGTHS * 4, checkpoint.seed)
+    reference16 = reference_model(config, checkpoint.seed).to(dtype)
     expected = reference_rows(copy.deepcopy(reference16).float(), prompts)
     limit = 2 * error(reference_rows(reference16, prompts), expected)
     for backend in BACKENDS:
