@@ -1,5 +1,6 @@
 """What the README and the help texts tell people to type works."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -51,6 +52,14 @@ def test_every_file_in_the_tree_exists():
         name = line.split()[0]
         folder = DEMO_DIR.parent if line.startswith("      ") else ROOT
         assert (folder / name).exists(), name
+
+
+def test_the_speeds_are_those_of_the_benchmark_results():
+    (file,) = re.findall(r"benchmarks/results/cpu_decode\w+\.json", README)
+    figures = json.loads((ROOT / file).read_text())["figures"]
+    ratios = [figures["batch 1"]["decode_ratio"], figures["batch 8"]["decode_ratio"]]
+    ratios.append(figures["cold start"]["ratio"])
+    assert re.findall(r"([0-9.]+) times", README) == [f"{ratio:.2f}" for ratio in ratios]
 
 
 def test_make_runs_the_commands_that_the_readme_begins_with():
