@@ -66,7 +66,10 @@ SPECIAL_TOKENS = [
     "<reponame>",
 ]
 
-PIECE_CHARACTERS = (250, 3000)  # of a piece for infilling: it has to fit into the context
+# Of a piece for infilling: at least so many, and at most so many per token of the window, so that
+# as a rule it fits in.
+PIECE_CHARACTERS = 200
+PIECE_CHARACTERS_PER_TOKEN = 3
 LONG_LINE = 20  # characters; shorter lines are alike everywhere
 REPEATED_SHARE = 0.25  # of a file's long lines in a held-out module: it is a relative of it
 
@@ -141,7 +144,8 @@ def batches(
         ids: list[int] = []
         for text in rng.sample(texts, len(texts)):
             infill = rng.random() < 0.5
-            for document in split_into_pieces(text, rng) if infill else [text]:
+            longest = PIECE_CHARACTERS_PER_TOKEN * length
+            for document in split_into_pieces(text, longest, rng) if infill else [text]:
                 ids.append(tokenizer.end_of_text_id)
                 ids.extend(fim_transform(document, tokenizer, rng, rate=float(infill)))
         windows = torch.tensor(ids, dtype=torch.int32).unfold(0, length + 1, length)
@@ -150,12 +154,11 @@ def batches(
             yield windows[order[i : i + batch_size]].long()
 
 
-def split_into_pieces(text: str, rng: random.Random) -> Iterator[str]:
+def split_into_pieces(text: str, longest: int, rng: random.Random) -> Iterator[str]:
     """Cut a text at line starts into pieces of very different lengths, so that holes are too."""
-    shortest, longest = PIECE_CHARACTERS
     start = 0
     while start < len(text):
-        size = int(shortest * (longest / shortest) ** rng.random())
+        size = int(PIECE_CHARACTERS * (longest / PIECE_CHARACTERS) ** rng.random())
         end = text.find("\n", start + size) + 1 or len(text)
         yield text[start:end]
         start = end

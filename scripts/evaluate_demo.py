@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from demo_data import PIECE_CHARACTERS, Corpus, read_corpus
+from demo_data import PIECE_CHARACTERS, PIECE_CHARACTERS_PER_TOKEN, Corpus, read_corpus
 from tqdm import tqdm
 from train_demo import LONG_BATCH, SHORT_BATCH, bits_per_byte
 
@@ -321,8 +321,8 @@ def card(llm: LLM, corpus: Corpus, figures: dict) -> str:
         python=figures["python"],
         training_modules=figures["training_modules"],
         characters=figures["training_characters"] / 1e6,
-        shortest=PIECE_CHARACTERS[0],
-        longest=PIECE_CHARACTERS[1],
+        shortest=PIECE_CHARACTERS,
+        longest=PIECE_CHARACTERS_PER_TOKEN * LONG_BATCH[1],
         layers=config.n_layer,
         heads=config.n_head,
         head_dim=config.head_dim,

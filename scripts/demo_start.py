@@ -1,0 +1,93 @@
+"""Where the training of the demo checkpoint starts from: an induction circuit, built by hand.
+
+Text repeats itself, programs most of all: what followed a token once is likely to follow it again.
+Transformers learn to copy so with two heads, one in each of two layers (Olsson et al. 2022,
+"In-context Learning and Induction Heads"). The first tells every position which token stood before
+it; the second looks for positions whose previous token is the current one, and copies the token
+that it finds there. Training discovers this by itself, but needs hundreds of millions of tokens for
+it. The demo sees some ten million, so it is given the two heads to begin with. They are parameters
+like any other from the first step on.
+
+The channels of the residual stream (C wide, D per head) are shared out for it:
+
+    0 ... C/2            position: sines, then cosines
+    C/2 ... C/2 + D      WORD: a part of the token's embedding
+    C/2 + D ... C/2 + 2D PREVIOUS: the WORD of the token before, once layer 0 has written it
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from mqa_gpt.model import GPT, MultiQueryAttention
+
+POSITION_SHARPNESS = 1.8  # of layer 0's match between positions
+WORD_SHARPNESS = 2.0  # of layer 1's match between tokens
+COPY_STRENGTH = 0.5  # of what layer 1 writes
+
+
+@torch.no_grad()
+def start_from_induction(model: GPT) -> None:
+    """Give a new model an induction circuit in head 0 of its layers 0 and 1, in place.
+
+    Everything else that writes to the residual stream starts at zero, which would drown the
+    circuit otherwise.
+
+    Raises:
+        ValueError: the model is not multi-query with two layers, D even and C >= 4D.
+    """
+    config = model.config
+    C, D = config.n_embd, config.head_dim
+    if not config.multi_query or config.n_layer < 2 or D % 2 or C < 4 * D or C % 4:
+        raise ValueError("an induction circuit needs multi_query, two layers, D even and C >= 4D")
+    std = config.initializer_range
+    for block in model.transformer.h:
+        block.attn.c_proj.weight.zero_()
+        block.mlp.c_proj.weight.zero_()
+
+    # Positions: waves of C/4 lengths from 2 to 2 n_positions (Vaswani et al. 2017, section 3.5). To
+    # look back by a fixed distance is then to rotate every wave by an angle.
+    positions, half = model.transformer.wpe.weight, C // 2
+    frequencies = math.pi * config.n_positions ** -torch.linspace(0, 1, C // 4)  # (C/4,)
+    angles = torch.arange(config.n_positions)[:, None] * frequencies  # (n_positions, C/4)
+    positions.zero_()
+    positions[:, :half] = 2 * std * torch.cat([angles.sin(), angles.cos()], dim=1)
+    model.transformer.wte.weight[:, :half] /= 2
+    word = half + torch.arange(D)
+    previous = word + D
+
+    # Layer 0: the query is the position turned back by one, the key the position itself; the
+    # fastest D/2 waves tell neighbours apart.
+    n = D // 2
+    wave = torch.arange(n)
+    sines, cosines = wave, C // 4 + wave  # channels
+    query, key, value, out = _head_0(model.transformer.h[0].attn)
+    turn_cos, turn_sin = frequencies[:n].cos(), frequencies[:n].sin()
+    query[wave, sines], query[wave, cosines] = turn_cos, -turn_sin  # sin(wt - w)
+    query[n + wave, cosines], query[n + wave, sines] = turn_cos, turn_sin  # cos(wt - w)
+    key[wave, sines] = key[n + wave, cosines] = 1.0
+    query *= POSITION_SHARPNESS
+    key *= POSITION_SHARPNESS
+    channel = torch.arange(D)
+    value[channel, word] = 1.0
+    out[previous, channel] = std
+
+    # Layer 1: where the previous token is the current one, copy the token.
+    query, key, value, out = _head_0(model.transformer.h[1].attn)
+    query[channel, word] = WORD_SHARPNESS
+    key[channel, previous] = WORD_SHARPNESS
+    value[channel, word] = 1.0
+    out[word, channel] = COPY_STRENGTH
+
+
+def _head_0(attention: MultiQueryAttention) -> tuple[torch.Tensor, ...]:
+    """Head 0's query weights (D, C), the shared key's and value's (D, C), and head 0's columns of
+    c_proj (C, D): views, filled with zeros."""
+    D, C = attention.head_dim, attention.c_proj.weight.shape[0]
+    weight = attention.c_attn.weight
+    views = weight[:D], weight[C : C + D], weight[C + D :], attention.c_proj.weight[:, :D]
+    for view in views:
+        view.zero_()
+    return views
