@@ -3,7 +3,9 @@
 # make lint   style and types
 PYTHON ?= python3
 BIN = .venv/bin
-INSTALLED = .venv/installed
+# Named after the version of Python, so that another PYTHON makes .venv anew.
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+INSTALLED = .venv/installed-$(VERSION)
 
 .PHONY: demo test lint clean
 
@@ -20,7 +22,8 @@ lint: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mqa-gpt needs Python 3.11 or later; this is " + sys.version.split()[0])'
-	$(PYTHON) -m venv .venv
+	@echo "Installing into .venv; this takes some minutes, later runs start at once"
+	@test -x $(BIN)/python$(VERSION) || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 
