@@ -56,6 +56,7 @@ class KVCache:
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.end = 0
         self._ragged = False
+        self._limits: Tensor | None = None  # (B,) int64 while a padded prefill runs
 
     @property
     def batch_size(self) -> int:
@@ -93,6 +94,10 @@ class KVCache:
         """
         T = kv.shape[1]
         slots = self.kv[layer]  # (B, max_length, G, 2D)
+        if self._limits is not None:
+            positions = self.end + torch.arange(T, device=kv.device)  # (T,)
+            is_padding = positions >= self._limits[:, None]  # (B, T)
+            kv = kv.masked_fill(is_padding[..., None, None], 0)
         if self._ragged:
             rows = torch.arange(self.batch_size, device=kv.device)[:, None]  # (B, 1)
             steps = torch.arange(T, device=kv.device)  # (T,)
@@ -105,6 +110,15 @@ class KVCache:
         """Count the T positions that every layer has appended to every row."""
         self.lengths += T
         self.end += T
+
+    def limit(self, lengths: Sequence[int]) -> None:
+        """Announce where each row will end, before a right-padded prefill of an empty cache.
+
+        What is appended behind a row's end is stored as zeros, until `set_lengths`. A hidden key's
+        weight is 0, but 0 times NaN is NaN: padding that overflows would reach the row's tokens.
+        """
+        assert self.end == 0, "only an empty cache is filled by right-padding"
+        self._limits = torch.tensor(lengths, device=self.kv.device)
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
         """Say how many of its written slots each row really holds.
@@ -120,6 +134,7 @@ class KVCache:
                 f"from 0 to {self.end}, the positions written so far"
             )
         self.lengths.copy_(torch.tensor(lengths))
+        self._limits = None
         self.end = max(lengths)
         self._ragged = min(lengths) != self.end
 
@@ -136,4 +151,5 @@ class KVCache:
         lengths = other.lengths.tolist()
         other.end = max(lengths)
         other._ragged = min(lengths) != other.end
+        other._limits = None
         return other

@@ -18,7 +18,7 @@ from mqa_gpt.checks import is_int, shown
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import PromptError
 from mqa_gpt.model import GPT
-from mqa_gpt.sampling import Sampling, draw, filter_logits, fresh_seed, uniforms
+from mqa_gpt.sampling import GREEDY, Sampling, draw, filter_logits, fresh_seed, uniforms
 
 # Positions per forward pass of the prefill: enough to keep the arithmetic busy, few enough that
 # the activations of a long prompt (F times this many floats per row and layer) stay small.
@@ -68,7 +68,8 @@ def generate(
         temperature, top_k, top_p, min_p, repetition_penalty, seed: see `Sampling`.
         n: samples per prompt, all from one prefill of it.
         eos_token_id: the token or tokens that end a row; None never stops early.
-        prefill_chunk: positions per forward pass while the prompts are read.
+        prefill_chunk: positions per row and forward pass while the prompts are read; fewer take
+            less memory and, on long prompts, more time.
 
     Returns:
         The new tokens of each row, the end token included where there is one; prompt i's sample j
@@ -86,7 +87,13 @@ def generate(
         raise PromptError(
             f"eos_token_id is {shown(eos_token_id)}: it must be a token id, a list of them or None"
         )
-    tokens = decode(
+    if not is_int(prefill_chunk) or prefill_chunk < 1:
+        raise PromptError(
+            f"prefill_chunk is {shown(prefill_chunk)}: it must be an integer of at least 1"
+        )
+    prompts = check_request(model.config, prompts, max_new_tokens, sampling, n)
+    rows: list[list[int]] = [[] for _ in range(len(prompts) * n)]
+    for token in stream_tokens(
         model,
         prompts,
         max_new_tokens,
@@ -94,73 +101,40 @@ def generate(
         n=n,
         should_stop=lambda token: token.id in ends,
         prefill_chunk=prefill_chunk,
-    )
-    rows: list[list[int]] = [[] for _ in range(len(prompts) * n)]
-    for token in tokens:
+    ):
         rows[token.row].append(token.id)
     return rows
 
 
-def decode(
-    model: GPT,
+def check_request(
+    config: GPTConfig,
     prompts: Sequence[Sequence[int]] | Tensor,
     max_new_tokens: int,
-    sampling: Sampling,
-    *,
+    sampling: Sampling = GREEDY,
     n: int = 1,
-    should_stop: Callable[[Token], bool] = lambda token: False,
     logprobs: int | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
-) -> Iterator[Token]:
-    """The loop behind `generate`, one token at a time.
-
-    Args:
-        should_stop: called once with each new token; True ends its row.
-        logprobs: None for no log-probabilities, else how many of the most likely tokens to report
-            beside the chosen one.
-
-    Everything else is as in `generate`; arguments are checked before this returns, so errors do
-    not wait for the first token.
-    """
-    rows = check_prompts(model.config, prompts, max_new_tokens, n)
-    if logprobs is not None and not (is_int(logprobs) and 0 <= logprobs <= model.config.vocab_size):
-        raise PromptError(
-            f"logprobs is {logprobs!r}: it must be an integer from 0 to the vocabulary's "
-            f"{model.config.vocab_size}"
-        )
-    if not is_int(prefill_chunk) or prefill_chunk < 1:
-        raise PromptError(
-            f"prefill_chunk is {shown(prefill_chunk)}: it must be an integer of at least 1"
-        )
-    if n > 1 and sampling.greedy:
-        raise PromptError(
-            f"n is {n} but temperature is 0, which gives the same tokens {n} times: "
-            "set a temperature above 0 or leave n at 1"
-        )
-    if not rows or max_new_tokens == 0:
-        return iter(())
-    return _decode(
-        model,
-        rows,
-        max_new_tokens,
-        sampling,
-        n,
-        should_stop,
-        logprobs,
-        prefill_chunk,
-    )
-
-
-def check_prompts(
-    config: GPTConfig, prompts: Sequence[Sequence[int]] | Tensor, max_new_tokens: int, n: int = 1
 ) -> list[list[int]]:
-    """The prompts as lists, empty ones replaced by the start token, or PromptError."""
+    """The prompts as lists, empty ones replaced by the start token, or PromptError.
+
+    Arguments are those of `generate` and `stream_tokens`; all that can be wrong with them beyond
+    `Sampling` is found here, before anything is computed.
+    """
     if not is_int(max_new_tokens) or max_new_tokens < 0:
         raise PromptError(
             f"max_new_tokens is {max_new_tokens!r}: it must be an integer of at least 0"
         )
     if not is_int(n) or n < 1:
         raise PromptError(f"n is {n!r}: it must be an integer of at least 1")
+    if n > 1 and sampling.greedy:
+        raise PromptError(
+            f"n is {n} but temperature is 0, which gives the same tokens {n} times: "
+            "set a temperature above 0 or leave n at 1"
+        )
+    if logprobs is not None and not (is_int(logprobs) and 0 <= logprobs <= config.vocab_size):
+        raise PromptError(
+            f"logprobs is {logprobs!r}: it must be an integer from 0 to the vocabulary's "
+            f"{config.vocab_size}"
+        )
     if isinstance(prompts, Tensor):
         prompts = prompts.tolist()
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
@@ -202,10 +176,12 @@ def prefill(
 ) -> Tensor:
     """Read the prompts into an empty cache; the logits (B, V) behind each prompt's last token.
 
-    Rows are padded on the right to the longest, and the cache is told their true lengths after.
+    Rows are padded on the right to the longest; the cache, told their true lengths, hides it.
     """
     lengths = [len(prompt) for prompt in prompts]
     width = max(lengths)
+    if min(lengths) < width:
+        cache.limit(lengths)
     ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
     ids = ids.to(model.device)  # (B, width)
     last = torch.tensor(lengths, device=model.device) - 1  # (B,)
@@ -220,16 +196,29 @@ def prefill(
     return logits
 
 
-def _decode(
+def stream_tokens(
     model: GPT,
     prompts: list[list[int]],
     max_new_tokens: int,
-    sampling: Sampling,
-    n: int,
-    should_stop: Callable[[Token], bool],
-    logprobs: int | None,
-    prefill_chunk: int,
+    sampling: Sampling = GREEDY,
+    *,
+    n: int = 1,
+    should_stop: Callable[[Token], bool] = lambda token: False,
+    logprobs: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
 ) -> Iterator[Token]:
+    """The loop behind `generate`: prefill, then one token per row and step.
+
+    Args:
+        prompts: what `check_request` made of them; nothing is checked here.
+        should_stop: called once with each new token; True ends its row.
+        logprobs: None for no log-probabilities, else how many of the most likely tokens to report
+            beside the chosen one.
+
+    Everything else is as in `generate`.
+    """
+    if not prompts or max_new_tokens == 0:
+        return
     # A generator must not hold inference mode across its yields: the consumer would be in it too.
     with torch.inference_mode():
         # The last token is returned without being fed, so it needs no slot.

@@ -14,7 +14,7 @@ from mqa_gpt.checkpoint import DEMO_DIR, load_model
 from mqa_gpt.checks import shown
 from mqa_gpt.errors import PromptError
 from mqa_gpt.fim import infill_prompt, truncated_infill_prompt
-from mqa_gpt.generate import Token, check_prompts, decode
+from mqa_gpt.generate import Token, check_request, stream_tokens
 from mqa_gpt.hub import resolve
 from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack
@@ -154,21 +154,25 @@ class Generation:
         tokenizer: Tokenizer,
         prompts: list[list[int]],
         max_new_tokens: int,
-        sampling: Sampling,
         *,
         n: int,
-        stops: list[str],
-        logprobs: int | None,
-        cut: tuple[int, int],
+        cut: tuple[int, int] = (0, 0),
+        stop: str | Sequence[str] | None = None,
+        logprobs: int | None = None,
+        **sampling_options: Any,
     ) -> None:
-        prompts = check_prompts(model.config, prompts, max_new_tokens, n)
-        end_ids = set(model.config.end_token_ids)
-        if tokenizer.end_of_text_id is not None:
-            end_ids.add(tokenizer.end_of_text_id)
-        self._rows = [_Row(tokenizer, end_ids, stops) for _ in range(len(prompts) * n)]
+        stops: Any = [stop] if isinstance(stop, str) else stop or []
+        if not isinstance(stops, Sequence) or not all(isinstance(t, str) and t for t in stops):
+            raise PromptError(f"stop is {shown(stop)}: it must be a non-empty text or several")
+        end_of_text = [] if tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]
+        prompts = [ids or end_of_text for ids in prompts]
+        sampling = Sampling(**sampling_options)
+        prompts = check_request(model.config, prompts, max_new_tokens, sampling, n, logprobs)
+        end_ids = {*model.config.end_token_ids, *end_of_text}
+        self._rows = [_Row(tokenizer, end_ids, list(stops)) for _ in range(len(prompts) * n)]
         self._prompt_tokens = [len(prompt) for prompt in prompts for _ in range(n)]
         self._has_logprobs, self._cut = logprobs is not None, cut
-        self._tokens = decode(
+        self._tokens = stream_tokens(
             model,
             prompts,
             max_new_tokens,
@@ -356,7 +360,7 @@ class LLM:
                 f"the prompt is {shown(prompts)}: it must be a text or a list of texts"
             )
         ids = [self.tokenizer.encode(p, special_tokens=special_tokens) for p in prompts]
-        return self._begin(ids, max_new_tokens, n, (0, 0), **options)
+        return Generation(self.model, self.tokenizer, ids, max_new_tokens, n=n, **options)
 
     def begin_infill(
         self,
@@ -370,39 +374,14 @@ class LLM:
         **options: Unpack[Options],
     ) -> Generation:
         """Start infilling, with the arguments of `infill`; n samples of it."""
-        if not truncate:
+        cut = (0, 0)
+        if truncate:
+            check_request(self.model.config, [], max_new_tokens)  # before reckoning with it
+            room = self.model.config.n_positions - max_new_tokens
+            fitted = truncated_infill_prompt(self.tokenizer, prefix, suffix, room, mode=mode)
+            ids, cut = fitted.ids, (fitted.cut_prefix, fitted.cut_suffix)
+        else:
             ids = infill_prompt(self.tokenizer, prefix, suffix, mode=mode)
-            return self._begin([ids], max_new_tokens, n, (0, 0), **options)
-        check_prompts(self.model.config, [], max_new_tokens)  # before reckoning with it
-        room = self.model.config.n_positions - max_new_tokens
-        fitted = truncated_infill_prompt(self.tokenizer, prefix, suffix, room, mode=mode)
-        cut = (fitted.cut_prefix, fitted.cut_suffix)
-        return self._begin([fitted.ids], max_new_tokens, n, cut, **options)
-
-    def _begin(
-        self,
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        n: int,
-        cut: tuple[int, int],
-        *,
-        stop: str | Sequence[str] | None = None,
-        logprobs: int | None = None,
-        **sampling: Any,
-    ) -> Generation:
-        stops: Any = [stop] if isinstance(stop, str) else stop or []
-        if not isinstance(stops, Sequence) or not all(isinstance(t, str) and t for t in stops):
-            raise PromptError(f"stop is {shown(stop)}: it must be a non-empty text or several")
-        start = self.tokenizer.end_of_text_id
-        prompts = [ids or ([] if start is None else [start]) for ids in prompts]
         return Generation(
-            self.model,
-            self.tokenizer,
-            prompts,
-            max_new_tokens,
-            Sampling(**sampling),
-            n=n,
-            stops=list(stops),
-            logprobs=logprobs,
-            cut=cut,
+            self.model, self.tokenizer, [ids], max_new_tokens, n=n, cut=cut, **options
         )

@@ -73,6 +73,9 @@ class Sampling:
         return self.temperature == 0
 
 
+GREEDY = Sampling()
+
+
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make the tokens that `seen` (B, V) bool marks less likely; (B, V)."""
     penalized = torch.where(logits < 0, logits * penalty, logits / penalty)

@@ -34,7 +34,7 @@ from mqa_gpt.checks import is_int
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.environment import version
 from mqa_gpt.errors import InputError, PromptError
-from mqa_gpt.generate import check_prompts, generate
+from mqa_gpt.generate import check_request, generate
 from mqa_gpt.hub import resolve
 from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack
@@ -187,7 +187,7 @@ def _token_ids(
                 for length in RANDOM_PROMPT_LENGTHS
             ]
         rows = [row[: max(1, config.n_positions - max_new_tokens)] for row in rows]
-    return check_prompts(config, rows, max_new_tokens)
+    return check_request(config, rows, max_new_tokens)
 
 
 @torch.inference_mode()

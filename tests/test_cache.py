@@ -85,6 +85,20 @@ def test_rows_of_different_lengths_are_written_each_behind_its_own_end() -> None
     assert cache.end == 6
 
 
+def test_padding_that_was_announced_is_stored_as_zeros() -> None:
+    cache = KVCache(CONFIG, 3, 8)
+    cache.limit([1, 5, 3])
+    fill(cache, 2, 1.0)
+    fill(cache, 3, 51.0)
+    assert slots(cache, 0, 0) == [1, 0, 0, 0, 0, 0, 0, 0]
+    assert slots(cache, 0, 1) == [101, 102, 151, 152, 153, 0, 0, 0]
+    assert slots(cache, 1, 2) == [211, 212, 261, 0, 0, 0, 0, 0]
+    cache.set_lengths([1, 5, 3])
+    fill(cache, 1, 71.0)
+    assert slots(cache, 0, 0) == [1, 71, 0, 0, 0, 0, 0, 0]
+    assert slots(cache, 0, 1)[5] == 171
+
+
 def test_equal_lengths_are_one_number_again() -> None:
     cache = KVCache(CONFIG, 2, 8)
     fill(cache, 5, 1.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mqa_gpt import GPT, PromptError
-from mqa_gpt.generate import Token, decode, generate
+from mqa_gpt.generate import check_request, generate, stream_tokens
 from mqa_gpt.sampling import Sampling, draw, filter_logits, uniforms
 from tests.helpers import (
     our_model,
@@ -22,11 +22,6 @@ CONFIG = tiny_config()
 @pytest.fixture(scope="module")
 def model() -> GPT:
     return our_model(reference_model(CONFIG), CONFIG)
-
-
-def decoded(model: GPT, prompts: list[list[int]], count: int, **options: object) -> list[Token]:
-    sampling = options.pop("sampling", Sampling())
-    return list(decode(model, prompts, count, sampling, **options))
 
 
 def test_greedy_tokens_are_those_of_transformers(model):
@@ -88,9 +83,27 @@ def test_sampling_follows_filters_and_stream_step_by_step(model):
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 64])
-def test_the_prefill_chunk_does_not_change_the_tokens(model, chunk):
+def test_the_prefill_chunk_limits_each_pass_and_does_not_change_the_tokens(model, chunk):
     prompts = random_prompts(CONFIG, [20, 7, 1, 8])
-    assert generate(model, prompts, 12, prefill_chunk=chunk) == generate(model, prompts, 12)
+    expected = generate(model, prompts, 12)
+    widths = []
+    hook = model.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+    assert generate(model, prompts, 12, prefill_chunk=chunk) == expected
+    hook.remove()
+    assert max(widths) == min(chunk, 20)
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("chunk", [4, 64])
+def test_padding_that_overflows_does_not_reach_the_tokens_of_its_row(backend, chunk):
+    config = tiny_config(tie_word_embeddings=False)
+    model = our_model(reference_model(config), config, backend)
+    with torch.no_grad():
+        model.transformer.wte.weight[0] = float("inf")  # what the prefill pads with
+        model.lm_head.weight[0] = 0  # and the prompts and new tokens below do not hold
+    prompts = [[token or 1 for token in row] for row in random_prompts(config, [9, 2, 1, 5])]
+    together = generate(model, prompts, 20, prefill_chunk=chunk)
+    assert together == [generate(model, [prompt], 20)[0] for prompt in prompts]
 
 
 def test_an_end_token_ends_its_row_and_is_returned(model):
@@ -120,7 +133,9 @@ def test_finish_reasons_mark_the_last_token_of_each_row(model):
     prompts = random_prompts(CONFIG, [6, 6], seed=4)
     free = generate(model, prompts, 10)
     stop_at = free[0][3]
-    tokens = decoded(model, prompts, 10, should_stop=lambda t: t.row == 0 and t.id == stop_at)
+    tokens = list(
+        stream_tokens(model, prompts, 10, should_stop=lambda t: t.row == 0 and t.id == stop_at)
+    )
     rows = [[t for t in tokens if t.row == row] for row in (0, 1)]
     assert [[t.id for t in row] for row in rows] == [free[0][: free[0].index(stop_at) + 1], free[1]]
     assert [row[-1].finished for row in rows] == ["stop", "length"]
@@ -130,7 +145,7 @@ def test_finish_reasons_mark_the_last_token_of_each_row(model):
 def test_log_probabilities_are_the_unfiltered_model_s(model):
     prompts = random_prompts(CONFIG, [5, 9])
     sampling = Sampling(temperature=3.0, top_k=20, repetition_penalty=2.0, seed=1)
-    tokens = decoded(model, prompts, 6, sampling=sampling, logprobs=3)
+    tokens = list(stream_tokens(model, prompts, 6, sampling, logprobs=3))
     for row, prompt in enumerate(prompts):
         mine = [t for t in tokens if t.row == row]
         ids = torch.tensor([prompt + [t.id for t in mine]])
@@ -144,10 +159,10 @@ def test_log_probabilities_are_the_unfiltered_model_s(model):
 
 
 def test_no_log_probabilities_unless_asked_for(model):
-    tokens = decoded(model, [[3]], 2)
+    tokens = stream_tokens(model, [[3]], 2)
     assert [(t.logprob, t.top) for t in tokens] == [(None, ()), (None, ())]
     assert all(
-        math.isfinite(t.logprob) and t.top == () for t in decoded(model, [[3]], 2, logprobs=0)
+        math.isfinite(t.logprob) and t.top == () for t in stream_tokens(model, [[3]], 2, logprobs=0)
     )
 
 
@@ -165,7 +180,7 @@ def test_errors_come_before_any_computation(model):
     hook = model.register_forward_pre_hook(fail)
     try:
         with pytest.raises(PromptError):
-            decode(model, [[1], [2] * CONFIG.n_positions], 1, Sampling())
+            generate(model, [[1], [2] * CONFIG.n_positions], 1)
     finally:
         hook.remove()
 
@@ -224,7 +239,7 @@ def test_unusable_input_is_named(model, prompts, options, words):
 @pytest.mark.parametrize("logprobs", [-1, 98, 1.5, True])
 def test_an_impossible_number_of_log_probabilities_is_refused(model, logprobs):
     with pytest.raises(PromptError, match="logprobs"):
-        decode(model, [[1]], 1, Sampling(), logprobs=logprobs)
+        check_request(model.config, [[1]], 1, logprobs=logprobs)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -238,7 +253,7 @@ def test_logits_that_are_not_numbers_are_an_error_not_tokens(value, temperature)
 
 
 def test_generation_leaves_gradients_and_modes_alone(model):
-    tokens = decode(model, [[1]], 3, Sampling())
+    tokens = stream_tokens(model, [[1]], 3)
     next(tokens)
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
