@@ -1,15 +1,44 @@
-"""Small random models and their transformers twins, for tests that compare the two."""
+"""What several test files share: small random models and their transformers twins, for tests that
+compare the two; a tokenizer of bytes; data that is not part of the repository."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 from mqa_gpt import GPT, GPTConfig
 from mqa_gpt.generate import generate
+
+SPECIALS = ("<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>")
+
+
+def shared_data(name: str) -> Path:
+    """A file or folder beside the repository, too large to be in it; skips the test without it."""
+    path = Path(__file__).parents[2] / "shared" / "data" / name
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    return path
+
+
+def byte_tokenizer(*specials: str, pair: str = "") -> tokenizers.Tokenizer:
+    """One token per byte behind the special ones, and one more for a pair of letters if given.
+
+    Every character beyond ASCII is spread over several tokens.
+    """
+    entries = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), *([pair] if pair else [])]
+    ids = {entry: id_ for id_, entry in enumerate(entries)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(ids, [(pair[0], pair[1])] if pair else []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(specials))
+    return tokenizer
 
 
 def tiny_config(**changes: object) -> GPTConfig:

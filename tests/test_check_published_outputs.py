@@ -11,9 +11,8 @@ import tokenizers
 
 from mqa_gpt import Tokenizer
 from scripts.check_published_outputs import CASES, main
-from tests.helpers import reference_greedy, reference_model, tiny_config
+from tests.helpers import reference_greedy, reference_model, shared_data, tiny_config
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 SPECIALS = ["<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>"]
 
 
@@ -119,9 +118,7 @@ def test_every_published_case_says_where_it_is_from() -> None:
 
 
 def test_published_starcoder_ids_are_the_published_text() -> None:
-    if not (SHARED / "starcoder-tokenizer" / "tokenizer.json").is_file():
-        pytest.skip("StarCoder's tokenizer is not here")
-    tokenizer = Tokenizer.from_pretrained(SHARED / "starcoder-tokenizer")
+    tokenizer = Tokenizer.from_pretrained(shared_data("starcoder-tokenizer"))
     cases = json.loads(CASES.read_text())["cases"]
     case = next(case for case in cases if case["model"] == "bigcode/starcoder")
     assert tokenizer.decode(case["ids"]) == case["text"]

@@ -6,29 +6,17 @@ import random
 from collections import Counter
 
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers
 
 from mqa_gpt.errors import CheckpointError, PromptError
 from mqa_gpt.fim import MODES, fim_transform, infill_prompt, truncated_infill_prompt
 from mqa_gpt.tokenizer import FIM_SPELLINGS, Tokenizer
+from tests.helpers import byte_tokenizer
 
-
-def byte_tokenizer(*control_names: str) -> Tokenizer:
-    """One token per byte, then one per pair of letters "ab", then the control tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    entries = {entry: id_ for id_, entry in enumerate([*alphabet, "ab"])}
-    tokenizer = tokenizers.Tokenizer(models.BPE(entries, [("a", "b")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(control_names))
-    return Tokenizer(tokenizer)
-
-
-STARCODER = byte_tokenizer("<|endoftext|>", *FIM_SPELLINGS[0])
-SANTACODER = byte_tokenizer("<|endoftext|>", *FIM_SPELLINGS[1])
+# "ab" is one token, so that a cut inside it shows.
+STARCODER = Tokenizer(byte_tokenizer("<|endoftext|>", *FIM_SPELLINGS[0], pair="ab"))
+SANTACODER = Tokenizer(byte_tokenizer("<|endoftext|>", *FIM_SPELLINGS[1], pair="ab"))
 BOTH = pytest.mark.parametrize("tokenizer", [STARCODER, SANTACODER], ids=["star", "santa"])
 
 HOSTILE = st.lists(
@@ -79,7 +67,7 @@ def test_user_text_never_adds_a_control_token_to_an_infill(tokenizer, prefix, su
 
 
 def test_a_tokenizer_without_infilling_tokens_cannot_infill():
-    tokenizer = byte_tokenizer("<|endoftext|>", "<fim_prefix>", "<fim_suffix>")
+    tokenizer = Tokenizer(byte_tokenizer("<|endoftext|>", "<fim_prefix>", "<fim_suffix>"))
     for act in (
         lambda: infill_prompt(tokenizer, "a", "b"),
         lambda: truncated_infill_prompt(tokenizer, "a", "b", 10),

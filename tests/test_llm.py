@@ -3,24 +3,10 @@
 import time
 
 import pytest
-import tokenizers
 import torch
 
 from mqa_gpt import GPT, LLM, CheckpointError, GPTConfig, KVCache, PromptError, Tokenizer
-from tests.helpers import our_model, reference_model, tiny_config
-
-SPECIALS = ["<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>"]
-
-
-def byte_tokenizer(specials: list[str] = SPECIALS) -> Tokenizer:
-    """One token per byte, so that every character beyond ASCII is spread over several tokens."""
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {name: id_ for id_, name in enumerate([*specials, *alphabet])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(specials)
-    return Tokenizer(tokenizer)
+from tests.helpers import SPECIALS, byte_tokenizer, our_model, reference_model, tiny_config
 
 
 class Reciting(GPT):
@@ -45,22 +31,23 @@ class Reciting(GPT):
 
 
 def reciting(text: str, *, prompt_length: int = 1, end: bool = True) -> LLM:
-    tokenizer = byte_tokenizer()
+    tokenizer = Tokenizer(byte_tokenizer(*SPECIALS))
     script = tokenizer.encode(text) + [0] * end
     return LLM(Reciting(script, prompt_length, tokenizer.vocab_size).eval(), tokenizer)
 
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
-    tokenizer = byte_tokenizer()
+    tokenizer = Tokenizer(byte_tokenizer(*SPECIALS))
     config = tiny_config(vocab_size=tokenizer.vocab_size, bos_token_id=0, eos_token_id=0)
     return LLM(our_model(reference_model(config), config), tokenizer)
 
 
 def test_a_completion_ends_at_end_of_text_without_showing_it():
-    completion = reciting("hello").generate("x")
+    llm = reciting("hello")
+    completion = llm.generate("x")
     assert (completion.text, completion.finish_reason) == ("hello", "stop")
-    assert completion.token_ids == [*byte_tokenizer().encode("hello"), 0]
+    assert completion.token_ids == [*llm.tokenizer.encode("hello"), 0]
     assert completion.prompt_tokens == 1
 
 
@@ -93,8 +80,8 @@ def test_text_ends_before_the_first_stop_string_wherever_token_borders_are(stop,
 
 
 def test_generation_ends_with_the_token_that_completes_a_stop_string():
-    completion = reciting("hello world").generate("x", stop="ll")
-    assert completion.token_ids == byte_tokenizer().encode("hell")
+    llm = reciting("hello world")
+    assert llm.generate("x", stop="ll").token_ids == llm.tokenizer.encode("hell")
 
 
 @pytest.mark.parametrize("stop", [None, "lo w", ["lo!", "world, "], "d\N{SNOWMAN}"])
@@ -174,7 +161,7 @@ def test_truncation_reckons_only_with_a_usable_number_of_new_tokens(llm):
 
 
 def test_a_checkpoint_without_fim_tokens_says_that_it_cannot_infill(llm):
-    plain = LLM(llm.model, byte_tokenizer(["<|endoftext|>"]))
+    plain = LLM(llm.model, Tokenizer(byte_tokenizer("<|endoftext|>")))
     with pytest.raises(CheckpointError, match="cannot infill"):
         plain.infill("a", "b")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import tokenizers
@@ -16,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mqa_gpt.errors import CheckpointError, PromptError
 from mqa_gpt.tokenizer import FIM_SPELLINGS, FimTokens, StreamDecoder, Tokenizer
+from tests.helpers import shared_data
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 STARCODER, SANTACODER = FIM_SPELLINGS
 
 TEXTS = [
@@ -251,16 +250,15 @@ def test_a_damaged_tokenizer_file_is_an_error_that_names_it(tmp_path, damage):
 
 
 def humaneval_texts() -> list[str]:
-    with gzip.open(SHARED / "humaneval" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(shared_data("humaneval/HumanEval.jsonl.gz"), "rt", encoding="utf-8") as file:
         tasks = [json.loads(line) for line in file]
     return [task["prompt"] + task["canonical_solution"] for task in tasks]
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="StarCoder's tokenizer and HumanEval are not here")
 def test_starcoders_tokenizer_agrees_with_transformers_on_humaneval():
-    tokenizer = Tokenizer.from_pretrained(SHARED / "starcoder-tokenizer")
-    path = SHARED / "starcoder-tokenizer" / "tokenizer.json"
-    reference = PreTrainedTokenizerFast(tokenizer_file=str(path))
+    folder = shared_data("starcoder-tokenizer")
+    tokenizer = Tokenizer.from_pretrained(folder)
+    reference = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
     for text in [*humaneval_texts(), "<fim_prefix>a<fim_suffix>c<fim_middle>", "1234 猫\n\n\t x"]:
         ids = reference.encode(text, add_special_tokens=False)
         assert tokenizer.encode(text) == ids
@@ -270,9 +268,8 @@ def test_starcoders_tokenizer_agrees_with_transformers_on_humaneval():
         assert "".join(map(decoder.push, ids)) + decoder.flush() == expected
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="StarCoder's tokenizer is not here")
 def test_starcoders_control_tokens_have_their_published_ids():
-    tokenizer = Tokenizer.from_pretrained(SHARED / "starcoder-tokenizer")
+    tokenizer = Tokenizer.from_pretrained(shared_data("starcoder-tokenizer"))
     assert tokenizer.vocab_size == 49152
     assert tokenizer.special_ids == frozenset(range(19))
     assert tokenizer.end_of_text_id == 0
