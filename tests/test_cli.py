@@ -17,7 +17,6 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import tokenizers
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -27,8 +26,8 @@ from mqa_gpt import GPT, LLM, GPTConfig
 from mqa_gpt.checkpoint import DEMO_DIR
 from mqa_gpt.cli import app
 from mqa_gpt.report import PromptReport, Report
+from tests.helpers import SPECIALS, byte_tokenizer
 
-SPECIALS = ["<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>"]
 CONTEXT = 4000
 
 
@@ -36,17 +35,12 @@ def spelling_checkpoint(folder: Path) -> Path:
     """A model that knows what follows each byte, whatever was before: a to b to ... z to the end,
     0 to 1 to ... 9 to 0, é to €; the end of text to a, and what opens an infilling's middle to m.
     """
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    ids = {name: id_ for id_, name in enumerate([*SPECIALS, *alphabet])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(ids, []))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIALS)
-
+    tokenizer = byte_tokenizer(*SPECIALS)
+    size = tokenizer.get_vocab_size()
     config = GPTConfig(
-        vocab_size=len(ids),
+        vocab_size=size,
         n_positions=CONTEXT,
-        n_embd=len(ids),
+        n_embd=size,
         n_inner=1,
         n_layer=1,
         n_head=1,
