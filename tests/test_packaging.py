@@ -26,13 +26,25 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_holds_code_types_licence_and_the_demo_checkpoint(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
+def test_the_wheel_holds_the_code_its_types_and_the_demo_checkpoint(wheel):
+    archive = zipfile.ZipFile(wheel)
+    names = set(archive.namelist())
     modules = {f"mqa_gpt/{path.name}" for path in (ROOT / "mqa_gpt").glob("*.py")}
-    demo = {f"mqa_gpt/demo/{path.name}" for path in (ROOT / "mqa_gpt/demo").iterdir()}
-    assert modules | demo | {"mqa_gpt/py.typed"} <= set(names)
-    assert any(name.endswith("LICENSE") for name in names)
+    assert modules | {"mqa_gpt/py.typed"} <= names
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
+        path = f"mqa_gpt/demo/{name}"
+        assert archive.read(path) == (ROOT / path).read_bytes()
     assert not [name for name in names if "test" in name.split("/")[0]]
+
+
+def test_the_wheel_holds_the_licences_of_the_code_and_of_the_demo_checkpoint(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    assert b"License-Expression: Apache-2.0 AND PSF-2.0\n" in archive.read(metadata)
+    for licence in ("LICENSE", "mqa_gpt/demo/LICENSE"):
+        path = metadata.replace("METADATA", f"licenses/{licence}")
+        assert archive.read(path) == (ROOT / licence).read_bytes()
+    assert archive.read("mqa_gpt/demo/LICENSE") == (ROOT / "mqa_gpt/demo/LICENSE").read_bytes()
 
 
 def test_the_unpacked_wheel_completes_code_by_itself(wheel, tmp_path):
