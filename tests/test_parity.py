@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import random
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ HEAD_DIMS = (16, 17, 20, 24, 32, 40, 48, 64, 72, 80, 96, 112, 128)
 NEW_TOKENS = 64
 LENGTHS = (11, 9, 14)
 TOLERANCE = 2e-5  # float32, of the largest logit
+ATTEMPTS = 20  # at finding prompts without near ties
 
 
 def matrix() -> list[GPTConfig]:
@@ -154,13 +154,15 @@ def test_float32_greedy_tokens_of_a_ragged_batch_are_those_of_transformers(
     checkpoint: Checkpoint,
 ) -> None:
     config, reference, seed = checkpoint
-    for attempt in itertools.count():
+    for attempt in range(ATTEMPTS):
         prompts = random_prompts(config, LENGTHS, seed + 1000 * attempt)
         expected_ids, expected = reference_greedy(reference, prompts, NEW_TOKENS)
         first, second = expected.topk(2).values.unbind(-1)
         # Where two logits are closer than twice the tolerance, rounding may swap them.
         if (first - second).min() > 2 * TOLERANCE * expected.abs().max():
             break
+    else:
+        pytest.fail(f"{ATTEMPTS} random batches all have a near tie that rounding may decide")
     plain, packed = (our_model(reference, config, backend) for backend in BACKENDS)
     if can_pack(packed):
         pack(packed)  # as `LLM` does
@@ -174,18 +176,26 @@ def test_float32_greedy_tokens_of_a_ragged_batch_are_those_of_transformers(
 def test_low_precision_is_as_close_to_float32_as_transformers_is(
     checkpoint: Checkpoint, dtype: torch.dtype
 ) -> None:
-    # Milder weights and more tokens than above: where rounding decides between two nearly equal
-    # keys, the largest error says more about luck than about the computation.
-    weights = 0.6 * checkpoint.config.initializer_range
-    config = dataclasses.replace(checkpoint.config, initializer_range=weights)
-    prompts = random_prompts(config, LENGTHS * 4, checkpoint.seed)
-    reference16 = reference_model(config, checkpoint.seed).to(dtype)
+    # The largest error of a checkpoint says more about luck than about the computation: at a few
+    # tokens rounding decides between two nearly equal keys. Over 325 checkpoints like these, ours
+    # was 0.3 to 1.9 times transformers' (median 1.0 for "reference", which rounds where eager
+    # attention does, 0.9 for "sdpa", which rounds less often), and transformers' own two backends
+    # were as far apart. The average of the tokens' errors was 0.8 to 1.14 times theirs. Held to
+    # 1.25, it notices a layer norm, a residual stream or logits in lower precision; the largest
+    # error, held to 2, mostly did not.
+    prompts = random_prompts(checkpoint.config, LENGTHS * 4, checkpoint.seed)
+    reference16 = copy.deepcopy(checkpoint.reference).to(dtype)
     expected = reference_rows(copy.deepcopy(reference16).float(), prompts)
-    limit = 2 * error(reference_rows(reference16, prompts), expected)
+    limit = 1.25 * mean_error(reference_rows(reference16, prompts), expected)
     for backend in BACKENDS:
-        for way, logits in our_rows(our_model(reference16, config, backend), prompts):
+        for way, logits in our_rows(our_model(reference16, checkpoint.config, backend), prompts):
             assert logits.dtype == dtype
-            assert error(logits, expected) <= limit, (backend, way)
+            assert mean_error(logits, expected) <= limit, (backend, way)
+
+
+def mean_error(ours: Tensor, reference: Tensor) -> float:
+    """Each token's largest error over the vocabulary, averaged over the tokens; float64."""
+    return (ours.double() - reference.double()).abs().amax(-1).mean().item()
 
 
 def float64_twin(reference: GPTBigCodeForCausalLM) -> GPTBigCodeForCausalLM:
