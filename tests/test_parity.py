@@ -176,21 +176,23 @@ def test_float32_greedy_tokens_of_a_ragged_batch_are_those_of_transformers(
 def test_low_precision_is_as_close_to_float32_as_transformers_is(
     checkpoint: Checkpoint, dtype: torch.dtype
 ) -> None:
-    # The largest error of a checkpoint says more about luck than about the computation: at a few
-    # tokens rounding decides between two nearly equal keys. Over 325 checkpoints like these, ours
-    # was 0.3 to 1.9 times transformers' (median 1.0 for "reference", which rounds where eager
-    # attention does, 0.9 for "sdpa", which rounds less often), and transformers' own two backends
-    # were as far apart. The average of the tokens' errors was 0.8 to 1.14 times theirs. Held to
-    # 1.25, it notices a layer norm, a residual stream or logits in lower precision; the largest
-    # error, held to 2, mostly did not.
+    # The rule is that the largest error is at most twice transformers' own. By itself it says more
+    # about luck than about the computation: at a few tokens rounding decides between two nearly
+    # equal keys. Over 325 checkpoints like these, ours was 0.3 to 1.9 times transformers' (median
+    # 1.0 for "reference", which rounds where eager attention does, 0.9 for "sdpa", which rounds
+    # less often), and transformers' own two backends were as far apart. So the average of the
+    # tokens' errors, 0.8 to 1.14 times theirs, is held to 1.25: that notices a layer norm, a
+    # residual stream or logits in lower precision, which the largest error mostly did not.
     prompts = random_prompts(checkpoint.config, LENGTHS * 4, checkpoint.seed)
     reference16 = copy.deepcopy(checkpoint.reference).to(dtype)
     expected = reference_rows(copy.deepcopy(reference16).float(), prompts)
-    limit = 1.25 * mean_error(reference_rows(reference16, prompts), expected)
+    theirs = reference_rows(reference16, prompts)
+    limit, mean_limit = 2 * error(theirs, expected), 1.25 * mean_error(theirs, expected)
     for backend in BACKENDS:
         for way, logits in our_rows(our_model(reference16, checkpoint.config, backend), prompts):
             assert logits.dtype == dtype
-            assert mean_error(logits, expected) <= limit, (backend, way)
+            assert error(logits, expected) <= limit, (backend, way)
+            assert mean_error(logits, expected) <= mean_limit, (backend, way)
 
 
 def mean_error(ours: Tensor, reference: Tensor) -> float:
