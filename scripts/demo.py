@@ -20,12 +20,8 @@ class Reader:
         self._file = file
 
 """
-SIGNATURE = (
-    CLASS
-    + """\
-    def read(self, size=-1):
-"""
-)
+# No line break at the end: a token holds it together with the indentation that follows.
+SIGNATURE = CLASS + "    def read(self, size=-1):"
 BEFORE_HOLE = (
     CLASS
     + """\

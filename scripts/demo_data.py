@@ -140,13 +140,15 @@ def batches(
     and cut into windows, which are shuffled. A window's last token is the next one's first.
     """
     rng = random.Random(seed)
+    end = tokenizer.end_of_text_id
+    assert end is not None
     while True:
         ids: list[int] = []
         for text in rng.sample(texts, len(texts)):
             infill = rng.random() < 0.5
             longest = PIECE_CHARACTERS_PER_TOKEN * length
             for document in split_into_pieces(text, longest, rng) if infill else [text]:
-                ids.append(tokenizer.end_of_text_id)
+                ids.append(end)
                 ids.extend(fim_transform(document, tokenizer, rng, rate=float(infill)))
         windows = torch.tensor(ids, dtype=torch.int32).unfold(0, length + 1, length)
         order = rng.sample(range(len(windows)), len(windows))

@@ -21,7 +21,7 @@ import math
 
 import torch
 
-from mqa_gpt.model import GPT, MultiQueryAttention
+from mqa_gpt.model import GPT, MLP, MultiQueryAttention
 
 POSITION_SHARPNESS = 1.8  # of layer 0's match between positions
 WORD_SHARPNESS = 2.0  # of layer 1's match between tokens
@@ -43,9 +43,10 @@ def start_from_induction(model: GPT) -> None:
     if not config.multi_query or config.n_layer < 2 or D % 2 or C < 4 * D or C % 4:
         raise ValueError("an induction circuit needs multi_query, two layers, D even and C >= 4D")
     std = config.initializer_range
-    for block in model.transformer.h:
-        block.attn.c_proj.weight.zero_()
-        block.mlp.c_proj.weight.zero_()
+    for module in model.modules():
+        if isinstance(module, MultiQueryAttention | MLP):
+            module.c_proj.weight.zero_()
+    first, second, *_ = (m for m in model.modules() if isinstance(m, MultiQueryAttention))
 
     # Positions: waves of C/4 lengths from 2 to 2 n_positions (Vaswani et al. 2017, section 3.5). To
     # look back by a fixed distance is then to rotate every wave by an angle.
@@ -63,7 +64,7 @@ def start_from_induction(model: GPT) -> None:
     n = D // 2
     wave = torch.arange(n)
     sines, cosines = wave, C // 4 + wave  # channels
-    query, key, value, out = _head_0(model.transformer.h[0].attn)
+    query, key, value, out = _head_0(first)
     turn_cos, turn_sin = frequencies[:n].cos(), frequencies[:n].sin()
     query[wave, sines], query[wave, cosines] = turn_cos, -turn_sin  # sin(wt - w)
     query[n + wave, cosines], query[n + wave, sines] = turn_cos, turn_sin  # cos(wt - w)
@@ -75,7 +76,7 @@ def start_from_induction(model: GPT) -> None:
     out[previous, channel] = std
 
     # Layer 1: where the previous token is the current one, copy the token.
-    query, key, value, out = _head_0(model.transformer.h[1].attn)
+    query, key, value, out = _head_0(second)
     query[channel, word] = WORD_SHARPNESS
     key[channel, previous] = WORD_SHARPNESS
     value[channel, word] = 1.0

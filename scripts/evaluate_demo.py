@@ -13,18 +13,23 @@ import ast
 import io
 import json
 import lzma
+import math
 import platform
 import random
 import tokenize
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from demo_data import PIECE_CHARACTERS, PIECE_CHARACTERS_PER_TOKEN, Corpus, read_corpus
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 from train_demo import LONG_BATCH, SHORT_BATCH, bits_per_byte
 
 from mqa_gpt import LLM
+from mqa_gpt.environment import describe
 from mqa_gpt.fim import MODES, truncated_infill_prompt
 from mqa_gpt.generate import generate
 from mqa_gpt.inspection import inspect_checkpoint
@@ -34,7 +39,7 @@ FUNCTIONS = 50
 FUNCTION_TOKENS = 200
 HOLES = 200
 HOLE_PROMPT_TOKENS = 512
-HOLE_TOKENS = 64
+HOLE_TOKENS = 48
 BATCH = 10
 
 
@@ -55,6 +60,9 @@ def main() -> None:
     corpus = read_corpus()
     training = json.loads((options.folder / "training.json").read_text("utf-8"))
     figures = {
+        "command": "python scripts/train_demo.py --out RUN; python scripts/evaluate_demo.py RUN",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": describe(),
         "python": platform.python_version(),
         "training_modules": len(corpus.training),
         "training_characters": sum(map(len, corpus.training.values())),
@@ -73,18 +81,18 @@ def main() -> None:
 def compare_with_xz(llm: LLM, modules: dict[str, str]) -> dict[str, object]:
     """Bits per byte of the model and of xz, over all modules and module by module."""
     table = {}
-    nothing, one_by_one = 0.0, 0
+    model_bits, one_by_one = 0.0, 0
     for name, text in tqdm(modules.items(), desc="held-out loss", leave=False):
         size = len(text.encode())
         packed = len(lzma.compress(text.encode(), preset=9))
         bits = bits_per_byte(llm.model, llm.tokenizer, [text])
         table[name] = {"bytes": size, "model": bits, "xz": 8 * packed / size}
-        nothing += bits * size
+        model_bits += bits * size
         one_by_one += packed
     everything = "".join(modules.values()).encode()
     return {
         "bytes": len(everything),
-        "model": nothing / len(everything),
+        "model": model_bits / len(everything),
         # One file for all of them lets xz find repetitions between modules; the model may not.
         "xz_of_all_in_one": 8 * len(lzma.compress(everything, preset=9)) / len(everything),
         "xz_one_by_one": 8 * one_by_one / len(everything),
@@ -95,24 +103,30 @@ def compare_with_xz(llm: LLM, modules: dict[str, str]) -> dict[str, object]:
 def complete_functions(llm: LLM, modules: dict[str, str]) -> dict[str, int]:
     """Write functions from their signatures and count those that parse.
 
-    A prompt is a module up to the end of a signature, as much of it as fits. The function ends
-    before the first line that is indented no deeper than its `def`. Where the tokens do not
+    A prompt is a module up to the end of a signature's last line, as much of it as fits. The line
+    break after it is left to the model: a token holds it and the indentation together. The function
+    ends before the first line that is indented no deeper than its `def`. Where the tokens do not
     suffice to get there, the last line, which is unfinished, is left out.
     """
     tokenizer = llm.tokenizer
     everything = [s for text in modules.values() for s in signatures(text)]
     chosen = random.Random(SEED).sample(everything, FUNCTIONS)
+    start = tokenizer.end_of_text_id
+    assert start is not None
     room = llm.model.config.n_positions - FUNCTION_TOKENS
     prompts = [
-        [tokenizer.end_of_text_id, *tokenizer.encode(s.before, special_tokens=False)][-room:]
+        [start, *tokenizer.encode(s.before.removesuffix("\n"), special_tokens=False)][-room:]
         for s in chosen
     ]
     counts = {"functions": FUNCTIONS, "parse": 0, "parse_beyond_docstring": 0, "finished": 0}
     texts = greedy(llm, prompts, FUNCTION_TOKENS, "functions")
     for signature, (text, ended) in zip(chosen, texts, strict=True):
+        rest, newline, text = text.partition("\n")  # a comment may stand behind the signature
+        if not newline and not ended:
+            rest = ""
         body, finished = function_body(signature.text, text, ended)
         counts["finished"] += finished
-        statements = parsed_body(signature.text + body)
+        statements = parsed_body(signature.text.removesuffix("\n") + rest + newline + body)
         counts["parse"] += bool(statements)
         first = statements[0] if statements else None
         docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
@@ -153,31 +167,73 @@ def function_body(signature: str, text: str, ended: bool) -> tuple[str, bool]:
 
 def parsed_body(function: str) -> list[ast.stmt]:
     """The statements of a function, or none if it does not parse."""
-    indented = function[0].isspace()
     try:
-        tree = ast.parse("if True:\n" + function if indented else function)
-    except (SyntaxError, ValueError):  # ValueError: a null character
+        tree = ast.parse("if True:\n" + function if function[0].isspace() else function)
+    # ValueError: a null character; the last two: nested too deeply, such as a thousand minus signs
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    outer = tree.body[0].body[0] if indented else tree.body[0]
-    return outer.body
+    statement = tree.body[0]
+    if isinstance(statement, ast.If):
+        statement = statement.body[0]
+    assert isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef)
+    return statement.body
 
 
-def fill_holes(llm: LLM, modules: dict[str, str]) -> dict[str, int]:
-    """Take statements of one line out of the modules and count those restored exactly."""
+def fill_holes(llm: LLM, modules: dict[str, str]) -> dict[str, Any]:
+    """Take lines out of the modules: how well the model knows them, and how many it restores.
+
+    A hole is a statement of one line with the line break and the indentation before it. Besides
+    infilling in both orders, the model continues what is before the hole without seeing what is
+    after it. A line counts as restored if what is written begins with exactly it, and as ended if
+    nothing follows it.
+    """
+    tokenizer = llm.tokenizer
+    start = tokenizer.end_of_text_id
+    assert start is not None
     everything = [hole for text in modules.values() for hole in one_line_statements(text)]
-    chosen = random.Random(SEED).sample(everything, HOLES)
-    counts = {"holes": HOLES}
-    for mode in MODES:
-        prompts = [
-            truncated_infill_prompt(llm.tokenizer, before, after, HOLE_PROMPT_TOKENS, mode=mode).ids
-            for before, _, after in chosen
+    holes = []
+    for before, statement, after in random.Random(SEED).sample(everything, HOLES):
+        cut = max(before.rfind("\n"), 0)
+        holes.append((before[:cut], before[cut:] + statement, after))
+    # Infilling gives each side half of the prompt.
+    prompts = {
+        "without_suffix": [
+            [start, *tokenizer.encode(before, special_tokens=False)[-HOLE_PROMPT_TOKENS // 2 :]]
+            for before, _, _ in holes
         ]
-        texts = greedy(llm, prompts, HOLE_TOKENS, f"holes ({mode})")
-        counts[f"exact_{mode}"] = sum(
-            ended and text == middle
-            for (text, ended), (_, middle, _) in zip(texts, chosen, strict=True)
-        )
-    return counts
+    }
+    for mode in MODES:
+        prompts[mode] = [
+            truncated_infill_prompt(tokenizer, before, after, HOLE_PROMPT_TOKENS, mode=mode).ids
+            for before, _, after in holes
+        ]
+    figures: dict[str, Any] = {"holes": HOLES}
+    for name, of_holes in prompts.items():
+        texts = greedy(llm, of_holes, HOLE_TOKENS, f"holes ({name})")
+        lines = [line for _, line, _ in holes]
+        figures[name] = {
+            "bits_per_byte": line_bits(llm, of_holes, lines),
+            "restored": sum(
+                (text + "\n" * ended).startswith(f"{line}\n")
+                for (text, ended), line in zip(texts, lines, strict=True)
+            ),
+            "ended": sum(
+                ended and text == line for (text, ended), line in zip(texts, lines, strict=True)
+            ),
+        }
+    return figures
+
+
+@torch.no_grad()
+def line_bits(llm: LLM, prompts: list[list[int]], lines: list[str]) -> float:
+    """What the model needs per byte to encode each line after its prompt."""
+    nats = 0.0
+    for prompt, line in zip(prompts, lines, strict=True):
+        ids = llm.tokenizer.encode(line, special_tokens=False)
+        window = torch.tensor([prompt + ids], device=llm.model.device)
+        logits = llm.model(window[:, :-1])[0, len(prompt) - 1 :]  # (line, V)
+        nats += F.cross_entropy(logits, window[0, len(prompt) :], reduction="sum").item()
+    return nats / math.log(2) / sum(len(line.encode()) for line in lines)
 
 
 def one_line_statements(text: str) -> Iterator[tuple[str, str, str]]:
@@ -225,8 +281,8 @@ come with the package and large enough to show everything working. It has StarCo
 from mqa_gpt import LLM
 
 llm = LLM.load()
-llm.generate("def read_lines(path):\\n", max_new_tokens=48).text
-llm.infill("def area(width, height):\\n    return ", "\\n", max_new_tokens=16).text
+llm.generate("def read_lines(path):", max_new_tokens=48).text
+llm.infill("def area(width, height):\\n    return", "\\n", max_new_tokens=16, mode="spm").text
 ```
 
 ## Figures
@@ -241,15 +297,22 @@ bytes), in float32, greedy:
 | `xz -9`, each by itself | {xz_each:.3f} |
 | functions written from their signature that parse | {parse} of {functions} |
 | ... and hold more than a docstring | {beyond} of {functions} |
-| ... statements of one line that infilling restores exactly, PSM order | {psm} of {holes} |
-| the same, SPM order | {spm} of {holes} |
+
+And {holes} of their lines taken out:
+
+| what the model sees | bits per byte of the line | lines restored exactly | and ended there |
+| --- | --- | --- | --- |
+| what is before the line | {bits_without:.3f} | {restored_without} of {holes} | |
+| both sides, SPM order | {bits_spm:.3f} | {restored_spm} of {holes} | {ended_spm} |
+| both sides, PSM order | {bits_psm:.3f} | {restored_psm} of {holes} | {ended_psm} |
 
 Bits per byte: each module starts afresh after `<|endoftext|>`; a token is predicted from the last
 {half} to {context} tokens. Functions: the prompt is the module up to the end of a signature, as
 much as fits beside {function_tokens} new tokens; the function ends before the first line indented
 no deeper than its `def` ({finished} of {functions} got there; of the others the unfinished last
-line is left out). Parsing says nothing about doing the right thing. Holes: {hole_tokens} tokens
-around the statement; exactly means character by character. Functions and holes are drawn at
+line is left out). Parsing says nothing about doing the right thing. Lines: statements of one line,
+with the line break and the indentation before them; {hole_tokens} tokens of text around them, or
+half as many before them; exactly means character by character. Functions and lines are drawn at
 random, once.
 
 | held-out module | bytes | bits per byte | `xz -9` |
@@ -268,8 +331,10 @@ control tokens at ids 0 to 18, is trained on the same modules.
 ## Settings
 
 {layers} layers, {heads} query heads and one key/value head of width {head_dim}, width {width},
-MLP width {inner}, context {context}, vocabulary {vocab}, tied embeddings, no dropout. AdamW
-(betas 0.9 and 0.95, weight decay 0.1 on matrices and embeddings, gradient norm clipped at 1),
+MLP width {inner}, context {context}, vocabulary {vocab}, tied embeddings, no dropout. The weights
+start from an induction circuit (`scripts/demo_start.py`): two heads that copy what followed the
+current token before. AdamW
+(betas 0.9 and 0.99, weight decay 0.1 on matrices and embeddings, gradient norm clipped at 1),
 {warmup} warm-up steps to {peak_lr}, cosine to a tenth of it; {steps} steps of {tokens_per_step}
 tokens ({tokens:.1f} million in all), two steps in three with {short_rows} windows of
 {short_length} tokens and the third with {long_rows} of {long_length}; float32 on {device},
@@ -285,12 +350,15 @@ distributed under the same licence, and what they write may repeat parts of the 
 word for word.
 
 It is a demonstration. It knows the standard library's manner and little else, loses the thread
-after a few lines, and what it writes must not be trusted to work. It is a base model: it
-continues text and follows no instructions.
+after a few lines, repeats itself when decoded greedily, and what it writes must not be trusted to
+work. Infilling is its weak side: it makes little use of what follows a hole and seldom knows where
+to end; SPM order serves it better. Leave a line break at the end of a prompt to the model, which
+knows it together with the indentation after it. It is a base model: it continues text and follows
+no instructions.
 """
 
 
-def card(llm: LLM, corpus: Corpus, figures: dict) -> str:
+def card(llm: LLM, corpus: Corpus, figures: dict[str, Any]) -> str:
     """The model card, every number taken from the figures or the code that made them."""
     config = llm.model.config
     compression, completion = figures["compression"], figures["completion"]
@@ -312,8 +380,14 @@ def card(llm: LLM, corpus: Corpus, figures: dict) -> str:
         finished=completion["finished"],
         function_tokens=FUNCTION_TOKENS,
         holes=infilling["holes"],
-        psm=infilling["exact_psm"],
-        spm=infilling["exact_spm"],
+        bits_without=infilling["without_suffix"]["bits_per_byte"],
+        restored_without=infilling["without_suffix"]["restored"],
+        bits_spm=infilling["spm"]["bits_per_byte"],
+        restored_spm=infilling["spm"]["restored"],
+        ended_spm=infilling["spm"]["ended"],
+        bits_psm=infilling["psm"]["bits_per_byte"],
+        restored_psm=infilling["psm"]["restored"],
+        ended_psm=infilling["psm"]["ended"],
         hole_tokens=HOLE_PROMPT_TOKENS,
         half=config.n_positions // 2,
         context=config.n_positions,

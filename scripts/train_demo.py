@@ -16,9 +16,10 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from demo_data import batches, read_corpus, train_tokenizer
 from demo_start import start_from_induction
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.fim import infill_prompt
@@ -139,7 +140,7 @@ def show_samples(model: GPT, tokenizer: Tokenizer) -> None:
     tqdm.write(f"| {SAMPLE_HOLE[0]!r} [{tokenizer.decode(middle)!r}] {SAMPLE_HOLE[1]!r}")
 
 
-def write_atomically(path: Path, save: object) -> None:
+def write_atomically(path: Path, save: Callable[[Path], object]) -> None:
     """Have `save(temporary path)` write a file that appears under its name only when complete."""
     temporary = path.with_name(path.name + ".part")
     save(temporary)
@@ -175,7 +176,7 @@ def train(out: Path, device: torch.device, steps: int, resume: bool) -> None:
     model.to(device)
     optimizer = make_optimizer(model)
     # Everything that is not a function of the seed and the number of steps taken.
-    state = {"step": 0, "seconds": [], "cpu_seconds": 0.0, "held_out": []}
+    state: dict[str, Any] = {"step": 0, "seconds": [], "cpu_seconds": 0.0, "held_out": []}
     if resume:
         state = torch.load(state_path, map_location=device, weights_only=True)
         model.load_state_dict(state.pop("model"))
@@ -206,7 +207,7 @@ def train(out: Path, device: torch.device, steps: int, resume: bool) -> None:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(state["step"], steps)
         loss = loss_of(model, batch.to(device))
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,0 +1,38 @@
+"""`make demo`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from scripts.demo import AFTER_HOLE, BEFORE_HOLE, SIGNATURE, main
+
+STATISTICS = re.compile(
+    r"\[load \d+\.\d\d s \| prefill [\d,]+\.\d tok/s \| first token \d+\.\d{3} s"
+    r" \| decode [\d,]+\.\d tok/s( \| peak memory [\d,]+ MB)?\]\n"
+)
+
+
+def test_it_completes_and_infills_with_the_bundled_checkpoint_and_says_how_fast(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    assert main() == 0
+    completing, infilling = capsys.readouterr().out.split("It fills a hole")
+    assert re.match(r"The demo checkpoint: \d\.\d million parameters\n", completing)
+    assert SIGNATURE in completing
+    assert BEFORE_HOLE in infilling
+    assert AFTER_HOLE in infilling.split(BEFORE_HOLE)[1]
+    for part in (completing, infilling):
+        assert len(STATISTICS.findall(part)) == 1
+
+
+def test_a_model_that_cannot_be_loaded_is_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--model", str(tmp_path)])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path} holds no ")

@@ -1,0 +1,192 @@
+"""What the demo is trained on: a made-up library sorted, tokenized, packed and cut."""
+
+from __future__ import annotations
+
+import random
+import re
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mqa_gpt.fim import FimTokens
+from mqa_gpt.tokenizer import Tokenizer
+from scripts.demo_data import (
+    SPECIAL_TOKENS,
+    Corpus,
+    batches,
+    read_corpus,
+    split_into_pieces,
+    train_tokenizer,
+)
+
+
+def module(name: str) -> str:
+    """Twelve long lines that no other module has."""
+    return "".join(f"{name}_{i} = a_long_enough_line({i})\n" for i in range(12))
+
+
+def corpus_of(folder: Path, files: dict[str, str | bytes]) -> Corpus:
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return read_corpus(folder)
+
+
+def test_held_out_modules_are_those_of_the_list_and_never_in_training(tmp_path: Path) -> None:
+    corpus = corpus_of(
+        tmp_path,
+        {name: module(Path(name).stem) for name in ("heapq.py", "json/decoder.py", "abc.py")}
+        | {"csv.py": "short\n", "mine/heapq.py": module("another"), "json/notes.txt": "text"},
+    )
+    assert corpus.held_out == {
+        "csv.py": "short\n",
+        "heapq.py": module("heapq"),
+        "json/decoder.py": module("decoder"),
+    }
+    assert corpus.training == {"abc.py": module("abc"), "mine/heapq.py": module("another")}
+
+
+def test_a_file_that_repeats_over_a_quarter_of_its_long_lines_from_a_held_out_one_is_left_out(
+    tmp_path: Path,
+) -> None:
+    short = "".join(f"x{i} = 1\n" for i in range(20))
+    held_out = module("heapq").splitlines(keepends=True)
+    own = module("own").splitlines(keepends=True)
+    files = {
+        "heapq.py": module("heapq") + short,
+        "quarter.py": "".join(own[:9] + held_out[:3]),
+        "more.py": "".join(own[:8] + ["    " + line for line in held_out[:4]]),
+        "short_lines.py": module("other") + short,
+    }
+    assert set(corpus_of(tmp_path, files).training) == {"quarter.py", "short_lines.py"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test/support.py",
+        "json/tests/decoding.py",
+        "site-packages/numpy/core.py",
+        "encodings/cp1252.py",
+        "_sysconfigdata__linux_x86_64.py",
+    ],
+)
+def test_tests_installed_packages_and_generated_tables_are_left_out(
+    tmp_path: Path, name: str
+) -> None:
+    kept = ("encodings/utf_8.py", "testing.py", "unittest/case.py")
+    files = {path: module(Path(path).stem) for path in ("heapq.py", name, *kept)}
+    assert tuple(corpus_of(tmp_path, files).training) == kept
+
+
+def test_empty_undecodable_and_repeated_files_are_left_out(tmp_path: Path) -> None:
+    files = {
+        "heapq.py": module("heapq"),
+        "a.py": module("same"),
+        "b.py": module("same").replace("\n", "\r\n"),
+        "empty.py": " \n",
+        "latin.py": "name = 'é'\n".encode("latin-1"),
+    }
+    assert corpus_of(tmp_path, files).training == {"a.py": module("same")}
+
+
+def test_a_folder_that_is_no_standard_library_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="is it a standard library"):
+        corpus_of(tmp_path, {"mine.py": module("mine")})
+
+
+TRAINED = train_tokenizer([module(name) + "12345 " * 50 for name in ("first", "second")], 290)
+TOKENIZER = Tokenizer(TRAINED)
+
+
+def test_special_tokens_have_starcoders_ids() -> None:
+    assert [TRAINED.id_to_token(i) for i in range(19)] == SPECIAL_TOKENS
+    assert TOKENIZER.special_ids == set(range(19))
+    assert TOKENIZER.end_of_text_id == 0
+    assert TOKENIZER.fim == FimTokens(prefix=1, suffix=3, middle=2, pad=4)
+    assert TOKENIZER.vocab_size == 290
+
+
+@given(st.lists(st.text() | st.sampled_from([*SPECIAL_TOKENS, "first_1", "   "])).map("".join))
+def test_any_text_comes_back_from_its_tokens(text: str) -> None:
+    assert TOKENIZER.decode(TOKENIZER.encode(text, special_tokens=False)) == text
+
+
+def test_every_digit_is_a_token_and_a_frequent_word_is_one_too() -> None:
+    def pieces(text: str) -> list[str | None]:
+        return [TOKENIZER.id_to_token(i) for i in TOKENIZER.encode(text)]
+
+    assert pieces("12345") == list("12345")
+    assert pieces("enough") == ["enough"]
+
+
+class Characters:
+    """A tokenizer to see through: a character's id is its code point."""
+
+    end_of_text_id = 0
+    fim = FimTokens(prefix=1, suffix=3, middle=2, pad=4)
+
+    def encode(self, text: str, *, special_tokens: bool) -> list[int]:
+        assert not special_tokens
+        return list(map(ord, text))
+
+
+def in_order(document: str) -> tuple[str, str]:
+    """A document as it was before it was rearranged, and the order it was rearranged to.
+
+    In PSM what follows the middle token is the middle; in SPM it is prefix and middle.
+    """
+    parts = re.fullmatch("\1(.*)\3(.*)\2(.*)", document, re.DOTALL)
+    if not parts:
+        return document, "plain"
+    prefix, suffix, middle = parts.groups()
+    return prefix + middle + suffix, "psm" if prefix else "spm"
+
+
+def test_the_windows_of_a_pass_make_a_stream_of_all_documents_half_of_them_for_infilling() -> None:
+    # 200 texts of 45 characters, all different, make 9,200 tokens with their end tokens, and up
+    # to 9,800 with control tokens: nine windows of 1,000 and a rest that is dropped.
+    texts = ["".join(map(chr, range(i, i + 45))) for i in range(0x4E00, 0x4E00 + 9000, 45)]
+    stream = batches(texts, Characters(), batch_size=1, length=1000, seed=0)
+    windows = {batch[0, 0].item(): batch[0].tolist() for batch in islice(stream, 9)}
+    ids = [0]
+    for _ in range(9):  # the last token of a window is the first of the next
+        ids += windows[ids[-1]][1:]
+    assert list(windows) != ids[:9000:1000]  # they come in another order
+    documents = "".join(map(chr, ids)).split("\0")[1:-1]  # the last one is cut off
+    originals, orders = zip(*map(in_order, documents), strict=True)
+    assert len(documents) > 180
+    assert len(set(originals)) == len(documents)
+    assert set(originals) <= set(texts)
+    assert list(originals) != [text for text in texts if text in originals]  # and so do the texts
+    assert 0.4 < orders.count("plain") / len(orders) < 0.6
+    assert 0.4 < orders.count("psm") / (orders.count("psm") + orders.count("spm")) < 0.6
+
+
+def test_batches_are_the_same_for_the_same_seed_only() -> None:
+    def first(seed: int) -> torch.Tensor:
+        texts = [module(name) for name in ("a", "b", "c", "d")]
+        stream = batches(texts, TOKENIZER, batch_size=3, length=32, seed=seed)
+        return torch.stack(list(islice(stream, 40)))  # several passes
+
+    assert first(1).shape == (40, 3, 33)
+    assert first(1).dtype == torch.int64
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
+
+
+@pytest.mark.parametrize("end", ["\n", "no line break at the end"])
+def test_pieces_are_the_text_cut_at_line_starts_in_very_different_sizes(end: str) -> None:
+    rng = random.Random(0)
+    text = "".join("x" * rng.randrange(60) + "\n" for _ in range(2000)) + end
+    pieces = list(split_into_pieces(text, 3000, rng))
+    assert "".join(pieces) == text
+    assert all(piece.endswith("\n") for piece in pieces[:-1])
+    sizes = list(map(len, pieces[:-1]))
+    assert 200 < min(sizes) < 300
+    assert 2000 < max(sizes) <= 3000 + 60

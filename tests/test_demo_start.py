@@ -1,0 +1,104 @@
+"""The induction circuit, tried out before any training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mqa_gpt import GPT, GPTConfig
+from scripts.demo_start import start_from_induction
+from tests.helpers import random_ids
+
+SIZES = {
+    "vocab_size": 200,
+    "n_positions": 256,
+    "n_embd": 128,
+    "n_layer": 3,
+    "n_head": 4,
+    "initializer_range": 0.05,
+}
+CONFIG = GPTConfig(**SIZES)
+
+
+def new_model(config: GPTConfig = CONFIG) -> GPT:
+    torch.manual_seed(0)
+    return GPT(config).eval()
+
+
+def started_model() -> GPT:
+    model = new_model()
+    start_from_induction(model)
+    return model
+
+
+@torch.no_grad()
+def hits(model: GPT) -> tuple[float, float]:
+    """Share of a random sequence that the model guesses, and of the same again behind it."""
+    ids = random_ids(CONFIG, 4, 128).repeat(1, 2)
+    right = (model(ids[:, :-1]).argmax(-1) == ids[:, 1:]).float()  # (B, T)
+    return right[:, :127].mean().item(), right[:, 128:].mean().item()
+
+
+@torch.no_grad()
+def first_attention(model: GPT) -> Tensor:
+    """Attention weights (T, S) of layer 0's head 0 on random tokens."""
+    ids, block = random_ids(CONFIG, 1, 256), model.transformer.h[0]
+    x = model.transformer.wte(ids) + model.transformer.wpe.weight
+    q, kv = block.attn.project(block.ln_1(x))
+    scores = q[0, :, 0] @ kv[0, :, 0, : CONFIG.head_dim].T * block.attn.scale
+    return scores.masked_fill(torch.ones(256, 256).triu(1).bool(), -torch.inf).softmax(-1)
+
+
+def test_what_was_seen_once_is_predicted_the_second_time() -> None:
+    once, again = hits(started_model())
+    assert once < 0.05
+    assert again > 0.4
+
+
+def test_without_the_circuit_seeing_it_once_does_not_help() -> None:
+    assert max(hits(new_model())) < 0.05
+
+
+def test_the_first_layers_head_looks_at_the_previous_token() -> None:
+    weights = first_attention(started_model())
+    assert torch.equal(weights[1:].argmax(-1), torch.arange(255))
+    assert weights.diagonal(-1).min() > 0.5
+
+
+def test_without_the_circuit_it_looks_anywhere() -> None:
+    assert first_attention(new_model()).diagonal(-1).median() < 0.1
+
+
+def test_the_start_is_the_same_for_the_same_seed() -> None:
+    one, other = started_model().state_dict(), started_model().state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_nothing_but_the_circuit_writes_to_the_residual_stream() -> None:
+    for layer, block in enumerate(started_model().transformer.h):
+        attention, D = block.attn.c_proj.weight, CONFIG.head_dim
+        assert attention[:, :D].any() == (layer < 2)
+        assert not attention[:, D:].any()
+        assert not block.mlp.c_proj.weight.any()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"multi_query": False},
+        {"n_layer": 1},
+        {"n_head": 2},
+        {"n_embd": 36},
+        {"n_embd": 30, "n_head": 5},
+    ],
+    ids=["multi-head", "one layer", "C = 2D", "D odd", "C not a multiple of 4"],
+)
+def test_a_model_with_no_room_for_the_circuit_is_refused_and_left_alone(
+    change: dict[str, int],
+) -> None:
+    config = GPTConfig(**SIZES | change)
+    model = new_model(config)
+    with pytest.raises(ValueError, match="an induction circuit needs"):
+        start_from_induction(model)
+    assert torch.equal(model.transformer.wpe.weight, new_model(config).transformer.wpe.weight)

@@ -1,0 +1,276 @@
+"""How the demo is judged: what is asked of it, and what counts."""
+
+from __future__ import annotations
+
+import ast
+import math
+
+import pytest
+import torch
+
+from mqa_gpt import LLM
+from scripts import evaluate_demo
+from scripts.evaluate_demo import (
+    complete_functions,
+    fill_holes,
+    function_body,
+    one_line_statements,
+    parsed_body,
+    signatures,
+)
+
+SOURCE = '''\
+"""A module whose text says def: def no_function():
+    def none_here_either():
+"""
+import os  # def nor_here():
+definitely = {
+def_ault: 1,
+  }
+
+@decorator(
+    1)
+def plain(a, b=")"):  # def in a comment
+    """Doc."""
+
+    def inner(x): \t
+        return [
+x, "ä # no comment"
+        ]
+# a comment at the margin
+
+    return inner
+
+def one_line(x): return x[1:]
+
+class A:
+    async def method(
+        self,
+        size: int = -1,
+    ) -> list[int]:
+
+        text = """
+def not_me():
+"""
+        if size: pass; size = 1
+        return \\
+            [text]
+'''
+
+
+def test_signatures_are_those_of_functions_with_a_body_on_lines_of_its_own() -> None:
+    found = list(signatures(SOURCE))
+    assert [signature.text for signature in found] == [
+        'def plain(a, b=")"):  # def in a comment\n',
+        "    def inner(x): \t\n",
+        "    async def method(\n        self,\n        size: int = -1,\n    ) -> list[int]:\n",
+    ]
+    for signature in found:
+        assert SOURCE.startswith(signature.before)
+        assert signature.before.endswith(signature.text)
+
+
+def test_one_line_statements_are_cut_out_so_that_putting_them_back_restores_the_text() -> None:
+    holes = list(one_line_statements(SOURCE))
+    assert [statement for _, statement, _ in holes] == [
+        "import os  # def nor_here():",
+        'def plain(a, b=")"):  # def in a comment',
+        "def inner(x): \t",
+        "return inner",
+        "def one_line(x): return x[1:]",
+        "class A:",
+        "if size: pass; size = 1",
+    ]
+    for hole in holes:
+        assert "".join(hole) == SOURCE
+        assert hole[0].endswith(("\n", "\n    ", "\n        "))
+        assert hole[2].startswith("\n")
+
+
+def test_a_last_line_without_a_line_break_is_a_statement_too() -> None:
+    assert list(one_line_statements("a = 1\nb = 2")) == [
+        ("", "a = 1", "\nb = 2"),
+        ("a = 1\n", "b = 2", ""),
+    ]
+
+
+TOP = "def f(x):\n"
+METHOD = "    async def f(\n        x\n    ):\n"
+
+
+@pytest.mark.parametrize(
+    ("signature", "text", "body"),
+    [
+        (TOP, "    return 1\n\n\ndef g():\n    pass\n", "    return 1\n\n\n"),
+        (TOP, "    if x:\n\n        # deeper\n        y\n    z\nf(1)", None),
+        (TOP, "    x\n# a comment at the margin\n    y\n", "    x\n"),
+        (TOP, "return 1\n", ""),
+        (METHOD, "        return 1\n\n    @property\n    def g(self):", "        return 1\n\n"),
+        (METHOD, "        return 1\nclass B:\n", "        return 1\n"),
+        (METHOD, "    return 1\n", ""),
+    ],
+)
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_function_ends_before_the_first_line_that_is_no_deeper_than_its_def(
+    signature: str, text: str, body: str | None, ended: bool
+) -> None:
+    body = text.removesuffix("f(1)") if body is None else body
+    assert function_body(signature, text, ended) == (body, True)
+
+
+@pytest.mark.parametrize("signature", [TOP, METHOD])
+def test_a_function_whose_end_was_not_reached_loses_its_unfinished_line(signature: str) -> None:
+    text = "        x = 1\n\n        return x"
+    assert function_body(signature, text, ended=False) == ("        x = 1\n\n", False)
+    assert function_body(signature, text, ended=True) == (text, True)
+    assert function_body(signature, "        x", ended=False) == ("", False)
+    assert function_body(signature, "", ended=True) == ("", True)
+
+
+@pytest.mark.parametrize("signature", [TOP, METHOD])
+def test_a_function_that_parses_has_its_statements(signature: str) -> None:
+    body = (
+        '        """Doc\nmore."""\n        def g():\n          a\n          b\n\n        return g'
+    )
+    types = [type(statement) for statement in parsed_body(signature + body)]
+    assert types == [ast.Expr, ast.FunctionDef, ast.Return]
+
+
+@pytest.mark.parametrize("signature", [TOP, METHOD])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "",
+        "        # only a comment\n",
+        "        return (\n",
+        '        """Never closed\n',
+        "        if x:\n",
+        "          x\n        y\n",
+        "        x = '\0'\n",
+        f"        {'-' * 9999}x\n",
+        f"        {'not ' * 9999}x\n",
+    ],
+)
+def test_a_function_that_does_not_parse_has_none(signature: str, body: str) -> None:
+    assert parsed_body(signature + body) == []
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM.load(device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("text", "ended", "expected"),
+    [
+        ("\n        return x\n\n    def g(self):\n", False, (1, 1, 1)),
+        ("\n        return x", True, (1, 1, 1)),
+        ("  # why\n        return x", True, (1, 1, 1)),
+        (" why\n        return x", True, (0, 0, 1)),
+        (" return x\n\n    def g(self):\n", False, (1, 1, 1)),
+        (" return x", True, (1, 1, 1)),
+        (" return x", False, (0, 0, 0)),
+        ("\n        return x\n        y =", False, (1, 1, 0)),
+        ('\n        """Doc."""\n\n        return x[', False, (1, 0, 0)),
+        ('\n        """Doc."""\n\nx = 1\n', False, (1, 0, 1)),
+        ('\n        """Doc."""\n        return x\n', True, (1, 1, 1)),
+        ('\n        """Doc.\n        more', False, (0, 0, 0)),
+        ("\n        return (x\n    y = 1\n", False, (0, 0, 1)),
+        ("\n        return x", False, (0, 0, 0)),
+        ("\n    return x\n", False, (0, 0, 1)),
+        ("", True, (0, 0, 1)),
+    ],
+)
+def test_a_function_counts_if_it_parses_is_more_than_a_docstring_and_reaches_its_end(
+    llm: LLM,
+    text: str,
+    ended: bool,
+    expected: tuple[int, int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source = "x = 1\n" * 1000 + "class A:\n    def f(self, x):\n        return secret\n"
+
+    def greedy(
+        llm: LLM, prompts: list[list[int]], new_tokens: int, what: str
+    ) -> list[tuple[str, bool]]:
+        assert len(prompts[0]) + new_tokens == llm.model.config.n_positions
+        assert llm.tokenizer.decode(prompts[0]).endswith("x = 1\nclass A:\n    def f(self, x):")
+        return [(text, ended)]
+
+    monkeypatch.setattr(evaluate_demo, "FUNCTIONS", 1)
+    monkeypatch.setattr(evaluate_demo, "greedy", greedy)
+    counts = complete_functions(llm, {"a.py": source})
+    parse, beyond, finished = expected
+    assert counts == {
+        "functions": 1,
+        "parse": parse,
+        "parse_beyond_docstring": beyond,
+        "finished": finished,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "ended", "restored", "stopped"),
+    [
+        ("\n    x = 1", True, 1, 1),
+        ("\n    x = 1", False, 0, 0),
+        ("\n    x = 1\n    y", True, 1, 0),
+        ("\n    x = 1 ", True, 0, 0),
+        ("\n    x = 12\n", False, 0, 0),
+        ("\n  x = 1\n", False, 0, 0),
+        ("", True, 0, 0),
+    ],
+)
+def test_a_line_counts_as_restored_if_it_is_written_first_and_as_ended_if_nothing_follows(
+    llm: LLM,
+    text: str,
+    ended: bool,
+    restored: int,
+    stopped: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def greedy(
+        llm: LLM, prompts: list[list[int]], new_tokens: int, what: str
+    ) -> list[tuple[str, bool]]:
+        asked.append(llm.tokenizer.decode(prompts[0], skip_special_tokens=False))
+        return [(text, ended)]
+
+    monkeypatch.setattr(evaluate_demo, "HOLES", 1)
+    monkeypatch.setattr(evaluate_demo, "greedy", greedy)
+    figures = fill_holes(llm, {"a.py": '"""Doc."""\n\nif (\n    a):\n    x = 1\n# end\n'})
+    assert figures.pop("holes") == 1
+    assert asked == [
+        '<|endoftext|>"""Doc."""\n\nif (\n    a):',
+        '<fim_prefix>"""Doc."""\n\nif (\n    a):<fim_suffix>\n# end\n<fim_middle>',
+        '<fim_prefix><fim_suffix>\n# end\n<fim_middle>"""Doc."""\n\nif (\n    a):',
+    ]
+    assert list(figures) == ["without_suffix", "psm", "spm"]
+    for counts in figures.values():
+        assert (counts["restored"], counts["ended"]) == (restored, stopped)
+
+
+@torch.no_grad()
+def test_bits_of_a_line_are_those_of_its_tokens_after_the_prompt(llm: LLM) -> None:
+    encode = llm.tokenizer.encode
+    prompts, lines = [[0, *encode("def f(x):")], [0, *encode("import")]], ["\n    return x", " ä"]
+    bits = 0.0
+    for prompt, line in zip(prompts, lines, strict=True):
+        ids = list(prompt)
+        for token in encode(line):
+            probabilities = llm.model(torch.tensor([ids]))[0, -1].softmax(-1)
+            bits -= math.log2(probabilities[token].item())
+            ids.append(token)
+    expected = bits / len("\n    return x ä".encode())
+    assert evaluate_demo.line_bits(llm, prompts, lines) == pytest.approx(expected, rel=1e-4)
+
+
+def test_generated_text_stops_at_the_end_token_and_says_whether_it_was_reached(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [[*llm.tokenizer.encode(f"x = {i}"), 0] for i in range(12)]
+    rows[3].pop()
+    monkeypatch.setattr(evaluate_demo, "generate", lambda model, prompts, *_, **__: prompts)
+    expected = [(f"x = {i}", i != 3) for i in range(12)]
+    assert evaluate_demo.greedy(llm, rows, 8, "test") == expected
