@@ -5,16 +5,19 @@
 
 Both run the same random weights in one process, taking turns. The decode rate is
 (tokens - 1) * rows / (time of a whole generation - time of one that stops at its first token).
-The cold start is a new process each time: import, load the checkpoint, first token.
+The cold start is a new process each time: import, load the checkpoint (ours loads its tokenizer
+too), first token.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +25,13 @@ import torch
 from measure import RESULTS, interleaved, write_result
 from transformers import GenerationConfig, GPTBigCodeForCausalLM
 
-from mqa_gpt import GPT, GPTConfig, generate
-from mqa_gpt.packing import pack
+from mqa_gpt import GPT, LLM, GPTConfig, generate
+from mqa_gpt.checkpoint import DEMO_DIR
 
 COLD_START = {
     "mqa-gpt": """
-from mqa_gpt import GPT, generate
-from mqa_gpt.packing import pack
-model = GPT.from_pretrained({folder!r})
-pack(model)
-generate(model, [{prompt}], 1)
+from mqa_gpt import LLM, generate
+generate(LLM.load({folder!r}).model, [{prompt}], 1)
 """,
     "transformers": """
 import torch
@@ -43,10 +43,10 @@ model.generate(torch.tensor([{prompt}]), max_new_tokens=1, do_sample=False, pad_
 
 
 def load_both(folder: str) -> tuple[GPT, GPTBigCodeForCausalLM]:
-    ours = GPT.from_pretrained(folder)
-    pack(ours)
-    theirs = GPTBigCodeForCausalLM.from_pretrained(folder).eval()
-    theirs.generation_config = GenerationConfig(pad_token_id=0)  # no end token: full length
+    ours = LLM.load(folder).model
+    theirs = GPTBigCodeForCausalLM.from_pretrained(folder)  # in eval mode
+    # No end token: full length.
+    theirs.generation_config = GenerationConfig(pad_token_id=0)  # type: ignore[no-untyped-call]
     return ours, theirs
 
 
@@ -61,16 +61,18 @@ def decode_rates(
         return generate(ours, prompt, count)
 
     def run_theirs(count: int) -> list[list[int]]:
-        output = theirs.generate(prompt, attention_mask=mask, max_new_tokens=count, do_sample=False)
+        output = theirs.generate(  # type: ignore[misc]
+            prompt, attention_mask=mask, max_new_tokens=count, do_sample=False
+        )
         return output[:, options.prompt :].tolist()
 
     same = run_ours(options.new) == run_theirs(options.new)
     times = interleaved(
         {
-            "mqa-gpt first": lambda: run_ours(1) and None,
-            "transformers first": lambda: run_theirs(1) and None,
-            "mqa-gpt all": lambda: run_ours(options.new) and None,
-            "transformers all": lambda: run_theirs(options.new) and None,
+            "mqa-gpt first": lambda: run_ours(1),
+            "transformers first": lambda: run_theirs(1),
+            "mqa-gpt all": lambda: run_ours(options.new),
+            "transformers all": lambda: run_theirs(options.new),
         },
         options.repeats,
         f"batch {rows}",
@@ -101,7 +103,7 @@ def cold_start(folder: str, prompt: list[int], repeats: int) -> dict[str, Any]:
         )
         return time.perf_counter() - begin
 
-    actions = {name: (lambda code=code: run(code)) for name, code in COLD_START.items()}
+    actions = {name: partial(run, code) for name, code in COLD_START.items()}
     times = interleaved(actions, repeats, "cold start")
     return {
         "times": times,
@@ -124,6 +126,7 @@ def main() -> None:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         GPT(GPTConfig.official(options.shape)).save_pretrained(folder)
+        shutil.copy(DEMO_DIR / "tokenizer.json", folder)  # any: the prompts are ids
         ours, theirs = load_both(folder)
         for rows in options.batch:
             figures[f"batch {rows}"] = decode_rates(ours, theirs, rows, options)
@@ -145,12 +148,12 @@ def main() -> None:
     times = figures["cold start"]["times"]
     a, b = times["mqa-gpt"]["median"], times["transformers"]["median"]
     print(f"{'cold start':12}{a:>10.2f} s{b:>12.2f} s{figures['cold start']['ratio']:>8.2f}")
-    settings = {key: value for key, value in vars(options).items() if key != "output"}
     write_result(
         options.output or RESULTS / f"cpu_decode_{options.shape}.json",
         __doc__.split("\n")[0],
-        settings | {"dtype": "float32"},
+        options,
         figures,
+        dtype="float32",
     )
 
 
