@@ -12,7 +12,8 @@ Every backend is a function
     scale    float          what the scores are multiplied by, D^-0.5 as a rule
 
 A key's position is its slot s in S. Query t of row b stands at position start[b] + t and sees the
-slots s <= start[b] + t; what lies behind them (padding, unwritten cache) has no influence.
+slots s <= start[b] + t; what lies behind them (padding, unwritten cache) has no influence as long
+as it is finite: its weight is 0, but 0 times NaN is NaN.
 """
 
 from __future__ import annotations

@@ -68,8 +68,8 @@ def generate(
         temperature, top_k, top_p, min_p, repetition_penalty, seed: see `Sampling`.
         n: samples per prompt, all from one prefill of it.
         eos_token_id: the token or tokens that end a row; None never stops early.
-        prefill_chunk: positions per row and forward pass while the prompts are read; fewer take
-            less memory and, on long prompts, more time.
+        prefill_chunk: positions per row and forward pass while the prompts are read; lower it where
+            the activations of a large batch of long prompts do not fit into memory.
 
     Returns:
         The new tokens of each row, the end token included where there is one; prompt i's sample j
