@@ -10,6 +10,11 @@ import hypothesis
 import pytest
 import torch
 
+# Without a GPU the kernels run under Triton's interpreter, which has to be chosen before Triton is
+# imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # One thread is fastest for models this small, and lets pytest-xdist use the other cores.
 torch.set_num_threads(1)
 

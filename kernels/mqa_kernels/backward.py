@@ -1,0 +1,294 @@
+"""The backward kernels: dQ by row tiles, dK and dV by key blocks. Dimensions as in `forward.py`.
+
+With P the probabilities, O their product with V and dO the gradient of the output:
+
+    dV = P^T dO        dP = dO V^T        delta = rowsum(dO * O)
+    dS = P * (dP - delta)        dQ = scale dS K        dK = scale dS^T Q
+
+P is computed again from Q, K and the saved log-sum-exp. The heads of a group are rows like any
+others, so their share of dK and dV is summed inside the matrix product: nothing of size (B, T, H,
+D) is written for it, nothing is added atomically, and the result is the same at every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mqa_kernels.launch import multiprocessors
+from mqa_kernels.tiles import (
+    LOG2E,
+    count_of_new,
+    dot,
+    dropout_keeps,
+    first_position,
+    load_rows,
+    load_seed,
+    narrow,
+    row_offsets,
+)
+from mqa_kernels.tuning import key_tiles, query_tiles, split_count
+
+
+@triton.jit
+def _probabilities(
+    q, k, lse_log2, keys, row_positions, scale_log2, MASKED: tl.constexpr
+):  # fmt: skip
+    """exp(scores - lse), (M, N), from q (M, D), k (N, D) and lse (M,) times log2 e.
+
+    A row that is not real has lse infinity, and so probability 0 everywhere.
+    """
+    zero = tl.zeros([q.shape[0], k.shape[0]], tl.float32)
+    p = tl.exp2(dot(q, tl.trans(k), zero) * scale_log2 - lse_log2[:, None])
+    if MASKED:
+        p = tl.where(keys[None, :] <= row_positions[:, None], p, 0.0)
+    return p
+
+
+@triton.jit
+def _dq_step(
+    dq, q, do, lse_log2, delta, block, k_ptr, v_ptr, stride_ks, stride_vs, channels, end,
+    rows, row_positions, scale_log2, seed, dropout_p, b, g,
+    G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PADDED_D: tl.constexpr,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Add what one block of keys contributes to the tile's dQ / scale."""
+    keys = block * N + tl.arange(0, N)
+    at = keys.to(tl.int64)[:, None]
+    k_pointers = k_ptr + at * stride_ks + channels[None, :]
+    v_pointers = v_ptr + at * stride_vs + channels[None, :]
+    k = load_rows(k_pointers, keys < end, channels, D, PADDED_D, MASKED)  # (N, D)
+    v = load_rows(v_pointers, keys < end, channels, D, PADDED_D, MASKED)  # (N, D)
+    p = _probabilities(q, k, lse_log2, keys, row_positions, scale_log2, MASKED)
+    dp = dot(do, tl.trans(v), tl.zeros([q.shape[0], N], tl.float32))  # (M, N)
+    if DROPOUT:
+        keep = dropout_keeps(seed, b, g, rows, keys, dropout_p, G, R)
+        dp = tl.where(keep, dp / (1 - dropout_p), 0.0)
+    ds = p * (dp - delta[:, None])  # (M, N)
+    return dot(narrow(ds, k.dtype), k, dq)  # (M, D)
+
+
+@triton.jit
+def dq_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, start_ptr, lengths_ptr,
+    seed_ptr, offset, T, S, scale, scale_log2, dropout_p,
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_ks, stride_kg,
+    stride_vb, stride_vs, stride_vg,
+    stride_ob, stride_ot, stride_oh,
+    G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, PADDED_D: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of M folded rows, and its delta, which the other kernel reads.
+
+    Grid: (row tiles, B * G). out, lse, delta and dq are contiguous; dO has strides of its own.
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    b, g = tl.program_id(1) // G, tl.program_id(1) % G
+    start = first_position(start_ptr, offset, b)
+    new = count_of_new(lengths_ptr, T, b)
+    seed = load_seed(seed_ptr)
+    H = G * R
+
+    rows = tile * M + tl.arange(0, M)  # (M,)
+    t = rows // R
+    real = t < new
+    channels = tl.arange(0, PADDED_D)
+    q_base = q_ptr + b.to(tl.int64) * stride_qb + g * R * stride_qh
+    do_base = do_ptr + b.to(tl.int64) * stride_ob + g * R * stride_oh
+    q_at = row_offsets(rows, channels, stride_qt, stride_qh, R)
+    do_at = row_offsets(rows, channels, stride_ot, stride_oh, R)
+    q = load_rows(q_base + q_at, real, channels, D, PADDED_D, True)  # (M, D)
+    do = load_rows(do_base + do_at, real, channels, D, PADDED_D, True)  # (M, D)
+
+    row_at = b.to(tl.int64) * T * H + g * R + t.to(tl.int64) * H + rows % R  # of (B, T, H)
+    out_at = row_at[:, None] * D + channels[None, :]
+    out = load_rows(out_ptr + out_at, real, channels, D, PADDED_D, True)  # (M, D)
+    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)  # (M,)
+    stored = rows < T * R
+    tl.store(delta_ptr + row_at, delta, mask=stored)
+    lse_log2 = tl.load(lse_ptr + row_at, mask=real, other=float("inf")) * LOG2E  # (M,)
+
+    first_t = tile * M // R
+    last_t = tl.minimum((tile * M + M - 1) // R, new - 1)
+    end = tl.where(first_t < new, tl.minimum(start + last_t + 1, S), 0)
+    seen_by_all = tl.minimum(start + first_t + 1, end)
+    k_base = k_ptr + b.to(tl.int64) * stride_kb + g * stride_kg
+    v_base = v_ptr + b.to(tl.int64) * stride_vb + g * stride_vg
+    dq = tl.zeros([M, PADDED_D], tl.float32)
+    for block in range(0, seen_by_all // N):
+        dq = _dq_step(
+            dq, q, do, lse_log2, delta, block, k_base, v_base, stride_ks, stride_vs, channels, end,
+            rows, start + t, scale_log2, seed, dropout_p, b, g,
+            G, R, D, N, PADDED_D, False, DROPOUT,
+        )  # fmt: skip
+    for block in range(seen_by_all // N, tl.cdiv(end, N)):
+        dq = _dq_step(
+            dq, q, do, lse_log2, delta, block, k_base, v_base, stride_ks, stride_vs, channels, end,
+            rows, start + t, scale_log2, seed, dropout_p, b, g,
+            G, R, D, N, PADDED_D, True, DROPOUT,
+        )  # fmt: skip
+    tl.store(
+        dq_ptr + out_at,
+        narrow(dq * scale, dq_ptr.dtype.element_ty),
+        mask=stored[:, None] & (channels[None, :] < D),
+    )
+
+
+@triton.jit
+def _dkv_step(
+    dk, dv, k, v, tile, q_ptr, do_ptr, lse_ptr, delta_ptr, row_base,
+    stride_qt, stride_qh, stride_ot, stride_oh, channels,
+    keys, start, new, scale_log2, seed, dropout_p, b, g,
+    G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, M: tl.constexpr, PADDED_D: tl.constexpr,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """Add what one tile of rows contributes to the block's dK / scale and dV."""
+    rows = tile * M + tl.arange(0, M)  # (M,)
+    t = rows // R
+    real = t < new
+    q_at = row_offsets(rows, channels, stride_qt, stride_qh, R)
+    do_at = row_offsets(rows, channels, stride_ot, stride_oh, R)
+    q = load_rows(q_ptr + q_at, real, channels, D, PADDED_D, True)  # (M, D)
+    do = load_rows(do_ptr + do_at, real, channels, D, PADDED_D, True)  # (M, D)
+    row_at = row_base + t.to(tl.int64) * (G * R) + rows % R
+    lse_log2 = tl.load(lse_ptr + row_at, mask=real, other=float("inf")) * LOG2E  # (M,)
+    delta = tl.load(delta_ptr + row_at, mask=real, other=0.0)  # (M,)
+    p = _probabilities(q, k, lse_log2, keys, start + t, scale_log2, MASKED)
+    dp = dot(do, tl.trans(v), tl.zeros([M, keys.shape[0]], tl.float32))  # (M, N)
+    p_kept = p
+    if DROPOUT:
+        keep = dropout_keeps(seed, b, g, rows, keys, dropout_p, G, R)
+        p_kept = tl.where(keep, p / (1 - dropout_p), 0.0)
+        dp = tl.where(keep, dp / (1 - dropout_p), 0.0)
+    dv = dot(tl.trans(narrow(p_kept, do.dtype)), do, dv)  # (N, D)
+    ds = p * (dp - delta[:, None])  # (M, N)
+    dk = dot(tl.trans(narrow(ds, q.dtype)), q, dk)  # (N, D)
+    return dk, dv
+
+
+@triton.jit
+def dkv_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, start_ptr, lengths_ptr,
+    seed_ptr, offset, B, T, S, scale, scale_log2, dropout_p,
+    stride_qb, stride_qt, stride_qh,
+    stride_kb, stride_ks, stride_kg,
+    stride_vb, stride_vs, stride_vg,
+    stride_ob, stride_ot, stride_oh,
+    G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, PADDED_D: tl.constexpr,
+    SPLITS: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one block of N keys, from every SPLITS-th tile of the rows that see it.
+
+    Grid: (key blocks, B * G, SPLITS). Writes dk and dv (SPLITS, B, S, G, D).
+    """
+    block = tl.program_id(0)
+    b, g = tl.program_id(1) // G, tl.program_id(1) % G
+    split = tl.program_id(2)
+    start = first_position(start_ptr, offset, b)
+    new = count_of_new(lengths_ptr, T, b)
+    seed = load_seed(seed_ptr)
+
+    keys = block * N + tl.arange(0, N)  # (N,)
+    inside = keys < tl.minimum(start + new, S)
+    channels = tl.arange(0, PADDED_D)
+    at = keys.to(tl.int64)[:, None]
+    k_base = k_ptr + b.to(tl.int64) * stride_kb + g * stride_kg
+    v_base = v_ptr + b.to(tl.int64) * stride_vb + g * stride_vg
+    k_pointers = k_base + at * stride_ks + channels[None, :]
+    v_pointers = v_base + at * stride_vs + channels[None, :]
+    k = load_rows(k_pointers, inside, channels, D, PADDED_D, True)  # (N, D)
+    v = load_rows(v_pointers, inside, channels, D, PADDED_D, True)  # (N, D)
+
+    # Rows see this block from the position of its first key on, all of it from its last key's on.
+    first_t = tl.maximum(block * N - start, 0)
+    all_t = tl.maximum(block * N + N - 1 - start, 0)
+    first = next_share(first_t * R // M, split, SPLITS)
+    middle = next_share(tl.cdiv(all_t * R, M), split, SPLITS)
+    tiles = tl.cdiv(new * R, M)
+    q_base = q_ptr + b.to(tl.int64) * stride_qb + g * R * stride_qh
+    do_base = do_ptr + b.to(tl.int64) * stride_ob + g * R * stride_oh
+    row_base = b.to(tl.int64) * T * (G * R) + g * R
+    dk = tl.zeros([N, PADDED_D], tl.float32)
+    dv = tl.zeros([N, PADDED_D], tl.float32)
+    for tile in range(first, tl.minimum(middle, tiles), SPLITS):
+        dk, dv = _dkv_step(
+            dk, dv, k, v, tile, q_base, do_base, lse_ptr, delta_ptr, row_base,
+            stride_qt, stride_qh, stride_ot, stride_oh, channels,
+            keys, start, new, scale_log2, seed, dropout_p, b, g,
+            G, R, D, M, PADDED_D, True, DROPOUT,
+        )  # fmt: skip
+    for tile in range(middle, tiles, SPLITS):
+        dk, dv = _dkv_step(
+            dk, dv, k, v, tile, q_base, do_base, lse_ptr, delta_ptr, row_base,
+            stride_qt, stride_qh, stride_ot, stride_oh, channels,
+            keys, start, new, scale_log2, seed, dropout_p, b, g,
+            G, R, D, M, PADDED_D, False, DROPOUT,
+        )  # fmt: skip
+    out_rows = (split * B + b).to(tl.int64) * S + keys  # (N,)
+    out_at = (out_rows * G + g)[:, None] * D + channels[None, :]
+    stored = (keys < S)[:, None] & (channels[None, :] < D)
+    tl.store(dk_ptr + out_at, narrow(dk * scale, dk_ptr.dtype.element_ty), mask=stored)
+    tl.store(dv_ptr + out_at, narrow(dv, dv_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def next_share(x, split, SPLITS: tl.constexpr):
+    """The smallest number from x on that is `split` modulo SPLITS."""
+    return x + (split - x % SPLITS + SPLITS) % SPLITS
+
+
+def backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    start: Tensor | None,
+    offset: int,
+    lengths: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch both kernels; do (B, T, H, D) is the gradient of `forward`'s out, the rest as there.
+
+    Returns:
+        dq (B, T, H, D), dk and dv (B, S, G, D), contiguous, in q's dtype.
+    """
+    B, T, H, D = q.shape
+    S, G = k.shape[1], k.shape[2]
+    if do.stride(3) != 1:
+        do = do.contiguous()
+    R = H // G
+    padded = triton.next_power_of_2(max(D, 16))
+    dq = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
+    delta = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
+    tiles = query_tiles(q.dtype, D)
+    dq_kernel[(triton.cdiv(T * R, tiles.M), B * G)](
+        q, k, v, out, do, lse, delta, dq, start, lengths,
+        seed, offset, T, S, scale, scale * LOG2E.value, dropout_p,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+        G=G, R=R, D=D, M=tiles.M, N=tiles.N, PADDED_D=padded, DROPOUT=seed is not None,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+
+    tiles = key_tiles(q.dtype, D)
+    blocks = triton.cdiv(S, tiles.N)
+    splits = split_count(blocks * B * G, T * R, tiles.M, multiprocessors(q.device))
+    # Shares are summed in float32, in a fixed order.
+    dtype = q.dtype if splits == 1 else torch.float32
+    dk = torch.empty((splits, B, S, G, D), dtype=dtype, device=q.device)
+    dv = torch.empty_like(dk)
+    dkv_kernel[(blocks, B * G, splits)](
+        q, k, v, do, lse, delta, dk, dv, start, lengths,
+        seed, offset, B, T, S, scale, scale * LOG2E.value, dropout_p,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
+        G=G, R=R, D=D, M=tiles.M, N=tiles.N, PADDED_D=padded, SPLITS=splits,
+        DROPOUT=seed is not None, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return dq, dk.sum(0).to(q.dtype), dv.sum(0).to(q.dtype)

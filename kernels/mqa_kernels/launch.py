@@ -1,0 +1,60 @@
+"""What every launch needs: checked inputs, and facts about the device."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from triton import knobs
+
+INTERPRETED = bool(knobs.runtime.interpret)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; a small made-up number for the interpreter."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, lengths: Tensor | None
+) -> None:
+    """Raise ValueError where the kernels would read the wrong memory or compute nonsense."""
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}: q must be (B, T, H, D), "
+            "k and v (B, S, G, D)"
+        )
+    B, _, H, D = q.shape
+    G = k.shape[2]
+    if k.shape != v.shape or k.shape[0] != B or k.shape[3] != D or G == 0 or H % G:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: k and v "
+            "must be (B, S, G, D) with q's B and D, and G must divide H"
+        )
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(
+            f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}: the kernels take float32, "
+            "bfloat16 or float16, the same for all three"
+        )
+    if not 1 <= D <= 256:
+        raise ValueError(f"the head dim is {D}: the kernels take 1 to 256")
+    if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
+        raise ValueError("q, k and v must be contiguous along D, their last dimension")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v are on {q.device}, {k.device} and {v.device}: move them")
+    if q.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f"q is on {q.device}: the kernels run on a CUDA device (or, for tests, on the CPU "
+            "with TRITON_INTERPRET=1)"
+        )
+    for name, per_row in (("start", start), ("lengths", lengths)):
+        if per_row is not None and (per_row.shape != (B,) or per_row.device != q.device):
+            raise ValueError(
+                f"{name} has shape {tuple(per_row.shape)} on {per_row.device}: it must hold one "
+                f"integer per row, ({B},), on {q.device}"
+            )

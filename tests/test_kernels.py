@@ -1,0 +1,297 @@
+"""The kernels against float64, on a GPU where there is one and else under Triton's interpreter.
+
+Errors are judged by FlashAttention's rule: no more than twice (for gradients three times) those of
+plain PyTorch in the same dtype, plus 1e-5. Slots behind a row's end hold NaN.
+"""
+
+import pytest
+import torch
+
+from mqa_gpt.attention import reference_attention
+
+pytest.importorskip("triton", reason="Triton is not available on this platform")
+
+from mqa_kernels import attention, reference, tuning
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+# B, T, S, H, G, D, start. Every value of KEYS below occurs, in odd company.
+SHAPES = [
+    (2, 1, 1, 1, 1, 16, [0, 0]),
+    (1, 63, 63, 3, 1, 32, [0]),
+    (2, 64, 65, 2, 2, 64, [0, 1]),
+    (1, 65, 111, 3, 3, 80, [46]),
+    (3, 1, 128, 12, 1, 96, [127, 0, 64]),
+    (1, 1, 1000, 16, 1, 128, [999]),
+    (2, 4, 300, 22, 2, 24, [17, 296]),
+    (1, 2, 64, 32, 1, 256, [62]),
+    (1, 16, 111, 48, 1, 16, [95]),
+    (2, 3, 20, 4, 2, 5, [0, 9]),
+]
+NAMES = ["B{}-T{}-S{}-H{}-G{}-D{}".format(*shape[:6]) for shape in SHAPES]
+
+
+def make_inputs(B, T, S, H, G, D, start, dtype, seed=0):
+    """q, k, v as views of fused projections, and the rows' starts; NaN where nothing is seen."""
+    generator = torch.Generator().manual_seed(seed)
+    qkv = torch.randn(B, T, (H + 2) * D, generator=generator)
+    q = qkv.to(DEVICE, dtype)[..., : H * D].view(B, T, H, D)
+    kv = torch.randn(B, S, G, 2 * D, generator=generator).to(DEVICE, dtype)
+    for b, first in enumerate(start):
+        kv[b, first + T :] = float("nan")
+    k, v = kv.chunk(2, dim=-1)
+    return q, k, v, torch.tensor(start, device=DEVICE)
+
+
+def without_nan(*tensors):
+    return [tensor.nan_to_num(0.0) for tensor in tensors]
+
+
+def exact_attention(q, k, v, start, scale):
+    """Attention in float64 throughout (the reference's softmax is float32)."""
+    q, k, v = q.double(), k.double(), v.double()
+    values = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)  # (B, S, H, D)
+    probabilities = reference.scores_of(q, k, start, scale).softmax(-1)  # (B, T, H, S)
+    return torch.einsum("bths,bshd->bthd", probabilities, values)
+
+
+def assert_as_exact(ours, plain, exact, factor=2):
+    """FlashAttention's rule."""
+    assert ours.isfinite().all()
+    error, allowed = ((x.double() - exact).abs().max() for x in (ours, plain))
+    assert error <= factor * allowed + 1e-5, f"error {error:.2e}, plain PyTorch's {allowed:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
+def test_forward_is_as_exact_as_plain_pytorch(shape, dtype):
+    q, k, v, start = make_inputs(*shape, dtype)
+    scale = shape[5] ** -0.5
+    out, lse = attention(q, k, v, start, return_lse=True)
+
+    k, v = without_nan(k, v)
+    plain = reference_attention(q, k, v, start, scale)
+    assert_as_exact(out, plain, exact_attention(q, k, v, start, scale))
+    exact_lse = reference.log_sum_exp(q.double(), k.double(), start, scale)
+    torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5, rtol=1e-5)
+
+
+def test_a_host_start_equals_the_same_start_on_the_device():
+    q, k, v, start = make_inputs(2, 5, 40, 4, 1, 16, [9, 9], torch.float32)
+    assert torch.equal(attention(q, k, v, 9), attention(q, k, v, start))
+
+
+def test_scale_multiplies_the_scores():
+    q, k, v, start = make_inputs(1, 7, 7, 4, 1, 16, [0], torch.float32)
+    assert_as_exact(
+        attention(q, k, v, 0, 0.7),
+        reference_attention(q, k, v, 0, 0.7),
+        exact_attention(q, k, v, 0, 0.7),
+    )
+
+
+def test_rows_beyond_their_length_are_zero_and_change_nothing():
+    q, k, v, _ = make_inputs(3, 40, 40, 4, 1, 16, [0, 0, 0], torch.float32)
+    q, k, v = q.clone(), k.clone(), v.clone()
+    lengths = [40, 17, 1]
+    for b, length in enumerate(lengths):
+        q[b, length:] = k[b, length:] = v[b, length:] = float("nan")
+    out = attention(q, k, v, lengths=torch.tensor(lengths, device=DEVICE))
+    for b, length in enumerate(lengths):
+        solo = attention(*(x[b : b + 1, :length] for x in (q, k, v)))
+        torch.testing.assert_close(out[b : b + 1, :length], solo, atol=1e-6, rtol=1e-6)
+        assert (out[b, length:] == 0).all()
+
+
+@pytest.mark.parametrize("splits", [2, 3, 7])
+def test_keys_split_into_shares_give_the_same_attention(splits, monkeypatch):
+    q, k, v, start = make_inputs(2, 2, 150, 6, 2, 32, [3, 148], torch.float32)
+    whole, whole_lse = attention(q, k, v, start, return_lse=True)
+    monkeypatch.setattr("mqa_kernels.forward.split_count", lambda *_: splits)
+    out, lse = attention(q, k, v, start, return_lse=True)  # row 0 leaves shares empty
+    torch.testing.assert_close(out, whole, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(lse, whole_lse, atol=1e-6, rtol=1e-6)
+
+
+def test_combining_shares_is_attention_over_all_keys():
+    q, k, v, _ = make_inputs(1, 1, 12, 4, 1, 8, [11], torch.float32)
+    q, k, v = q.double(), k.double(), v.double()
+    parts, lses = [], []
+    for share in (slice(0, 5), slice(5, 12)):
+        parts.append(exact_attention(q, k[:, share], v[:, share], 11, 0.3))
+        lses.append(reference.log_sum_exp(q, k[:, share], 11, 0.3))
+    out, lse = reference.combine(torch.stack(parts), torch.stack(lses))
+    torch.testing.assert_close(out, exact_attention(q, k, v, 11, 0.3))
+    torch.testing.assert_close(lse, reference.log_sum_exp(q, k, 11, 0.3))
+
+
+BACKWARD_SHAPES = [
+    (1, 63, 63, 3, 1, 32, [0]),
+    (2, 17, 40, 4, 2, 24, [23, 0]),
+    (1, 70, 70, 2, 2, 16, [0]),
+    (1, 33, 33, 12, 1, 80, [0]),
+    (1, 12, 12, 22, 1, 128, [0]),
+    (1, 5, 5, 4, 1, 256, [0]),
+]
+
+
+def gradients(attend, q, k, v, do):
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    attend(*leaves).backward(do)
+    return [leaf.grad for leaf in leaves]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", BACKWARD_SHAPES, ids="B{0[0]}-T{0[1]}-S{0[2]}".format)
+def test_gradients_are_as_exact_as_plain_pytorchs(shape, dtype):
+    q, k, v, start = make_inputs(*shape, dtype)
+    do = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
+    scale = shape[5] ** -0.5
+    ours = gradients(lambda *x: attention(*x, start), q, k, v, do)
+
+    k, v = without_nan(k, v)
+    plain = gradients(lambda *x: reference_attention(*x, start, scale), q, k, v, do)
+    wide = [x.double() for x in (q, k, v, do)]
+    exact = gradients(lambda *x: exact_attention(*x, start, scale), *wide)
+    for one, other, truth in zip(ours, plain, exact, strict=True):
+        assert_as_exact(one, other, truth, factor=3)
+
+
+def test_the_backward_formulas_are_the_derivative_of_attention():
+    q, k, v, _ = make_inputs(2, 6, 9, 6, 2, 8, [3, 3], torch.float32)
+    q, k, v = q.double(), k.double(), v.double()
+    do = torch.randn_like(q)
+    out = exact_attention(q, k, v, 3, 0.4)
+    ours = reference.attention_backward(do, q, k, v, out, 3, 0.4)
+    exact = gradients(lambda *x: exact_attention(*x, 3, 0.4), q, k, v, do)
+    for one, truth in zip(ours, exact, strict=True):
+        torch.testing.assert_close(one, truth)
+
+
+@pytest.mark.parametrize("splits", [2, 3])
+def test_rows_split_into_shares_give_the_same_key_gradients(splits, monkeypatch):
+    q, k, v, _ = make_inputs(1, 45, 45, 4, 1, 16, [0], torch.float32)
+    do = torch.randn_like(q)
+    whole = gradients(attention, q, k, v, do)
+    monkeypatch.setattr("mqa_kernels.backward.split_count", lambda *_: splits)
+    for one, other in zip(gradients(attention, q, k, v, do), whole, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_are_the_same_at_every_run():
+    q, k, v, _ = make_inputs(1, 40, 40, 6, 1, 16, [0], torch.bfloat16)
+    do = torch.randn_like(q)
+    first, second = (gradients(attention, q, k, v, do) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_padding_gets_no_gradient():
+    q, k, v, _ = make_inputs(2, 20, 20, 4, 1, 16, [0, 0], torch.float32)
+    lengths = torch.tensor([20, 6], device=DEVICE)
+    dq, dk, dv = gradients(
+        lambda *x: attention(*x, lengths=lengths), q, k, v, torch.randn_like(q)
+    )
+    assert all((x[1, 6:] == 0).all() and (x[1, :6] != 0).any() for x in (dq, dk, dv))
+
+
+class TestDropout:
+    def inputs(self):
+        q, k, v, _ = make_inputs(2, 20, 20, 4, 2, 16, [0, 0], torch.float32)
+        return q, k, v
+
+    def kept(self, p, seed, B=2, T=20, S=20, H=4, G=2):
+        """What is kept, (B, T, H, S), read off attention over one-hot values."""
+        D = 32
+        q = torch.zeros(B, T, H, D, device=DEVICE)
+        k = torch.zeros(B, S, G, D, device=DEVICE)
+        v = torch.eye(S, D, device=DEVICE)[None, :, None].expand(B, S, G, D).contiguous()
+        out = attention(q, k, v, S - 1, dropout_p=p, seed=seed)[..., :S]
+        return out > 0
+
+    def test_keeps_the_share_it_should(self):
+        kept = self.kept(0.3, torch.tensor([5], device=DEVICE))
+        assert kept.float().mean().item() == pytest.approx(0.7, abs=0.03)  # 3,200 draws
+
+    def test_draws_anew_for_every_row_head_query_and_seed(self):
+        kept = self.kept(0.5, torch.tensor([5], device=DEVICE))
+        other = self.kept(0.5, torch.tensor([6], device=DEVICE))
+        for one, two in [
+            (kept[0], kept[1]),
+            (kept[:, :, 0], kept[:, :, 2]),
+            (kept[:, :, 0], kept[:, :, 1]),
+            (kept[:, 0], kept[:, 1]),
+            (kept, other),
+        ]:
+            assert (one == two).float().mean().item() == pytest.approx(0.5, abs=0.15)
+
+    def test_is_multiplication_with_what_is_kept(self):
+        q, k, v = self.inputs()
+        seed = torch.tensor([11], device=DEVICE)
+        kept = self.kept(0.4, seed).double()  # (B, T, H, S)
+        do = torch.randn_like(q)
+
+        def exact(q, k, v):
+            probabilities = reference.scores_of(q, k, 0, 0.25).softmax(-1) * kept / 0.6
+            values = v.repeat_interleave(2, dim=2)  # (B, S, H, D)
+            return torch.einsum("bths,bshd->bthd", probabilities, values)
+
+        ours = gradients(lambda *x: attention(*x, 0, 0.25, 0.4, seed=seed), q, k, v, do)
+        wide = gradients(exact, q.double(), k.double(), v.double(), do.double())
+        for one, truth in zip(ours, wide, strict=True):
+            torch.testing.assert_close(one.double(), truth, atol=2e-5, rtol=2e-5)
+
+    def test_follows_pytorchs_generator(self):
+        q, k, v = self.inputs()
+        outs = []
+        for seed in (3, 3, 4):
+            torch.manual_seed(seed)
+            outs.append(attention(q, k, v, dropout_p=0.5))
+        assert torch.equal(outs[0], outs[1])
+        assert not torch.equal(outs[0], outs[2])
+
+
+class TestOperators:
+    def test_opcheck_accepts_the_forward_and_its_gradient(self):
+        q, k, v, start = make_inputs(2, 3, 9, 4, 1, 16, [1, 6], torch.float32)
+        k, v = without_nan(k, v)
+        arguments = tuple(x.clone().requires_grad_() for x in (q, k, v))
+        arguments += (start, 0, None, 0.25, 0.0, None)
+        torch.library.opcheck(torch.ops.mqa_kernels.attention_forward, arguments)
+
+    def test_compiled_code_keeps_it_in_one_graph(self):
+        q, k, v, _ = make_inputs(1, 4, 4, 4, 1, 16, [0], torch.float32)
+        compiled = torch.compile(lambda *x: attention(*x) * 2, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(q, k, v), attention(q, k, v) * 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: (q[0], k, v), "q must be"),
+        (lambda q, k, v: (q, k[:, :, :, :8], v), "do not fit"),
+        (lambda q, k, v: (q[:, :, :3], k, v), "G must divide H"),
+        (lambda q, k, v: (q.double(), k.double(), v.double()), "float32, bfloat16 or float16"),
+        (lambda q, k, v: (q, k.half(), v), "the same for all three"),
+        (lambda q, k, v: (q.mT.contiguous().mT, k, v), "contiguous along D"),
+    ],
+    ids=["ndim", "head dim", "groups", "dtype", "mixed dtypes", "strides"],
+)
+def test_inputs_that_do_not_fit_are_refused(change, message):
+    q, k, v = (torch.randn(1, 4, heads, 16, device=DEVICE) for heads in (4, 2, 2))
+    with pytest.raises(ValueError, match=message):
+        attention(*change(q, k, v))
+
+
+def test_starts_and_dropout_that_do_not_fit_are_refused():
+    q, k, v = (torch.randn(2, 4, heads, 16, device=DEVICE) for heads in (4, 1, 1))
+    with pytest.raises(ValueError, match="one integer per row"):
+        attention(q, k, v, torch.tensor([1, 2, 3], device=DEVICE))
+    with pytest.raises(ValueError, match="at least 0 and below 1"):
+        attention(q, k, v, dropout_p=1.0)
+
+
+def test_shares_fill_the_device_but_stay_worth_it():
+    assert tuning.split_count(programs=1, size=8192, block=64, multiprocessors=132) == 32
+    assert tuning.split_count(programs=256, size=8192, block=64, multiprocessors=132) == 1
+    assert tuning.split_count(programs=1, size=64, block=64, multiprocessors=132) == 1
