@@ -83,7 +83,7 @@ def test_a_host_start_equals_the_same_start_on_the_device():
 
 
 def test_scale_multiplies_the_scores():
-    q, k, v, start = make_inputs(1, 7, 7, 4, 1, 16, [0], torch.float32)
+    q, k, v, _ = make_inputs(1, 7, 7, 4, 1, 16, [0], torch.float32)
     assert_as_exact(
         attention(q, k, v, 0, 0.7),
         reference_attention(q, k, v, 0, 0.7),
@@ -189,9 +189,7 @@ def test_gradients_are_the_same_at_every_run():
 def test_padding_gets_no_gradient():
     q, k, v, _ = make_inputs(2, 20, 20, 4, 1, 16, [0, 0], torch.float32)
     lengths = torch.tensor([20, 6], device=DEVICE)
-    dq, dk, dv = gradients(
-        lambda *x: attention(*x, lengths=lengths), q, k, v, torch.randn_like(q)
-    )
+    dq, dk, dv = gradients(lambda *x: attention(*x, lengths=lengths), q, k, v, torch.randn_like(q))
     assert all((x[1, 6:] == 0).all() and (x[1, :6] != 0).any() for x in (dq, dk, dv))
 
 

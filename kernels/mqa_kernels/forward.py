@@ -181,7 +181,7 @@ def forward(
     check_inputs(q, k, v, start, lengths)
     B, T, H, D = q.shape
     S, G = k.shape[1], k.shape[2]
-    tiles = forward_tiles(q.dtype, D, T * (H // G), q.device)
+    tiles = forward_tiles(q.dtype, D, T * (H // G))
     row_tiles = triton.cdiv(T * (H // G), tiles.M)
     splits = split_count(row_tiles * B * G, S, tiles.N, multiprocessors(q.device))
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)

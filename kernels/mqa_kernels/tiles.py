@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 # The interpreter gets two things wrong about bfloat16, and no others: products, and rounding, which

@@ -18,7 +18,7 @@ class Tiles(NamedTuple):
 
 
 @functools.cache
-def forward_tiles(dtype: torch.dtype, D: int, rows: int, device: torch.device) -> Tiles:
+def forward_tiles(dtype: torch.dtype, D: int, rows: int) -> Tiles:
     """Tiles of the forward kernel for `rows` = T * H / G folded rows."""
     if dtype == torch.float32:  # no tensor cores: small tiles that stay in registers
         return Tiles(16, 32, 4, 1) if D > 64 or rows <= 16 else Tiles(32, 32, 4, 1)
