@@ -1,13 +1,14 @@
 # make demo   complete and infill Python code with the bundled checkpoint
 # make test   the whole test suite
 # make lint   style and types
+# make check-kernels   compile the kernels for every supported GPU; none is needed
 PYTHON ?= python3
 BIN = .venv/bin
 # Named after the version of Python, so that another PYTHON makes .venv anew.
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 INSTALLED = .venv/installed-$(VERSION)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint check-kernels clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python scripts/demo.py
@@ -19,6 +20,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check-kernels: $(INSTALLED)
+	$(BIN)/python scripts/check_kernels.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mqa-gpt needs Python 3.11 or later; this is " + sys.version.split()[0])'

@@ -19,6 +19,7 @@ as it is finite: its weight is 0, but 0 times NaN is NaN.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -111,8 +112,21 @@ def select_attention(backend: str, device: torch.device) -> Attention:
     if backend == "reference":
         return reference_attention
     if backend == "triton":
-        raise InputError(
-            "backend 'triton' cannot run: this installation has no Triton kernels; "
-            "use 'sdpa', 'reference' or 'auto'"
-        )
+        return _triton_attention(device)
     return sdpa_attention
+
+
+def _triton_attention(device: torch.device) -> Attention:
+    """The fused kernels, or InputError where they cannot run."""
+    try:
+        from mqa_kernels import attention, runs_on
+    except ImportError as error:
+        raise InputError(
+            f"backend 'triton' cannot run: {error}; install Triton (Linux only), or use 'sdpa'"
+        ) from error
+    if not runs_on(device):
+        raise InputError(
+            f"backend 'triton' cannot run on {device}: it needs a CUDA device; use 'sdpa', "
+            "'reference' or 'auto'"
+        )
+    return cast(Attention, attention)

@@ -29,7 +29,7 @@ import torch
 import triton
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -177,7 +177,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
         report = subprocess.run(
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    numbers = {key: int(re.search(rf"{key}:(\d+)", report)[1]) for key in ("REG", "STACK", "LOCAL")}
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
 
 

@@ -7,7 +7,8 @@ plain PyTorch in the same dtype, plus 1e-5. Slots behind a row's end hold NaN.
 import pytest
 import torch
 
-from mqa_gpt.attention import reference_attention
+from mqa_gpt import GPT, GPTConfig, generate
+from mqa_gpt.attention import reference_attention, select_attention
 
 pytest.importorskip("triton", reason="Triton is not available on this platform")
 
@@ -261,6 +262,27 @@ class TestOperators:
         q, k, v, _ = make_inputs(1, 4, 4, 4, 1, 16, [0], torch.float32)
         compiled = torch.compile(lambda *x: attention(*x) * 2, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(q, k, v), attention(q, k, v) * 2)
+
+
+@pytest.mark.parametrize("multi_query", [True, False], ids=["MQA", "MHA"])
+def test_a_model_on_the_kernels_writes_the_reference_s_tokens(multi_query):
+    config = GPTConfig(
+        vocab_size=61, n_positions=40, n_embd=60, n_layer=2, n_head=3, n_inner=40,
+        multi_query=multi_query, initializer_range=0.5,
+    )  # fmt: skip
+    model = GPT(config, backend="reference").to(DEVICE).eval()
+    prompts = [[5, 9, 33, 2, 7], [8], [4, 4, 17]]
+    expected = generate(model, prompts, 8, prefill_chunk=3)
+    model.set_backend("triton")
+    assert generate(model, prompts, 8, prefill_chunk=3) == expected
+
+
+def test_the_kernels_refuse_a_cpu_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr("mqa_kernels.launch.INTERPRETED", False)
+    with pytest.raises(ValueError, match="'triton' cannot run on cpu"):
+        select_attention("triton", torch.device("cpu"))
+    with pytest.raises(ValueError, match="run on a CUDA device"):
+        attention(*(torch.randn(1, 2, 1, 16) for _ in range(3)))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
-    (source / "mqa_gpt").symlink_to(ROOT / "mqa_gpt")
+    for name in ("mqa_gpt", "kernels"):
+        (source / name).symlink_to(ROOT / name)
     subprocess.run([*command, *options, str(source)], check=True)
     (built,) = folder.glob("*.whl")
     return built
@@ -30,7 +31,8 @@ def test_the_wheel_holds_the_code_its_types_and_the_demo_checkpoint(wheel):
     archive = zipfile.ZipFile(wheel)
     names = set(archive.namelist())
     modules = {f"mqa_gpt/{path.name}" for path in (ROOT / "mqa_gpt").glob("*.py")}
-    assert modules | {"mqa_gpt/py.typed"} <= names
+    kernels = {f"mqa_kernels/{path.name}" for path in (ROOT / "kernels/mqa_kernels").glob("*.py")}
+    assert modules | kernels | {"mqa_gpt/py.typed"} <= names
     for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
         path = f"mqa_gpt/demo/{name}"
         assert archive.read(path) == (ROOT / path).read_bytes()
@@ -49,7 +51,10 @@ def test_the_wheel_holds_the_licences_of_the_code_and_of_the_demo_checkpoint(whe
 
 def test_the_unpacked_wheel_completes_code_by_itself(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = "from mqa_gpt import LLM; print(len(LLM.load().generate('def f(', 4).token_ids))"
+    code = (
+        "from mqa_gpt import LLM; from mqa_kernels import attention; "
+        "print(len(LLM.load().generate('def f(', 4).token_ids))"
+    )
     output = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True
     ).stdout
@@ -59,3 +64,10 @@ def test_the_unpacked_wheel_completes_code_by_itself(wheel, tmp_path):
 def test_the_demo_checkpoint_takes_at_most_12_megabytes():
     files = (ROOT / "mqa_gpt/demo").iterdir()
     assert sum(file.stat().st_size for file in files) <= 12_000_000
+
+
+def test_transformers_can_be_imported_from_the_repository():
+    # A package called `kernels` there would stand in the way of the one that transformers uses.
+    code = "from transformers.models.gpt_bigcode import modeling_gpt_bigcode"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert not (ROOT / "kernels/__init__.py").exists()

@@ -7,6 +7,7 @@
 The derivation is in kernels/README.md. Nothing here depends on mqa_gpt.
 """
 
+from mqa_kernels.launch import runs_on
 from mqa_kernels.ops import attention
 
-__all__ = ["attention"]
+__all__ = ["attention", "runs_on"]

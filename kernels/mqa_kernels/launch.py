@@ -12,6 +12,11 @@ INTERPRETED = bool(knobs.runtime.interpret)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernels run there: on CUDA devices, and under Triton's interpreter anywhere."""
+    return device.type == "cuda" or INTERPRETED
+
+
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; a small made-up number for the interpreter."""
@@ -47,7 +52,7 @@ def check_inputs(
         raise ValueError("q, k and v must be contiguous along D, their last dimension")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v are on {q.device}, {k.device} and {v.device}: move them")
-    if q.device.type != "cuda" and not INTERPRETED:
+    if not runs_on(q.device):
         raise ValueError(
             f"q is on {q.device}: the kernels run on a CUDA device (or, for tests, on the CPU "
             "with TRITON_INTERPRET=1)"
