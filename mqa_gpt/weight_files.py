@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import stat
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -21,6 +23,9 @@ from mqa_gpt.errors import CheckpointError, InputError
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+# As much as safetensors allows a header; the index of the largest models is a hundredth of it.
+MAX_JSON_BYTES = 100_000_000
 
 # A plain file name: it stays in its folder, fits every file system and prints as it is.
 SHARD_NAME = re.compile(r"[\w .+@-]{1,200}\.safetensors", re.ASCII)
@@ -49,19 +54,19 @@ def stored_tensors(folder: str | PathLike[str]) -> list[StoredTensor]:
             all such problems in one message.
     """
     folder = Path(folder)
-    if (folder / WEIGHTS_FILE).is_file():
+    if is_there(folder / WEIGHTS_FILE):
         return _read_header(folder / WEIGHTS_FILE)
-    if not (folder / INDEX_FILE).is_file():
+    if not is_there(folder / INDEX_FILE):
         raise CheckpointError(_no_weights(folder))
     weight_map = _read_index(folder / INDEX_FILE)
 
     problems: list[str] = []
     stored: list[StoredTensor] = []
     for shard in sorted(set(weight_map.values())):
-        if not (folder / shard).is_file():
-            problems.append(f"{shown(shard)} is missing")
-            continue
         try:
+            if not is_there(folder / shard):
+                problems.append(f"{shown(shard)} is missing")
+                continue
             tensors = _read_header(folder / shard)
         except CheckpointError as error:
             problems.append(str(error))
@@ -99,14 +104,41 @@ def _read_index(file: Path) -> dict[str, str]:
     return weight_map
 
 
+def is_there(file: Path) -> bool:
+    """Whether a file exists; CheckpointError if its name is taken by something that is no file.
+
+    Opening a pipe would wait for a writer, and a device may never end.
+    """
+    try:
+        mode = file.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if file.is_symlink():
+            raise CheckpointError(
+                f"{file} is a link to {shown(str(file.readlink()))}, where nothing is: get the "
+                "file again"
+            ) from None
+        return False
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        what = "folder" if stat.S_ISDIR(mode) else "pipe or device"
+        raise CheckpointError(f"{file} is a {what}, not a file: put the checkpoint's file there")
+    return True
+
+
 def read_json(file: Path, error_type: type[InputError]) -> Any:
     """The contents of a JSON file."""
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8 or a number too long
-        raise error_type(f"{file} is not valid JSON ({error}): get it again") from error
+        with file.open("rb") as stream:
+            data = stream.read(MAX_JSON_BYTES + 1)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    if len(data) > MAX_JSON_BYTES:
+        raise error_type(f"{file} is larger than {MAX_JSON_BYTES:,} bytes: get it again")
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8 or a number too long
+        raise error_type(f"{file} is not valid JSON ({error}): get it again") from error
 
 
 @contextmanager
@@ -144,13 +176,25 @@ def _diagnose(file: Path, error: Exception) -> str:
             f"{file} ({size:,} bytes) is a git-lfs pointer, not the weights: run `git lfs pull` in "
             "its folder"
         )
-    if head.startswith(b"PK\x03\x04") or re.match(rb"\x80[\x02-\x05]", head):
+    is_zip = head.startswith(b"PK\x03\x04")
+    if re.match(rb"\x80[\x02-\x05]", head) or (is_zip and _holds_pickle(file)):
         return (
             f"{file} ({size:,} bytes) is a pickle (PyTorch's .bin format), which can run code when "
             "it is opened: get the checkpoint's real safetensors files"
         )
+    if is_zip:
+        return f"{file} ({size:,} bytes) is a zip archive: unpack it, or get the file itself"
     reason = shown(str(error).removeprefix("Error while deserializing header: "))
     return f"{file} ({size:,} bytes) is not a valid safetensors file ({reason}): get it again"
+
+
+def _holds_pickle(archive: Path) -> bool:
+    """Whether a zip file is what `torch.save` writes: a pickle, and its tensors beside it."""
+    try:
+        with zipfile.ZipFile(archive) as opened_archive:
+            return any(name.split("/")[-1] == "data.pkl" for name in opened_archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return False
 
 
 def _no_weights(folder: Path) -> str:
@@ -160,7 +204,7 @@ def _no_weights(folder: Path) -> str:
     if others:
         return f"{message} but {shown(others)}: rename a single file to {WEIGHTS_FILE}"
     pickles = sorted(
-        file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt")
+        file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".ckpt")
     )
     if pickles:
         message += f" but {shown(pickles)}"
