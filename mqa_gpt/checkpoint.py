@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterable
 from functools import reduce
 from os import PathLike
@@ -30,13 +31,15 @@ from mqa_gpt.checks import shown
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import CheckpointError, ConfigError, InputError
 from mqa_gpt.hub import resolve
-from mqa_gpt.memory import available_memory
+from mqa_gpt.memory import available_memory, cache_bytes
 from mqa_gpt.model import GPT
+from mqa_gpt.packing import packing_bytes
 from mqa_gpt.weight_files import (
     INDEX_FILE,
     WEIGHTS_FILE,
     StoredTensor,
     all_problems,
+    is_there,
     opened,
     read_json,
     stored_tensors,
@@ -72,7 +75,7 @@ def read_config(folder: str | PathLike[str]) -> GPTConfig:
         ConfigError: it is not JSON, or not a config that this architecture can run.
     """
     file = Path(folder) / CONFIG_FILE
-    if not file.is_file():
+    if not is_there(file):
         raise CheckpointError(
             f"{folder} holds no {CONFIG_FILE}: a checkpoint is a folder with {CONFIG_FILE} and "
             f"{WEIGHTS_FILE}"
@@ -172,9 +175,12 @@ def _as_device(device: torch.device | str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
+        with warnings.catch_warnings(action="ignore"):  # of names that are on their way out
+            found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("has no values to compute with")
         torch.empty(0, device=found)  # the name may be known and the hardware absent
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise InputError(
             f"device is {str(device)!r}, which this machine or this build of PyTorch does not "
             "have: 'cpu' always works"
@@ -274,24 +280,35 @@ def _widest_dtype(tensors: Iterable[StoredTensor]) -> torch.dtype:
 
 
 def _require_memory(folder: Path, model: GPT, dtype: torch.dtype, device: torch.device) -> None:
-    """CheckpointError if the model in this dtype does not fit on this device."""
+    """CheckpointError if the model in this dtype does not fit on this device.
 
-    def fits(size: int, place: torch.device) -> bool:
+    Counted is what `LLM.load` allocates: the weights and, where it packs them, what that takes.
+    """
+
+    cpu = torch.device("cpu")
+
+    def needed(dtype: torch.dtype, place: torch.device) -> int:
+        weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+        return weights + packing_bytes(model, dtype, place)
+
+    def fits(dtype: torch.dtype, place: torch.device) -> bool:
         room = available_memory(place)
-        return room is None or size <= room
+        return room is None or needed(dtype, place) <= room
 
-    elements = sum(parameter.numel() for parameter in model.parameters())
-    needed = elements * dtype.itemsize
-    if fits(needed, device):
+    if fits(dtype, device):
         return
     advice = "it needs a device with more memory"
-    if dtype.itemsize > 2 and fits(2 * elements, device):
-        advice = f"dtype='bfloat16' takes {2 * elements / 1e9:.2f} GB and would fit"
-    elif device.type != "cpu" and fits(needed, torch.device("cpu")):
+    if dtype.itemsize > 2 and fits(torch.bfloat16, device):
+        smaller = needed(torch.bfloat16, device)
+        advice = f"dtype='bfloat16' takes {smaller / 1e9:.2f} GB and would fit"
+    elif device != cpu and fits(dtype, cpu):
         advice = "device='cpu' has room for it"
+    per_token = cache_bytes(model.config, dtype)
     raise CheckpointError(
-        f"{folder} needs {needed / 1e9:.2f} GB in {str(dtype).removeprefix('torch.')}, but "
-        f"{(available_memory(device) or 0) / 1e9:.2f} GB are available on {device}: {advice}"
+        f"{folder} needs {needed(dtype, device) / 1e9:.2f} GB in "
+        f"{str(dtype).removeprefix('torch.')}, and {per_token / 1e3:,.1f} kB for each token in the "
+        f"KV cache, but {(available_memory(device) or 0) / 1e9:.2f} GB are available on {device}: "
+        f"{advice}"
     )
 
 
@@ -368,7 +385,9 @@ def save_model(
         values.pop(stale, None)
     values["dtype"] = str(model.dtype).removeprefix("torch.")
 
-    temporary = (folder if folder.exists() else folder.parent) / f".saving-{uuid.uuid4().hex[:8]}"
+    # On the same disk as what it becomes. pathlib would raise where the folder may not be seen.
+    beside = folder if os.path.isdir(folder) else folder.parent  # noqa: PTH112
+    temporary = beside / f".saving-{uuid.uuid4().hex[:8]}"
     try:
         temporary.mkdir(parents=True)
         for file, names in split.filename_to_tensors.items():

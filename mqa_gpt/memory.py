@@ -1,11 +1,18 @@
-"""How much memory is left, so that a model that cannot fit is refused before it is loaded."""
+"""How much memory is left, so that what cannot fit is refused before it is allocated."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+from mqa_gpt.config import GPTConfig
+from mqa_gpt.errors import PromptError
+
+if TYPE_CHECKING:
+    from mqa_gpt.model import GPT
 
 
 def available_memory(device: torch.device, root: Path = Path("/")) -> int | None:
@@ -33,6 +40,30 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int | None
             rooms += _room_in(folder)
             folder = folder.parent
     return min(rooms, default=None)
+
+
+def cache_bytes(config: GPTConfig, dtype: torch.dtype, rows: int = 1, slots: int = 1) -> int:
+    """Bytes of a `KVCache` with `slots` positions in each of `rows` rows."""
+    per_token = 2 * config.n_layer * config.n_kv_head * config.head_dim * dtype.itemsize
+    return rows * slots * per_token
+
+
+def require_cache_room(model: GPT, rows: int, slots: int) -> None:
+    """Raise PromptError if the model's device cannot hold a `KVCache` of this size."""
+    needed = cache_bytes(model.config, model.dtype, rows, slots)
+    room = available_memory(model.device)
+    if room is not None and needed > room:
+        raise PromptError(
+            f"{rows:,} completions of {slots:,} tokens need {needed / 1e9:,.2f} GB for their keys "
+            f"and values, but {room / 1e9:,.2f} GB are available on {model.device}: ask for less"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocation failed; on a CPU torch has no type for it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
 
 
 def _room_in(group: Path) -> list[int]:

@@ -52,11 +52,27 @@ class PackedLinear(nn.Module):
 
 def can_pack(module: nn.Module) -> bool:
     """Whether this torch has oneDNN's packed products and `module` is float32 on the CPU."""
+    return all(_is_packable(p.dtype, p.device) for p in module.parameters())
+
+
+def packing_bytes(module: nn.Module, dtype: torch.dtype, device: torch.device) -> int:
+    """What `pack` takes beside the plain weights of `module`, if it is of this dtype and there.
+
+    One layer at a time has its weight twice: plain and packed. A tied head, the last, keeps both.
+    """
+    if not _is_packable(dtype, device):
+        return 0
+    layers = (child for child in module.modules() if isinstance(child, nn.Linear))
+    return max((layer.weight.numel() for layer in layers), default=0) * dtype.itemsize
+
+
+def _is_packable(dtype: torch.dtype, device: torch.device) -> bool:
     operators = ("_reorder_linear_weight", "_linear_pointwise")
     return (
-        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        dtype == torch.float32
+        and device.type == "cpu"
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and all(hasattr(torch.ops.mkldnn, name) for name in operators)
-        and all(p.device.type == "cpu" and p.dtype == torch.float32 for p in module.parameters())
     )
 
 

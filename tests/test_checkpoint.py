@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from mqa_gpt import GPT, CheckpointError, ConfigError, GPTConfig, checkpoint, weight_files
 from mqa_gpt.checkpoint import load_model, read_config, save_model
 from mqa_gpt.errors import InputError
+from mqa_gpt.packing import can_pack, packing_bytes
 from mqa_gpt.weight_files import stored_tensors
 from tests.helpers import our_model, random_ids, reference_model, tiny_config
 
@@ -293,7 +294,8 @@ def test_an_unknown_dtype_is_answered_with_the_known_ones(tmp_path: Path, dtype:
         load_model(tmp_path, dtype=dtype)
 
 
-@pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:x", "xla"])
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:x", "xla", "meta", "hpu", "mkldnn", ""])
+@pytest.mark.filterwarnings("error")
 def test_an_absent_device_is_named(tmp_path: Path, device: str) -> None:
     with pytest.raises(InputError, match=rf"device is '{device}'.*'cpu' always works"):
         load_model(tmp_path, device=device)
@@ -373,7 +375,7 @@ def test_a_damaged_file_is_named_with_its_size(tmp_path: Path, kind: str) -> Non
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n",
             "is a git-lfs pointer, not the weights: run `git lfs pull`",
         ),
-        (b"PK\x03\x04" + bytes(100), "is a pickle (PyTorch's .bin format), which can run code"),
+        (b"PK\x03\x04" + bytes(100), "is a zip archive: unpack it, or get the file itself"),
         (b"\x80\x02}q\x00." + bytes(9), "is a pickle (PyTorch's .bin format), which can run code"),
     ],
 )
@@ -401,7 +403,7 @@ def test_a_file_that_may_not_be_read_is_named(
         patch.setattr(Path, "open", refuse)
         with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: Permission"):
             stored_tensors(tmp_path)
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read: Permission"):
         load_model(tmp_path)
 
@@ -707,18 +709,24 @@ def test_a_model_that_does_not_fit_is_refused_with_numbers_and_a_way_out(
     tmp_path: Path, reference: GPTBigCodeForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write(tmp_path, weights_of(reference), tiny_config())
-    needed = 4 * sum(tensor.numel() for tensor in weights_of(reference).values())
+    elements = sum(tensor.numel() for tensor in weights_of(reference).values())
+    device = torch.device("cpu")
+    needed = 4 * elements + packing_bytes(reference, torch.float32, device)
 
-    monkeypatch.setattr(checkpoint, "available_memory", lambda device: needed)
+    def available(room: int | None) -> None:
+        monkeypatch.setattr(checkpoint, "available_memory", lambda device: room)
+
+    available(needed)
     assert load_model(folder, device="cpu")
-    monkeypatch.setattr(checkpoint, "available_memory", lambda device: needed - 1)
+    available(needed - 1)
     with pytest.raises(CheckpointError, match=r"needs .* float32.*dtype='bfloat16' takes .* fit"):
         load_model(folder, device="cpu")
+    available(2 * elements)
     assert load_model(folder, device="cpu", dtype="bfloat16")
-    monkeypatch.setattr(checkpoint, "available_memory", lambda device: needed // 2 - 1)
+    available(2 * elements - 1)
     with pytest.raises(CheckpointError, match=r"on cpu: it needs a device with more memory"):
         load_model(folder, device="cpu", dtype="bfloat16")
-    monkeypatch.setattr(checkpoint, "available_memory", lambda device: None)
+    available(None)
     assert load_model(folder, device="cpu")
 
 
@@ -731,8 +739,8 @@ def test_a_model_too_large_for_the_accelerator_is_pointed_to_the_cpu(
     with pytest.raises(CheckpointError) as caught:
         checkpoint._require_memory(Path("x"), model, torch.float32, torch.device("cuda"))
     assert str(caught.value) == (
-        "x needs 29.31 GB in float32, but 5.00 GB are available on cuda: "
-        "device='cpu' has room for it"
+        "x needs 29.31 GB in float32, and 43.0 kB for each token in the KV cache, but 5.00 GB are "
+        "available on cuda: device='cpu' has room for it"
     )
 
 
@@ -781,6 +789,46 @@ def test_loading_takes_the_model_and_its_largest_tensor_at_most(
     in_model = sum(elements) * getattr(torch, dtype).itemsize
     largest_stored = max(elements) * 4
     assert in_model <= int(result.stdout) <= in_model + largest_stored + 8e6
+
+
+MEASURE_PACKING = """
+import re, sys
+from pathlib import Path
+from mqa_gpt.checkpoint import load_model
+from mqa_gpt.packing import pack
+
+def held():  # without the pages of mapped files
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+pack(load_model(sys.argv[1]))
+before = held()
+model = load_model(sys.argv[2], dtype="float32")
+loaded = held()
+pack(model)
+print(loaded - before, held() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.skipif(not can_pack(torch.nn.Linear(1, 1)), reason="no packed oneDNN products here")
+def test_packing_takes_what_is_counted_for_it(
+    tmp_path: Path, reference: GPTBigCodeForCausalLM, large: GPT
+) -> None:
+    write(tmp_path / "small", weights_of(reference), tiny_config())
+    large.save_pretrained(tmp_path / "large")
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE_PACKING, tmp_path / "small", tmp_path / "large"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded, packed = map(int, result.stdout.split())
+    weights = 4 * sum(parameter.numel() for parameter in large.parameters())
+    counted = packing_bytes(large, torch.float32, torch.device("cpu"))
+    assert counted == 4 * large.lm_head.weight.numel()
+    assert loaded == pytest.approx(weights, abs=4e6)
+    assert packed == pytest.approx(weights + counted, abs=4e6)
 
 
 # ------------------------------------------------------------------------------------------ saving
@@ -952,6 +1000,23 @@ def test_a_file_in_the_way_of_the_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be written"):
         GPT(tiny_config()).save_pretrained(tmp_path / "x")
     assert (tmp_path / "x").read_text() == "mine"
+
+
+def test_a_folder_that_may_not_be_seen_or_named_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    model = GPT(tiny_config())
+    with monkeypatch.context() as patch:  # permissions do not bind root, so they are played
+        patch.setattr(Path, "exists", refuse)
+        patch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(CheckpointError, match=r"cannot be written to .*Permission denied"):
+            model.save_pretrained(tmp_path / "x")
+    with pytest.raises(CheckpointError, match=r"cannot be written to .*name too long"):
+        model.save_pretrained(tmp_path / ("x" * 300))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_head_that_was_untied_by_hand_is_not_lost_silently(tmp_path: Path) -> None:

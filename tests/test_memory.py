@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from mqa_gpt.memory import available_memory
+from mqa_gpt import GPT, KVCache, PromptError, memory
+from mqa_gpt.memory import available_memory, cache_bytes, is_out_of_memory, require_cache_room
+from tests.helpers import tiny_config
 
 CPU = torch.device("cpu")
 MEMINFO = "MemTotal:       2000 kB\nMemFree:         100 kB\nMemAvailable:    1000 kB\n"
@@ -69,3 +71,33 @@ def test_groups_of_another_kind_are_no_limit(tmp_path: Path, cgroup: str) -> Non
 def test_a_system_that_does_not_say_gives_none(tmp_path: Path) -> None:
     assert available_memory(CPU, tmp_path) is None
     assert available_memory(torch.device("meta"), machine(tmp_path)) is None
+
+
+@pytest.mark.parametrize("multi_query", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cache_takes_the_bytes_that_are_counted_for_it(
+    multi_query: bool, dtype: torch.dtype
+) -> None:
+    config = tiny_config(multi_query=multi_query)
+    assert cache_bytes(config, dtype, 3, 40) == KVCache(config, 3, 40, dtype=dtype).kv.nbytes
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(tiny_config())
+    needed = cache_bytes(model.config, torch.float32, 10**6, 50)
+    for room in (None, needed):
+        monkeypatch.setattr(memory, "available_memory", lambda device, room=room: room)
+        require_cache_room(model, 10**6, 50)
+    monkeypatch.setattr(memory, "available_memory", lambda device: needed - 1)
+    with pytest.raises(PromptError, match=r"1,000,000 completions of 50 tokens need 16\.00 GB"):
+        require_cache_room(model, 10**6, 50)
+
+
+def test_an_allocation_that_failed_is_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as too_large:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(too_large.value)
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("the size of tensor a must match"))
+    assert not is_out_of_memory(ValueError())
