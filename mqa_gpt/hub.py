@@ -9,16 +9,8 @@ from pathlib import Path
 from mqa_gpt.checks import shown
 from mqa_gpt.errors import CheckpointError
 
-# What is fetched: never a pickle, never code, nothing from sub-folders.
-FILES = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-]
+# What is read, so what is fetched: never a pickle, never code, nothing from sub-folders.
+FILES = ["config.json", "tokenizer.json", "model.safetensors.index.json", "*.safetensors"]
 
 EXAMPLE = "'bigcode/starcoderbase-1b'"
 
@@ -26,9 +18,10 @@ EXAMPLE = "'bigcode/starcoderbase-1b'"
 def resolve(name_or_dir: str | PathLike[str], revision: str | None = None) -> Path:
     """The folder of a checkpoint: `name_or_dir` itself, or the hub's files in the local cache.
 
-    A folder that exists is taken as it is. What does not exist but is a path (a `Path`, or text
-    that begins with "/", "." or "~" or lies in a folder that exists) is an error; anything else is
-    a hub name, whose safetensors and JSON files `huggingface_hub` downloads or finds in its cache.
+    A folder that exists is taken as it is, also where the hub has a model of that name. What does
+    not exist but is a path (a `Path`, or text that begins with "/", "." or "~" or has more than two
+    parts) is an error; anything else is a hub name, whose safetensors and JSON files
+    `huggingface_hub` downloads or finds in its cache.
 
     Args:
         name_or_dir: a folder, or a hub name such as "bigcode/starcoderbase-1b".
@@ -49,16 +42,16 @@ def resolve(name_or_dir: str | PathLike[str], revision: str | None = None) -> Pa
         return Path(path)
     if os.path.isfile(path):  # noqa: PTH113
         raise CheckpointError(f"{name} is a file: give the folder that holds it and config.json")
-    parts = Path(path).parts
-    if (
-        isinstance(name_or_dir, PathLike)
-        or name.startswith(("/", ".", "~"))
-        or len(parts) > 2
-        or (len(parts) == 2 and os.path.isdir(parts[0]))  # noqa: PTH112
-    ):
+    is_path = isinstance(name_or_dir, PathLike) or name.startswith(("/", ".", "~"))
+    if is_path or len(Path(path).parts) > 2:
         raise CheckpointError(
             f"there is no folder {shown(name)}: give a folder that exists, or a hub name such as "
             f"{EXAMPLE}"
+        )
+    # huggingface_hub makes a path of it without looking.
+    if revision is not None and (not revision or ".." in revision or not revision.isprintable()):
+        raise CheckpointError(
+            f"revision is {shown(revision)}: it must be a branch, tag or commit, such as 'main'"
         )
     return _download(name, revision)
 
@@ -66,16 +59,22 @@ def resolve(name_or_dir: str | PathLike[str], revision: str | None = None) -> Pa
 def _download(name: str, revision: str | None) -> Path:
     """The cache folder with the checkpoint's files, fetched as far as they are not there yet."""
     # Imported here: half a second that loading from a folder does not need.
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import (  # type: ignore[attr-defined]
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    try:
+        from huggingface_hub import constants, snapshot_download
+        from huggingface_hub.errors import (  # type: ignore[attr-defined]
+            GatedRepoError,
+            HfHubHTTPError,
+            HFValidationError,
+            HTTPError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+    except ValueError as error:
+        raise CheckpointError(
+            f"an environment variable that begins with HF_ cannot be used ({_one_line(error)}): "
+            "correct or unset it"
+        ) from error
 
     try:
         return Path(
@@ -111,7 +110,8 @@ def _download(name: str, revision: str | None) -> Path:
             f"{name} is not, or not completely, in the cache at {constants.HF_HUB_CACHE}, and "
             f"{reason}, or give a folder"
         ) from error
-    except (HfHubHTTPError, HTTPError, OSError) as error:
+    except (HfHubHTTPError, HTTPError, OSError, ValueError, KeyError) as error:
+        # The last two: an answer that is no hub's, such as a network's login page.
         if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
             raise CheckpointError(
                 f"{constants.ENDPOINT} refuses the access token for {name}: run `hf auth login` "

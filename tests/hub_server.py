@@ -54,11 +54,13 @@ class HubServer:
     cut: file name -> bytes after which its next download breaks off, once. The client writes in
         pieces of 10 MiB, and what it has written is where it resumes.
     failing: files whose contents are answered with status 500.
+    login_page: every answer is one, as in a hotel.
     """
 
     repositories: dict[str, Repository]
     cut: dict[str, int] = field(default_factory=dict)
     failing: set[str] = field(default_factory=set)
+    login_page: bool = False
     log: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> HubServer:
@@ -99,6 +101,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub: HubServer = self.server.hub  # type: ignore[attr-defined]
         path = unquote(urlsplit(self.path).path)
         self.hub.log.append(Request(self.command, path, self.headers.get("Range")))
+        if self.hub.login_page:
+            return self.send(200, b"<html>Welcome</html>", {"Content-Type": "text/html"})
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         parts = path.removeprefix("/api/models").split("/")[1:]
         if len(parts) < 4:  # the client also asks for notices and the like

@@ -56,6 +56,11 @@ def hub(files: dict[str, Files]) -> Iterator[HubServer]:
         "README.md": b"#",
         "training/model.safetensors": b"in a sub-folder",
         ".gitattributes": b"",
+        "generation_config.json": b"{}",
+        "tokenizer_config.json": b"{}",
+        "special_tokens_map.json": b"{}",
+        "vocab.json": b"{}",
+        "merges.txt": b"",
     }
     repositories = {
         NAME: Repository({"main": files["a"] | never, "sharded": files["b"]}),
@@ -123,7 +128,7 @@ def test_a_hub_name_is_downloaded_and_loads_by_name(client: Client, hub: HubServ
     assert printed == str(tiny_config().n_embd)
 
 
-def test_only_safetensors_and_json_are_asked_for(
+def test_only_what_is_read_is_asked_for(
     client: Client, hub: HubServer, models: dict[str, GPT]
 ) -> None:
     folder = client.resolve(NAME, hub.url)
@@ -131,6 +136,9 @@ def test_only_safetensors_and_json_are_asked_for(
     wanted = ["config.json", "model.safetensors", "tokenizer.json"]
     assert hub.downloads() == wanted
     assert {request.file for request in hub.log if request.file} <= set(wanted)
+    listings = {"revision/main", f"tree/{commit_of('main')}"}
+    about_models = {r.path for r in hub.log if r.path.startswith("/api/models/")}
+    assert about_models <= {f"/api/models/{NAME}/{listing}" for listing in listings}
     # A name from the cache is a folder of links to files elsewhere, which is not an escape.
     assert (Path(folder) / "model.safetensors").is_symlink()
 
@@ -274,7 +282,6 @@ def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_name(
         "/nowhere/x",
         "~/nowhere/x",
         "~nobody/x",
-        "models/x",
         "models/x/y",
         Path("x"),
     ):
@@ -288,6 +295,55 @@ def test_a_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert resolve("bigcode/starcoder") == Path("bigcode/starcoder")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve("~/bigcode") == tmp_path / "bigcode"
+
+
+def test_a_folder_of_the_owners_name_does_not_hide_the_model_but_one_of_its_name_does(
+    client: Client, hub: HubServer, tmp_path: Path
+) -> None:
+    owner = NAME.split("/")[0]
+    (tmp_path / owner).mkdir()
+    printed = client.run(
+        f"import os; os.chdir({str(tmp_path)!r}); print(resolve({NAME!r})); "
+        f"os.mkdir({NAME!r}); print(resolve({NAME!r}))",
+        hub.url,
+    )
+    assert printed.splitlines() == [str(next(client.home.glob("hub/*/snapshots/*"))), NAME]
+
+
+@pytest.mark.parametrize("revision", ["", "../main", "a..b", "a\0b", "\ud800", "a\nb"])
+def test_what_is_no_revision_at_all_is_said_without_asking_the_hub(revision: str) -> None:
+    with pytest.raises(CheckpointError, match=r"revision is '.*': it must be a br"):
+        resolve(NAME, revision)
+
+
+def test_an_answer_that_is_not_the_hubs_is_an_error(client: Client, hub: HubServer) -> None:
+    hub.login_page = True
+    message = client.resolve(NAME, hub.url)
+    assert message.startswith(f"CheckpointError: downloading {NAME} failed (")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"HF_ENDPOINT": "http://["}, {"HF_ENDPOINT": "nowhere"}, {"HF_HUB_DOWNLOAD_TIMEOUT": "long"}],
+)
+def test_a_setting_that_cannot_be_used_is_an_error(
+    client: Client, variables: dict[str, str]
+) -> None:
+    message = client.resolve(NAME, "http://127.0.0.1:9", **variables)
+    assert message.startswith("CheckpointError: ")
+    assert len(message.splitlines()) == 1
+
+
+def test_a_link_of_the_cache_whose_file_is_gone_is_said_and_mended_online(
+    client: Client, hub: HubServer, models: dict[str, GPT]
+) -> None:
+    folder = client.resolve(NAME, hub.url)
+    (Path(folder) / "model.safetensors").resolve().unlink()
+    with pytest.raises(CheckpointError, match=r"is a link to '.*blobs.*get the file again"):
+        GPT.from_pretrained(folder)
+    assert client.resolve(NAME, hub.url) == folder
+    assert same_weights(GPT.from_pretrained(folder), models["a"])
 
 
 def test_a_folder_has_no_revisions(tmp_path: Path) -> None:
