@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -89,9 +90,10 @@ def format_report(report: Report) -> str:
     for prompt in report.prompts:
         name = repr(prompt.name)[1:-1]  # one line, and no control characters for the terminal
         name = name if len(name) <= 32 else f"{name[:29]}..."
+        absolute, relative = _largest(prompt.absolute_error), _largest(prompt.relative_error)
         lines.append(
-            f"{name:32}  {prompt.prompt_tokens:6}  {max(prompt.absolute_error):9.2e}"
-            f"  {max(prompt.relative_error):9.2e}  {prompt.equal_tokens} of {prompt.new_tokens}"
+            f"{name:32}  {prompt.prompt_tokens:6}  {absolute:9.2e}  {relative:9.2e}"
+            f"  {prompt.equal_tokens} of {prompt.new_tokens}"
         )
         if (d := prompt.divergence) is not None:
             notes.append(
@@ -112,6 +114,11 @@ def format_report(report: Report) -> str:
         + ("" if report.tokens_must_be_equal else f", which {report.dtype} does not promise"),
     ]
     return "\n".join(lines)
+
+
+def _largest(errors: list[float]) -> float:
+    """The largest error, where NaN, which `max` may pass over, is the largest of all."""
+    return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 
 
 def _quoted(text: str | None) -> str:
