@@ -30,8 +30,16 @@ json_values = st.recursive(
     max_leaves=8,
 )
 
-opened: list[str] = []
-sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+opened: list[str] | None = None  # what has been opened, while `check` looks
+
+
+def record(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook, which no process gets rid of: idle unless `check` looks."""
+    if opened is not None and event == "open":
+        opened.append(str(arguments[0]))
+
+
+sys.addaudithook(record)
 
 
 @pytest.fixture
@@ -46,7 +54,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     real = weight_files.safe_open
 
     def recorded(file: Path, **kwargs: Any) -> Any:
-        opened.append(str(file))
+        record("open", (file,))
         return real(file, **kwargs)
 
     monkeypatch.setattr(weight_files, "safe_open", recorded)
@@ -55,7 +63,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def check(folder: Path) -> None:
     """Load; the outcome must be a model that runs, or a typed error fit to print."""
-    opened.clear()
+    global opened
+    opened = files = []
     try:
         model = GPT.from_pretrained(folder, device="cpu")
     except (CheckpointError, ConfigError) as error:
@@ -66,8 +75,23 @@ def check(folder: Path) -> None:
     else:
         with torch.no_grad():
             assert model(torch.tensor([[0]])).shape == (1, 1, model.config.vocab_size)
-    touched = {Path(file).resolve() for file in opened if "outside" in file or ".safe" in file}
+    finally:
+        opened = None
+    touched = {Path(file).resolve() for file in files if "outside" in file or ".safe" in file}
     assert all(file.parent == folder for file in touched), touched
+
+
+def test_a_file_outside_is_noticed_and_no_file_is_recorded_afterwards(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def escape(*_: object, **__: object) -> None:
+        (folder.parent / "outside.safetensors").read_bytes()
+        raise CheckpointError(str(folder))
+
+    monkeypatch.setattr(GPT, "from_pretrained", escape)
+    with pytest.raises(AssertionError, match="outside"):
+        check(folder)
+    assert opened is None
 
 
 @fuzz
