@@ -10,8 +10,11 @@ import dataclasses
 import importlib.metadata
 import io
 import os
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -33,36 +36,60 @@ from mqa_gpt.cli_output import (
 from mqa_gpt.environment import describe
 from mqa_gpt.errors import InputError
 from mqa_gpt.llm import LLM
+from mqa_gpt.memory import is_out_of_memory, require_cache_room
 from mqa_gpt.report import format_report
 from mqa_gpt.verify import verify as verify_checkpoint
 
 CHECK_FAILED, BAD_INPUT, INTERRUPTED, READER_GONE = 1, 2, 130, 141
 
 
+@contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    """The one place where errors become messages and exit statuses."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+        return
+    except (InputError, FloatingPointError) as error:
+        status = BAD_INPUT
+        note(f"error: {error}")
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+        note("interrupted")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        status = BAD_INPUT
+        note(
+            "error: the memory is full: ask for fewer or shorter completions, or take a "
+            "smaller --dtype or model"
+        )
+    except OSError as error:
+        status = READER_GONE
+        if not isinstance(error, BrokenPipeError):
+            status = BAD_INPUT
+            where = error.filename or "standard output"
+            note(f"error: {where}: {error.strerror or error}")  # such as a full disk
+        # Python flushes once more at exit, and would fail once more.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise typer.Exit(status)
+
+
 class Commands(TyperGroup):
-    """The group of commands, and the one place where errors become messages and exit statuses."""
+    """The group of commands, with errors as messages while options are read and commands run."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """Read the command line; this is also where --help and --version print."""
+        with _errors_as_messages():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
-        try:
-            try:
-                return super().invoke(ctx)
-            finally:
-                sys.stdout.flush()
-        except (InputError, FloatingPointError) as error:
-            status = BAD_INPUT
-            note(f"error: {error}")
-        except KeyboardInterrupt:
-            status = INTERRUPTED
-            note("interrupted")
-        except OSError as error:
-            status = READER_GONE
-            if not isinstance(error, BrokenPipeError):
-                status = BAD_INPUT
-                note(f"error: {error}")  # such as a full disk
-            # Python flushes once more at exit, and would fail once more.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(status)
+        with _errors_as_messages():
+            return super().invoke(ctx)
 
 
 app = typer.Typer(
@@ -77,11 +104,17 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # the caller has closed it
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        stream = getattr(sys, name)
         # A terminal that cannot show a character gets its escape, not a traceback.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    app(prog_name="mqa-gpt")
+    try:
+        app(prog_name="mqa-gpt")
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while Python winds up: no traceback
 
 
 # ---------------------------------------------------------------------------------------- options
@@ -256,6 +289,7 @@ def generate(
     """
     texts = prompt_texts(prompts or [], file or [])
     llm, load_seconds = _load(model, revision, device, dtype, backend)
+    _require_room(llm, len(texts) * n, max_new_tokens)
     generation = llm.begin(
         texts,
         max_new_tokens,
@@ -352,6 +386,7 @@ def infill(
     """
     before, after = split_hole(file, at, marker, prefix, suffix)
     llm, load_seconds = _load(model, revision, device, dtype, backend)
+    _require_room(llm, n, max_new_tokens)
     generation = llm.begin_infill(
         before,
         after,
@@ -469,13 +504,13 @@ def inspect(
     if not as_json:
         print_inspection(found)
     if check_finite:
-        bad = inspection.check_finite(model, revision=revision)
+        bad = inspection.check_finite(found)
         failed |= bool(bad)
         report["non_finite"] = [tensor._asdict() for tensor in bad]
         if not as_json:
             print_non_finite(bad, len(found.tensors))
     if hash_files:
-        hashes = inspection.hash_files(model, revision=revision)
+        hashes = inspection.hash_files(found)
         failed |= any(file.differs for file in hashes)
         report["hashes"] = [file._asdict() for file in hashes]
         if not as_json:
@@ -506,5 +541,11 @@ def _load(
 ) -> tuple[LLM, float]:
     """The loaded checkpoint and the seconds that took."""
     begin = time.perf_counter()
-    llm = LLM.load(model, revision=revision, device=device, dtype=dtype, backend=backend)
+    name = DEMO_DIR if model is None else model
+    llm = LLM.load(name, revision=revision, device=device, dtype=dtype, backend=backend)
     return llm, time.perf_counter() - begin
+
+
+def _require_room(llm: LLM, rows: int, max_new_tokens: int) -> None:
+    """PromptError if there is no memory even for the new tokens; prompts are not counted yet."""
+    require_cache_room(llm.model, rows, min(max_new_tokens, llm.model.config.n_positions))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
+from mqa_gpt.checks import shown
 from mqa_gpt.errors import InputError, PromptError
 
 MARKER = "<FILL>"
+
+MAX_TEXT_BYTES = 10_000_000  # many times any model's context; a device such as /dev/zero has no end
 
 
 def prompt_texts(arguments: list[str], files: list[str]) -> list[str]:
@@ -25,17 +29,29 @@ def prompt_texts(arguments: list[str], files: list[str]) -> list[str]:
 
 def read_text(path: str) -> str:
     """A file's text, exactly as it is there; "-" is standard input."""
-    name = "standard input" if path == "-" else path
+    name = _name(path)
+    if path == "-" and sys.stdin is None:
+        raise PromptError("standard input is closed: give the text as an argument or in a file")
     try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        with nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb") as stream:
+            data = stream.read(MAX_TEXT_BYTES + 1)
     except OSError as error:
         raise InputError(f"cannot read {name}: {error.strerror}") from error
+    except ValueError as error:  # a lone surrogate or a NUL, which no file's name holds
+        raise InputError(f"cannot read {name}: {error}") from error
+    if len(data) > MAX_TEXT_BYTES:
+        raise PromptError(f"{name} is larger than {MAX_TEXT_BYTES:,} bytes: give a part of it")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         raise PromptError(
             f"{name} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}"
         ) from error
+
+
+def _name(path: str) -> str:
+    """How messages call a file; "-" is standard input."""
+    return "standard input" if path == "-" else shown(path)
 
 
 def unescape(text: str) -> str:
@@ -60,8 +76,8 @@ def split_hole(
         raise PromptError("give either --at or --marker, not both")
     text = read_text(file)
     if at is not None:
-        return _split_at_position(text, at, file)
-    return _split_at_marker(text, MARKER if marker is None else marker, file)
+        return _split_at_position(text, at, _name(file))
+    return _split_at_marker(text, MARKER if marker is None else marker, _name(file))
 
 
 def _split_at_marker(text: str, marker: str, name: str) -> tuple[str, str]:

@@ -14,7 +14,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import prod
 from typing import Any
 
@@ -276,8 +276,9 @@ def write(text: str, *, dim: bool = False) -> None:
 
 
 def note(text: str) -> None:
-    """Print a line on standard error."""
-    print(visible(text), file=sys.stderr, flush=True)
+    """Print a line on standard error, if anybody is still there to read it."""
+    with suppress(OSError):
+        print(visible(text), file=sys.stderr, flush=True)
 
 
 def visible(text: str) -> str:
@@ -286,8 +287,11 @@ def visible(text: str) -> str:
 
 
 def print_json(report: dict[str, Any]) -> None:
-    """The report as strict JSON on standard output."""
-    print(json.dumps(_without_nan(report), indent=2, ensure_ascii=False))
+    """The report as strict JSON on standard output, readable but for what could steer a terminal
+    or is no character at all: those are escaped.
+    """
+    text = json.dumps(_without_nan(report), indent=2, ensure_ascii=False)
+    print(re.sub(r"[\x7f-\x9f\ud800-\udfff]", lambda c: f"\\u{ord(c[0]):04x}", text))
 
 
 def _without_nan(value: Any) -> Any:

@@ -12,25 +12,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mqa_gpt.checkpoint import DEMO_DIR, empty_model, read_config
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import CheckpointError
 from mqa_gpt.hub import resolve
-from mqa_gpt.weight_files import stored_tensors
+from mqa_gpt.weight_files import opened, stored_tensors
 
 # What weights and caches are counted in.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Formats that have neither NaN nor infinity, and for which torch has no arithmetic.
+ALWAYS_FINITE = ("F4", "F6_E2M3", "F6_E3M2")
+
 
 class TensorInfo(NamedTuple):
-    """One tensor: `dtype` is as safetensors names it ("F32"), None where nothing is stored yet."""
+    """One tensor; `dtype` is as safetensors names it ("F32"). Unstored, it and `file` are None."""
 
     name: str
     shape: tuple[int, ...]
-    dtype: str | None
+    dtype: str | None = None
+    file: Path | None = None
 
     @property
     def elements(self) -> int:
@@ -47,12 +50,14 @@ class Inspection:
         config: its config.
         tensors: what its files store, or for an official shape, the parameters it would have.
         file_bytes: size of the weight files; None for an official shape.
+        hub: the hub name and the commit that the files were published under; None elsewhere.
     """
 
     name: str
     config: GPTConfig
     tensors: list[TensorInfo]
-    file_bytes: int | None
+    file_bytes: int | None = None
+    hub: tuple[str, str] | None = None
 
     @property
     def parameters(self) -> dict[str, int]:
@@ -95,7 +100,10 @@ class Inspection:
                 }
                 for name, dtype in names.items()
             },
-            "tensors": [tensor._asdict() for tensor in self.tensors],
+            "tensors": [
+                tensor._asdict() | {"file": tensor.file and tensor.file.name}
+                for tensor in self.tensors
+            ],
         }
 
 
@@ -133,14 +141,17 @@ def inspect_checkpoint(
     Raises:
         CheckpointError, ConfigError: it cannot be had, or is damaged.
     """
-    folder = DEMO_DIR if name_or_dir is None else resolve(name_or_dir, revision)
+    name = DEMO_DIR if name_or_dir is None else name_or_dir
+    folder = resolve(name, revision)
     config = read_config(folder)
-    stored = stored_tensors(folder)
+    tensors = [TensorInfo(*tensor) for tensor in stored_tensors(folder)]
+    is_folder = folder == Path(name).expanduser()
     return Inspection(
-        name="demo" if name_or_dir is None else str(name_or_dir),
+        name="demo" if name_or_dir is None else str(name),
         config=config,
-        tensors=[TensorInfo(tensor.name, tensor.shape, tensor.dtype) for tensor in stored],
-        file_bytes=sum(file.stat().st_size for file in {tensor.file for tensor in stored}),
+        tensors=tensors,
+        file_bytes=sum(file.stat().st_size for file in _files(tensors)),
+        hub=None if is_folder else (str(name), folder.name),
     )
 
 
@@ -152,59 +163,50 @@ def inspect_shape(name: str) -> Inspection:
     """
     config = GPTConfig.official(name)
     tensors = [
-        TensorInfo(name, tuple(parameter.shape), None)
+        TensorInfo(name, tuple(parameter.shape))
         for name, parameter in empty_model(config).named_parameters()
     ]
-    return Inspection(name=name, config=config, tensors=tensors, file_bytes=None)
+    return Inspection(name=name, config=config, tensors=tensors)
 
 
-def check_finite(
-    name_or_dir: str | PathLike[str] | None = None, *, revision: str | None = None
-) -> list[NonFinite]:
+def check_finite(found: Inspection) -> list[NonFinite]:
     """The stored tensors that hold NaN or infinity; reads one tensor at a time.
 
     Raises:
-        CheckpointError: the checkpoint cannot be had or read.
+        CheckpointError: a file cannot be read.
     """
-    folder = DEMO_DIR if name_or_dir is None else resolve(name_or_dir, revision)
-    found = []
-    for tensor in _progress(stored_tensors(folder), "checking", "tensor"):
-        try:
-            # Opened for each tensor: what has been read of a mapped file counts as memory.
-            with safe_open(tensor.file, framework="pt") as handle:
-                values = handle.get_tensor(tensor.name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{tensor.file}: cannot read {tensor.name!r}: {error}") from error
+    bad = []
+    for tensor in _progress(found.tensors, "checking", "tensor"):
+        if tensor.file is None or tensor.dtype in ALWAYS_FINITE:
+            continue
+        # Opened for each tensor: what has been read of a mapped file counts as memory.
+        with opened(tensor.file) as handle:
+            values = handle.get_tensor(tensor.name)
         if values.is_floating_point() and values.itemsize == 1:
             values = values.float()  # torch cannot ask this of every 8-bit format
         if not values.isfinite().all():
             nan, inf = int(values.isnan().sum()), int(values.isinf().sum())
-            found.append(NonFinite(tensor.name, nan, inf))
-    return found
+            bad.append(NonFinite(tensor.name, nan, inf))
+    return bad
 
 
-def hash_files(
-    name_or_dir: str | PathLike[str] | None = None, *, revision: str | None = None
-) -> list[FileHash]:
+def hash_files(found: Inspection) -> list[FileHash]:
     """The SHA-256 of each weight file, and what the hub says it should be.
 
     For a hub name the hub is asked. Where it cannot be, and for a snapshot folder in its cache,
     the file's name in the cache counts: a large file is kept there under its SHA-256.
 
     Raises:
-        CheckpointError: the checkpoint cannot be had or read.
+        CheckpointError: a file cannot be read.
     """
-    folder = DEMO_DIR if name_or_dir is None else resolve(name_or_dir, revision)
-    from_hub = {}
-    if name_or_dir is not None and not Path(name_or_dir).expanduser().is_dir():
-        from_hub = _hub_digests(str(name_or_dir), folder.name)
+    from_hub = {} if found.hub is None else _hub_digests(*found.hub)
     hashes = []
-    for file in _progress(sorted({t.file for t in stored_tensors(folder)}), "hashing", "file"):
+    for file in _progress(_files(found.tensors), "hashing", "file"):
         try:
             with file.open("rb") as stream:
                 sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
         blob = file.resolve()
         expected, source = from_hub.get(file.name), "hub"
         if expected is None and blob.parent.name == "blobs":
@@ -228,9 +230,14 @@ def _hub_digests(name: str, commit: str) -> dict[str, str]:
             for file in HfApi().list_repo_tree(name, revision=commit)
             if isinstance(file, RepoFile)
         ]
-    except (HTTPError, OSError):  # offline, unreachable, refused
+    except (HTTPError, OSError, ValueError, KeyError):  # offline, refused, not a hub's answer
         return {}
     return {file.path: file.lfs.sha256 for file in files if file.lfs}
+
+
+def _files(tensors: list[TensorInfo]) -> list[Path]:
+    """The files that hold the tensors."""
+    return sorted({tensor.file for tensor in tensors if tensor.file is not None})
 
 
 def _progress(items: list[Any], what: str, unit: str) -> Iterator[Any]:

@@ -12,6 +12,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -396,6 +397,75 @@ def test_weights_with_nan_are_an_error_and_not_tokens(folder: str, tmp_path: Pat
     assert "lm_head.weight" in invoke("inspect", "-m", str(tmp_path), "--check-finite").stdout
 
 
+@pytest.mark.parametrize("command", [["generate", "a"], ["infill", "--prefix", "a"], ["inspect"]])
+def test_weights_that_are_a_pipe_are_refused_without_waiting(
+    folder: str, tmp_path: Path, command: list[str]
+):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).symlink_to(Path(folder) / name)
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert "is a pipe or device" in refusal(*command, "-m", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "a"], ["infill", "--prefix", "a"], ["inspect"], ["verify"]]
+)
+def test_the_demo_checkpoint_has_no_revisions(command: list[str]):
+    assert "revision is 'main'" in refusal(*command, "--revision", "main")
+
+
+@pytest.mark.parametrize("command", [["generate"], ["infill"]])
+@pytest.mark.parametrize("file", ["", "\ud800", "a\0b", "x" * 5000])
+def test_what_cannot_be_a_file_is_bad_input(folder: str, command: list[str], file: str):
+    flags = ["-f"] * (command == ["generate"])
+    assert "cannot read " in refusal(*command, "-m", folder, *flags, file)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no endless file here")
+def test_a_text_without_end_is_refused_when_it_is_too_long(folder: str):
+    assert "larger than 10,000,000" in refusal("generate", "-m", folder, "-f", "/dev/zero")
+    assert "larger than 10,000,000" in refusal("infill", "-m", folder, "/dev/zero")
+
+
+def test_a_prompt_may_come_from_a_pipe(folder: str, tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("uvw",))
+    writer.start()
+    assert invoke("generate", "-m", folder, "-f", str(tmp_path / "pipe")).stdout == "xyz"
+    writer.join()
+
+
+@pytest.mark.parametrize("command", [["generate", "a"], ["infill", "--prefix", "a"]])
+def test_more_samples_than_the_memory_holds_are_refused_before_they_are_begun(
+    folder: str, command: list[str]
+):
+    run = [*command, "-m", folder, "--temperature", "1", "--n", "1000000000000"]
+    message = refusal(*run, "--max-new-tokens", "9")
+    assert "1,000,000,000,000 completions of 9 tokens need " in message
+    assert str(CONTEXT) in refusal(*command, "-m", folder, "--max-new-tokens", "1000000000000")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_full_memory_is_bad_input(folder: str, error: Exception):
+    with mock.patch.object(LLM, "begin", side_effect=error):
+        assert "the memory is full" in refusal("generate", "-m", folder, "a")
+
+
+def test_an_error_of_ours_keeps_its_traceback(folder: str):
+    with (
+        mock.patch.object(LLM, "begin", side_effect=RuntimeError("a bug")),
+        pytest.raises(RuntimeError, match="a bug"),
+    ):
+        invoke("generate", "-m", folder, "a")
+
+
 @pytest.fixture(scope="module")
 def loaded(folder: str) -> Iterator[None]:
     """Every load returns one and the same model."""
@@ -485,6 +555,28 @@ def test_inspect_shows_a_checkpoints_tensors_and_hashes(folder: str):
     assert "nothing to compare with" in result.stderr
 
 
+def test_inspect_with_every_check_finds_the_checkpoint_once(folder: str):
+    from mqa_gpt import inspection
+
+    with (
+        mock.patch.object(inspection, "resolve", wraps=inspection.resolve) as resolve,
+        mock.patch.object(inspection, "stored_tensors", wraps=inspection.stored_tensors) as stored,
+    ):
+        assert invoke("inspect", "-m", folder, "--check-finite", "--hash").exit_code == 0
+    assert (resolve.call_count, stored.call_count) == (1, 1)
+
+
+def test_json_is_readable_but_steers_no_terminal(folder: str, tmp_path: Path):
+    odd = {"é": "\x7f\x9b2J\x1b[2J", "lone": "\ud800"}
+    config = json.loads((Path(folder) / "config.json").read_text()) | odd
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(Path(folder) / "model.safetensors")
+    text = invoke("inspect", "-m", str(tmp_path), "--json").stdout
+    assert '"é": ' in text
+    assert all(line.isprintable() for line in text.splitlines())
+    assert json.loads(text)["config"].items() >= odd.items()
+
+
 def test_a_hash_that_differs_fails_the_check(folder: str):
     from mqa_gpt import inspection
 
@@ -568,6 +660,45 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(folder: str):
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait(timeout=60) == 141
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ("env --json >&-", 0, ""),
+        ("generate -m {folder} - <&-", 2, "error: standard input is closed: give"),
+        ("generate -m {folder}/nothing abc 2>&-", 2, ""),
+        ("generate -m {folder} abc --stats <&- 2>&-", 0, ""),
+    ],
+)
+def test_a_stream_that_is_closed_from_the_start_is_no_error_unless_it_is_needed(
+    folder: str, arguments: str, status: int, message: str
+):
+    result = shell(arguments.format(folder=folder))
+    assert result.returncode == status
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == bool(message)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device here")
+@pytest.mark.parametrize("arguments", ["--help", "env --help", "env", "generate -m {folder} abc"])
+def test_an_output_that_is_full_is_an_error_of_one_line(folder: str, arguments: str):
+    result = shell(arguments.format(folder=folder) + " > /dev/full")
+    assert result.returncode == 2
+    assert result.stderr == "error: standard output: No space left on device\n"
+
+
+def shell(arguments: str) -> subprocess.CompletedProcess[str]:
+    """The real command with redirections."""
+    return subprocess.run(
+        f"{sys.executable} -m mqa_gpt {arguments}",
+        shell=True,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def test_a_terminal_sees_the_prompt_and_no_control_characters(folder: str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,8 @@ def test_tensors_are_what_the_files_hold(tmp_path: Path):
         name: tuple(tensor.shape) for name, tensor in stored.items()
     }
     assert {tensor.dtype for tensor in found.tensors} == {"BF16"}
+    in_json = {tensor["name"]: tensor["file"] for tensor in found.to_dict()["tensors"]}
+    assert in_json == {name: file.name for file in files for name in load_file(file)}
 
 
 def test_the_report_is_valid_json(folder: Path):
@@ -92,6 +95,30 @@ def test_a_config_of_absurd_size_is_reported_without_building_it(folder: Path):
     assert sum(inspect_checkpoint(folder).parameters.values()) > 2**28
 
 
+def test_a_shape_has_tensors_that_no_file_holds():
+    found = inspect_shape("starcoder")
+    assert {(tensor.dtype, tensor.file) for tensor in found.tensors} == {(None, None)}
+    assert check_finite(found) == hash_files(found) == []
+
+
+def test_the_demo_checkpoint_has_no_revisions():
+    with pytest.raises(CheckpointError, match="revision is 'main'"):
+        inspect_checkpoint(revision="main")
+
+
+def test_a_file_without_tensors_is_inspected(folder: Path):
+    save_file({}, folder / "model.safetensors")
+    found = inspect_checkpoint(folder)
+    assert (found.tensors, check_finite(found)) == ([], [])
+
+
+def test_a_tensor_without_elements_is_inspected_and_finite(folder: Path):
+    save_file({"empty": torch.zeros(0, 3)}, folder / "model.safetensors")
+    found = inspect_checkpoint(folder)
+    assert [(tensor.shape, tensor.elements) for tensor in found.tensors] == [((0, 3), 0)]
+    assert check_finite(found) == []
+
+
 def test_an_unknown_shape_is_an_error_that_lists_the_known_ones():
     with pytest.raises(ConfigError, match="starcoderbase-7b"):
         inspect_shape("starcoderbase-7")
@@ -103,7 +130,7 @@ def test_a_folder_that_is_no_checkpoint_is_an_error(tmp_path: Path):
 
 
 def test_finite_weights_are_found_finite(folder: Path):
-    assert check_finite(folder) == []
+    assert check_finite(inspect_checkpoint(folder)) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
@@ -118,11 +145,20 @@ def test_nan_and_infinity_are_counted_per_tensor(folder: Path, dtype: torch.dtyp
     weights["transformer.wpe.weight"] = bad.to(dtype)
     save_file(weights, file)
     infinite = 0 if dtype == torch.float8_e4m3fn else 3
-    assert check_finite(folder) == [("transformer.wpe.weight", 3, infinite)]
+    found = check_finite(inspect_checkpoint(folder))
+    assert found == [("transformer.wpe.weight", 3, infinite)]
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("F4", 4), ("F6_E2M3", 6), ("F6_E3M2", 6)])
+def test_formats_without_nan_and_infinity_are_finite(folder: Path, dtype: str, size: int):
+    header = json.dumps({"x": {"dtype": dtype, "shape": [8], "data_offsets": [0, size]}}).encode()
+    data = struct.pack("<Q", len(header)) + header + b"\xff" * size
+    (folder / "model.safetensors").write_bytes(data)
+    assert check_finite(inspect_checkpoint(folder)) == []
 
 
 def test_a_folder_has_hashes_but_nothing_to_compare_them_with(folder: Path):
-    (hashed,) = hash_files(folder)
+    (hashed,) = hash_files(inspect_checkpoint(folder))
     data = (folder / "model.safetensors").read_bytes()
     assert hashed == ("model.safetensors", hashlib.sha256(data).hexdigest(), None, None)
     assert not hashed.differs
@@ -136,8 +172,9 @@ def test_hashes_are_compared_with_the_hub_and_offline_with_its_cache(folder: Pat
     def hashes(target: str, url: str, **variables: str) -> list[list[str]]:
         # In a new process, because huggingface_hub reads its settings when it is imported.
         code = (
-            "import json; from mqa_gpt.inspection import hash_files;"
-            f"print(json.dumps([[*h, h.differs] for h in hash_files({target!r})]))"
+            "import json; from mqa_gpt.inspection import hash_files, inspect_checkpoint;"
+            f"hashes = hash_files(inspect_checkpoint({target!r}));"
+            "print(json.dumps([[*h, h.differs] for h in hashes]))"
         )
         settings = {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"} | variables
         output = subprocess.run(
