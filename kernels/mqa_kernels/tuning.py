@@ -46,7 +46,7 @@ def key_tiles(dtype: torch.dtype, D: int) -> Tiles:
     """Tiles of the kernel for dK and dV."""
     if dtype == torch.float32:
         return Tiles(32, 16, 4, 1) if D > 64 else Tiles(32, 32, 4, 1)
-    return Tiles(64, 128, 8, 2) if D <= 128 else Tiles(32, 64, 8, 1)
+    return Tiles(64, 64, 8, 2) if D <= 128 else Tiles(32, 64, 8, 1)
 
 
 def split_count(programs: int, size: int, block: int, multiprocessors: int) -> int:
