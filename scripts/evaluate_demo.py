@@ -295,8 +295,9 @@ bytes), in float32, greedy:
 | bits per byte | **{model:.3f}** |
 | `xz -9`, all these modules in one file | {xz_all:.3f} |
 | `xz -9`, each by itself | {xz_each:.3f} |
-| functions written from their signature that parse | {parse} of {functions} |
+| functions written from their signature that parse, as far as they go | {parse} of {functions} |
 | ... and hold more than a docstring | {beyond} of {functions} |
+| functions that reach their end within {function_tokens} tokens | {finished} of {functions} |
 
 And {holes} of their lines taken out:
 
@@ -309,11 +310,11 @@ And {holes} of their lines taken out:
 Bits per byte: each module starts afresh after `<|endoftext|>`; a token is predicted from the last
 {half} to {context} tokens. Functions: the prompt is the module up to the end of a signature, as
 much as fits beside {function_tokens} new tokens; the function ends before the first line indented
-no deeper than its `def` ({finished} of {functions} got there; of the others the unfinished last
-line is left out). Parsing says nothing about doing the right thing. Lines: statements of one line,
-with the line break and the indentation before them; {hole_tokens} tokens of text around them, or
-half as many before them; exactly means character by character. Functions and lines are drawn at
-random, once.
+no deeper than its `def`; of those that do not get there, and mostly repeat themselves, the
+unfinished last line is left out. Parsing says nothing about doing the right thing. Lines:
+statements of one line, with the line break and the indentation before them; {hole_tokens} tokens of
+text around them, or half as many before them; exactly means character by character. Functions and
+lines are drawn at random, once.
 
 | held-out module | bytes | bits per byte | `xz -9` |
 | --- | --- | --- | --- |
