@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,9 +97,6 @@ class GPTConfig:
             raise ConfigError(
                 f"eos_token_id is {shown(eos)}: it must be an integer, a list of integers or null"
             )
-
-    def _require_number(self, key: str, range_: str, accept: Callable[[float], bool]) -> None:
-        require_number(ConfigError, key, getattr(self, key), range_, accept)
 
     @property
     def head_dim(self) -> int:

@@ -260,7 +260,7 @@ class LLM:
         Raises:
             CheckpointError, ConfigError: the checkpoint cannot be had or used; says why.
         """
-        folder = DEMO_DIR if name_or_dir is None else resolve(name_or_dir, revision)
+        folder = resolve(DEMO_DIR if name_or_dir is None else name_or_dir, revision)
         tokenizer = Tokenizer.from_pretrained(folder)
         model = load_model(folder, device=device, dtype=dtype, backend=backend)
         if can_pack(model):

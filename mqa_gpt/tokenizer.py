@@ -74,7 +74,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_dir: str | PathLike[str], revision: str | None = None
+        cls, name_or_dir: str | PathLike[str], *, revision: str | None = None
     ) -> Tokenizer:
         """Load `tokenizer.json` from a hub name or a folder.
 

@@ -246,3 +246,8 @@ def test_time_that_the_reader_of_a_stream_takes_is_not_counted():
     for _ in generation:
         time.sleep(0.05)
     assert generation.stats.total_seconds < 0.05 * len("hello")
+
+
+def test_the_demo_checkpoint_has_no_revisions():
+    with pytest.raises(CheckpointError, match="revision is 'main'"):
+        LLM.load(revision="main")
