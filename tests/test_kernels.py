@@ -265,7 +265,7 @@ class TestOperators:
 
 
 @pytest.mark.parametrize("multi_query", [True, False], ids=["MQA", "MHA"])
-def test_a_model_on_the_kernels_writes_the_reference_s_tokens(multi_query):
+def test_a_model_on_the_kernels_writes_the_same_tokens_as_the_reference(multi_query):
     config = GPTConfig(
         vocab_size=61, n_positions=40, n_embd=60, n_layer=2, n_head=3, n_inner=40,
         multi_query=multi_query, initializer_range=0.5,

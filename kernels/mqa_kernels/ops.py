@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mqa_kernels import backward as backward_kernels
-from mqa_kernels import forward as forward_kernels
+from mqa_kernels.backward import backward
+from mqa_kernels.forward import forward
 
 
 def attention(
@@ -56,20 +56,12 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-@torch.library.custom_op("mqa_kernels::attention_forward", mutates_args=())
-def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    start: Tensor | None,
-    offset: int,
-    lengths: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """See `attention`; position = start + offset. Returns out and lse."""
-    return forward_kernels.forward(q, k, v, start, offset, lengths, scale, dropout_p, seed)
+attention_forward = torch.library.custom_op(
+    "mqa_kernels::attention_forward", forward, mutates_args=()
+)
+attention_backward = torch.library.custom_op(
+    "mqa_kernels::attention_backward", backward, mutates_args=()
+)
 
 
 @attention_forward.register_fake
@@ -77,27 +69,6 @@ def _(q, k, v, start, offset, lengths, scale, dropout_p, seed):
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
         q.new_empty(q.shape[:3], dtype=torch.float32),
-    )
-
-
-@torch.library.custom_op("mqa_kernels::attention_backward", mutates_args=())
-def attention_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    start: Tensor | None,
-    offset: int,
-    lengths: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of out."""
-    return backward_kernels.backward(
-        do, q, k, v, out, lse, start, offset, lengths, scale, dropout_p, seed
     )
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton import knobs
+
+from mqa_kernels import launch
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 # The interpreter gets two things wrong about bfloat16, and no others: products, and rounding, which
 # it does towards zero.
-INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
+INTERPRETED: tl.constexpr = tl.constexpr(launch.INTERPRETED)
 
 
 @triton.jit
