@@ -18,7 +18,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from mqa_gpt.fim import fim_transform
+from mqa_gpt.fim import MODES, fim_transform, infill_prompt
 from mqa_gpt.tokenizer import Tokenizer
 
 # Of differing kinds: a long interface, text handling, numbers, files, protocols, a parser, async.
@@ -70,6 +70,7 @@ SPECIAL_TOKENS = [
 # as a rule it fits in.
 PIECE_CHARACTERS = 200
 PIECE_CHARACTERS_PER_TOKEN = 3
+HOLE_LINES = (1, 1, 1, 2, 3)  # of a hole that ends with a line: one of these
 LONG_LINE = 20  # characters; shorter lines are alike everywhere
 REPEATED_SHARE = 0.25  # of a file's long lines in a held-out module: it is a relative of it
 
@@ -145,11 +146,11 @@ def batches(
     while True:
         ids: list[int] = []
         for text in rng.sample(texts, len(texts)):
-            infill = rng.random() < 0.5
-            longest = PIECE_CHARACTERS_PER_TOKEN * length
-            for document in split_into_pieces(text, longest, rng) if infill else [text]:
-                ids.append(end)
-                ids.extend(fim_transform(document, tokenizer, rng, rate=float(infill)))
+            if rng.random() < 0.5:
+                ids += [end, *tokenizer.encode(text, special_tokens=False)]
+                continue
+            for piece in split_into_pieces(text, PIECE_CHARACTERS_PER_TOKEN * length, rng):
+                ids += [end, *rearrange(piece, tokenizer, rng)]
         windows = torch.tensor(ids, dtype=torch.int32).unfold(0, length + 1, length)
         order = rng.sample(range(len(windows)), len(windows))
         for i in range(0, len(order) - batch_size + 1, batch_size):
@@ -164,6 +165,30 @@ def split_into_pieces(text: str, longest: int, rng: random.Random) -> Iterator[s
         end = text.find("\n", start + size) + 1 or len(text)
         yield text[start:end]
         start = end
+
+
+def rearrange(piece: str, tokenizer: Tokenizer, rng: random.Random) -> list[int]:
+    """The ids of a piece rearranged for infilling, with a hole of one of two kinds.
+
+    Half of the holes lie anywhere, as in StarCoder's training. The other half are what an editor
+    asks for, and are easier to learn where to end: they end with a line, and begin where a line or
+    a word does. A line begins with the line break and the indentation before it, which are one
+    token; a word with its space.
+    """
+    if rng.random() < 0.5:
+        return fim_transform(piece, tokenizer, rng, rate=1.0)
+    lines = list(re.finditer(r"\s*\S.*", piece))
+    if not lines:  # blank
+        return tokenizer.encode(piece, special_tokens=False)
+    first = rng.randrange(len(lines))
+    last = min(first + rng.choice(HOLE_LINES), len(lines)) - 1
+    start, end = lines[first].start(), lines[last].end()
+    if rng.random() < 0.5:
+        words = re.finditer(r"(?<=\S)(?= \S)|(?<=[(\[{.])(?=\S)", lines[first].group())
+        start += rng.choice([0, *(word.start() for word in words)])
+    before, hole, after = piece[:start], piece[start:end], piece[end:]
+    prompt = infill_prompt(tokenizer, before, after, mode=rng.choice(MODES))
+    return prompt + tokenizer.encode(hole, special_tokens=False)
 
 
 def _long_lines(text: str) -> set[str]:

@@ -3,7 +3,7 @@
     python scripts/evaluate_demo.py demo-run
 
 Reads the checkpoint and `training.json` of a run of train_demo.py; writes `figures.json` and the
-card, `README.md`, beside them. All generation is greedy, in float32.
+card, `README.md`, beside them. Everything is computed in float32.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from mqa_gpt.inspection import inspect_checkpoint
 SEED = 0
 FUNCTIONS = 50
 FUNCTION_TOKENS = 200
+SAMPLING = {"temperature": 0.2, "top_p": 0.95}  # as code models are customarily evaluated with
 HOLES = 200
 HOLE_PROMPT_TOKENS = 512
 HOLE_TOKENS = 48
@@ -100,8 +101,8 @@ def compare_with_xz(llm: LLM, modules: dict[str, str]) -> dict[str, object]:
     }
 
 
-def complete_functions(llm: LLM, modules: dict[str, str]) -> dict[str, int]:
-    """Write functions from their signatures and count those that parse.
+def complete_functions(llm: LLM, modules: dict[str, str]) -> dict[str, Any]:
+    """Write functions from their signatures, greedily and by sampling, and count those that parse.
 
     A prompt is a module up to the end of a signature's last line, as much of it as fits. The line
     break after it is left to the model: a token holds it and the indentation together. The function
@@ -118,19 +119,34 @@ def complete_functions(llm: LLM, modules: dict[str, str]) -> dict[str, int]:
         [start, *tokenizer.encode(s.before.removesuffix("\n"), special_tokens=False)][-room:]
         for s in chosen
     ]
-    counts = {"functions": FUNCTIONS, "parse": 0, "parse_beyond_docstring": 0, "finished": 0}
-    texts = greedy(llm, prompts, FUNCTION_TOKENS, "functions")
-    for signature, (text, ended) in zip(chosen, texts, strict=True):
+    greedy = write(llm, prompts, FUNCTION_TOKENS, "functions")
+    sampled = write(llm, prompts, FUNCTION_TOKENS, "functions, sampled", seed=SEED, **SAMPLING)
+    return {
+        "functions": FUNCTIONS,
+        "greedy": count_functions(chosen, greedy),
+        "sampled": {**SAMPLING, **count_functions(chosen, sampled)},
+    }
+
+
+def count_functions(
+    signatures: list[Signature], completions: list[tuple[str, bool]]
+) -> dict[str, int]:
+    """How many functions parse as far as they go, hold more than a docstring, reach their end, and
+    how many do all three."""
+    counts = {"parse": 0, "parse_beyond_docstring": 0, "finished": 0, "whole": 0}
+    for signature, (text, ended) in zip(signatures, completions, strict=True):
         rest, newline, text = text.partition("\n")  # a comment may stand behind the signature
         if not newline and not ended:
             rest = ""
         body, finished = function_body(signature.text, text, ended)
-        counts["finished"] += finished
         statements = parsed_body(signature.text.removesuffix("\n") + rest + newline + body)
-        counts["parse"] += bool(statements)
         first = statements[0] if statements else None
         docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-        counts["parse_beyond_docstring"] += len(statements) > docstring
+        beyond = len(statements) > docstring
+        counts["parse"] += bool(statements)
+        counts["parse_beyond_docstring"] += beyond
+        counts["finished"] += finished
+        counts["whole"] += beyond and finished
     return counts
 
 
@@ -182,7 +198,7 @@ def parsed_body(function: str) -> list[ast.stmt]:
 def fill_holes(llm: LLM, modules: dict[str, str]) -> dict[str, Any]:
     """Take lines out of the modules: how well the model knows them, and how many it restores.
 
-    A hole is a statement of one line with the line break and the indentation before it. Besides
+    A hole is a statement of one line with all the white space before it. Besides
     infilling in both orders, the model continues what is before the hole without seeing what is
     after it. A line counts as restored if what is written begins with exactly it, and as ended if
     nothing follows it.
@@ -193,7 +209,7 @@ def fill_holes(llm: LLM, modules: dict[str, str]) -> dict[str, Any]:
     everything = [hole for text in modules.values() for hole in one_line_statements(text)]
     holes = []
     for before, statement, after in random.Random(SEED).sample(everything, HOLES):
-        cut = max(before.rfind("\n"), 0)
+        cut = len(before.rstrip())
         holes.append((before[:cut], before[cut:] + statement, after))
     # Infilling gives each side half of the prompt.
     prompts = {
@@ -209,7 +225,7 @@ def fill_holes(llm: LLM, modules: dict[str, str]) -> dict[str, Any]:
         ]
     figures: dict[str, Any] = {"holes": HOLES}
     for name, of_holes in prompts.items():
-        texts = greedy(llm, of_holes, HOLE_TOKENS, f"holes ({name})")
+        texts = write(llm, of_holes, HOLE_TOKENS, f"holes ({name})")
         lines = [line for _, line, _ in holes]
         figures[name] = {
             "bits_per_byte": line_bits(llm, of_holes, lines),
@@ -249,14 +265,15 @@ def one_line_statements(text: str) -> Iterator[tuple[str, str, str]]:
             yield before + line[:column], statement, line[column + len(statement) :] + after
 
 
-def greedy(
-    llm: LLM, prompts: list[list[int]], new_tokens: int, what: str
+def write(
+    llm: LLM, prompts: list[list[int]], new_tokens: int, what: str, **sampling: Any
 ) -> list[tuple[str, bool]]:
     """The text after each prompt, and whether the model ended it by itself."""
     end = llm.tokenizer.end_of_text_id
     results = []
     for i in tqdm(range(0, len(prompts), BATCH), desc=what, leave=False):
-        for ids in generate(llm.model, prompts[i : i + BATCH], new_tokens, eos_token_id=end):
+        batch = prompts[i : i + BATCH]
+        for ids in generate(llm.model, batch, new_tokens, eos_token_id=end, **sampling):
             results.append((llm.tokenizer.decode(ids), ids[-1] == end))
     return results
 
@@ -288,18 +305,25 @@ llm.infill("def area(width, height):\\n    return", "\\n", max_new_tokens=16, mo
 ## Figures
 
 On {held_out} modules of the standard library that it was not trained on ({held_out_bytes:,}
-bytes), in float32, greedy:
+bytes), in float32:
 
-| | |
+| | bits per byte |
 | --- | --- |
-| bits per byte | **{model:.3f}** |
+| the model | **{model:.3f}** |
 | `xz -9`, all these modules in one file | {xz_all:.3f} |
 | `xz -9`, each by itself | {xz_each:.3f} |
-| functions written from their signature that parse, as far as they go | {parse} of {functions} |
-| ... and hold more than a docstring | {beyond} of {functions} |
-| functions that reach their end within {function_tokens} tokens | {finished} of {functions} |
 
-And {holes} of their lines taken out:
+{functions} of their functions, written from the signature:
+
+| | greedy | temperature {temperature}, top-p {top_p} |
+| --- | --- | --- |
+| parse, as far as they go | {greedy[parse]} | {sampled[parse]} |
+| ... and hold more than a docstring | {greedy[parse_beyond_docstring]} | \
+{sampled[parse_beyond_docstring]} |
+| reach their end within {function_tokens} tokens | {greedy[finished]} | {sampled[finished]} |
+| all three | {greedy[whole]} | **{sampled[whole]}** |
+
+And {holes} of their lines taken out, filled in greedily:
 
 | what the model sees | bits per byte of the line | lines restored exactly | and ended there |
 | --- | --- | --- | --- |
@@ -312,9 +336,9 @@ Bits per byte: each module starts afresh after `<|endoftext|>`; a token is predi
 much as fits beside {function_tokens} new tokens; the function ends before the first line indented
 no deeper than its `def`; of those that do not get there, and mostly repeat themselves, the
 unfinished last line is left out. Parsing says nothing about doing the right thing. Lines:
-statements of one line, with the line break and the indentation before them; {hole_tokens} tokens of
-text around them, or half as many before them; exactly means character by character. Functions and
-lines are drawn at random, once.
+statements of one line, with the white space before them; {hole_tokens} tokens of text around them,
+or half as many before them; exactly means character by character. Functions and lines are drawn at
+random, once.
 
 | held-out module | bytes | bits per byte | `xz -9` |
 | --- | --- | --- | --- |
@@ -326,8 +350,9 @@ The sources of Python {python}'s standard library: {training_modules} modules, {
 million characters, without test packages, generated tables, and modules that share more than a
 quarter of their lines with a held-out one. Half of the modules in each pass are read whole; the
 other half is cut at line starts into pieces of {shortest} to {longest} characters, which are
-rearranged for infilling (half PSM, half SPM). The tokenizer, byte-level BPE with StarCoder's
-control tokens at ids 0 to 18, is trained on the same modules.
+rearranged for infilling (half PSM, half SPM). Half of the holes lie anywhere; the other half are
+one to three lines, or what is left of them from a word on. The tokenizer, byte-level BPE with
+StarCoder's control tokens at ids 0 to 18, is trained on the same modules.
 
 ## Settings
 
@@ -336,7 +361,7 @@ MLP width {inner}, context {context}, vocabulary {vocab}, tied embeddings, no dr
 start from an induction circuit (`scripts/demo_start.py`): two heads that copy what followed the
 current token before. AdamW
 (betas 0.9 and 0.99, weight decay 0.1 on matrices and embeddings, gradient norm clipped at 1),
-{warmup} warm-up steps to {peak_lr}, cosine to a tenth of it; {steps} steps of {tokens_per_step}
+{warmup} warm-up steps to {peak_lr}, then linearly to nothing; {steps} steps of {tokens_per_step}
 tokens ({tokens:.1f} million in all), two steps in three with {short_rows} windows of
 {short_length} tokens and the third with {long_rows} of {long_length}; float32 on {device},
 {cpu_minutes:.0f} minutes of CPU time on {threads} threads. Stored in float16.
@@ -376,9 +401,9 @@ def card(llm: LLM, corpus: Corpus, figures: dict[str, Any]) -> str:
         xz_all=compression["xz_of_all_in_one"],
         xz_each=compression["xz_one_by_one"],
         functions=completion["functions"],
-        parse=completion["parse"],
-        beyond=completion["parse_beyond_docstring"],
-        finished=completion["finished"],
+        greedy=completion["greedy"],
+        sampled=completion["sampled"],
+        **SAMPLING,
         function_tokens=FUNCTION_TOKENS,
         holes=infilling["holes"],
         bits_without=infilling["without_suffix"]["bits_per_byte"],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from scripts.demo_data import (
     Corpus,
     batches,
     read_corpus,
+    rearrange,
     split_into_pieces,
     train_tokenizer,
 )
@@ -136,16 +139,24 @@ class Characters:
         return list(map(ord, text))
 
 
-def in_order(document: str) -> tuple[str, str]:
-    """A document as it was before it was rearranged, and the order it was rearranged to.
+class Parts(NamedTuple):
+    """A document taken apart: in SPM the prefix stands before the middle, unmarked."""
 
-    In PSM what follows the middle token is the middle; in SPM it is prefix and middle.
-    """
+    prefix: str
+    suffix: str
+    middle: str
+
+
+def parts_of(document: str) -> Parts | None:
+    """The parts of a document that was rearranged for infilling."""
     parts = re.fullmatch("\1(.*)\3(.*)\2(.*)", document, re.DOTALL)
-    if not parts:
-        return document, "plain"
-    prefix, suffix, middle = parts.groups()
-    return prefix + middle + suffix, "psm" if prefix else "spm"
+    return Parts(*parts.groups()) if parts else None
+
+
+def in_order(document: str) -> str:
+    """A document as it was before it was rearranged."""
+    parts = parts_of(document)
+    return parts.prefix + parts.middle + parts.suffix if parts else document
 
 
 def test_the_windows_of_a_pass_make_a_stream_of_all_documents_half_of_them_for_infilling() -> None:
@@ -159,13 +170,53 @@ def test_the_windows_of_a_pass_make_a_stream_of_all_documents_half_of_them_for_i
         ids += windows[ids[-1]][1:]
     assert list(windows) != ids[:9000:1000]  # they come in another order
     documents = "".join(map(chr, ids)).split("\0")[1:-1]  # the last one is cut off
-    originals, orders = zip(*map(in_order, documents), strict=True)
+    originals = list(map(in_order, documents))
     assert len(documents) > 180
     assert len(set(originals)) == len(documents)
     assert set(originals) <= set(texts)
-    assert list(originals) != [text for text in texts if text in originals]  # and so do the texts
-    assert 0.4 < orders.count("plain") / len(orders) < 0.6
-    assert 0.4 < orders.count("psm") / (orders.count("psm") + orders.count("spm")) < 0.6
+    assert originals != [text for text in texts if text in originals]  # and so do the texts
+    assert 0.4 < sum(map(bool, map(parts_of, documents))) / len(documents) < 0.6
+
+
+LINES = """\
+def first(a, b):
+    x = a + b
+
+    return second(x, 3)
+
+
+class Empty:
+    pass
+"""
+
+
+def test_half_of_the_holes_end_with_a_line_and_begin_where_a_line_or_a_word_does() -> None:
+    rng = random.Random(0)
+    documents = ["".join(map(chr, rearrange(LINES, Characters(), rng))) for _ in range(4000)]
+    assert set(map(in_order, documents)) == {LINES}
+    psm = [parts for parts in map(parts_of, documents) if parts and parts.prefix]
+    # Of those with a prefix: PSM is half of all, and every fifth or so begins at the beginning.
+    assert 0.35 < len(psm) / len(documents) < 0.5
+    # Of the cuts anywhere one in eight comes before a line break too.
+    at_line_end = Counter(parts.middle for parts in psm if parts.suffix.startswith("\n"))
+    assert 0.45 < at_line_end.total() / len(psm) < 0.65
+    frequent = {middle for middle, count in at_line_end.items() if count >= 6}
+    assert {
+        "\n    x = a + b",
+        " a + b",
+        "\n\n    return second(x, 3)",
+        "x, 3)",
+        "\n    x = a + b\n\n    return second(x, 3)",
+        "\n    x = a + b\n\n    return second(x, 3)\n\n\nclass Empty:",
+        "\n    pass",
+    } <= frequent
+
+
+@pytest.mark.parametrize("text", ["", "\n", "  \n\n", "x", "x\n"])
+def test_a_piece_of_a_line_or_less_can_be_rearranged(text: str) -> None:
+    rng = random.Random(0)
+    for _ in range(20):
+        assert in_order("".join(map(chr, rearrange(text, Characters(), rng)))) == text
 
 
 def test_batches_are_the_same_for_the_same_seed_only() -> None:

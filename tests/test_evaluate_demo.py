@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -190,22 +191,31 @@ def test_a_function_counts_if_it_parses_is_more_than_a_docstring_and_reaches_its
 ) -> None:
     source = "x = 1\n" * 1000 + "class A:\n    def f(self, x):\n        return secret\n"
 
-    def greedy(
-        llm: LLM, prompts: list[list[int]], new_tokens: int, what: str
+    def write(
+        llm: LLM, prompts: list[list[int]], new_tokens: int, what: str, **sampling: Any
     ) -> list[tuple[str, bool]]:
         assert len(prompts[0]) + new_tokens == llm.model.config.n_positions
         assert llm.tokenizer.decode(prompts[0]).endswith("x = 1\nclass A:\n    def f(self, x):")
+        calls.append(sampling)
         return [(text, ended)]
 
+    calls: list[dict[str, float]] = []
     monkeypatch.setattr(evaluate_demo, "FUNCTIONS", 1)
-    monkeypatch.setattr(evaluate_demo, "greedy", greedy)
+    monkeypatch.setattr(evaluate_demo, "write", write)
     counts = complete_functions(llm, {"a.py": source})
     parse, beyond, finished = expected
-    assert counts == {
-        "functions": 1,
+    expected_counts = {
         "parse": parse,
         "parse_beyond_docstring": beyond,
         "finished": finished,
+        "whole": beyond and finished,
+    }
+    sampling = {"temperature": 0.2, "top_p": 0.95}
+    assert calls == [{}, {**sampling, "seed": 0}]
+    assert counts == {
+        "functions": 1,
+        "greedy": expected_counts,
+        "sampled": {**sampling, **expected_counts},
     }
 
 
@@ -231,14 +241,14 @@ def test_a_line_counts_as_restored_if_it_is_written_first_and_as_ended_if_nothin
 ) -> None:
     asked = []
 
-    def greedy(
-        llm: LLM, prompts: list[list[int]], new_tokens: int, what: str
+    def write(
+        llm: LLM, prompts: list[list[int]], new_tokens: int, what: str, **sampling: Any
     ) -> list[tuple[str, bool]]:
         asked.append(llm.tokenizer.decode(prompts[0], skip_special_tokens=False))
         return [(text, ended)]
 
     monkeypatch.setattr(evaluate_demo, "HOLES", 1)
-    monkeypatch.setattr(evaluate_demo, "greedy", greedy)
+    monkeypatch.setattr(evaluate_demo, "write", write)
     figures = fill_holes(llm, {"a.py": '"""Doc."""\n\nif (\n    a):\n    x = 1\n# end\n'})
     assert figures.pop("holes") == 1
     assert asked == [
@@ -273,4 +283,4 @@ def test_generated_text_stops_at_the_end_token_and_says_whether_it_was_reached(
     rows[3].pop()
     monkeypatch.setattr(evaluate_demo, "generate", lambda model, prompts, *_, **__: prompts)
     expected = [(f"x = {i}", i != 3) for i in range(12)]
-    assert evaluate_demo.greedy(llm, rows, 8, "test") == expected
+    assert evaluate_demo.write(llm, rows, 8, "test") == expected
