@@ -194,6 +194,46 @@ def test_padding_gets_no_gradient():
     assert all((x[1, 6:] == 0).all() and (x[1, :6] != 0).any() for x in (dq, dk, dv))
 
 
+@pytest.mark.parametrize(("splits", "dropout_p"), [(1, 0.0), (3, 0.2)])
+def test_rows_with_padding_on_the_left_equal_their_solo_runs(splits, dropout_p, monkeypatch):
+    # Rows of 150 slots, the last 40 of them new: no padding, one inside a block, some of it new,
+    # and nothing but padding.
+    monkeypatch.setattr("mqa_kernels.forward.split_count", lambda *_: splits)
+    monkeypatch.setattr("mqa_kernels.backward.split_count", lambda *_: splits)
+    B, T, S, padding = 4, 40, 150, [0, 70, 133, 150]
+    q, k, v, _ = make_inputs(B, T, S, 4, 2, 24, [S - T] * B, torch.float32)
+    do = torch.randn_like(q)
+    k, v = k.clone(), v.clone()
+    for b, left in enumerate(padding):
+        k[b, :left] = v[b, :left] = float("nan")
+    left_padding = torch.tensor(padding, device=DEVICE)
+
+    seed = torch.tensor([7], device=DEVICE) if dropout_p else None
+
+    def padded(q, k, v):
+        return attention(q, k, v, S - T, None, dropout_p, seed=seed, left_padding=left_padding)
+
+    ours = padded(q, k, v), *gradients(padded, q, k, v, do)
+    for b, left in enumerate(padding):
+        new = max(0, left - (S - T))  # padding among the new tokens
+        assert all((x[b, :new] == 0).all() for x in ours[:2])
+        assert all((x[b, :left] == 0).all() for x in ours[2:])
+        if left == S or (new and dropout_p):  # dropout counts queries, padding or not
+            continue
+
+        start = max(0, S - T - left)
+
+        def solo(q, k, v, start=start, b=b):
+            # At its own place in a batch: dropout depends on that.
+            rows = [torch.cat([torch.zeros_like(x)] * b + [x]) for x in (q, k, v)]
+            return attention(*rows, start, None, dropout_p, seed=seed)[b:]
+
+        one = q[b : b + 1, new:], k[b : b + 1, left:], v[b : b + 1, left:]
+        theirs = solo(*one), *gradients(solo, *one, do[b : b + 1, new:])
+        for mine, other, first in zip(ours, theirs, (new, new, left, left), strict=True):
+            torch.testing.assert_close(mine[b : b + 1, first:], other, atol=1e-5, rtol=1e-5)
+
+
 class TestDropout:
     def inputs(self):
         q, k, v, _ = make_inputs(2, 20, 20, 4, 2, 16, [0, 0], torch.float32)
@@ -255,7 +295,7 @@ class TestOperators:
         q, k, v, start = make_inputs(2, 3, 9, 4, 1, 16, [1, 6], torch.float32)
         k, v = without_nan(k, v)
         arguments = tuple(x.clone().requires_grad_() for x in (q, k, v))
-        arguments += (start, 0, None, 0.25, 0.0, None)
+        arguments += (start, 0, None, None, 0.25, 0.0, None)
         torch.library.opcheck(torch.ops.mqa_kernels.attention_forward, arguments)
 
     def test_compiled_code_keeps_it_in_one_graph(self):

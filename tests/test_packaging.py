@@ -30,7 +30,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_code_its_types_and_the_demo_checkpoint(wheel):
     archive = zipfile.ZipFile(wheel)
     names = set(archive.namelist())
-    modules = {f"mqa_gpt/{path.name}" for path in (ROOT / "mqa_gpt").glob("*.py")}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mqa_gpt").rglob("*.py")}
     kernels = {f"mqa_kernels/{path.name}" for path in (ROOT / "kernels/mqa_kernels").glob("*.py")}
     assert modules | kernels | {"mqa_gpt/py.typed"} <= names
     for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):

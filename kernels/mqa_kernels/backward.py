@@ -21,6 +21,7 @@ from mqa_kernels.launch import multiprocessors
 from mqa_kernels.tiles import (
     LOG2E,
     count_of_new,
+    count_of_padding,
     dot,
     dropout_keeps,
     first_position,
@@ -73,7 +74,7 @@ def _dq_step(
 @triton.jit
 def dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, start_ptr, lengths_ptr,
-    seed_ptr, offset, T, S, scale, scale_log2, dropout_p,
+    left_ptr, seed_ptr, offset, T, S, scale, scale_log2, dropout_p,
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_ks, stride_kg,
     stride_vb, stride_vs, stride_vg,
@@ -87,7 +88,10 @@ def dq_kernel(
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     b, g = tl.program_id(1) // G, tl.program_id(1) % G
-    start = first_position(start_ptr, offset, b)
+    # Slots and positions count from the end of the padding.
+    left = count_of_padding(left_ptr, b)
+    size = S - left
+    start = first_position(start_ptr, offset, b) - left
     new = count_of_new(lengths_ptr, T, b)
     seed = load_seed(seed_ptr)
     H = G * R
@@ -113,10 +117,10 @@ def dq_kernel(
 
     first_t = tile * M // R
     last_t = tl.minimum((tile * M + M - 1) // R, new - 1)
-    end = tl.where(first_t < new, tl.minimum(start + last_t + 1, S), 0)
-    seen_by_all = tl.minimum(start + first_t + 1, end)
-    k_base = k_ptr + b.to(tl.int64) * stride_kb + g * stride_kg
-    v_base = v_ptr + b.to(tl.int64) * stride_vb + g * stride_vg
+    end = tl.where(first_t < new, tl.maximum(tl.minimum(start + last_t + 1, size), 0), 0)
+    seen_by_all = tl.maximum(tl.minimum(start + first_t + 1, end), 0)
+    k_base = k_ptr + b.to(tl.int64) * stride_kb + g * stride_kg + left.to(tl.int64) * stride_ks
+    v_base = v_ptr + b.to(tl.int64) * stride_vb + g * stride_vg + left.to(tl.int64) * stride_vs
     dq = tl.zeros([M, PADDED_D], tl.float32)
     for block in range(0, seen_by_all // N):
         dq = _dq_step(
@@ -141,7 +145,7 @@ def dq_kernel(
 def _dkv_step(
     dk, dv, k, v, tile, q_ptr, do_ptr, lse_ptr, delta_ptr, row_base,
     stride_qt, stride_qh, stride_ot, stride_oh, channels,
-    keys, start, new, scale_log2, seed, dropout_p, b, g,
+    keys, start, new, left, scale_log2, seed, dropout_p, b, g,
     G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, M: tl.constexpr, PADDED_D: tl.constexpr,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +164,7 @@ def _dkv_step(
     dp = dot(do, tl.trans(v), tl.zeros([M, keys.shape[0]], tl.float32))  # (M, N)
     p_kept = p
     if DROPOUT:
-        keep = dropout_keeps(seed, b, g, rows, keys, dropout_p, G, R)
+        keep = dropout_keeps(seed, b, g, rows, keys - left, dropout_p, G, R)
         p_kept = tl.where(keep, p / (1 - dropout_p), 0.0)
         dp = tl.where(keep, dp / (1 - dropout_p), 0.0)
     dv = dot(tl.trans(narrow(p_kept, do.dtype)), do, dv)  # (N, D)
@@ -172,7 +176,7 @@ def _dkv_step(
 @triton.jit
 def dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, start_ptr, lengths_ptr,
-    seed_ptr, offset, B, T, S, scale, scale_log2, dropout_p,
+    left_ptr, seed_ptr, offset, B, T, S, scale, scale_log2, dropout_p,
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_ks, stride_kg,
     stride_vb, stride_vs, stride_vg,
@@ -189,19 +193,20 @@ def dkv_kernel(
     b, g = tl.program_id(1) // G, tl.program_id(1) % G
     split = tl.program_id(2)
     start = first_position(start_ptr, offset, b)
+    left = count_of_padding(left_ptr, b)
     new = count_of_new(lengths_ptr, T, b)
     seed = load_seed(seed_ptr)
 
     keys = block * N + tl.arange(0, N)  # (N,)
-    inside = keys < tl.minimum(start + new, S)
+    seen = (keys >= left) & (keys < tl.minimum(start + new, S))
     channels = tl.arange(0, PADDED_D)
     at = keys.to(tl.int64)[:, None]
     k_base = k_ptr + b.to(tl.int64) * stride_kb + g * stride_kg
     v_base = v_ptr + b.to(tl.int64) * stride_vb + g * stride_vg
     k_pointers = k_base + at * stride_ks + channels[None, :]
     v_pointers = v_base + at * stride_vs + channels[None, :]
-    k = load_rows(k_pointers, inside, channels, D, PADDED_D, True)  # (N, D)
-    v = load_rows(v_pointers, inside, channels, D, PADDED_D, True)  # (N, D)
+    k = load_rows(k_pointers, seen, channels, D, PADDED_D, True)  # (N, D)
+    v = load_rows(v_pointers, seen, channels, D, PADDED_D, True)  # (N, D)
 
     # Rows see this block from the position of its first key on, all of it from its last key's on.
     first_t = tl.maximum(block * N - start, 0)
@@ -218,19 +223,22 @@ def dkv_kernel(
         dk, dv = _dkv_step(
             dk, dv, k, v, tile, q_base, do_base, lse_ptr, delta_ptr, row_base,
             stride_qt, stride_qh, stride_ot, stride_oh, channels,
-            keys, start, new, scale_log2, seed, dropout_p, b, g,
+            keys, start, new, left, scale_log2, seed, dropout_p, b, g,
             G, R, D, M, PADDED_D, True, DROPOUT,
         )  # fmt: skip
     for tile in range(middle, tiles, SPLITS):
         dk, dv = _dkv_step(
             dk, dv, k, v, tile, q_base, do_base, lse_ptr, delta_ptr, row_base,
             stride_qt, stride_qh, stride_ot, stride_oh, channels,
-            keys, start, new, scale_log2, seed, dropout_p, b, g,
+            keys, start, new, left, scale_log2, seed, dropout_p, b, g,
             G, R, D, M, PADDED_D, False, DROPOUT,
         )  # fmt: skip
     out_rows = (split * B + b).to(tl.int64) * S + keys  # (N,)
     out_at = (out_rows * G + g)[:, None] * D + channels[None, :]
     stored = (keys < S)[:, None] & (channels[None, :] < D)
+    # Padding is not masked in the loops: what it has got here may be infinite.
+    dk = tl.where(seen[:, None], dk, 0.0)
+    dv = tl.where(seen[:, None], dv, 0.0)
     tl.store(dk_ptr + out_at, narrow(dk * scale, dk_ptr.dtype.element_ty), mask=stored)
     tl.store(dv_ptr + out_at, narrow(dv, dv_ptr.dtype.element_ty), mask=stored)
 
@@ -251,6 +259,7 @@ def backward(
     start: Tensor | None,
     offset: int,
     lengths: Tensor | None,
+    left_padding: Tensor | None,
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
@@ -271,7 +280,7 @@ def backward(
     tiles = query_tiles(q.dtype, D)
     dq_kernel[(triton.cdiv(T * R, tiles.M), B * G)](
         q, k, v, out, do, lse, delta, dq, start, lengths,
-        seed, offset, T, S, scale, scale * LOG2E.value, dropout_p,
+        left_padding, seed, offset, T, S, scale, scale * LOG2E.value, dropout_p,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
         G=G, R=R, D=D, M=tiles.M, N=tiles.N, PADDED_D=padded, DROPOUT=seed is not None,
         num_warps=tiles.warps, num_stages=tiles.stages,
@@ -286,7 +295,7 @@ def backward(
     dv = torch.empty_like(dk)
     dkv_kernel[(blocks, B * G, splits)](
         q, k, v, do, lse, delta, dk, dv, start, lengths,
-        seed, offset, B, T, S, scale, scale * LOG2E.value, dropout_p,
+        left_padding, seed, offset, B, T, S, scale, scale * LOG2E.value, dropout_p,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
         G=G, R=R, D=D, M=tiles.M, N=tiles.N, PADDED_D=padded, SPLITS=splits,
         DROPOUT=seed is not None, num_warps=tiles.warps, num_stages=tiles.stages,

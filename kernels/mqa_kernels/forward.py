@@ -16,6 +16,7 @@ from mqa_kernels.launch import check_inputs, multiprocessors
 from mqa_kernels.tiles import (
     LOG2E,
     count_of_new,
+    count_of_padding,
     dot,
     dropout_keeps,
     first_position,
@@ -59,7 +60,7 @@ def _see(
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, lengths_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, lengths_ptr, left_ptr, seed_ptr,
     offset, B, T, S, scale_log2, dropout_p,
     stride_qb, stride_qt, stride_qh,
     stride_kb, stride_ks, stride_kg,
@@ -76,7 +77,10 @@ def forward_kernel(
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first: they end together
     b, g = tl.program_id(1) // G, tl.program_id(1) % G
     split = tl.program_id(2)
-    start = first_position(start_ptr, offset, b)
+    # Slots and positions count from the end of the padding.
+    left = count_of_padding(left_ptr, b)
+    size = S - left
+    start = first_position(start_ptr, offset, b) - left
     new = count_of_new(lengths_ptr, T, b)
     seed = load_seed(seed_ptr)
 
@@ -88,18 +92,19 @@ def forward_kernel(
     q_offsets = row_offsets(rows, channels, stride_qt, stride_qh, R)
     q = load_rows(q_base + q_offsets, real, channels, D, PADDED_D, True)  # (M, D)
 
-    # Keys 0 to end - 1 are seen by some row, keys below `seen_by_all` by every row.
+    # Keys 0 to end - 1 are seen by some row, keys below `seen_by_all` by every row. A query that is
+    # padding stands before them all.
     first_t = tile * M // R
     last_t = tl.minimum((tile * M + M - 1) // R, new - 1)
-    end = tl.where(first_t < new, tl.minimum(start + last_t + 1, S), 0)
-    seen_by_all = tl.minimum(start + first_t + 1, end)
+    end = tl.where(first_t < new, tl.maximum(tl.minimum(start + last_t + 1, size), 0), 0)
+    seen_by_all = tl.maximum(tl.minimum(start + first_t + 1, end), 0)
     share = tl.cdiv(tl.cdiv(end, N), SPLITS)
     low = split * share
     high = tl.minimum(low + share, tl.cdiv(end, N))
     middle = tl.minimum(tl.maximum(seen_by_all // N, low), high)
 
-    k_base = k_ptr + b.to(tl.int64) * stride_kb + g * stride_kg
-    v_base = v_ptr + b.to(tl.int64) * stride_vb + g * stride_vg
+    k_base = k_ptr + b.to(tl.int64) * stride_kb + g * stride_kg + left.to(tl.int64) * stride_ks
+    v_base = v_ptr + b.to(tl.int64) * stride_vb + g * stride_vg + left.to(tl.int64) * stride_vs
     acc = tl.zeros([M, PADDED_D], tl.float32)
     total = tl.zeros([M], tl.float32)
     top = tl.full([M], float("-inf"), tl.float32)
@@ -169,6 +174,7 @@ def forward(
     start: Tensor | None,
     offset: int,
     lengths: Tensor | None,
+    left_padding: Tensor | None,
     scale: float,
     dropout_p: float,
     seed: Tensor | None,
@@ -178,7 +184,7 @@ def forward(
     Returns:
         out (B, T, H, D) in q's dtype and lse (B, T, H) float32, both contiguous.
     """
-    check_inputs(q, k, v, start, lengths)
+    check_inputs(q, k, v, start, lengths, left_padding)
     B, T, H, D = q.shape
     S, G = k.shape[1], k.shape[2]
     tiles = forward_tiles(q.dtype, D, T * (H // G))
@@ -192,7 +198,7 @@ def forward(
         parts = torch.empty((splits, B, T, H, D), dtype=torch.float32, device=q.device)
         lses = torch.empty((splits, B, T, H), dtype=torch.float32, device=q.device)
     forward_kernel[(row_tiles, B * G, splits)](
-        q, k, v, parts, lses, start, lengths, seed,
+        q, k, v, parts, lses, start, lengths, left_padding, seed,
         offset, B, T, S, scale * LOG2E.value, dropout_p,
         q.stride(0), q.stride(1), q.stride(2),
         k.stride(0), k.stride(1), k.stride(2),

@@ -9,6 +9,7 @@ from torch import Tensor
 from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)
+MAX_GRID = 65_535  # along a grid's second axis
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -26,7 +27,12 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def check_inputs(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, lengths: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None,
+    lengths: Tensor | None,
+    left_padding: Tensor | None,
 ) -> None:
     """Raise ValueError where the kernels would read the wrong memory or compute nonsense."""
     if q.ndim != 4 or k.ndim != 4:
@@ -57,9 +63,18 @@ def check_inputs(
             f"q is on {q.device}: the kernels run on a CUDA device (or, for tests, on the CPU "
             "with TRITON_INTERPRET=1)"
         )
-    for name, per_row in (("start", start), ("lengths", lengths)):
-        if per_row is not None and (per_row.shape != (B,) or per_row.device != q.device):
+    if B * G > MAX_GRID:
+        raise ValueError(
+            f"{B} rows of {G} key/value heads are {B * G} programs: CUDA starts at most {MAX_GRID} "
+            "along this axis; split the batch"
+        )
+    per_rows = {"start": start, "lengths": lengths, "left_padding": left_padding}
+    for name, per_row in per_rows.items():
+        if per_row is None:
+            continue
+        if per_row.shape != (B,) or per_row.stride() != (1,) or per_row.device != q.device:
             raise ValueError(
-                f"{name} has shape {tuple(per_row.shape)} on {per_row.device}: it must hold one "
-                f"integer per row, ({B},), on {q.device}"
+                f"{name} has shape {tuple(per_row.shape)}, strides {per_row.stride()}, and is on "
+                f"{per_row.device}: it must hold one integer per row, ({B},), contiguous, on "
+                f"{q.device}"
             )

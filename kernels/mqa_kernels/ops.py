@@ -18,6 +18,7 @@ def attention(
     dropout_p: float = 0.0,
     *,
     lengths: Tensor | None = None,
+    left_padding: Tensor | None = None,
     seed: Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -35,6 +36,9 @@ def attention(
         dropout_p: share of the probabilities that is dropped, the others being scaled up.
         lengths: (B,) integers: how many of its T tokens each row really has; None for all. What is
             beyond is not computed: its output is zero and it has no gradient.
+        left_padding: (B,) integers: how many of each row's first slots are padding, which nobody
+            sees; None for none. Positions count them: `start` is a slot as ever. A query that
+            stands there itself sees nothing: its output is zero.
         seed: one int64 number on the device that decides what is dropped; drawn from PyTorch's
             generator if None.
         return_lse: also return the log-sum-exp of each query's scores.
@@ -52,7 +56,9 @@ def attention(
         seed = torch.randint(2**31 - 1, (1,), device=q.device)
     starts, offset = (start, 0) if isinstance(start, Tensor) else (None, start)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = attention_forward(q, k, v, starts, offset, lengths, scale, dropout_p, seed)
+    out, lse = attention_forward(
+        q, k, v, starts, offset, lengths, left_padding, scale, dropout_p, seed
+    )
     return (out, lse) if return_lse else out
 
 
@@ -65,7 +71,7 @@ attention_backward = torch.library.custom_op(
 
 
 @attention_forward.register_fake
-def _(q, k, v, start, offset, lengths, scale, dropout_p, seed):
+def _(q, k, v, start, offset, lengths, left_padding, scale, dropout_p, seed):
     return (
         torch.empty_like(q, memory_format=torch.contiguous_format),
         q.new_empty(q.shape[:3], dtype=torch.float32),
@@ -73,24 +79,25 @@ def _(q, k, v, start, offset, lengths, scale, dropout_p, seed):
 
 
 @attention_backward.register_fake
-def _(do, q, k, v, out, lse, start, offset, lengths, scale, dropout_p, seed):
+def _(do, q, k, v, out, lse, start, offset, lengths, left_padding, scale, dropout_p, seed):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def _save(ctx, inputs, output):
-    q, k, v, start, offset, lengths, scale, dropout_p, seed = inputs
+    q, k, v, start, offset, lengths, left_padding, scale, dropout_p, seed = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, start, lengths, seed)
+    ctx.save_for_backward(q, k, v, out, lse, start, lengths, left_padding, seed)
     ctx.offset, ctx.scale, ctx.dropout_p = offset, scale, dropout_p
 
 
 def _differentiate(ctx, do, _):
-    q, k, v, out, lse, start, lengths, seed = ctx.saved_tensors
+    q, k, v, out, lse, start, lengths, left_padding, seed = ctx.saved_tensors
     gradients = attention_backward(
-        do, q, k, v, out, lse, start, ctx.offset, lengths, ctx.scale, ctx.dropout_p, seed
-    )
-    return *gradients, None, None, None, None, None, None
+        do, q, k, v, out, lse, start, ctx.offset, lengths, left_padding,
+        ctx.scale, ctx.dropout_p, seed,
+    )  # fmt: skip
+    return *gradients, None, None, None, None, None, None, None
 
 
 attention_forward.register_autograd(_differentiate, setup_context=_save)

@@ -71,6 +71,16 @@ def first_position(start_ptr, offset, b):
 
 
 @triton.jit
+def count_of_padding(left_ptr, b):
+    """How many of row b's first slots are padding."""
+    if left_ptr is None:
+        left = tl.full((), 0, tl.int32)
+    else:
+        left = tl.load(left_ptr + b).to(tl.int32)
+    return left
+
+
+@triton.jit
 def count_of_new(lengths_ptr, T, b):
     """How many of row b's T new tokens are real."""
     if lengths_ptr is None:

@@ -1,0 +1,1 @@
+"""The project's kernels in other libraries."""
