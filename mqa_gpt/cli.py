@@ -36,7 +36,7 @@ from mqa_gpt.cli_output import (
 from mqa_gpt.environment import describe
 from mqa_gpt.errors import InputError
 from mqa_gpt.llm import LLM
-from mqa_gpt.memory import is_out_of_memory, require_cache_room
+from mqa_gpt.memory import is_out_of_memory
 from mqa_gpt.report import format_report
 from mqa_gpt.verify import verify as verify_checkpoint
 
@@ -289,7 +289,6 @@ def generate(
     """
     texts = prompt_texts(prompts or [], file or [])
     llm, load_seconds = _load(model, revision, device, dtype, backend)
-    _require_room(llm, len(texts) * n, max_new_tokens)
     generation = llm.begin(
         texts,
         max_new_tokens,
@@ -386,7 +385,6 @@ def infill(
     """
     before, after = split_hole(file, at, marker, prefix, suffix)
     llm, load_seconds = _load(model, revision, device, dtype, backend)
-    _require_room(llm, n, max_new_tokens)
     generation = llm.begin_infill(
         before,
         after,
@@ -544,8 +542,3 @@ def _load(
     name = DEMO_DIR if model is None else model
     llm = LLM.load(name, revision=revision, device=device, dtype=dtype, backend=backend)
     return llm, time.perf_counter() - begin
-
-
-def _require_room(llm: LLM, rows: int, max_new_tokens: int) -> None:
-    """PromptError if there is no memory even for the new tokens; prompts are not counted yet."""
-    require_cache_room(llm.model, rows, min(max_new_tokens, llm.model.config.n_positions))

@@ -16,6 +16,7 @@ from mqa_gpt.errors import PromptError
 from mqa_gpt.fim import infill_prompt, truncated_infill_prompt
 from mqa_gpt.generate import Token, check_request, stream_tokens
 from mqa_gpt.hub import resolve
+from mqa_gpt.memory import require_cache_room
 from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack
 from mqa_gpt.sampling import Sampling
@@ -168,6 +169,9 @@ class Generation:
         prompts = [ids or end_of_text for ids in prompts]
         sampling = Sampling(**sampling_options)
         prompts = check_request(model.config, prompts, max_new_tokens, sampling, n, logprobs)
+        # Before the rows: a number that cannot fit would take all memory for them already.
+        longest = max(map(len, prompts), default=0)
+        require_cache_room(model, len(prompts) * n, longest + max_new_tokens)
         end_ids = {*model.config.end_token_ids, *end_of_text}
         self._rows = [_Row(tokenizer, end_ids, list(stops)) for _ in range(len(prompts) * n)]
         self._prompt_tokens = [len(prompt) for prompt in prompts for _ in range(n)]

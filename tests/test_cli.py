@@ -435,13 +435,15 @@ def test_a_prompt_may_come_from_a_pipe(folder: str, tmp_path: Path):
     writer.join()
 
 
-@pytest.mark.parametrize("command", [["generate", "a"], ["infill", "--prefix", "a"]])
+@pytest.mark.parametrize(
+    ("command", "tokens"), [(["generate", "a"], 10), (["infill", "--prefix", "a"], 13)]
+)
 def test_more_samples_than_the_memory_holds_are_refused_before_they_are_begun(
-    folder: str, command: list[str]
+    folder: str, command: list[str], tokens: int
 ):
     run = [*command, "-m", folder, "--temperature", "1", "--n", "1000000000000"]
     message = refusal(*run, "--max-new-tokens", "9")
-    assert "1,000,000,000,000 completions of 9 tokens need " in message
+    assert f"1,000,000,000,000 completions of {tokens} tokens need " in message
     assert str(CONTEXT) in refusal(*command, "-m", folder, "--max-new-tokens", "1000000000000")
 
 

@@ -219,6 +219,7 @@ def test_no_new_tokens_give_an_empty_completion(llm):
         ("a", {"max_new_tokens": -1}, "max_new_tokens"),
         ("a", {"n": 0}, "n is 0"),
         ("a", {"n": 2}, "n is 2 but temperature is 0"),
+        ("a", {"n": 10**12, "temperature": 1.0}, "completions of .* tokens need"),
         ("a", {"logprobs": -1}, "logprobs"),
         ("a" * 200, {}, "200 tokens"),
         ("a", {"top_p": 2.0, "temperature": 1.0}, "top_p"),
