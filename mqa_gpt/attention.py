@@ -19,6 +19,7 @@ as it is finite: its weight is 0, but 0 times NaN is NaN.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import cast
 
 import torch
@@ -30,6 +31,8 @@ from mqa_gpt.errors import InputError
 Attention = Callable[[Tensor, Tensor, Tensor, "int | Tensor", float, float], Tensor]
 
 BACKENDS = ("reference", "sdpa", "triton", "auto")
+
+HAS_TRITON = find_spec("triton") is not None
 
 
 def positions_from(start: int | Tensor, length: int, device: torch.device) -> Tensor:
@@ -98,11 +101,25 @@ def sdpa_attention(
     return y.transpose(1, 2)  # (B, T, H, D)
 
 
+def auto_attention(
+    q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, scale: float, dropout_p: float = 0.0
+) -> Tensor:
+    """The fused kernels of `mqa_kernels` for tensors on a CUDA device, else `sdpa_attention`.
+
+    Chosen at each call, because a model may be moved after it is made.
+    """
+    if HAS_TRITON and q.is_cuda and q.dtype != torch.float64 and q.shape[3] <= 256:
+        from mqa_kernels import attention
+
+        return cast(Tensor, attention(q, k, v, start, scale, dropout_p))
+    return sdpa_attention(q, k, v, start, scale, dropout_p)
+
+
 def select_attention(backend: str, device: torch.device) -> Attention:
     """The attention function for a backend name on a device.
 
     Args:
-        backend: "reference", "sdpa", "triton", or "auto" for the fastest that runs on `device`.
+        backend: "reference", "sdpa", "triton", or "auto": triton on CUDA devices, else sdpa.
 
     Raises:
         InputError: an unknown name, or a backend that cannot run here; "auto" never raises.
@@ -113,7 +130,7 @@ def select_attention(backend: str, device: torch.device) -> Attention:
         return reference_attention
     if backend == "triton":
         return _triton_attention(device)
-    return sdpa_attention
+    return auto_attention if backend == "auto" else sdpa_attention
 
 
 def _triton_attention(device: torch.device) -> Attention:

@@ -174,7 +174,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f.weight.dtype
 
     def set_backend(self, backend: str) -> None:
-        """Choose the attention of every layer; "auto" takes the fastest for the model's device.
+        """Choose the attention of every layer; "auto" is "triton" on a GPU and "sdpa" elsewhere.
 
         Raises:
             ValueError: an unknown backend, or one that cannot run here.

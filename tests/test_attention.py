@@ -7,9 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mqa_gpt.attention import (
+    auto_attention,
     causal_mask,
     positions_from,
     reference_attention,
@@ -234,7 +236,29 @@ def test_positions_and_mask_start_where_each_row_stands() -> None:
 def test_backends_are_chosen_by_name() -> None:
     assert select_attention("reference", CPU) is reference_attention
     assert select_attention("sdpa", CPU) is sdpa_attention
-    assert select_attention("auto", CPU) is sdpa_attention
+    assert select_attention("auto", CPU) is auto_attention
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "fused"),
+    [
+        ("cuda", torch.bfloat16, 128, True),
+        ("cuda", torch.float32, 256, True),
+        ("cuda", torch.float32, 257, False),
+        ("cuda", torch.float64, 64, False),
+        ("cpu", torch.float32, 64, False),
+    ],
+)
+def test_auto_is_the_fused_kernels_for_what_they_take_on_a_gpu_and_sdpa_for_all_else(
+    device: str, dtype: torch.dtype, head_dim: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (3, 0.5, 0.1)
+    monkeypatch.setattr("mqa_kernels.attention", lambda *given: ("fused", given[3:]))
+    monkeypatch.setattr("mqa_gpt.attention.sdpa_attention", lambda *given: ("sdpa", given[3:]))
+    with FakeTensorMode():  # tensors without memory, and so on a GPU that need not be there
+        q, k, v = (torch.empty(1, 2, h, head_dim, dtype=dtype, device=device) for h in (4, 1, 1))
+        chosen = auto_attention(q, k, v, *arguments)
+    assert chosen == ("fused" if fused else "sdpa", arguments)
 
 
 def test_an_unknown_backend_is_an_error_that_lists_the_known_ones() -> None:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 import mqa_gpt.verify
 from mqa_gpt import GPT, CheckpointError, GPTConfig, PromptError
+from mqa_gpt.attention import HAS_TRITON
 from mqa_gpt.errors import InputError
 from mqa_gpt.generate import generate
 from mqa_gpt.report import format_report
@@ -90,7 +91,17 @@ def test_a_generation_config_does_not_change_what_greedy_means(tmp_path: Path) -
     assert verify(tmp_path, prompts=PROMPTS, max_new_tokens=8).passed
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "reference",
+        "sdpa",
+        pytest.param(
+            "triton",  # on a CPU under its interpreter
+            marks=pytest.mark.skipif(not HAS_TRITON, reason="Triton is not available here"),
+        ),
+    ],
+)
 def test_prompts_may_be_ids_of_any_lengths_with_id_0_among_them(folder: Path, backend: str) -> None:
     report = verify(folder, prompts=PROMPTS, max_new_tokens=12, backend=backend)
     assert report.passed
