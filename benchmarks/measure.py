@@ -47,7 +47,7 @@ def interleaved(
             "median": statistics.median(values),
             "min": min(values),
             "max": max(values),
-            "seconds": [round(value, 5) for value in values],
+            "seconds": [float(f"{value:.4g}") for value in values],
         }
         for name, values in seconds.items()
     }

@@ -1,0 +1,105 @@
+"""Seconds and bytes on the device: the one place where the benchmarks tell a GPU from a CPU.
+
+On a GPU, times are CUDA events around one replay of a CUDA graph, so that no launch cost is in
+them, and the L2 cache holds nothing of use when the action begins. A CPU, on which the code is only
+tried out under Triton's interpreter, has its wall clock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from measure import interleaved
+
+Action = Callable[[], object]
+
+FLUSH_BYTES = 256 << 20  # several times the L2 cache of an H100 (50 MB), H200 (60 MB) or B200 (126)
+
+
+class Clock:
+    """Measures actions on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.has_gpu = device.type == "cuda"
+        self._flush = torch.ones(FLUSH_BYTES // 4, device=device) if self.has_gpu else None
+
+    def synchronize(self) -> None:
+        """Wait for the device; raises what a kernel did wrong before."""
+        if self.has_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, action: Action) -> float:
+        """One run of an action on the device, from a cold L2 cache."""
+        if self._flush is None:
+            return self.wall(action)
+        begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        # Reading evicts. Writing would too, but what is written has to go back to memory, and that
+        # would share the bandwidth of the action's first microseconds.
+        self._flush.sum()
+        begin.record()
+        action()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+    def wall(self, action: Action) -> float:
+        """One run as the host sees it, launches included."""
+        self.synchronize()
+        begin = time.perf_counter()
+        action()
+        self.synchronize()
+        return time.perf_counter() - begin
+
+    def recorder(self) -> Callable[[Action], Action]:
+        """A function that turns actions into replays of CUDA graphs; on a CPU, into themselves.
+
+        Its graphs share one pool of memory, which is right as long as they take turns and nobody
+        reads their results.
+        """
+        if not self.has_gpu:
+            return lambda action: action
+        pool = torch.cuda.graph_pool_handle()
+
+        def record(action: Action) -> Action:
+            stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):  # what is compiled or set up once must not be captured
+                action()
+                action()
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                action()
+            return graph.replay
+
+        return record
+
+    def times(
+        self, actions: Mapping[str, Action], repeats: int, label: str
+    ) -> dict[str, dict[str, Any]]:
+        """`interleaved` for actions on the device."""
+        timed = {name: partial(self.seconds, action) for name, action in actions.items()}
+        return interleaved(timed, repeats, label)
+
+    def peak_bytes(self, action: Action) -> int | None:
+        """Device memory that an action takes at most, beyond what is there; None on a CPU."""
+        if not self.has_gpu:
+            return None
+        action()  # workspaces that stay
+        self.synchronize()
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        action()
+        self.synchronize()
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def release(self) -> None:
+        """Give back what the allocator keeps of tensors that are gone."""
+        if self.has_gpu:
+            torch.cuda.empty_cache()
