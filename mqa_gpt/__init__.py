@@ -6,6 +6,7 @@ from mqa_gpt.errors import CheckpointError, ConfigError, InputError, PromptError
 from mqa_gpt.generate import generate
 from mqa_gpt.llm import LLM, Completion
 from mqa_gpt.model import GPT
+from mqa_gpt.speculation import DraftModel, PromptLookup
 from mqa_gpt.tokenizer import Tokenizer
 
 __all__ = [
@@ -14,10 +15,12 @@ __all__ = [
     "CheckpointError",
     "Completion",
     "ConfigError",
+    "DraftModel",
     "GPTConfig",
     "InputError",
     "KVCache",
     "PromptError",
+    "PromptLookup",
     "Tokenizer",
     "generate",
 ]

@@ -38,6 +38,7 @@ from mqa_gpt.errors import InputError
 from mqa_gpt.llm import LLM
 from mqa_gpt.memory import is_out_of_memory
 from mqa_gpt.report import format_report
+from mqa_gpt.speculation import Draft, DraftModel, PromptLookup
 from mqa_gpt.verify import verify as verify_checkpoint
 
 CHECK_FAILED, BAD_INPUT, INTERRUPTED, READER_GONE = 1, 2, 130, 141
@@ -199,6 +200,15 @@ Logprobs = Annotated[
         metavar="K", help="Report each token's log-probability, and the K likeliest in its place."
     ),
 ]
+Drafts = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        metavar="prompt|NAME|FOLDER",
+        help="Guess ahead, to write the same tokens faster: what followed the last ones before, or "
+        "what a smaller model with the same tokenizer writes.",
+    ),
+]
 Statistics = Annotated[bool, typer.Option("--stats", help="Report times, speeds and memory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -262,6 +272,7 @@ def generate(
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend = "auto",
+    draft: Drafts = None,
     echo: Annotated[
         bool | None,
         typer.Option(
@@ -302,6 +313,7 @@ def generate(
         n=n,
         stop=[unescape(text) for text in stop or []],
         logprobs=logprobs,
+        draft=_draft(draft, device, dtype, backend),
     )
     if echo is None:
         echo = sys.stdout.isatty()
@@ -362,6 +374,7 @@ def infill(
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend = "auto",
+    draft: Drafts = None,
     whole: Annotated[
         bool,
         typer.Option(
@@ -400,6 +413,7 @@ def infill(
         n=n,
         stop=[unescape(text) for text in stop or []],
         logprobs=logprobs,
+        draft=_draft(draft, device, dtype, backend),
     )
     cut_prefix, cut_suffix = generation.completions[0].cut
     if cut_prefix or cut_suffix:
@@ -542,3 +556,12 @@ def _load(
     name = DEMO_DIR if model is None else model
     llm = LLM.load(name, revision=revision, device=device, dtype=dtype, backend=backend)
     return llm, time.perf_counter() - begin
+
+
+def _draft(draft: str | None, device: str | None, dtype: str | None, backend: str) -> Draft | None:
+    """What `--draft` names."""
+    if draft is None:
+        return None
+    if draft == "prompt":
+        return PromptLookup()
+    return DraftModel(LLM.load(draft, device=device, dtype=dtype, backend=backend).model)

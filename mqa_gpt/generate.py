@@ -8,6 +8,7 @@ limited by memory bandwidth. Rows of different lengths share both without influe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import PromptError
 from mqa_gpt.model import GPT
 from mqa_gpt.sampling import GREEDY, Sampling, draw, filter_logits, fresh_seed, uniforms
+from mqa_gpt.speculation import MOST, Draft, check_draft
 
 # Positions per forward pass of the prefill: enough to keep the arithmetic busy, few enough that
 # the activations of a long prompt (F times this many floats per row and layer) stay small.
@@ -57,6 +59,7 @@ def generate(
     seed: int | None = None,
     n: int = 1,
     eos_token_id: int | Sequence[int] | None = None,
+    draft: Draft | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> list[list[int]]:
     """Continue each prompt; greedy unless a temperature is given.
@@ -68,6 +71,7 @@ def generate(
         temperature, top_k, top_p, min_p, repetition_penalty, seed: see `Sampling`.
         n: samples per prompt, all from one prefill of it.
         eos_token_id: the token or tokens that end a row; None never stops early.
+        draft: what guesses ahead so that the same tokens take fewer steps (`mqa_gpt.speculation`).
         prefill_chunk: positions per row and forward pass while the prompts are read; lower it where
             the activations of a large batch of long prompts do not fit into memory.
 
@@ -92,12 +96,14 @@ def generate(
             f"prefill_chunk is {shown(prefill_chunk)}: it must be an integer of at least 1"
         )
     prompts = check_request(model.config, prompts, max_new_tokens, sampling, n)
+    check_draft(draft, model.config)
     rows: list[list[int]] = [[] for _ in range(len(prompts) * n)]
-    for token in stream_tokens(
+    stream = stream_tokens if draft is None else partial(stream_drafted, draft=draft)
+    for token in stream(
         model,
         prompts,
         max_new_tokens,
-        sampling,
+        sampling=sampling,
         n=n,
         should_stop=lambda token: token.id in ends,
         prefill_chunk=prefill_chunk,
@@ -221,37 +227,14 @@ def stream_tokens(
         return
     # A generator must not hold inference mode across its yields: the consumer would be in it too.
     with torch.inference_mode():
-        # The last token is returned without being fed, so it needs no slot.
-        slots = max(len(prompt) for prompt in prompts) + max_new_tokens - 1
-        cache = KVCache(model.config, len(prompts), slots, dtype=model.dtype, device=model.device)
-        logits = prefill(model, cache, prompts, prefill_chunk).float()  # (B, V)
         rows = list(range(len(prompts) * n))  # which continuation each batch row is
-        if n > 1:
-            cache = cache.select([row // n for row in rows])
-            logits = logits.repeat_interleave(n, 0)  # (B n, V)
+        cache, logits = _start(model, prompts, max_new_tokens, n, prefill_chunk)
         seen = _tokens_seen(prompts, n, logits) if sampling.repetition_penalty != 1 else None
-        draws = None  # (max_new_tokens, B n)
-        if not sampling.greedy:
-            seed = fresh_seed() if sampling.seed is None else sampling.seed
-            draws = torch.tensor(
-                [uniforms(seed, row % n, max_new_tokens) for row in rows],
-                dtype=torch.float64,
-                device=logits.device,
-            ).T
+        draws = None if sampling.greedy else _draws(sampling, rows, n, max_new_tokens, model.device)
 
     for step in range(max_new_tokens):
         with torch.inference_mode():
-            filtered = filter_logits(logits, sampling, seen)  # (B, V)
-            highest, chosen = filtered.max(-1)  # (B,), (B,)
-            if draws is not None:
-                chosen = draw(filtered, draws[step])  # (B,)
-            # max propagates NaN, so this one number per row vouches for the whole vocabulary.
-            if not bool(highest.isfinite().all()):
-                raise FloatingPointError(
-                    f"the model's logits are not finite after {step} new tokens: the weights hold "
-                    "NaN or infinity (see `mqa-gpt inspect --check-finite`) or overflow in "
-                    f"{model.dtype}; try float32"
-                )
+            chosen = _choose(logits, sampling, seen, None if draws is None else draws[:, step])
             reports = _reports(logits, chosen, logprobs)
             if seen is not None:
                 seen.scatter_(1, chosen[:, None], True)
@@ -275,8 +258,128 @@ def stream_tokens(
                 rows = [rows[i] for i in kept]
                 cache, chosen = cache.select(kept), chosen[kept]
                 seen = None if seen is None else seen[kept]
-                draws = None if draws is None else draws[:, kept]
+                draws = None if draws is None else draws[kept]
             logits = model(chosen[:, None], cache=cache)[:, 0].float()  # (B, V)
+
+
+def stream_drafted(
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    draft: Draft,
+    sampling: Sampling = GREEDY,
+    *,
+    n: int = 1,
+    should_stop: Callable[[Token], bool] = lambda token: False,
+    logprobs: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Iterator[Token]:
+    """The tokens of `stream_tokens` in fewer steps, each of which reads a draft too.
+
+    See `mqa_gpt.speculation`. Rows get on at different speeds; each row's tokens come in order.
+    """
+    if not prompts or max_new_tokens == 0:
+        return
+    draft.begin()
+    with torch.inference_mode():
+        rows = list(range(len(prompts) * n))
+        cache, logits = _start(model, prompts, max_new_tokens + MOST, n, prefill_chunk)
+        seen = _tokens_seen(prompts, n, logits) if sampling.repetition_penalty != 1 else None
+        draws = None if sampling.greedy else _draws(sampling, rows, n, max_new_tokens, model.device)
+    texts = [list(prompts[row // n]) for row in rows]  # prompts and new tokens
+    counts = [0] * len(rows)  # of new tokens
+    guesses: list[list[int]] = [[] for _ in rows]
+    logits = logits[:, None]  # (B, T, V): behind each row's newest token and behind its guesses
+
+    while True:
+        unfinished, undecided = set(range(len(rows))), list(range(len(rows)))
+        accepted = 0
+        for position in range(logits.shape[1]):
+            with torch.inference_mode():
+                at = [min(count, max_new_tokens - 1) for count in counts]
+                u = None if draws is None else draws[range(len(rows)), at]  # (B,)
+                chosen = _choose(logits[:, position], sampling, seen, u)
+                reports = _reports(logits[:, position], chosen, logprobs)
+                if seen is not None:
+                    seen[undecided, chosen[undecided]] = True
+            ids = chosen.tolist()
+            agreeing = []
+            for i in undecided:
+                texts[i].append(ids[i])
+                counts[i] += 1
+                token = Token(rows[i], ids[i], None, *reports[i])
+                if should_stop(token):
+                    token = token._replace(finished="stop")
+                elif counts[i] == max_new_tokens:
+                    token = token._replace(finished="length")
+                agrees = position < len(guesses[i]) and guesses[i][position] == ids[i]
+                accepted += agrees
+                if token.finished:
+                    unfinished.remove(i)
+                elif agrees:
+                    agreeing.append(i)
+                yield token
+            undecided = agreeing
+            if not undecided:
+                break
+        draft.record(sum(map(len, guesses)), accepted)
+        if not unfinished:
+            return
+
+        with torch.inference_mode():
+            # The cache keeps what was agreed on: all tokens but the newest.
+            cache.set_lengths([len(text) - 1 for text in texts])
+            if len(unfinished) < len(rows):
+                kept = sorted(unfinished)
+                cache = cache.select(kept)
+                rows, texts = [rows[i] for i in kept], [texts[i] for i in kept]
+                counts = [counts[i] for i in kept]
+                seen = None if seen is None else seen[kept]
+                draws = None if draws is None else draws[kept]
+            most = min(draft.next_count(), cache.max_length - cache.end - 1)
+            guesses = draft.propose(rows, texts, most) if most > 0 else [[] for _ in rows]
+            width = max(map(len, guesses))
+            feed = [
+                text[-1:] + guess + [0] * (width - len(guess))
+                for text, guess in zip(texts, guesses, strict=True)
+            ]
+            logits = model(torch.tensor(feed, device=model.device), cache=cache).float()
+
+
+def _start(
+    model: GPT, prompts: list[list[int]], spare: int, n: int, chunk: int
+) -> tuple[KVCache, Tensor]:
+    """The prompts' cache, with room for `spare` tokens more, and logits, once per sample.
+
+    The last token is returned without being fed, so it needs no slot.
+    """
+    slots = min(max(map(len, prompts)) + spare - 1, model.config.n_positions)
+    cache = KVCache(model.config, len(prompts), slots, dtype=model.dtype, device=model.device)
+    logits = prefill(model, cache, prompts, chunk).float()  # (B, V)
+    if n > 1:
+        cache = cache.select([i // n for i in range(len(prompts) * n)])
+        logits = logits.repeat_interleave(n, 0)  # (B n, V)
+    return cache, logits
+
+
+def _draws(sampling: Sampling, rows: list[int], n: int, count: int, device: torch.device) -> Tensor:
+    """The numbers that decide each row's draws, (B n, count) float64."""
+    seed = fresh_seed() if sampling.seed is None else sampling.seed
+    numbers = [uniforms(seed, row % n, count) for row in rows]
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
+def _choose(logits: Tensor, sampling: Sampling, seen: Tensor | None, u: Tensor | None) -> Tensor:
+    """The next token of each row, (B,), from logits (B, V); drawn with u (B,) if not greedy."""
+    filtered = filter_logits(logits, sampling, seen)  # (B, V)
+    highest, chosen = filtered.max(-1)  # (B,), (B,)
+    # max propagates NaN, so this one number per row vouches for the whole vocabulary.
+    if not bool(highest.isfinite().all()):
+        raise FloatingPointError(
+            "the model's logits are not finite: the weights hold NaN or infinity (see "
+            "`mqa-gpt inspect --check-finite`) or overflow in the model's dtype; try float32"
+        )
+    return chosen if u is None else draw(filtered, u)
 
 
 def _tokens_seen(prompts: list[list[int]], n: int, logits: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any, TypedDict, Unpack
 
@@ -14,12 +15,13 @@ from mqa_gpt.checkpoint import DEMO_DIR, load_model
 from mqa_gpt.checks import shown
 from mqa_gpt.errors import PromptError
 from mqa_gpt.fim import infill_prompt, truncated_infill_prompt
-from mqa_gpt.generate import Token, check_request, stream_tokens
+from mqa_gpt.generate import Token, check_request, stream_drafted, stream_tokens
 from mqa_gpt.hub import resolve
 from mqa_gpt.memory import require_cache_room
 from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack
 from mqa_gpt.sampling import Sampling
+from mqa_gpt.speculation import Draft, check_draft
 from mqa_gpt.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -49,13 +51,18 @@ class Completion:
 
 @dataclass
 class Stats:
-    """Token counts of one generation over all its rows, and its times in seconds."""
+    """Token counts of one generation over all its rows, and its times in seconds.
+
+    `drafted_tokens` and `accepted_tokens` are None without a draft.
+    """
 
     rows: int
     prompt_tokens: int
     new_tokens: int = 0
     first_token_seconds: float = 0.0
     total_seconds: float = 0.0
+    drafted_tokens: int | None = None
+    accepted_tokens: int | None = None
 
     @property
     def prefill_rate(self) -> float:
@@ -69,10 +76,15 @@ class Stats:
         return max(0, self.new_tokens - self.rows) / seconds if seconds > 0 else 0.0
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"prefill {self.prefill_rate:,.1f} tok/s | first token {self.first_token_seconds:.3f} s"
             f" | decode {self.decode_rate:,.1f} tok/s"
         )
+        if self.drafted_tokens is not None:
+            text += (
+                f" | {self.accepted_tokens:,} of {self.drafted_tokens:,} drafted tokens accepted"
+            )
+        return text
 
 
 class Options(TypedDict, total=False):
@@ -80,7 +92,8 @@ class Options(TypedDict, total=False):
 
     The first six are described at `Sampling`. `stop` is a text or several, any of which ends a
     completion; `logprobs` is how many log-probabilities to report per token beside the chosen
-    token's own.
+    token's own; `draft` guesses ahead, so that the same tokens take fewer steps
+    (`mqa_gpt.speculation`).
     """
 
     temperature: float
@@ -91,6 +104,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str] | None
     logprobs: int | None
+    draft: Draft | None
 
 
 class _Row:
@@ -160,6 +174,7 @@ class Generation:
         cut: tuple[int, int] = (0, 0),
         stop: str | Sequence[str] | None = None,
         logprobs: int | None = None,
+        draft: Draft | None = None,
         **sampling_options: Any,
     ) -> None:
         stops: Any = [stop] if isinstance(stop, str) else stop or []
@@ -169,6 +184,7 @@ class Generation:
         prompts = [ids or end_of_text for ids in prompts]
         sampling = Sampling(**sampling_options)
         prompts = check_request(model.config, prompts, max_new_tokens, sampling, n, logprobs)
+        check_draft(draft, model.config)
         # Before the rows: a number that cannot fit would take all memory for them already.
         longest = max(map(len, prompts), default=0)
         require_cache_room(model, len(prompts) * n, longest + max_new_tokens)
@@ -176,11 +192,13 @@ class Generation:
         self._rows = [_Row(tokenizer, end_ids, list(stops)) for _ in range(len(prompts) * n)]
         self._prompt_tokens = [len(prompt) for prompt in prompts for _ in range(n)]
         self._has_logprobs, self._cut = logprobs is not None, cut
-        self._tokens = stream_tokens(
+        self._draft = draft
+        stream = stream_tokens if draft is None else partial(stream_drafted, draft=draft)
+        self._tokens = stream(
             model,
             prompts,
             max_new_tokens,
-            sampling,
+            sampling=sampling,
             n=n,
             should_stop=lambda token: self._rows[token.row].push(token),
             logprobs=logprobs,
@@ -195,6 +213,9 @@ class Generation:
             begin = time.perf_counter()  # what the consumer does between tokens does not count
             token = next(self._tokens, None)
             self.stats.total_seconds += time.perf_counter() - begin
+            if self._draft is not None:
+                self.stats.drafted_tokens = self._draft.proposed
+                self.stats.accepted_tokens = self._draft.accepted
             if token is None:
                 return
             self.stats.new_tokens += 1

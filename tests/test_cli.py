@@ -498,6 +498,22 @@ def test_any_text_is_completed_and_infilled_or_refused(loaded: None, text: str, 
             assert invoke(*arguments).exit_code == 0
 
 
+@pytest.mark.parametrize("command", [["generate", "abcabcabcab"], ["infill", "--prefix", "abcab"]])
+@pytest.mark.parametrize("draft", ["prompt", "model"])
+def test_a_draft_changes_the_statistics_and_not_the_text(
+    folder: str, command: list[str], draft: str
+):
+    run = [*command, "-m", folder, "--json", "--max-new-tokens", "20"]
+    plain = json.loads(invoke(*run).stdout)
+    drafted = json.loads(invoke(*run, "--draft", folder if draft == "model" else draft).stdout)
+    assert drafted["completions"] == plain["completions"]
+    assert plain["stats"]["drafted_tokens"] is None
+    assert drafted["stats"]["drafted_tokens"] >= drafted["stats"]["accepted_tokens"]
+    if draft == "model":  # it agrees with itself
+        assert drafted["stats"]["accepted_tokens"] > 0
+    assert "there is no folder" in refusal(*run, "--draft", os.devnull + "/nothing")
+
+
 # ------------------------------------------------------------------------ verify, inspect and env
 
 
