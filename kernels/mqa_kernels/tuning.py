@@ -1,4 +1,7 @@
-"""Tile sizes and launch settings, by shape and device."""
+"""Tile sizes and launch settings, by shape and dtype.
+
+None spills registers, and all fit into shared memory, on every supported GPU: `make check-kernels`.
+"""
 
 from __future__ import annotations
 
@@ -29,23 +32,23 @@ def forward_tiles(dtype: torch.dtype, D: int, rows: int) -> Tiles:
     if D <= 64:
         return Tiles(128, 64, 4, 3)
     if D <= 128:
-        return Tiles(64, 64, 4, 2)
-    return Tiles(64, 32, 4, 2)
+        return Tiles(128, 64, 8, 2)
+    return Tiles(64, 32, 8, 2)
 
 
 @functools.cache
 def query_tiles(dtype: torch.dtype, D: int) -> Tiles:
     """Tiles of the kernel for dQ."""
     if dtype == torch.float32:
-        return Tiles(16, 32, 4, 1) if D > 64 else Tiles(32, 32, 4, 1)
-    return Tiles(128, 64, 8, 2) if D <= 128 else Tiles(64, 32, 8, 1)
+        return Tiles(16, 16, 8, 1) if D > 128 else Tiles(32, 32, 8, 1)
+    return Tiles(64, 64, 4, 2) if D <= 128 else Tiles(64, 32, 8, 2)
 
 
 @functools.cache
 def key_tiles(dtype: torch.dtype, D: int) -> Tiles:
     """Tiles of the kernel for dK and dV."""
     if dtype == torch.float32:
-        return Tiles(32, 16, 4, 1) if D > 64 else Tiles(32, 32, 4, 1)
+        return Tiles(32, 16, 8, 1) if D > 64 else Tiles(32, 32, 8, 1)
     return Tiles(64, 64, 8, 2) if D <= 128 else Tiles(32, 64, 8, 1)
 
 
