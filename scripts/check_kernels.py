@@ -1,195 +1,273 @@
 """Compile every shipped kernel configuration for every supported GPU; no GPU is needed.
 
-    make check-kernels
-    PYTHONPATH=kernels python scripts/check_kernels.py --arch 90 --dtype bfloat16
+    make check-kernels      # with the Triton that is installed, then with the oldest supported
+    python scripts/check_kernels.py --arch 90 --dtype bfloat16 --head-dim 128
 
-Prints shared memory, registers, spills and tensor-core instructions of each, and fails where a
-kernel does not compile, spills registers, does not fit into shared memory, or runs a 16-bit product
-without tensor cores.
+Calls `mqa_kernels.attention` as users do, but on the CPU, and has Triton compile what it would
+launch: tiles, types, what 16 divides and what becomes a constant are the launcher's own. Prints
+shared memory, registers, spills and tensor-core instructions of each kernel. Fails where one does
+not compile, spills registers, does not fit into shared memory, or runs a 16-bit product without
+tensor cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
-if os.environ.pop("TRITON_INTERPRET", "0") == "1":
+if __name__ == "__main__" and os.environ.pop("TRITON_INTERPRET", "0") == "1":
     print("TRITON_INTERPRET is set: ignored here", file=sys.stderr)
 
 import torch
 import triton
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
-from mqa_kernels import tuning
-from mqa_kernels.backward import dkv_kernel, dq_kernel
-from mqa_kernels.forward import combine_kernel, forward_kernel
+from mqa_kernels import attention
 
-# Bytes of shared memory that one block may have (CUDA programming guide, compute capabilities).
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
-DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-HEAD_DIMS = (64, 80, 128, 256)
-HEADS = 32  # R, in all of them
-KERNELS = ("prefill", "dropout", "decode", "combine", "dq", "dkv")
+
+class GPU(NamedTuple):
+    """What the choices and the verdicts depend on (CUDA programming guide, data sheets)."""
+
+    multiprocessors: int
+    shared: int  # bytes that one block may have
+
+
+GPUS = {80: GPU(108, 166_912), 90: GPU(132, 232_448), 100: GPU(148, 232_448)}
+TENSOR_MEMORY = 512  # columns, on sm_100
+HEADS = 32
+DTYPES = ("bfloat16", "float16", "float32")
+CALLS = ("train", "ragged", "decode")
 
 
 class Case(NamedTuple):
-    """One kernel in one configuration for one GPU."""
+    """One call of `attention` on one GPU: G key/value heads, and what is computed."""
 
     arch: int
     dtype: str
-    head_dim: int
-    kernel: str
+    D: int
+    G: int
+    call: str
 
 
 class Usage(NamedTuple):
-    """What the compiler made of a case."""
+    """What the compiler made of one kernel that the call launches."""
 
+    kernel: str
     tiles: str
-    shared: int
-    registers: int
-    spilled: int
-    tensor_cores: str
-    problem: str
+    shared: int = 0  # bytes
+    tensor_memory: int = 0  # columns
+    registers: int = 0  # per thread
+    spilled: int = 0  # bytes per thread
+    tensor_cores: str = ""  # their instruction
+    error: str = ""
+
+
+class AbsentGPU:
+    """What Triton asks its driver before it compiles."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch  # a number of its own: Triton keeps what it has compiled by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", type=int, nargs="+", choices=SHARED_LIMIT, default=[80, 90, 100])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16", "float32"])
-    parser.add_argument("--head-dim", type=int, nargs="+", default=list(HEAD_DIMS))
-    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--arch", type=int, nargs="+", choices=GPUS, default=list(GPUS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--head-dim", type=int, nargs="+", help="only these")
+    parser.add_argument("--call", nargs="+", choices=CALLS, default=list(CALLS))
     parser.add_argument("--json", type=Path, help="also write the table here")
     options = parser.parse_args()
 
     cases = [
-        Case(*values)
-        for values in itertools.product(
-            options.arch, options.dtype, options.head_dim, options.kernel
-        )
+        case
+        for case in all_cases()
+        if case.arch in options.arch
+        and case.dtype in options.dtype
+        and case.call in options.call
+        and (options.head_dim is None or case.D in options.head_dim)
     ]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        usages = list(tqdm(pool.map(compile_case, cases), total=len(cases), unit="kernel"))
-    print_table(cases, usages)
+        found = list(tqdm(pool.map(compile_case, cases), total=len(cases), unit="call"))
+    rows = [(case, usage) for case, usages in zip(cases, found, strict=True) for usage in usages]
+    print_table(rows)
     if options.json:
-        rows = [case._asdict() | usage._asdict() for case, usage in zip(cases, usages, strict=True)]
-        options.json.write_text(
-            json.dumps({"triton": triton.__version__, "kernels": rows}, indent=2) + "\n"
-        )
-    problems = sum(bool(usage.problem) for usage in usages)
-    print(f"Triton {triton.__version__}: {len(cases)} kernels, {problems} with a problem")
+        write_json(options.json, rows)
+    problems = sum(bool(verdict(case, usage)) for case, usage in rows)
+    print(f"Triton {triton.__version__}: {len(rows)} kernels, {problems} with a problem")
     return 1 if problems else 0
 
 
-def compile_case(case: Case) -> Usage:
-    """Compile one case down to machine code and read off what it needs."""
-    function, constants, tiles = configuration(case)
-    element = f"*{DTYPES[case.dtype]}"
-    types = dict.fromkeys(function.arg_names, "i32")
-    types |= {name: element for name in types if name.endswith("_ptr")}
-    types |= dict.fromkeys(("lse_ptr", "lses_ptr", "parts_ptr", "delta_ptr"), "*fp32")
-    types |= dict.fromkeys(("scale", "scale_log2", "dropout_p"), "fp32")
-    types |= {"start_ptr": "*i64", "lengths_ptr": "*i64", "seed_ptr": "*i64"}
-    if case.kernel == "decode":
-        types["out_ptr"] = "*fp32"
-    signature = {
-        name: "constexpr" if name in constants else types[name] for name in function.arg_names
-    }
-    # What the launcher finds in practice: pointers and strides that 16 divides.
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(function.arg_names)
-        if name not in constants and (name.endswith("_ptr") or name.startswith("stride_"))
-    }
-    try:
-        compiled = triton.compile(
-            ASTSource(function, signature, constants, attributes),
-            target=GPUTarget("cuda", case.arch, 32),
-            options={"num_warps": tiles.warps, "num_stages": tiles.stages},
-        )
-    except Exception as error:  # the compiler raises many kinds
-        return Usage(tiles_text(tiles), 0, 0, 0, "", f"{type(error).__name__}: {error}")
-    shared = compiled.metadata.shared
-    registers, spilled = resources(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
-    found = re.search(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", ptx)
-    tensor_cores = found[0] if found else ""
-    problems = []
-    if spilled:
-        problems.append(f"{spilled} bytes spilled")
-    if shared > SHARED_LIMIT[case.arch]:
-        problems.append(f"{shared} bytes of shared memory of {SHARED_LIMIT[case.arch]}")
-    if not tensor_cores and case.dtype != "float32" and case.kernel != "combine":
-        problems.append("no tensor cores")
-    return Usage(tiles_text(tiles), shared, registers, spilled, tensor_cores, "; ".join(problems))
+def all_cases() -> Iterator[Case]:
+    """Common head dims everywhere, one of each other kind once."""
+    for arch in GPUS:
+        for dtype in ("bfloat16", "float32"):
+            for D in (64, 80, 128, 256):
+                yield Case(arch, dtype, D, 1, "train")
+                yield Case(arch, dtype, D, 1, "decode")
+            yield Case(arch, dtype, 128, 1, "ragged")
+    for D in (16, 32, 96):
+        yield Case(90, "bfloat16", D, 1, "train")
+        yield Case(90, "bfloat16", D, 1, "decode")
+    for call in CALLS:
+        yield Case(90, "float16", 128, 1, call)
+        yield Case(90, "bfloat16", 128, HEADS, call)
 
 
-def configuration(case: Case) -> tuple[triton.JITFunction, dict[str, object], tuning.Tiles]:
-    """The kernel, its compile-time constants, and its tiles."""
-    D, dtype = case.head_dim, getattr(torch, case.dtype)
-    padded = triton.next_power_of_2(D)
-    if case.kernel == "combine":
-        warps = tuning.combine_warps(D, 64)
-        constants = {"D": D, "PADDED_D": padded, "SPLITS": 64, "PADDED_SPLITS": 64}
-        return combine_kernel, constants, tuning.Tiles(0, 0, warps, 1)
-    dropout = case.kernel == "dropout"
-    constants = {"G": 1, "R": HEADS, "D": D, "PADDED_D": padded, "DROPOUT": dropout}
-    if case.kernel in ("prefill", "dropout"):
-        function, splits = forward_kernel, 1
-        tiles = tuning.forward_tiles(dtype, D, HEADS * 2048)
-    elif case.kernel == "decode":
-        function, splits = forward_kernel, 16
-        tiles = tuning.forward_tiles(dtype, D, HEADS)
-        constants |= {"B": 1, "T": 1}  # the launcher makes constants of ones
-    elif case.kernel == "dq":
-        function, splits, tiles = dq_kernel, None, tuning.query_tiles(dtype, D)
-    else:
-        function, splits, tiles = dkv_kernel, 4, tuning.key_tiles(dtype, D)
-    constants |= {"M": tiles.M, "N": tiles.N}
-    if splits is not None:
-        constants["SPLITS"] = splits
-    absent = {"lengths_ptr": None} | ({} if dropout else {"seed_ptr": None})
-    absent |= {} if case.kernel == "decode" else {"start_ptr": None}
-    return function, constants | absent, tiles
+def compile_case(case: Case) -> list[Usage]:
+    """Compile what the call launches down to machine code, and read off what it needs."""
+    usages = []
+    compile_launch = triton.JITFunction.run
+
+    def record(kernel, *arguments, grid, warmup, **options):  # type: ignore[no-untyped-def]
+        tiles = "{M}x{N} ".format(**options) if "M" in options else ""
+        tiles += "{num_warps} warps {num_stages} stages".format(**{"num_stages": 3} | options)
+        try:
+            compiled = compile_launch(kernel, *arguments, grid=grid, warmup=True, **options)
+            usage = examine(kernel.__name__, tiles, compiled)
+        except Exception as error:  # the compiler raises many kinds
+            usage = Usage(kernel.__name__, tiles, error=f"{type(error).__name__}: {error}")
+        usages.append(usage)
+
+    count = GPUS[case.arch].multiprocessors
+    driver.set_active(AbsentGPU(case.arch))
+    with (
+        patch.object(triton.JITFunction, "run", record),
+        patch("mqa_kernels.launch.runs_on", return_value=True),
+        patch("mqa_kernels.forward.multiprocessors", return_value=count),
+        patch("mqa_kernels.backward.multiprocessors", return_value=count),
+    ):
+        call_attention(case)
+    return usages
 
 
-def tiles_text(tiles: tuning.Tiles) -> str:
-    return f"{tiles.M}x{tiles.N} {tiles.warps} warps {tiles.stages} stages" if tiles.M else "-"
+def call_attention(case: Case) -> None:
+    """The call of a case, on memory that nobody reads."""
+    dtype, D, G = getattr(torch, case.dtype), case.D, case.G
+    if case.call == "decode":  # one row, its keys in many shares, which another kernel joins
+        q, k, v = projection(1, 1, 16_384, G, D, dtype)
+        attention(q, k, v, torch.zeros(1, dtype=torch.int64))
+        return
+    if case.call == "train":
+        q, k, v = (x.requires_grad_() for x in projection(2, 2048, 2048, G, D, dtype))
+        out = attention(q, k, v)
+    else:  # all that is optional, and lengths that 16 does not divide
+        q, k, v = (x.requires_grad_() for x in projection(2, 2047, 2047, G, D, dtype))
+        rows = torch.zeros(2, dtype=torch.int64)
+        out = attention(q, k, v, rows, dropout_p=0.1, lengths=rows, left_padding=rows)
+    torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
 
 
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread, and bytes per thread that did not fit into them."""
+def projection(
+    B: int, T: int, S: int, G: int, D: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, T, H, D), k and v (B, S, G, D) as parts of wider rows, as the model has them."""
+    q = torch.empty(B, T, HEADS + 2 * G, D, dtype=dtype)[:, :, :HEADS]
+    k, v = torch.empty(B, S, G, 2 * D, dtype=dtype).chunk(2, dim=-1)
+    return q, k, v
+
+
+def examine(kernel: str, tiles: str, compiled: triton.compiler.CompiledKernel) -> Usage:
+    """Read off what a compiled kernel needs."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
         report = subprocess.run(
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
+    registers, spilled = resources(report)
+    instruction = re.search(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
+    return Usage(
+        kernel,
+        tiles,
+        shared=compiled.metadata.shared,
+        tensor_memory=compiled.metadata.tmem_size or 0,
+        registers=registers,
+        spilled=spilled,
+        tensor_cores=instruction[0] if instruction else "",
+    )
+
+
+def resources(report: str) -> tuple[int, int]:
+    """Registers per thread, and bytes per thread that did not fit into them, from cuobjdump."""
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
 
 
-def print_table(cases: list[Case], usages: list[Usage]) -> None:
-    table = Table("GPU", "dtype", "D", "kernel", "tiles", "shared", "registers", "tensor cores", "")
-    for case, usage in zip(cases, usages, strict=True):
+def verdict(case: Case, usage: Usage) -> str:
+    """What is wrong, or nothing."""
+    if usage.error:
+        return usage.error
+    limit = GPUS[case.arch].shared
+    problems = []
+    if usage.spilled:
+        problems.append(f"{usage.spilled} bytes spilled")
+    if usage.shared > limit:
+        problems.append(f"{usage.shared} bytes of shared memory of {limit}")
+    if usage.tensor_memory > TENSOR_MEMORY:
+        problems.append(f"{usage.tensor_memory} columns of tensor memory of {TENSOR_MEMORY}")
+    if not usage.tensor_cores and case.dtype != "float32" and usage.kernel != "combine_kernel":
+        problems.append("no tensor cores")
+    return "; ".join(problems)
+
+
+def print_table(rows: list[tuple[Case, Usage]]) -> None:
+    titles = "GPU,dtype,D,G,call,kernel,tiles,shared,registers,tensor cores,"
+    table = Table(*titles.split(","))
+    for case, usage in rows:
         table.add_row(
-            f"sm_{case.arch}", case.dtype, str(case.head_dim), case.kernel, usage.tiles,
-            f"{usage.shared:,}", str(usage.registers), usage.tensor_cores, usage.problem,
+            f"sm_{case.arch}", case.dtype, str(case.D), str(case.G), case.call, usage.kernel,
+            usage.tiles, f"{usage.shared:,}", str(usage.registers), usage.tensor_cores,
+            verdict(case, usage),
         )  # fmt: skip
-    Console(width=150).print(table)
+    Console(width=170).print(table)
+
+
+def write_json(path: Path, rows: list[tuple[Case, Usage]]) -> None:
+    """Put the table into the file, beside those of other versions of Triton; a row is a line."""
+    old = json.loads(path.read_text()) if path.exists() else {"runs": {}, "kernels": []}
+    version = triton.__version__
+    run = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    head = {
+        "question": "What does every kernel need of a GPU, in every configuration that is shipped?",
+        "units": "bytes of shared memory and columns of tensor memory per block; registers and "
+        "bytes spilled per thread",
+        "runs": old["runs"] | {version: run},
+    }
+    kernels = [row for row in old["kernels"] if row["triton"] != version]
+    kernels += [{"triton": version} | case._asdict() | usage._asdict() for case, usage in rows]
+    lines = ",\n  ".join(json.dumps(row) for row in kernels)
+    text = json.dumps(head, indent=1).removesuffix("\n}")
+    path.write_text(f'{text},\n "kernels": [\n  {lines}\n ]\n}}\n')
 
 
 if __name__ == "__main__":

@@ -1,0 +1,137 @@
+"""The check that compiles the kernels: which calls it makes, and what it calls a problem."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not available on this platform")
+
+import check_kernels
+import triton
+from check_kernels import CALLS, Case, Usage, all_cases, resources, verdict
+
+from mqa_kernels import tuning
+
+ROOT = Path(__file__).parents[1]
+LARGE = Case(90, "bfloat16", 128, 1, "train")
+FITS = Usage("dq_kernel", "64x64", 98_304, 0, 218, 0, "wgmma.mma_async")
+
+REPORT = """
+Fatbin elf code:
+arch = sm_90
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function forward_kernel:
+  REG:255 STACK:24 SHARED:0 LOCAL:8 CONSTANT[0]:628 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+
+def spilling(case: Case) -> list[Usage]:
+    """In place of the compiler."""
+    return [FITS, FITS._replace(kernel="dkv_kernel", spilled=8)]
+
+
+def test_what_fits_is_no_problem():
+    assert verdict(LARGE, FITS) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"spilled": 8}, "8 bytes spilled"),
+        ({"shared": 232_449}, "232449 bytes of shared memory of 232448"),
+        ({"tensor_memory": 513}, "513 columns of tensor memory of 512"),
+        ({"tensor_cores": ""}, "no tensor cores"),
+        ({"error": "CompilationError: no"}, "CompilationError: no"),
+        ({"spilled": 8, "tensor_cores": ""}, "8 bytes spilled; no tensor cores"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict[str, object], problem: str):
+    assert verdict(LARGE, FITS._replace(**change)) == problem
+
+
+def test_each_gpu_has_a_limit_of_shared_memory_of_its_own():
+    usage = FITS._replace(shared=200_000)
+    assert verdict(LARGE, usage) == ""
+    assert "shared memory" in verdict(LARGE._replace(arch=80), usage)
+
+
+def test_float32_and_the_sum_of_parts_need_no_tensor_cores():
+    assert verdict(LARGE._replace(dtype="float32"), FITS._replace(tensor_cores="")) == ""
+    assert verdict(LARGE, FITS._replace(kernel="combine_kernel", tensor_cores="")) == ""
+
+
+def test_spills_are_what_the_stack_and_local_memory_hold():
+    assert resources(REPORT) == (255, 32)
+
+
+def test_every_common_configuration_is_compiled_for_every_gpu_and_once():
+    cases = list(all_cases())
+    assert len(set(cases)) == len(cases)
+    for arch in (80, 90, 100):
+        for dtype in ("bfloat16", "float32"):
+            for D in (64, 80, 128, 256):
+                for call in ("train", "decode"):
+                    assert Case(arch, dtype, D, 1, call) in cases
+    assert {case.D for case in cases} == {16, 32, 64, 80, 96, 128, 256}
+    assert {case.dtype for case in cases} == {"bfloat16", "float16", "float32"}
+    assert {case.call for case in cases if case.G > 1} == set(CALLS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tiles_are_powers_of_two_that_a_matrix_product_takes(dtype: torch.dtype):
+    for D in range(1, 257):
+        tiles = [tuning.query_tiles(dtype, D), tuning.key_tiles(dtype, D)]
+        tiles += [tuning.forward_tiles(dtype, D, rows) for rows in (1, 16, 17, 32, 33, 65_536)]
+        for M, N, warps, stages in tiles:
+            assert M in (16, 32, 64, 128)
+            assert N in (16, 32, 64, 128)
+            assert warps in (4, 8)
+            assert 1 <= stages <= 3
+
+
+def test_a_spill_fails_the_check_and_is_in_the_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(check_kernels, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(check_kernels, "compile_case", spilling)
+    monkeypatch.setattr(sys, "argv", ["check", "--head-dim", "16", "--call", "decode"])
+    assert check_kernels.main() == 1
+    printed = capsys.readouterr().out
+    assert "8 bytes spilled" in printed
+    assert f"Triton {triton.__version__}: 2 kernels, 1 with a problem" in printed
+
+
+def test_a_file_keeps_the_tables_of_other_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    file = tmp_path / "table.json"
+    for version, shared in (("3.6.0", 1), ("3.7.1", 2), ("3.6.0", 3)):
+        monkeypatch.setattr(triton, "__version__", version)
+        check_kernels.write_json(file, [(LARGE, FITS._replace(shared=shared))])
+    found = json.loads(file.read_text())
+    assert found["runs"].keys() == {"3.6.0", "3.7.1"}
+    kernels = [(row["triton"], row["kernel"], row["D"], row["shared"]) for row in found["kernels"]]
+    assert kernels == [("3.7.1", "dq_kernel", 128, 2), ("3.6.0", "dq_kernel", 128, 3)]
+
+
+def test_decoding_compiles_on_a_machine_without_gpu(tmp_path: Path):
+    # In a process of its own, as in this one the kernels may be the interpreter's; with an empty
+    # folder of compiled kernels, so that the compiler runs.
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/check_kernels.py", "--head-dim", "16", "--call", "decode"],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "kernels"), "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"Triton {triton.__version__}: 2 kernels, 0 with a problem" in done.stdout
+    assert "mma.sync" in done.stdout
