@@ -298,19 +298,21 @@ def measure_backward(problem: Problem, clock: Clock, repeats: int, flex: bool) -
     "tflops" is the backward pass's, which has 2.5 times the products of the forward pass;
     "peak_bytes" what both need beyond their inputs.
     """
-    inputs = [x.detach().requires_grad_() for x in make_inputs(problem, clock.device)]
+    inputs = make_inputs(problem, clock.device)
     generator = torch.Generator(clock.device).manual_seed(1)
     do = torch.randn(inputs[0].shape, generator=generator, device=clock.device, dtype=problem.dtype)
     record = clock.recorder()
 
     def attempt(contender: Contender) -> Attempt:
-        def forward() -> Tensor:
-            q, k, v = inputs
-            return contender.attend(q, contender.arrange(k), contender.arrange(v))
+        def forward() -> tuple[Tensor, list[Tensor]]:
+            # New leaves each time: autograd remembers the stream on which it first met one, and
+            # work for another stream cannot be captured.
+            q, k, v = leaves = [x.detach().requires_grad_() for x in inputs]
+            return contender.attend(q, contender.arrange(k), contender.arrange(v)), leaves
 
         def both() -> tuple[Tensor, ...]:
-            out = forward()
-            return out, *torch.autograd.grad(out, inputs, do)
+            out, leaves = forward()
+            return out.detach(), *torch.autograd.grad(out, leaves, do)
 
         answers: dict[str, Tensor | None] = dict(
             zip(("out", "dq", "dk", "dv"), both(), strict=True)

@@ -91,7 +91,21 @@ class KVCache:
         Returns:
             (B, S, G, 2D): a view of the layer's slots up to the longest row's new end. `advance`
             moves the ends themselves, once all layers are written.
+
+        Raises:
+            ValueError: `kv` needs gradients, or is not of the cache's batch size, dtype or device.
         """
+        if kv.requires_grad:
+            raise ValueError(
+                "a cache is for inference: run the model under torch.inference_mode() or "
+                "torch.no_grad()"
+            )
+        held = self.kv
+        if (len(kv), kv.dtype, kv.device) != (self.batch_size, held.dtype, held.device):
+            raise ValueError(
+                f"the model gives {len(kv)} rows of {kv.dtype} on {kv.device}, but the cache is "
+                f"made for {self.batch_size} of {held.dtype} on {held.device}"
+            )
         T = kv.shape[1]
         slots = self.kv[layer]  # (B, max_length, G, 2D)
         if self._limits is not None:
@@ -117,7 +131,10 @@ class KVCache:
         What is appended behind a row's end is stored as zeros, until `set_lengths`. A hidden key's
         weight is 0, but 0 times NaN is NaN: padding that overflows would reach the row's tokens.
         """
-        assert self.end == 0, "only an empty cache is filled by right-padding"
+        if self.end != 0:
+            raise ValueError(
+                f"the cache holds {self.end} positions: only an empty one is filled by padding"
+            )
         self._limits = torch.tensor(lengths, device=self.kv.device)
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
@@ -144,6 +161,8 @@ class KVCache:
         Repeating an index branches a prompt into several continuations of one prefill; leaving
         one out drops a finished row.
         """
+        if not rows:
+            raise ValueError("rows is empty: a cache needs at least one row")
         index = torch.tensor(rows, device=self.kv.device)
         other = KVCache.__new__(KVCache)
         other.kv = self.kv.index_select(1, index)

@@ -353,7 +353,9 @@ def save_model(
 
     Everything is written and synced under a temporary name first. A folder that does not exist
     appears complete, in one step. In one that exists, the files are moved into place with the one
-    that loading starts from as the last; old shards go, other files (a tokenizer) stay.
+    that loading starts from as the last; old shards go, other files (a tokenizer) stay. If that is
+    broken off, the folder does not load, or loads the old or the new model, and what was not moved
+    is still in the folder `.saving-...` inside it.
 
     Args:
         model: weights in any float dtype, on any device.
@@ -362,7 +364,8 @@ def save_model(
             index.
 
     Raises:
-        CheckpointError: the files cannot be written; those of before are untouched.
+        CheckpointError: the files cannot be written, and those of before are untouched; or they
+            cannot be moved into place, and the message says where they are.
         ValueError: a size that cannot be read, or a tied model whose head is a weight of its own.
         RuntimeError: the model's weights are packed (see `mqa_gpt.packing`).
     """
@@ -388,6 +391,7 @@ def save_model(
     # On the same disk as what it becomes. pathlib would raise where the folder may not be seen.
     beside = folder if os.path.isdir(folder) else folder.parent  # noqa: PTH112
     temporary = beside / f".saving-{uuid.uuid4().hex[:8]}"
+    moving = False
     try:
         temporary.mkdir(parents=True)
         for file, names in split.filename_to_tensors.items():
@@ -402,18 +406,26 @@ def save_model(
             written.chmod(mode)
             _sync(written)
         if folder.exists():
+            moving = True
             _move_into(folder, temporary)
+            moving = False
         else:
             temporary.rename(folder)
             _sync(folder.parent)  # the rename itself
         _sync(folder)
     except (OSError, SafetensorError) as error:
+        if moving:
+            raise CheckpointError(
+                f"the checkpoint is written but cannot be moved into {folder} ({error}): move the "
+                f"files of {temporary} there by hand"
+            ) from error
         raise CheckpointError(
             f"the checkpoint cannot be written to {folder} ({error}): make room there, or choose "
             "another folder"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not moving:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:
@@ -432,14 +444,17 @@ def _sync(path: Path) -> None:
 def _move_into(folder: Path, temporary: Path) -> None:
     """Replace the checkpoint in `folder` by the one in `temporary`.
 
-    Shards of two savings have the same names, so between the first and the last move the folder
-    must hold nothing that loads: the index goes first and comes last. One file needs no such care.
+    Between the first and the last move the folder must hold nothing that loads, for the files of
+    two savings have the same names: what loading starts from goes first and comes last. Weights in
+    one file whose config stays the same are replaced in one step.
     """
     new = {file.name for file in temporary.iterdir()}
     shards = folder.glob("model-?????-of-?????.safetensors")
     old = {WEIGHTS_FILE, INDEX_FILE, *(file.name for file in shards)}
     first = INDEX_FILE if INDEX_FILE in new else WEIGHTS_FILE
-    if first == INDEX_FILE:
+    config = folder / CONFIG_FILE
+    same_config = config.is_file() and config.read_bytes() == (temporary / CONFIG_FILE).read_bytes()
+    if first == INDEX_FILE or not same_config:
         for name in (INDEX_FILE, WEIGHTS_FILE):
             (folder / name).unlink(missing_ok=True)
     for name in sorted(new - {first}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import reprlib
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +17,8 @@ shown = _repr.repr
 
 
 def is_int(value: Any) -> bool:
-    """True for integers, False for booleans."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """True for integers, NumPy's too; False for booleans."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def require_number(
@@ -28,7 +29,7 @@ def require_number(
     accept: Callable[[float], bool],
 ) -> None:
     """Raise `error`, naming the value and its range, unless it is a finite number that fits."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     try:
         is_number = is_number and math.isfinite(value)
     except OverflowError:  # an int beyond every float

@@ -364,8 +364,9 @@ def _start(
 
 def _draws(sampling: Sampling, rows: list[int], n: int, count: int, device: torch.device) -> Tensor:
     """The numbers that decide each row's draws, (B n, count) float64."""
-    seed = fresh_seed() if sampling.seed is None else sampling.seed
-    numbers = [uniforms(seed, row % n, count) for row in rows]
+    fresh = {row // n: fresh_seed() for row in rows}  # by prompt
+    seeds = [fresh[row // n] if sampling.seed is None else sampling.seed for row in rows]
+    numbers = [uniforms(seed, row % n, count) for seed, row in zip(seeds, rows, strict=True)]
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
@@ -91,9 +91,9 @@ class Options(TypedDict, total=False):
     """The options that every way of generating takes.
 
     The first six are described at `Sampling`. `stop` is a text or several, any of which ends a
-    completion; `logprobs` is how many log-probabilities to report per token beside the chosen
-    token's own; `draft` guesses ahead, so that the same tokens take fewer steps
-    (`mqa_gpt.speculation`).
+    completion, as the control token of that name does too; `logprobs` is how many log-probabilities
+    to report per token beside the chosen token's own; `draft` guesses ahead, so that the same
+    tokens take fewer steps (`mqa_gpt.speculation`).
     """
 
     temperature: float
@@ -188,7 +188,9 @@ class Generation:
         # Before the rows: a number that cannot fit would take all memory for them already.
         longest = max(map(len, prompts), default=0)
         require_cache_room(model, len(prompts) * n, longest + max_new_tokens)
-        end_ids = {*model.config.end_token_ids, *end_of_text}
+        # A control token leaves no text in which its name could be found.
+        named = [id_ for text in stops if (id_ := tokenizer.control_id(text)) is not None]
+        end_ids = {*model.config.end_token_ids, *end_of_text, *named}
         self._rows = [_Row(tokenizer, end_ids, list(stops)) for _ in range(len(prompts) * n)]
         self._prompt_tokens = [len(prompt) for prompt in prompts for _ in range(n)]
         self._has_logprobs, self._cut = logprobs is not None, cut
@@ -291,6 +293,39 @@ class LLM:
         if can_pack(model):
             pack(model)
         return cls(model, tokenizer)
+
+    @overload
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 64,
+        *,
+        n: Literal[1] = 1,
+        special_tokens: bool = True,
+        **options: Unpack[Options],
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        max_new_tokens: int = 64,
+        *,
+        n: Literal[1] = 1,
+        special_tokens: bool = True,
+        **options: Unpack[Options],
+    ) -> list[Completion]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        max_new_tokens: int = 64,
+        *,
+        n: int,
+        special_tokens: bool = True,
+        **options: Unpack[Options],
+    ) -> Any: ...
 
     def generate(
         self,

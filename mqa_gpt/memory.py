@@ -49,8 +49,12 @@ def cache_bytes(config: GPTConfig, dtype: torch.dtype, rows: int = 1, slots: int
 
 
 def require_cache_room(model: GPT, rows: int, slots: int) -> None:
-    """Raise PromptError if the model's device cannot hold a `KVCache` of this size."""
-    needed = cache_bytes(model.config, model.dtype, rows, slots)
+    """Raise PromptError if the model's device cannot hold what generation needs for its cache.
+
+    Several rows are held twice for a moment: when one leaves, the others are copied.
+    """
+    copies = 1 if rows == 1 else 2
+    needed = copies * cache_bytes(model.config, model.dtype, rows, slots)
     room = available_memory(model.device)
     if room is not None and needed > room:
         raise PromptError(

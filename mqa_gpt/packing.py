@@ -93,3 +93,5 @@ def pack(module: nn.Module) -> None:
     # By name, because a list of the layers would keep all their weights to the end.
     for name in [n for n, child in module.named_modules() if isinstance(child, nn.Linear)]:
         module.set_submodule(name, PackedLinear(cast(nn.Linear, module.get_submodule(name))))
+    # What is left (embeddings, LayerNorms) cannot be trained through packed weights.
+    module.requires_grad_(False)

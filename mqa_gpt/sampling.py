@@ -32,7 +32,8 @@ class Sampling:
         repetition_penalty: divides the positive and multiplies the negative logits of tokens that
             prompt or output already hold (Keskar et al. 2019, section 4.1); 1 changes nothing.
         seed: makes draws repeatable. A row's draws depend on the seed and on which of its prompt's
-            samples it is, never on the rest of the batch. None draws afresh each time.
+            samples it is, never on the rest of the batch, so equal prompts get equal answers. None
+            draws afresh for every prompt.
 
     Raises:
         PromptError: a value out of range, or a filter without a temperature to draw with.
@@ -48,7 +49,7 @@ class Sampling:
     def __post_init__(self) -> None:
         # Far smaller temperatures would overflow the logits that they divide.
         self._require_number("temperature", "of 0 or at least 1e-6", lambda x: x == 0 or x >= 1e-6)
-        self._require_number("repetition_penalty", "above 0", lambda x: x > 0)
+        self._require_number("repetition_penalty", "of at least 1e-6", lambda x: x >= 1e-6)
         if self.top_k is not None and (not is_int(self.top_k) or self.top_k < 1):
             raise PromptError(f"top_k is {shown(self.top_k)}: it must be an integer of at least 1")
         if self.top_p is not None:

@@ -69,7 +69,7 @@ class Tokenizer:
             id_ for id_, token in added.items() if token.special or token.content in control_names
         )
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
-        self.end_of_text_id = self._control_id(END_OF_TEXT)
+        self.end_of_text_id = self.control_id(END_OF_TEXT)
         self.fim = self._find_fim()
 
     @classmethod
@@ -161,13 +161,14 @@ class Tokenizer:
         name: str | None = self._tokenizer.id_to_token(id_)
         return name
 
-    def _control_id(self, name: str) -> int | None:
+    def control_id(self, name: str) -> int | None:
+        """The id of a control token by its name, or None."""
         id_ = self.token_id(name)
         return id_ if id_ in self.special_ids else None
 
     def _find_fim(self) -> FimTokens | None:
         for names in FIM_SPELLINGS:
-            prefix, suffix, middle, pad = map(self._control_id, names)
+            prefix, suffix, middle, pad = map(self.control_id, names)
             if prefix is not None and suffix is not None and middle is not None:
                 return FimTokens(prefix, suffix, middle, pad)
         return None

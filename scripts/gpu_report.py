@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(), help="folder of gpu_report.json")
     parser.add_argument("--only", type=section_names, default=list(SHARES), metavar="A,B")
-    parser.add_argument("--budget", type=float, default=480, metavar="SECONDS")
+    parser.add_argument("--budget", type=float, default=450, metavar="SECONDS")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "gpu_report.json"

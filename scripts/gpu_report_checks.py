@@ -320,7 +320,7 @@ def random_pair(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> 
             center = 1.0 if "ln_" in name and name.endswith("weight") else 0.0
             parameter.normal_(center, 0.3, generator=generator)
         else:
-            std = 3.5 * config.n_embd**-0.5
+            std = 2 * config.n_embd**-0.5
             if name.endswith("c_proj.weight"):
                 std *= (2 * config.n_layer) ** -0.5
             parameter.normal_(0.0, std, generator=generator)

@@ -6,11 +6,13 @@ import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
 Row = dict[str, Any]
 Task = tuple[Any, ...]
+
+CONTAGIOUS = ("CUDA error", "AcceleratorError", "BrokenProcessPool")
 
 
 def in_processes(
@@ -18,8 +20,9 @@ def in_processes(
 ) -> Iterator[Row]:
     """`function` of each task, in no particular order.
 
-    A kernel that reads wrong memory ends the use of the GPU for its whole process. So what failed
-    is tried once more, each task in a process of its own: what fails there is at fault itself.
+    A kernel that reads wrong memory ends the use of the GPU for its whole process. So tasks that
+    failed in that way are tried once more, each in a process of its own: what fails there is at
+    fault itself.
 
     Args:
         workers: how many processes; 0 for this one alone.
@@ -30,14 +33,16 @@ def in_processes(
             is_late = time.monotonic() > deadline
             yield skipped(task) if is_late else attempt(function, task)
         return
-    failed = []
+    suspects = []
     for task, row in zip(tasks, run(function, tasks, workers, deadline), strict=True):
-        if "error" in row:
-            failed.append(task)
+        if any(sign in row.get("error", "") for sign in CONTAGIOUS):
+            suspects.append(task)
         else:
             yield row
-    for task in failed:
-        yield from run(function, [task], 1, deadline)
+    with ThreadPoolExecutor(workers) as threads:
+        alone = [threads.submit(lambda t: [*run(function, [t], 1, deadline)], t) for t in suspects]
+        for future in alone:
+            yield from future.result()
 
 
 def run(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -44,6 +45,8 @@ TUNED = {
     "dq": "mqa_kernels.backward.query_tiles",
     "dkv": "mqa_kernels.backward.key_tiles",
 }
+
+COMPILING = 0.6  # share of the time of "autotune" after which no more settings are compiled
 
 
 class Tuning(NamedTuple):
@@ -114,13 +117,13 @@ def gpu_plan() -> Plan:
         )
     ]
     autotune = (
-        Tuning("forward", training, grid((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))),
-        Tuning("decode", decode[1], grid((32,), (32, 64, 128), (2, 4, 8), (2, 3, 4))),
-        Tuning("decode", decode[2], grid((32,), (32, 64, 128), (2, 4, 8), (2, 3, 4))),
+        Tuning("forward", training, grid((64, 128), (64, 128), (4, 8), (2, 3, 4))),
+        Tuning("decode", decode[1], grid((32,), (32, 64, 128), (4, 8), (2, 3, 4))),
+        Tuning("decode", decode[2], grid((32,), (32, 64, 128), (4, 8), (2, 3, 4))),
         Tuning("decode splits", decode[1], (4, 8, 12, 16, 24, 32)),
         Tuning("decode splits", decode[2], (16, 24, 32, 48, 64)),
-        Tuning("dkv", training, grid((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3))),
-        Tuning("dq", training, grid((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))),
+        Tuning("dkv", training, grid((32, 64, 128), (64, 128), (4, 8), (1, 2, 3))),
+        Tuning("dq", training, grid((64, 128), (32, 64), (4, 8), (1, 2, 3))),
     )
     return Plan(
         repeats=15,
@@ -176,8 +179,24 @@ class Context(NamedTuple):
     plan: Plan
     deadline: float
 
-    def is_late(self) -> bool:
-        return time.monotonic() > self.deadline
+    def each(self, cases: Iterable[tuple[Row, Callable[[], Iterable[Row]]]]) -> Iterator[Row]:
+        """The rows of every case, as long as there is time; a case that fails ends only itself.
+
+        Args:
+            cases: what is in all of a case's rows, and what yields the rest of them.
+        """
+        for case, measure in cases:
+            begin = time.monotonic()
+            if begin > self.deadline:
+                yield case | {"skipped": "no time left"}
+                continue
+            try:
+                for row in measure():
+                    yield case | row | {"seconds": time.monotonic() - begin}
+            except Exception:  # whatever it is, the next case is worth having
+                yield case | {"passed": False, "error": traceback.format_exc()}
+                self.clock.synchronize()  # unless the device is lost, which shows here
+            self.clock.release()
 
 
 def environment(context: Context) -> Iterator[Row]:
@@ -215,35 +234,32 @@ def numerics(context: Context) -> Iterator[Row]:
 
 def parity(context: Context) -> Iterator[Row]:
     """Whole models against transformers."""
-    for name, config, dtype, new_tokens in context.plan.parity:
-        if context.is_late():
-            yield {"model": name, "dtype": dtype, "skipped": "no time left"}
-            continue
-        begin = time.monotonic()
-        for row in check_parity(context.clock, config, dtype, new_tokens):
-            yield {"model": name, **row, "seconds": time.monotonic() - begin}
+    return context.each(
+        (
+            {"model": name, "dtype": dtype},
+            partial(check_parity, context.clock, config, dtype, new_tokens),
+        )
+        for name, config, dtype, new_tokens in context.plan.parity
+    )
 
 
 def timed_section(name: str) -> Callable[[Context], Iterator[Row]]:
     """The section that races all contenders over the problems of the plan's field `name`."""
 
     def section(context: Context) -> Iterator[Row]:
-        clock, plan = context.clock, context.plan
+        plan = context.plan
         measures: dict[str, Callable[[Problem, Clock, int, bool], list[Row]]] = {
             "forward": measure_forward,
             "backward": measure_backward,
             "decode": partial(measure_decode, most_caches=plan.most_caches),
         }
-        measure = measures[name]
-        for problem in getattr(plan, name):
-            row: Row = {"problem": problem.describe()}
-            if context.is_late():
-                yield row | {"skipped": "no time left"}
-                continue
-            begin = time.monotonic()
-            row["results"] = measure(problem, clock, plan.repeats, (name, problem) in plan.flex)
-            yield row | {"seconds": time.monotonic() - begin}
-            clock.release()
+
+        def race(problem: Problem) -> Iterator[Row]:
+            flex = (name, problem) in plan.flex
+            yield {"results": measures[name](problem, context.clock, plan.repeats, flex)}
+
+        problems: tuple[Problem, ...] = getattr(plan, name)
+        return context.each(({"problem": p.describe()}, partial(race, p)) for p in problems)
 
     return section
 
@@ -256,25 +272,26 @@ def autotune(context: Context) -> Iterator[Row]:
         for tuning in plan.autotune
         for setting in tuning.settings
     ]
-    # What the others compile comes back through Triton's cache on disk. They get half of the time.
+    # What the others compile comes back through Triton's cache on disk.
     now = time.monotonic()
-    half = now + (context.deadline - now) / 2
-    compiled = in_processes(partial(try_setting, clock.device), tasks, plan.workers, half)
+    until = now + COMPILING * (context.deadline - now)
+    compiled = in_processes(partial(try_setting, clock.device), tasks, plan.workers, until)
     reasons = {
         row["task"]: row.get("skipped") or row["error"].strip().splitlines()[-1]
         for row in compiled
         if "compiled" not in row
     }
-    for tuning in plan.autotune:
-        row: Row = {"kernel": tuning.kernel, "problem": tuning.problem.describe()}
-        if context.is_late():
-            yield row | {"skipped": "no time left"}
-            continue
+
+    def race(tuning: Tuning) -> Iterator[Row]:
         results = race_settings(clock, tuning, plan.repeats, reasons)
         right = [result for result in results if result.get("right")]
         winner = min(right, key=lambda result: result["whole"]["median"], default=None)
-        yield row | {"winner": winner, "results": results}
-        clock.release()
+        yield {"winner": winner, "results": results}
+
+    yield from context.each(
+        ({"kernel": tuning.kernel, "problem": tuning.problem.describe()}, partial(race, tuning))
+        for tuning in plan.autotune
+    )
 
 
 def try_setting(device: torch.device, kernel: str, problem: Problem, setting: Any) -> Row:
@@ -326,10 +343,10 @@ def tuned_run(
     if kernel not in ("dq", "dkv"):
         return forward, partial(find_truth, q, k, v, problem.S - problem.T)
 
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     do = torch.randn(q.shape, device=device, dtype=problem.dtype)
 
     def both() -> dict[str, Tensor | None]:
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]  # new: see measure_backward
         out = attention(*leaves)
         gradients = torch.autograd.grad(out, leaves, do)
         return {"out": out.detach(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}

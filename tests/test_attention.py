@@ -233,6 +233,16 @@ def test_positions_and_mask_start_where_each_row_stands() -> None:
     ]
 
 
+def test_slots_behind_the_last_query_are_not_seen_whatever_the_backend() -> None:
+    for T in (1, 3):
+        q, k, v = inputs(2, T, 9, 1, 4, 8)
+        for start in (0, 2, 6):
+            full = [attend(q, k, v, start, 0.5) for attend in BACKENDS]
+            cut = sdpa_attention(q, k[:, : start + T], v[:, : start + T], start, 0.5)
+            for one in full:
+                torch.testing.assert_close(one, cut)
+
+
 def test_backends_are_chosen_by_name() -> None:
     assert select_attention("reference", CPU) is reference_attention
     assert select_attention("sdpa", CPU) is sdpa_attention

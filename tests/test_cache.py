@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mqa_gpt import GPTConfig, KVCache
+from mqa_gpt import GPT, GPTConfig, KVCache
 from tests.helpers import our_model, random_ids, reference_model, tiny_config
 
 CONFIG = GPTConfig(vocab_size=11, n_positions=20, n_embd=12, n_layer=2, n_head=3)
@@ -148,6 +148,24 @@ def test_a_rewound_cache_continues_as_if_the_dropped_tokens_had_not_been() -> No
         model(torch.cat([ids[:, :5], random_ids(config, 2, 6, seed=1)], 1), cache=cache)
         cache.set_lengths([5, 5])
         torch.testing.assert_close(model(ids[:, 5:], cache=cache), expected, atol=1e-4, rtol=0)
+
+
+def test_a_model_that_does_not_fit_the_cache_is_told_so() -> None:
+    config = tiny_config()
+    model = GPT(config).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(ValueError, match=r"for inference: .*torch.no_grad"):
+        model(ids, cache=KVCache(config, 1, 8))
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"1 rows of torch.float32 .* 2 of torch.float32"):
+            model(ids, cache=KVCache(config, 2, 8))
+        with pytest.raises(ValueError, match=r"1 of torch.bfloat16"):
+            model(ids, cache=KVCache(config, 1, 8, dtype=torch.bfloat16))
+
+
+def test_a_cache_of_no_rows_cannot_be_selected() -> None:
+    with pytest.raises(ValueError, match="at least one row"):
+        KVCache(tiny_config(), 2, 8).select([])
 
 
 def test_a_full_cache_refuses_tokens_before_anything_is_written() -> None:

@@ -924,12 +924,17 @@ def test_a_model_can_be_saved_to_where_it_came_from(
     assert_same_weights(load_model(tmp_path), model)
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize(("before", "after"), [("5GB", "5GB"), (50_000, 50_000), (50_000, "5GB")])
-def test_a_saving_that_is_killed_leaves_the_old_or_the_new_model_or_a_clear_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int | str, after: int | str
+def test_a_saving_that_is_broken_off_leaves_the_old_or_the_new_model_or_a_clear_error(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: int | str,
+    after: int | str,
+    activation: str,
 ) -> None:
-    config = tiny_config()
-    old, new = (our_model(reference_model(config, seed=i), config) for i in range(2))
+    configs = [tiny_config(activation_function=name) for name in ("relu", activation)]
+    old, new = (our_model(reference_model(c, seed=i), c) for i, c in enumerate(configs))
     seen = set()
     for moment in range(100):
         folder = tmp_path / str(moment)
@@ -951,7 +956,6 @@ def test_a_saving_that_is_killed_leaves_the_old_or_the_new_model_or_a_clear_erro
             patch.setattr(checkpoint, "_sync", killed_after(checkpoint._sync))
             patch.setattr(Path, "replace", killed_after(Path.replace))
             patch.setattr(Path, "unlink", killed_after(Path.unlink))
-            patch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
             try:
                 new.save_pretrained(folder, max_shard_size=after)
                 finished = True
@@ -961,16 +965,45 @@ def test_a_saving_that_is_killed_leaves_the_old_or_the_new_model_or_a_clear_erro
             model = load_model(folder)
         except CheckpointError:
             seen.add("error")
+            (rest,) = folder.glob(".saving-*")  # nothing is lost
+            for file in rest.iterdir():
+                file.rename(folder / file.name)
+            assert_same_weights(load_model(folder), new)
         else:
             is_new = torch.equal(model.lm_head.weight, new.lm_head.weight)
             assert_same_weights(model, new if is_new else old)
+            assert model.config.activation_function == ("relu" if not is_new else activation)
             seen.add("new" if is_new else "old")
         if finished:
             break
     assert finished
     assert {"old", "new"} <= seen
-    if after == "5GB":
+    if after == "5GB" and activation == "relu":
         assert seen == {"old", "new"}
+
+
+def test_a_saving_that_cannot_be_moved_into_place_says_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config()
+    old, new = (our_model(reference_model(config, seed=i), config) for i in range(2))
+    old.save_pretrained(tmp_path, max_shard_size=50_000)
+    real, moved = Path.replace, []
+
+    def refused(self: Path, target: Path) -> Path:
+        moved.append(target)
+        if len(moved) == 3:
+            raise PermissionError(13, "Permission denied")
+        return real(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refused)
+        with pytest.raises(CheckpointError, match=r"cannot be moved .*denied.*\.saving-"):
+            new.save_pretrained(tmp_path, max_shard_size=50_000)
+    (rest,) = tmp_path.glob(".saving-*")
+    for file in rest.iterdir():
+        file.rename(tmp_path / file.name)
+    assert_same_weights(load_model(tmp_path), new)
 
 
 def test_a_failed_saving_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,23 @@ def test_n_samples_take_one_prefill(model):
     generate(model, random_prompts(CONFIG, [9, 4]), 3, n=5, temperature=1.0, seed=0)
     hook.remove()
     assert [tuple(shape) for shape in calls] == [(2, 9), (10, 1), (10, 1)]
+
+
+def test_without_a_seed_equal_prompts_get_different_draws_and_with_one_the_same(model):
+    prompts = random_prompts(CONFIG, [6]) * 3
+    free = generate(model, prompts, 20, temperature=1.0)
+    assert len(set(map(tuple, free))) == 3
+    first, *others = generate(model, prompts, 20, temperature=1.0, seed=1)
+    assert others == [first, first]
+
+
+def test_numpys_integers_are_integers(model):
+    (prompt,) = random_prompts(CONFIG, [6])
+    ids, one = [np.int64(i) for i in prompt], np.int32(1)
+    options = {"temperature": np.float32(1), "seed": one, "top_k": np.int64(5)}
+    assert generate(model, [ids], np.int64(4), **options) == generate(
+        model, [prompt], 4, temperature=1.0, seed=1, top_k=5
+    )
 
 
 def test_a_seed_repeats_and_another_seed_does_not(model):

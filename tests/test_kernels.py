@@ -29,6 +29,7 @@ SHAPES = [
     (1, 2, 64, 32, 1, 256, [62]),
     (1, 16, 111, 48, 1, 16, [95]),
     (2, 3, 20, 4, 2, 5, [0, 9]),
+    (2, 9, 4, 6, 1, 16, [0, 30]),  # queries behind the last slot see all of them
 ]
 NAMES = ["B{}-T{}-S{}-H{}-G{}-D{}".format(*shape[:6]) for shape in SHAPES]
 
@@ -115,6 +116,30 @@ def test_keys_split_into_shares_give_the_same_attention(splits, monkeypatch):
     torch.testing.assert_close(lse, whole_lse, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_query_that_is_not_finite_shows_in_its_row_and_in_no_other(value, splits, monkeypatch):
+    monkeypatch.setattr("mqa_kernels.forward.split_count", lambda *_: splits)
+    q, k, v, _ = make_inputs(1, 3, 200, 2, 1, 16, [197], torch.float32)
+    q = q.clone()
+    q[0, 1, 1, 4] = value
+    out, lse = attention(q, k, v, 197, return_lse=True)
+    expected = torch.zeros(1, 3, 2, dtype=torch.bool, device=DEVICE)
+    expected[0, 1, 1] = True
+    assert torch.equal(out.isnan().all(-1), expected)
+    assert torch.equal(lse.isnan(), expected)
+
+
+@pytest.mark.parametrize(("B", "T", "S"), [(0, 3, 3), (2, 0, 5), (2, 3, 0)])
+def test_nothing_in_gives_nothing_out(B, T, S):
+    q, k, v = (torch.randn(B, n, heads, 16) for n, heads in ((T, 4), (S, 1), (S, 1)))
+    q, k, v = (x.to(DEVICE).requires_grad_() for x in (q, k, v))
+    out = attention(q, k, v)
+    out.sum().backward()
+    assert torch.equal(out, torch.zeros_like(q))
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in (q, k, v))
+
+
 def test_combining_shares_is_attention_over_all_keys():
     q, k, v, _ = make_inputs(1, 1, 12, 4, 1, 8, [11], torch.float32)
     q, k, v = q.double(), k.double(), v.double()
@@ -134,6 +159,7 @@ BACKWARD_SHAPES = [
     (1, 33, 33, 12, 1, 80, [0]),
     (1, 12, 12, 22, 1, 128, [0]),
     (1, 5, 5, 4, 1, 256, [0]),
+    (2, 9, 4, 6, 1, 16, [0, 30]),
 ]
 
 
@@ -207,6 +233,7 @@ def test_rows_with_padding_on_the_left_equal_their_solo_runs(splits, dropout_p, 
     for b, left in enumerate(padding):
         k[b, :left] = v[b, :left] = float("nan")
     left_padding = torch.tensor(padding, device=DEVICE)
+    left_padding[0] = -3  # none
 
     seed = torch.tensor([7], device=DEVICE) if dropout_p else None
 
@@ -347,6 +374,10 @@ def test_starts_and_dropout_that_do_not_fit_are_refused():
     q, k, v = (torch.randn(2, 4, heads, 16, device=DEVICE) for heads in (4, 1, 1))
     with pytest.raises(ValueError, match="one integer per row"):
         attention(q, k, v, torch.tensor([1, 2, 3], device=DEVICE))
+    with pytest.raises(ValueError, match=r"float32: it must be int64 or int32"):
+        attention(q, k, v, torch.tensor([0.7, 1.0], device=DEVICE))
+    with pytest.raises(ValueError, match="at most 65535 "):
+        attention(*(x[:1].expand(70_000, -1, -1, -1) for x in (q, k, v)))
     with pytest.raises(ValueError, match="at least 0 and below 1"):
         attention(q, k, v, dropout_p=1.0)
 

@@ -79,6 +79,13 @@ def test_text_ends_before_the_first_stop_string_wherever_token_borders_are(stop,
     assert (completion.text, completion.finish_reason) == (text, "stop")
 
 
+def test_the_name_of_a_control_token_as_stop_string_ends_at_the_token():
+    llm = reciting("abc<fim_prefix>def")
+    completion = llm.generate("x", stop=["<fim_prefix>", "nowhere"])
+    assert (completion.text, completion.finish_reason) == ("abc", "stop")
+    assert llm.generate("x").text == "abcdef"
+
+
 def test_generation_ends_with_the_token_that_completes_a_stop_string():
     llm = reciting("hello world")
     assert llm.generate("x", stop="ll").token_ids == llm.tokenizer.encode("hell")

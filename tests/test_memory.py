@@ -84,13 +84,16 @@ def test_a_cache_takes_the_bytes_that_are_counted_for_it(
 
 def test_a_cache_that_does_not_fit_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT(tiny_config())
-    needed = cache_bytes(model.config, torch.float32, 10**6, 50)
+    needed = 2 * cache_bytes(model.config, torch.float32, 10**6, 50)  # rows that leave: a copy
     for room in (None, needed):
         monkeypatch.setattr(memory, "available_memory", lambda device, room=room: room)
         require_cache_room(model, 10**6, 50)
     monkeypatch.setattr(memory, "available_memory", lambda device: needed - 1)
-    with pytest.raises(PromptError, match=r"1,000,000 completions of 50 tokens need 16\.00 GB"):
+    with pytest.raises(PromptError, match=r"1,000,000 completions of 50 tokens need 32\.00 GB"):
         require_cache_room(model, 10**6, 50)
+    one = cache_bytes(model.config, torch.float32, 1, 50)
+    monkeypatch.setattr(memory, "available_memory", lambda device: one)
+    require_cache_room(model, 1, 50)
 
 
 def test_an_allocation_that_failed_is_told_from_other_errors() -> None:

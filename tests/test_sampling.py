@@ -155,6 +155,7 @@ def test_streams_of_uniforms_differ_by_seed_and_by_sample_and_repeat():
         ({"temperature": 1.0, "min_p": -0.1}, "min_p"),
         ({"temperature": 1.0, "min_p": 1.1}, "min_p"),
         ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-60}, "repetition_penalty"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty"),
         ({"seed": 1.5}, "seed"),
         ({"top_p": 0.9}, "temperature"),

@@ -108,6 +108,17 @@ def test_prompts_may_be_ids_of_any_lengths_with_id_0_among_them(folder: Path, ba
     assert [prompt.prompt_tokens for prompt in report.prompts] == [3, 1, 7]
 
 
+def test_a_model_whose_logits_are_all_0_is_compared_like_any_other(tmp_path: Path) -> None:
+    reference = reference_model(CONFIG)
+    for parameter in reference.parameters():
+        torch.nn.init.zeros_(parameter)
+    reference.save_pretrained(tmp_path)
+    report = verify(tmp_path, prompts=PROMPTS, max_new_tokens=4)
+    assert report.passed
+    assert report.logits_error == 0
+    assert "nan" not in format_report(report)
+
+
 def test_built_in_prompts_fit_into_a_small_context(tmp_path: Path) -> None:
     report = verify(save(tmp_path, config_of(n_positions=12)), max_new_tokens=5)
     assert report.passed

@@ -25,6 +25,7 @@ from mqa_kernels.tiles import (
     dot,
     dropout_keeps,
     first_position,
+    group_offset,
     load_rows,
     load_seed,
     narrow,
@@ -100,8 +101,8 @@ def dq_kernel(
     t = rows // R
     real = t < new
     channels = tl.arange(0, PADDED_D)
-    q_base = q_ptr + b.to(tl.int64) * stride_qb + g * R * stride_qh
-    do_base = do_ptr + b.to(tl.int64) * stride_ob + g * R * stride_oh
+    q_base = q_ptr + group_offset(b, g * R, stride_qb, stride_qh)
+    do_base = do_ptr + group_offset(b, g * R, stride_ob, stride_oh)
     q_at = row_offsets(rows, channels, stride_qt, stride_qh, R)
     do_at = row_offsets(rows, channels, stride_ot, stride_oh, R)
     q = load_rows(q_base + q_at, real, channels, D, PADDED_D, True)  # (M, D)
@@ -119,19 +120,30 @@ def dq_kernel(
     last_t = tl.minimum((tile * M + M - 1) // R, new - 1)
     end = tl.where(first_t < new, tl.maximum(tl.minimum(start + last_t + 1, size), 0), 0)
     seen_by_all = tl.maximum(tl.minimum(start + first_t + 1, end), 0)
-    k_base = k_ptr + b.to(tl.int64) * stride_kb + g * stride_kg + left.to(tl.int64) * stride_ks
-    v_base = v_ptr + b.to(tl.int64) * stride_vb + g * stride_vg + left.to(tl.int64) * stride_vs
+    k_base = (
+        k_ptr
+        + b.to(tl.int64) * stride_kb
+        + g.to(tl.int64) * stride_kg
+        + left.to(tl.int64) * stride_ks
+    )
+    v_base = (
+        v_ptr
+        + b.to(tl.int64) * stride_vb
+        + g.to(tl.int64) * stride_vg
+        + left.to(tl.int64) * stride_vs
+    )
+    positions = tl.minimum(start + t, size - 1)  # (M,)
     dq = tl.zeros([M, PADDED_D], tl.float32)
     for block in range(0, seen_by_all // N):
         dq = _dq_step(
             dq, q, do, lse_log2, delta, block, k_base, v_base, stride_ks, stride_vs, channels, end,
-            rows, start + t, scale_log2, seed, dropout_p, b, g,
+            rows, positions, scale_log2, seed, dropout_p, b, g,
             G, R, D, N, PADDED_D, False, DROPOUT,
         )  # fmt: skip
     for block in range(seen_by_all // N, tl.cdiv(end, N)):
         dq = _dq_step(
             dq, q, do, lse_log2, delta, block, k_base, v_base, stride_ks, stride_vs, channels, end,
-            rows, start + t, scale_log2, seed, dropout_p, b, g,
+            rows, positions, scale_log2, seed, dropout_p, b, g,
             G, R, D, N, PADDED_D, True, DROPOUT,
         )  # fmt: skip
     tl.store(
@@ -183,15 +195,16 @@ def dkv_kernel(
     stride_ob, stride_ot, stride_oh,
     G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PADDED_D: tl.constexpr,
-    SPLITS: tl.constexpr, DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of one block of N keys, from every SPLITS-th tile of the rows that see it.
+    """dK and dV of one block of N keys, from one share of the tiles of rows that see it.
 
-    Grid: (key blocks, B * G, SPLITS). Writes dk and dv (SPLITS, B, S, G, D).
+    Grid: (key blocks, B * G, shares); a share is every so many-th tile. Writes dk and dv (shares,
+    B, S, G, D).
     """
     block = tl.program_id(0)
     b, g = tl.program_id(1) // G, tl.program_id(1) % G
-    split = tl.program_id(2)
+    split, shares = tl.program_id(2), tl.num_programs(2)
     start = first_position(start_ptr, offset, b)
     left = count_of_padding(left_ptr, b)
     new = count_of_new(lengths_ptr, T, b)
@@ -201,8 +214,8 @@ def dkv_kernel(
     seen = (keys >= left) & (keys < tl.minimum(start + new, S))
     channels = tl.arange(0, PADDED_D)
     at = keys.to(tl.int64)[:, None]
-    k_base = k_ptr + b.to(tl.int64) * stride_kb + g * stride_kg
-    v_base = v_ptr + b.to(tl.int64) * stride_vb + g * stride_vg
+    k_base = k_ptr + group_offset(b, g, stride_kb, stride_kg)
+    v_base = v_ptr + group_offset(b, g, stride_vb, stride_vg)
     k_pointers = k_base + at * stride_ks + channels[None, :]
     v_pointers = v_base + at * stride_vs + channels[None, :]
     k = load_rows(k_pointers, seen, channels, D, PADDED_D, True)  # (N, D)
@@ -211,22 +224,22 @@ def dkv_kernel(
     # Rows see this block from the position of its first key on, all of it from its last key's on.
     first_t = tl.maximum(block * N - start, 0)
     all_t = tl.maximum(block * N + N - 1 - start, 0)
-    first = next_share(first_t * R // M, split, SPLITS)
-    middle = next_share(tl.cdiv(all_t * R, M), split, SPLITS)
+    first = next_share(first_t * R // M, split, shares)
+    middle = next_share(tl.cdiv(all_t * R, M), split, shares)
     tiles = tl.cdiv(new * R, M)
-    q_base = q_ptr + b.to(tl.int64) * stride_qb + g * R * stride_qh
-    do_base = do_ptr + b.to(tl.int64) * stride_ob + g * R * stride_oh
+    q_base = q_ptr + group_offset(b, g * R, stride_qb, stride_qh)
+    do_base = do_ptr + group_offset(b, g * R, stride_ob, stride_oh)
     row_base = b.to(tl.int64) * T * (G * R) + g * R
     dk = tl.zeros([N, PADDED_D], tl.float32)
     dv = tl.zeros([N, PADDED_D], tl.float32)
-    for tile in range(first, tl.minimum(middle, tiles), SPLITS):
+    for tile in range(first, tl.minimum(middle, tiles), shares):
         dk, dv = _dkv_step(
             dk, dv, k, v, tile, q_base, do_base, lse_ptr, delta_ptr, row_base,
             stride_qt, stride_qh, stride_ot, stride_oh, channels,
             keys, start, new, left, scale_log2, seed, dropout_p, b, g,
             G, R, D, M, PADDED_D, True, DROPOUT,
         )  # fmt: skip
-    for tile in range(middle, tiles, SPLITS):
+    for tile in range(middle, tiles, shares):
         dk, dv = _dkv_step(
             dk, dv, k, v, tile, q_base, do_base, lse_ptr, delta_ptr, row_base,
             stride_qt, stride_qh, stride_ot, stride_oh, channels,
@@ -244,9 +257,9 @@ def dkv_kernel(
 
 
 @triton.jit
-def next_share(x, split, SPLITS: tl.constexpr):
-    """The smallest number from x on that is `split` modulo SPLITS."""
-    return x + (split - x % SPLITS + SPLITS) % SPLITS
+def next_share(x, split, shares):
+    """The smallest number from x on that is `split` modulo `shares`."""
+    return x + (split - x % shares + shares) % shares
 
 
 def backward(
@@ -271,33 +284,33 @@ def backward(
     """
     B, T, H, D = q.shape
     S, G = k.shape[1], k.shape[2]
+    if q.numel() == 0 or k.numel() == 0:
+        return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     if do.stride(3) != 1:
         do = do.contiguous()
     R = H // G
     padded = triton.next_power_of_2(max(D, 16))
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     dq = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     delta = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
-    tiles = query_tiles(q.dtype, D)
-    dq_kernel[(triton.cdiv(T * R, tiles.M), B * G)](
-        q, k, v, out, do, lse, delta, dq, start, lengths,
-        left_padding, seed, offset, T, S, scale, scale * LOG2E.value, dropout_p,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
-        G=G, R=R, D=D, M=tiles.M, N=tiles.N, PADDED_D=padded, DROPOUT=seed is not None,
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
-
-    tiles = key_tiles(q.dtype, D)
-    blocks = triton.cdiv(S, tiles.N)
-    splits = split_count(blocks * B * G, T * R, tiles.M, multiprocessors(q.device))
+    query, key = query_tiles(q.dtype, D), key_tiles(q.dtype, D)
+    blocks = triton.cdiv(S, key.N)
+    shares = split_count(blocks * B * G, T * R, key.M, multiprocessors(q.device))
     # Shares are summed in float32, in a fixed order.
-    dtype = q.dtype if splits == 1 else torch.float32
-    dk = torch.empty((splits, B, S, G, D), dtype=dtype, device=q.device)
+    dtype = q.dtype if shares == 1 else torch.float32
+    dk = torch.empty((shares, B, S, G, D), dtype=dtype, device=q.device)
     dv = torch.empty_like(dk)
-    dkv_kernel[(blocks, B * G, splits)](
-        q, k, v, do, lse, delta, dk, dv, start, lengths,
-        left_padding, seed, offset, B, T, S, scale, scale * LOG2E.value, dropout_p,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3],
-        G=G, R=R, D=D, M=tiles.M, N=tiles.N, PADDED_D=padded, SPLITS=splits,
-        DROPOUT=seed is not None, num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        dq_kernel[(triton.cdiv(T * R, query.M), B * G)](
+            q, k, v, out, do, lse, delta, dq, start, lengths,
+            left_padding, seed, offset, T, S, scale, scale * LOG2E.value, dropout_p, *strides,
+            G=G, R=R, D=D, M=query.M, N=query.N, PADDED_D=padded, DROPOUT=seed is not None,
+            num_warps=query.warps, num_stages=query.stages,
+        )  # fmt: skip
+        dkv_kernel[(blocks, B * G, shares)](
+            q, k, v, do, lse, delta, dk, dv, start, lengths,
+            left_padding, seed, offset, B, T, S, scale, scale * LOG2E.value, dropout_p, *strides,
+            G=G, R=R, D=D, M=key.M, N=key.N, PADDED_D=padded, DROPOUT=seed is not None,
+            num_warps=key.warps, num_stages=key.stages,
+        )  # fmt: skip
     return dq, dk.sum(0).to(q.dtype), dv.sum(0).to(q.dtype)

@@ -20,6 +20,7 @@ from mqa_kernels.tiles import (
     dot,
     dropout_keeps,
     first_position,
+    group_offset,
     load_rows,
     load_seed,
     narrow,
@@ -58,7 +59,7 @@ def _see(
     return acc, total, new_top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offset", "S"])  # they change at every step of decoding
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, start_ptr, lengths_ptr, left_ptr, seed_ptr,
     offset, B, T, S, scale_log2, dropout_p,
@@ -67,11 +68,11 @@ def forward_kernel(
     stride_vb, stride_vs, stride_vg,
     G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PADDED_D: tl.constexpr,
-    SPLITS: tl.constexpr, DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of M folded rows against its keys, or against one of SPLITS shares of them.
+    """One tile of M folded rows against its keys, or against one of several shares of them.
 
-    Grid: (row tiles, B * G, SPLITS). Writes out (SPLITS, B, T, H, D) and lse (SPLITS, B, T, H), the
+    Grid: (row tiles, B * G, shares). Writes out (shares, B, T, H, D) and lse (shares, B, T, H), the
     natural logarithm of each row's sum of exponentials; -inf and zeros where it saw no key.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first: they end together
@@ -88,7 +89,7 @@ def forward_kernel(
     t = rows // R
     channels = tl.arange(0, PADDED_D)
     real = t < new
-    q_base = q_ptr + b.to(tl.int64) * stride_qb + g * R * stride_qh
+    q_base = q_ptr + group_offset(b, g * R, stride_qb, stride_qh)
     q_offsets = row_offsets(rows, channels, stride_qt, stride_qh, R)
     q = load_rows(q_base + q_offsets, real, channels, D, PADDED_D, True)  # (M, D)
 
@@ -98,30 +99,41 @@ def forward_kernel(
     last_t = tl.minimum((tile * M + M - 1) // R, new - 1)
     end = tl.where(first_t < new, tl.maximum(tl.minimum(start + last_t + 1, size), 0), 0)
     seen_by_all = tl.maximum(tl.minimum(start + first_t + 1, end), 0)
-    share = tl.cdiv(tl.cdiv(end, N), SPLITS)
+    share = tl.cdiv(tl.cdiv(end, N), tl.num_programs(2))
     low = split * share
     high = tl.minimum(low + share, tl.cdiv(end, N))
     middle = tl.minimum(tl.maximum(seen_by_all // N, low), high)
 
-    k_base = k_ptr + b.to(tl.int64) * stride_kb + g * stride_kg + left.to(tl.int64) * stride_ks
-    v_base = v_ptr + b.to(tl.int64) * stride_vb + g * stride_vg + left.to(tl.int64) * stride_vs
+    k_base = (
+        k_ptr
+        + b.to(tl.int64) * stride_kb
+        + g.to(tl.int64) * stride_kg
+        + left.to(tl.int64) * stride_ks
+    )
+    v_base = (
+        v_ptr
+        + b.to(tl.int64) * stride_vb
+        + g.to(tl.int64) * stride_vg
+        + left.to(tl.int64) * stride_vs
+    )
+    positions = tl.minimum(start + t, size - 1)  # (M,); behind the last slot there is no key
     acc = tl.zeros([M, PADDED_D], tl.float32)
     total = tl.zeros([M], tl.float32)
     top = tl.full([M], float("-inf"), tl.float32)
     for block in range(low, middle):
         acc, total, top = _see(
             acc, total, top, q, block, k_base, v_base, stride_ks, stride_vs, channels, end,
-            rows, start + t, scale_log2, seed, dropout_p, b, g,
+            rows, positions, scale_log2, seed, dropout_p, b, g,
             G, R, D, N, PADDED_D, False, DROPOUT,
         )  # fmt: skip
     for block in range(middle, high):
         acc, total, top = _see(
             acc, total, top, q, block, k_base, v_base, stride_ks, stride_vs, channels, end,
-            rows, start + t, scale_log2, seed, dropout_p, b, g,
+            rows, positions, scale_log2, seed, dropout_p, b, g,
             G, R, D, N, PADDED_D, True, DROPOUT,
         )  # fmt: skip
 
-    saw = (total > 0) & real
+    saw = (total != 0) & real  # so NaN is passed on
     acc = tl.where(saw[:, None], acc / tl.where(saw, total, 1.0)[:, None], 0.0)
     if DROPOUT:
         acc /= 1 - dropout_p
@@ -141,29 +153,29 @@ def forward_kernel(
 
 @triton.jit
 def combine_kernel(
-    parts_ptr, lses_ptr, out_ptr, lse_ptr, rows,
-    D: tl.constexpr, PADDED_D: tl.constexpr, SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr,
+    parts_ptr, lses_ptr, out_ptr, lse_ptr, rows, shares,
+    D: tl.constexpr, PADDED_D: tl.constexpr, PADDED_SHARES: tl.constexpr,
 ):  # fmt: skip
-    """Join the SPLITS partial results of one row: a mean weighted by their sums of exponentials.
+    """Join the partial results of one row: a mean weighted by their sums of exponentials.
 
-    Grid: (B * T * H,). parts (SPLITS, rows, D) float32, lses (SPLITS, rows).
+    Grid: (B * T * H,). parts (shares, rows, D) float32, lses (shares, rows).
     """
     row = tl.program_id(0).to(tl.int64)
-    splits, channels = tl.arange(0, PADDED_SPLITS), tl.arange(0, PADDED_D)
+    splits, channels = tl.arange(0, PADDED_SHARES), tl.arange(0, PADDED_D)
     at = splits.to(tl.int64) * rows + row
-    lses = tl.load(lses_ptr + at, mask=splits < SPLITS, other=float("-inf"))  # (SPLITS,)
+    lses = tl.load(lses_ptr + at, mask=splits < shares, other=float("-inf"))  # (shares,)
     top = tl.max(lses, 0)
     origin = tl.where(top == float("-inf"), 0.0, top)
-    weights = tl.exp(lses - origin)  # (SPLITS,); 0 for an empty split
+    weights = tl.exp(lses - origin)  # (shares,); 0 for an empty split
     total = tl.sum(weights, 0)
     parts = tl.load(
         parts_ptr + at[:, None] * D + channels[None, :],
-        mask=(splits[:, None] < SPLITS) & (channels[None, :] < D),
+        mask=(splits[:, None] < shares) & (channels[None, :] < D),
         other=0.0,
-    )  # (SPLITS, D)
-    out = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)  # (D,)
+    )  # (shares, D)
+    out = tl.sum(parts * weights[:, None], 0) / tl.where(total != 0, total, 1.0)  # (D,)
     tl.store(out_ptr + row * D + channels, narrow(out, out_ptr.dtype.element_ty), mask=channels < D)
-    lse = tl.where(total > 0, origin + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
+    lse = tl.where(total != 0, origin + tl.log(tl.where(total != 0, total, 1.0)), float("-inf"))
     tl.store(lse_ptr + row, lse)
 
 
@@ -187,31 +199,30 @@ def forward(
     check_inputs(q, k, v, start, lengths, left_padding)
     B, T, H, D = q.shape
     S, G = k.shape[1], k.shape[2]
-    tiles = forward_tiles(q.dtype, D, T * (H // G))
-    row_tiles = triton.cdiv(T * (H // G), tiles.M)
-    splits = split_count(row_tiles * B * G, S, tiles.N, multiprocessors(q.device))
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
-    if splits == 1:
-        parts, lses = out, lse
-    else:
-        parts = torch.empty((splits, B, T, H, D), dtype=torch.float32, device=q.device)
-        lses = torch.empty((splits, B, T, H), dtype=torch.float32, device=q.device)
-    forward_kernel[(row_tiles, B * G, splits)](
-        q, k, v, parts, lses, start, lengths, left_padding, seed,
-        offset, B, T, S, scale * LOG2E.value, dropout_p,
-        q.stride(0), q.stride(1), q.stride(2),
-        k.stride(0), k.stride(1), k.stride(2),
-        v.stride(0), v.stride(1), v.stride(2),
-        G=G, R=H // G, D=D, M=tiles.M, N=tiles.N, PADDED_D=triton.next_power_of_2(max(D, 16)),
-        SPLITS=splits, DROPOUT=seed is not None,
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
-    if splits > 1:
-        combine_kernel[(B * T * H,)](
-            parts, lses, out, lse, B * T * H,
-            D=D, PADDED_D=triton.next_power_of_2(D),
-            SPLITS=splits, PADDED_SPLITS=triton.next_power_of_2(splits),
-            num_warps=combine_warps(D, splits),
+    if out.numel() == 0:
+        return out, lse
+    tiles = forward_tiles(q.dtype, D, T * (H // G))
+    row_tiles = triton.cdiv(T * (H // G), tiles.M)
+    shares = split_count(row_tiles * B * G, S, tiles.N, multiprocessors(q.device))
+    parts, lses = out, lse
+    if shares > 1:
+        parts = torch.empty((shares, B, T, H, D), dtype=torch.float32, device=q.device)
+        lses = torch.empty((shares, B, T, H), dtype=torch.float32, device=q.device)
+    with torch.cuda.device_of(q):
+        forward_kernel[(row_tiles, B * G, shares)](
+            q, k, v, parts, lses, start, lengths, left_padding, seed,
+            offset, B, T, S, scale * LOG2E.value, dropout_p,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            G=G, R=H // G, D=D, M=tiles.M, N=tiles.N, PADDED_D=triton.next_power_of_2(max(D, 16)),
+            DROPOUT=seed is not None, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
+        if shares > 1:
+            combine_kernel[(B * T * H,)](
+                parts, lses, out, lse, B * T * H, shares,
+                D=D, PADDED_D=triton.next_power_of_2(D),
+                PADDED_SHARES=triton.next_power_of_2(shares),
+                num_warps=combine_warps(D, shares),
+            )  # fmt: skip
     return out, lse

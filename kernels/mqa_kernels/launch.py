@@ -72,6 +72,8 @@ def check_inputs(
     for name, per_row in per_rows.items():
         if per_row is None:
             continue
+        if per_row.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{name} is {per_row.dtype}: it must be int64 or int32")
         if per_row.shape != (B,) or per_row.stride() != (1,) or per_row.device != q.device:
             raise ValueError(
                 f"{name} has shape {tuple(per_row.shape)}, strides {per_row.stride()}, and is on "

@@ -24,8 +24,8 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of H query heads over G shared key/value heads, fused and differentiable.
 
-    Query t of row b stands at position start[b] + t and sees the slots up to it; what lies behind,
-    NaN included, has no influence. Softmax and sums are float32.
+    Query t of row b stands at position start[b] + t and sees the slots up to it. Slots behind a
+    row's last query, NaN included, have no influence. Softmax and sums are float32.
 
     Args:
         q: (B, T, H, D) in float32, bfloat16 or float16, D from 1 to 256.

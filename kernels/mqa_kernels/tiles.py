@@ -56,8 +56,14 @@ def load_rows(
 @triton.jit
 def row_offsets(rows, channels, stride_t, stride_h, R: tl.constexpr):
     """Offsets (M, PADDED_D) of folded rows, row = t * R + h, from row 0 of their group."""
-    at = (rows // R).to(tl.int64) * stride_t + (rows % R) * stride_h
+    at = (rows // R).to(tl.int64) * stride_t + (rows % R).to(tl.int64) * stride_h
     return at[:, None] + channels[None, :]
+
+
+@triton.jit
+def group_offset(b, g, stride_b, stride_g):
+    """Offset of group g in row b of the batch."""
+    return b.to(tl.int64) * stride_b + g.to(tl.int64) * stride_g
 
 
 @triton.jit
@@ -76,7 +82,7 @@ def count_of_padding(left_ptr, b):
     if left_ptr is None:
         left = tl.full((), 0, tl.int32)
     else:
-        left = tl.load(left_ptr + b).to(tl.int32)
+        left = tl.maximum(tl.load(left_ptr + b).to(tl.int32), 0)
     return left
 
 

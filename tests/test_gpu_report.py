@@ -1,0 +1,324 @@
+"""gpu_report.py without a GPU: everything in small, and what happens when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not available on this platform")
+
+from contenders import OURS, Problem, make_inputs
+from gpu_report_checks import CASES, Case, case_inputs, check_case, poisoned_allocations
+from gpu_report_pool import in_processes
+from judge import exact_attention, find_truth, plain_attention
+
+from mqa_kernels import attention
+from scripts import gpu_report
+from scripts.gpu_report_table import failures, print_table
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+# What a machine with a GPU need not have. Python reads sitecustomize.py first in every process.
+ABSENT = ("typer", "rich", "hypothesis", "pytest", "matplotlib", "pandas")
+SITECUSTOMIZE = f"""
+import sys
+for name in {ABSENT}:
+    sys.modules[name] = None
+"""
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="what runs without a GPU is tested where there is none"
+)
+
+
+def report_from(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the script as on a machine without a GPU, and with the packages it names only."""
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(folder)}
+    environment.pop("TRITON_INTERPRET", None)  # the script has to see to it
+    python = partial(
+        subprocess.run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500
+    )
+    assert "ModuleNotFoundError" in python([sys.executable, "-c", "import rich"]).stderr
+    command = [sys.executable, "scripts/gpu_report.py", "--out", str(folder), "--budget", "3000"]
+    return python([*command, *arguments])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    """The report of one whole run from the command line, and what it printed."""
+    folder = tmp_path_factory.mktemp("report")
+    result = report_from(folder)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads((folder / "gpu_report.json").read_text()), result.stdout
+
+
+def rows(run: tuple[dict[str, Any], str], section: str) -> list[dict[str, Any]]:
+    found = run[0]["sections"][section]
+    assert found["error"] is None
+    assert found["seconds"] > 0
+    return found["rows"]
+
+
+def test_without_a_gpu_it_says_so_and_runs_everything_in_small(run):
+    report, shown = run
+    assert report["device"] == "cpu"
+    assert shown.startswith("no GPU: ")
+    assert "nothing failed" in shown
+    assert list(report["sections"]) == list(gpu_report.SHARES)
+    assert not [row for name in report["sections"] for row in rows(run, name) if "skipped" in row]
+
+
+def test_it_says_where_it_ran(run):
+    (row,) = rows(run, "environment")
+    assert row["versions"]["torch"] == torch.__version__
+    (row,) = rows(run, "ceilings")
+    assert row["copy_gb_per_s"] > 0
+    assert row["matmul_tflops"] > 0
+
+
+def test_numerics_judges_outputs_and_gradients_in_every_dtype(run):
+    judged = [row for row in rows(run, "numerics") if "case" in row]
+    assert {row["dtype"] for row in judged} == {"float32", "bfloat16", "float16"}
+    for row in judged:
+        assert row["passed"]
+        assert set(row["verdicts"]) == {"out", "lse", "dq", "dk", "dv"}
+    checks = {row["check"]: row["passed"] for row in rows(run, "numerics") if "check" in row}
+    # A CUDA graph cannot be captured here.
+    assert checks == {"capture": None, "compiled": True, "determinism": True, "operator": True}
+
+
+def test_a_model_on_the_kernels_says_the_same_as_transformers(run):
+    found = {(row["dtype"], row["backend"]): row for row in rows(run, "parity")}
+    assert len(found) == 6
+    for (dtype, _), row in found.items():
+        assert row["passed"]
+        assert row["logits_error"] <= row["logits_limit"]
+        assert dtype != "float32" or row["tokens_equal"] == row["tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    ("section", "figure"), [("forward", "tflops"), ("backward", "tflops"), ("decode", "gb_per_s")]
+)
+def test_every_contender_is_timed_or_says_why_not(run, section, figure):
+    for row in rows(run, section):
+        results = {result["contender"]: result for result in row["results"]}
+        assert results[OURS]["right"]
+        assert results[OURS][figure] is not None
+        assert results["plain PyTorch"]["right"]
+        assert results["flash, heads expanded"]["right"]
+        assert "refused" in results["cudnn, enable_gqa"]  # it needs a GPU
+        assert len(results) == 15
+        for result in results.values():
+            assert ("refused" in result) != (figure in result)
+
+
+def test_autotune_names_a_winner_of_each_kernel(run):
+    found = rows(run, "autotune")
+    assert [row["kernel"] for row in found] == ["forward", "decode splits", "dkv", "dq"]
+    for row in found:
+        assert row["winner"]["right"]
+        assert {"shipped"} < {result["contender"] for result in row["results"]}
+
+
+def test_only_runs_what_is_chosen(tmp_path):
+    result = report_from(tmp_path, "--only", "ceilings,environment")
+    assert result.returncode == 0, result.stdout + result.stderr
+    sections = json.loads((tmp_path / "gpu_report.json").read_text())["sections"]
+    chosen = [name for name, section in sections.items() if "rows" in section]
+    assert chosen == ["environment", "ceilings"]
+    assert sections["numerics"] == {"skipped": "not chosen"}
+
+
+def test_sections_that_do_not_exist_are_named(capsys):
+    with pytest.raises(SystemExit):
+        gpu_report.main(["--only", "forward,backwards"])
+    assert "backwards: the sections are environment, ceilings" in capsys.readouterr().err
+
+
+class FakeWorker:
+    """Stands for the process: "numerics" fails, "parity" has a check that fails."""
+
+    started = 0
+
+    def __init__(self):
+        self.device = None
+
+    def start(self):
+        FakeWorker.started += 1
+        self.device = "cpu"
+        return self.device
+
+    def rows(self, section, seconds):
+        if section == "numerics":
+            yield {"check": "first", "passed": True}
+            raise gpu_report.SectionError("Traceback\nRuntimeError: out of luck")
+        if section == "ceilings":
+            yield {"copy_gb_per_s": 1.0, "matmul_tflops": 1.0}
+
+    def stop(self):
+        self.device = None
+
+
+def test_a_failing_section_is_recorded_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_report, "Worker", FakeWorker)
+    FakeWorker.started = 0
+    arguments = ["--out", str(tmp_path), "--only", "numerics,ceilings"]
+    assert gpu_report.main(arguments) == 1
+    sections = json.loads((tmp_path / "gpu_report.json").read_text())["sections"]
+    assert sections["numerics"]["rows"] == [{"check": "first", "passed": True}]
+    assert sections["numerics"]["error"].endswith("out of luck")
+    assert sections["ceilings"]["rows"]
+    assert "numerics: RuntimeError: out of luck" in capsys.readouterr().out
+
+
+def test_a_process_that_dies_is_a_failed_section(monkeypatch):
+    worker = gpu_report.Worker()
+    monkeypatch.setattr(gpu_report, "serve", len)  # which a pipe has not
+    with pytest.raises(gpu_report.SectionError, match="died: exit code 1"):
+        worker.start()
+    worker.stop()
+
+
+def test_time_is_shared_and_what_is_left_goes_to_the_next():
+    names = list(gpu_report.SHARES)
+    left = 480.0
+    for i in range(len(names)):
+        part = gpu_report.share(names[i:], left)
+        assert 0 < part <= left
+        left -= part
+    assert left == pytest.approx(0)
+    assert gpu_report.share(names[-1:], 100.0) == 100.0
+    assert gpu_report.share(names, -5.0) == 0
+
+
+class TestPool:
+    tasks = (([("value", 4)],), (5,), ([("value", 3)],))  # for `dict`, which cannot make one of 5
+
+    def test_every_task_has_a_row_and_one_that_fails_its_traceback(self):
+        for workers in (0, 1):
+            found = list(in_processes(dict, list(self.tasks), workers, time.monotonic() + 600))
+            assert sorted(row["value"] for row in found if "value" in row) == [3, 4]
+            (failed,) = (row for row in found if "error" in row)
+            assert "TypeError" in failed["error"]
+            assert failed["task"] == "(5,)"
+            assert not failed["passed"]
+
+    def test_what_comes_too_late_is_skipped(self):
+        found = list(in_processes(dict, list(self.tasks), 2, 0.0))
+        assert [row["skipped"] for row in found] == ["no time left"] * 3
+
+
+class TestErrorRule:
+    def truth(self):
+        q, k, v = make_inputs(Problem(2, 9, 9, 4, 16, torch.bfloat16), CPU)
+        do = torch.randn(q.shape).to(q.dtype)
+        return find_truth(q, k, v, 0, do), (q, k, v, do)
+
+    def test_accepts_plain_pytorch_and_rejects_one_percent_too_much(self):
+        truth, (q, k, v, _) = self.truth()
+        out = plain_attention(q, k, v, 0)
+        assert truth.judge({"out": out})["out"].passed
+        assert not truth.judge({"out": out * 1.05})["out"].passed
+        exact32 = find_truth(*(x.float() for x in (q, k, v)), 0)
+        out32 = plain_attention(*(x.float() for x in (q, k, v)), 0)
+        assert exact32.judge({"out": out32})["out"].passed
+        assert not exact32.judge({"out": out32 * 1.01})["out"].passed
+
+    def test_rejects_nan_and_gradients_of_another_row(self):
+        truth, (q, k, v, _) = self.truth()
+        out = plain_attention(q, k, v, 0)
+        out[-1, 3, 0, 0] = float("nan")
+        assert not truth.judge({"out": out})["out"].passed
+        wrong = truth.exact["dk"].repeat(2, 1, 1, 1).roll(1, 1)
+        assert not truth.judge({"dk": wrong})["dk"].passed
+
+    def test_pieces_are_the_whole(self):
+        truth, (q, k, v, do) = self.truth()
+        leaves = [x[-1:].double().requires_grad_() for x in (q, k, v)]
+        out = exact_attention(*leaves, 0)
+        gradients = torch.autograd.grad(out, leaves, do[-1:].double())
+        for name, x in zip(("out", "dq", "dk", "dv"), (out, *gradients), strict=True):
+            torch.testing.assert_close(truth.exact[name], x.detach())
+
+    def test_a_kernel_that_is_one_percent_off_fails_its_case(self, monkeypatch):
+        case = Case(1, 9, 9, 3, 1, 16, (0,))
+        assert check_case(CPU, case, "float32")["passed"]
+
+        def wrong(*arguments, **options):
+            out, lse = attention(*arguments, **options)
+            return out * 1.01, lse
+
+        monkeypatch.setattr("gpu_report_checks.attention", wrong)
+        row = check_case(CPU, case, "float32")
+        assert not row["passed"]
+        assert not row["verdicts"]["out"]["passed"]
+        assert row["verdicts"]["lse"]["passed"]
+        report = {"sections": {"numerics": {"rows": [row], "error": None}}}
+        (text,) = failures(report)
+        assert text == "numerics: float32, B=1 T=9 S=9 H=3 G=1 D=16 start=(0,) lengths=None"
+
+
+def test_the_cases_hold_every_size_that_the_kernels_are_to_be_tested_with():
+    for names, sizes in (
+        ("TS", {1, 63, 64, 65, 111, 128, 1000}),
+        ("D", {16, 32, 64, 80, 96, 128, 256}),
+        ("H", {1, 3, 12, 16, 22, 32, 48}),
+    ):
+        for name in names:
+            assert sizes <= {getattr(case, name) for case in CASES}
+    assert {1, 2} <= {case.G for case in CASES}
+    assert any(case.G == case.H > 1 for case in CASES)
+    assert any(case.lengths for case in CASES)
+    assert any(max(case.start) for case in CASES)
+
+
+def test_what_nobody_may_look_at_and_what_is_not_written_is_nan():
+    _, k, _, *_ = case_inputs(CPU, Case(1, 2, 9, 3, 1, 16, (4,)), torch.float32)
+    assert k[0, :6].isfinite().all()
+    assert k[0, 6:].isnan().all()
+    with poisoned_allocations():
+        assert torch.empty(5).isnan().all()
+        assert torch.empty_like(k).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_operations_and_bytes_are_counted_as_by_hand():
+    # 2 rows, 3 heads of 8: the queries see 1, 2, 3 and 4 keys; two products of 2 operations each.
+    assert Problem(2, 4, 4, 3, 8).flops() == 2 * 3 * (1 + 2 + 3 + 4) * 8 * 2 * 2
+    # Two queries behind 5 slots see 6 and 7 keys.
+    assert Problem(1, 2, 7, 3, 8).flops() == 3 * (6 + 7) * 8 * 2 * 2
+    assert Problem(4, 1, 100, 3, 8).kv_bytes() == 4 * 100 * (8 + 8) * 2
+    assert Problem(4, 1, 100, 3, 8, torch.float32).kv_bytes() == 4 * 100 * (8 + 8) * 4
+
+
+def test_the_table_has_a_line_for_everything(capsys):
+    problem = Problem(1, 8192, 8192, 32, 128).describe()
+    results = [
+        {"contender": OURS, "right": True, "tflops": 500.0, "peak_bytes": 2e9},
+        {"contender": "flash, heads expanded", "right": True, "tflops": 400.0, "peak_bytes": 3e9},
+        {"contender": "cudnn, enable_gqa", "right": False, "tflops": 900.0},
+        {"contender": "efficient, enable_gqa", "refused": "no"},
+    ]
+    sections = {
+        "ceilings": {"rows": [{"copy_gb_per_s": 4000.0, "matmul_tflops": 800.0}], "seconds": 1},
+        "backward": {"rows": [{"problem": problem, "results": results}], "seconds": 2},
+        "decode": {"rows": [{"problem": problem, "skipped": "no time left"}], "seconds": 0},
+        "parity": {"skipped": "not chosen"},
+    }
+    print_table({"sections": sections})
+    shown = capsys.readouterr().out
+    assert "500 TFLOP/s, 0.62 of ceiling; 1.25 x flash, heads expanded (400)" in shown
+    assert "2.00 GB, expanded 3.00" in shown
+    assert "no time for 1: B 1   T 8192" in shown
+    assert "nothing failed" in shown
