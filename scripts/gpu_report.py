@@ -42,7 +42,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in (".", "kernels", "scripts", "be
 SHARES = {
     "environment": 1,
     "ceilings": 1,
-    "numerics": 10,
+    "numerics": 12,
     "parity": 10,
     "forward": 9,
     "backward": 9,

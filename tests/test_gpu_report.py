@@ -19,6 +19,7 @@ pytest.importorskip("triton", reason="Triton is not available on this platform")
 from contenders import OURS, Problem, make_inputs
 from gpu_report_checks import CASES, Case, case_inputs, check_case, poisoned_allocations
 from gpu_report_pool import in_processes
+from gpu_report_sections import TUNED, gpu_plan
 from judge import exact_attention, find_truth, plain_attention
 
 from mqa_kernels import attention
@@ -281,6 +282,19 @@ def test_the_cases_hold_every_size_that_the_kernels_are_to_be_tested_with():
     assert any(case.G == case.H > 1 for case in CASES)
     assert any(case.lengths for case in CASES)
     assert any(max(case.start) for case in CASES)
+
+
+def test_on_a_gpu_it_times_sequences_to_16k_and_batches_to_256():
+    plan = gpu_plan()
+    assert {p.T for p in plan.forward} == {512, 1024, 2048, 4096, 8192, 16384}
+    assert plan.forward[0] == plan.backward[0] == Problem(2, 8192, 8192, 32, 128)
+    assert {p.B for p in plan.decode} == {1, 8, 16, 32, 64, 128, 256}
+    assert {p.S for p in plan.decode} == {1024, 8192, 16384}
+    assert {p.T for p in plan.decode} == {1, 4, 8}
+    assert {tuning.kernel for tuning in plan.autotune} == set(TUNED)
+    assert {(name, dtype) for name, _, dtype, _ in plan.parity} == {
+        (f"starcoderbase-{size}b", dtype) for size in (1, 7) for dtype in ("float32", "bfloat16")
+    }
 
 
 def test_what_nobody_may_look_at_and_what_is_not_written_is_nan():
