@@ -39,7 +39,7 @@ FUNCTIONS = 50
 FUNCTION_TOKENS = 200
 SAMPLING = {"temperature": 0.2, "top_p": 0.95}  # as code models are customarily evaluated with
 HOLES = 200
-HOLE_PROMPT_TOKENS = 512
+HOLE_PROMPT_TOKENS = 256  # about as much as most pieces have that it learned infilling from
 HOLE_TOKENS = 48
 BATCH = 10
 
@@ -200,8 +200,8 @@ def fill_holes(llm: LLM, modules: dict[str, str]) -> dict[str, Any]:
 
     A hole is a statement of one line with all the white space before it. Besides
     infilling in both orders, the model continues what is before the hole without seeing what is
-    after it. A line counts as restored if what is written begins with exactly it, and as ended if
-    nothing follows it.
+    after it. A line counts as restored if what is written begins with exactly it, as ended if the
+    model ended its filling by itself, and as one line if that is what it then is.
     """
     tokenizer = llm.tokenizer
     start = tokenizer.end_of_text_id
@@ -233,9 +233,8 @@ def fill_holes(llm: LLM, modules: dict[str, str]) -> dict[str, Any]:
                 (text + "\n" * ended).startswith(f"{line}\n")
                 for (text, ended), line in zip(texts, lines, strict=True)
             ),
-            "ended": sum(
-                ended and text == line for (text, ended), line in zip(texts, lines, strict=True)
-            ),
+            "ended": sum(ended for _, ended in texts),
+            "one_line": sum(ended and len(text.split("\n")) == 2 for text, ended in texts),
         }
     return figures
 
@@ -299,7 +298,7 @@ from mqa_gpt import LLM
 
 llm = LLM.load()
 llm.generate("def read_lines(path):", max_new_tokens=48).text
-llm.infill("def area(width, height):\\n    return", "\\n", max_new_tokens=16, mode="spm").text
+llm.infill("def area(width, height):\\n    return", "\\n", max_new_tokens=16).text
 ```
 
 ## Figures
@@ -325,11 +324,12 @@ bytes), in float32:
 
 And {holes} of their lines taken out, filled in greedily:
 
-| what the model sees | bits per byte of the line | lines restored exactly | and ended there |
-| --- | --- | --- | --- |
-| what is before the line | {bits_without:.3f} | {restored_without} of {holes} | |
-| both sides, SPM order | {bits_spm:.3f} | {restored_spm} of {holes} | {ended_spm} |
-| both sides, PSM order | {bits_psm:.3f} | {restored_psm} of {holes} | {ended_psm} |
+| what the model sees | bits per byte of the line | restored exactly | filling ended by itself \
+| ... after one line |
+| --- | --- | --- | --- | --- |
+| what is before the line | {bits_without:.3f} | {without[restored]} | | |
+| both sides, PSM order | {bits_psm:.3f} | {psm[restored]} | {psm[ended]} | {psm[one_line]} |
+| both sides, SPM order | {bits_spm:.3f} | {spm[restored]} | {spm[ended]} | {spm[one_line]} |
 
 Bits per byte: each module starts afresh after `<|endoftext|>`; a token is predicted from the last
 {half} to {context} tokens. Functions: the prompt is the module up to the end of a signature, as
@@ -337,8 +337,8 @@ much as fits beside {function_tokens} new tokens; the function ends before the f
 no deeper than its `def`; of those that do not get there, and mostly repeat themselves, the
 unfinished last line is left out. Parsing says nothing about doing the right thing. Lines:
 statements of one line, with the white space before them; {hole_tokens} tokens of text around them,
-or half as many before them; exactly means character by character. Functions and lines are drawn at
-random, once.
+or half as many before them, and up to {filling_tokens} new ones; exactly means character by
+character. Functions and lines are drawn at random, once.
 
 | held-out module | bytes | bits per byte | `xz -9` |
 | --- | --- | --- | --- |
@@ -377,10 +377,10 @@ word for word.
 
 It is a demonstration. It knows the standard library's manner and little else, loses the thread
 after a few lines, repeats itself when decoded greedily, and what it writes must not be trusted to
-work. Infilling is its weak side: it makes little use of what follows a hole and seldom knows where
-to end; SPM order serves it better. Leave a line break at the end of a prompt to the model, which
-knows it together with the indentation after it. It is a base model: it continues text and follows
-no instructions.
+work. Infilling is its weak side: a filling looks like its surroundings, but seldom is what stood
+there. In PSM order it often knows where to end; in SPM order, where nothing marks the end of the
+prefix, hardly ever. Leave a line break at the end of a prompt to the model, which knows it together
+with the indentation after it. It is a base model: it continues text and follows no instructions.
 """
 
 
@@ -407,14 +407,13 @@ def card(llm: LLM, corpus: Corpus, figures: dict[str, Any]) -> str:
         function_tokens=FUNCTION_TOKENS,
         holes=infilling["holes"],
         bits_without=infilling["without_suffix"]["bits_per_byte"],
-        restored_without=infilling["without_suffix"]["restored"],
+        without=infilling["without_suffix"],
         bits_spm=infilling["spm"]["bits_per_byte"],
-        restored_spm=infilling["spm"]["restored"],
-        ended_spm=infilling["spm"]["ended"],
+        spm=infilling["spm"],
         bits_psm=infilling["psm"]["bits_per_byte"],
-        restored_psm=infilling["psm"]["restored"],
-        ended_psm=infilling["psm"]["ended"],
+        psm=infilling["psm"],
         hole_tokens=HOLE_PROMPT_TOKENS,
+        filling_tokens=HOLE_TOKENS,
         half=config.n_positions // 2,
         context=config.n_positions,
         modules="\n".join(rows),

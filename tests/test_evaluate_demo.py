@@ -220,23 +220,24 @@ def test_a_function_counts_if_it_parses_is_more_than_a_docstring_and_reaches_its
 
 
 @pytest.mark.parametrize(
-    ("text", "ended", "restored", "stopped"),
+    ("text", "ended", "restored", "one_line"),
     [
         ("\n    x = 1", True, 1, 1),
         ("\n    x = 1", False, 0, 0),
         ("\n    x = 1\n    y", True, 1, 0),
-        ("\n    x = 1 ", True, 0, 0),
+        ("\n    x = 1 ", True, 0, 1),
         ("\n    x = 12\n", False, 0, 0),
         ("\n  x = 1\n", False, 0, 0),
+        (" = 3", True, 0, 0),
         ("", True, 0, 0),
     ],
 )
-def test_a_line_counts_as_restored_if_it_is_written_first_and_as_ended_if_nothing_follows(
+def test_fillings_count_as_restored_as_ended_and_as_one_line(
     llm: LLM,
     text: str,
     ended: bool,
     restored: int,
-    stopped: int,
+    one_line: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked = []
@@ -258,7 +259,9 @@ def test_a_line_counts_as_restored_if_it_is_written_first_and_as_ended_if_nothin
     ]
     assert list(figures) == ["without_suffix", "psm", "spm"]
     for counts in figures.values():
-        assert (counts["restored"], counts["ended"]) == (restored, stopped)
+        assert counts["restored"] == restored
+        assert counts["ended"] == ended
+        assert counts["one_line"] == one_line
 
 
 @torch.no_grad()
