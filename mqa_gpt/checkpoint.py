@@ -405,7 +405,7 @@ def save_model(
         for written in temporary.iterdir():
             written.chmod(mode)
             _sync(written)
-        if folder.exists():
+        if folder.is_dir():
             moving = True
             _move_into(folder, temporary)
             moving = False
