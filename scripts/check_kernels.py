@@ -53,7 +53,7 @@ GPUS = {80: GPU(108, 166_912), 90: GPU(132, 232_448), 100: GPU(148, 232_448)}
 TENSOR_MEMORY = 512  # columns, on sm_100
 HEADS = 32
 DTYPES = ("bfloat16", "float16", "float32")
-CALLS = ("train", "ragged", "decode")
+CALLS = ("train", "ragged", "dropout", "decode")
 
 
 class Case(NamedTuple):
@@ -130,13 +130,18 @@ def all_cases() -> Iterator[Case]:
             for D in (64, 80, 128, 256):
                 yield Case(arch, dtype, D, 1, "train")
                 yield Case(arch, dtype, D, 1, "decode")
-            yield Case(arch, dtype, 128, 1, "ragged")
+            yield Case(arch, dtype, 128, HEADS, "decode")
+        for D in (64, 128, 256):
+            yield Case(arch, "bfloat16", D, 1, "ragged")
+            yield Case(arch, "bfloat16", D, 1, "dropout")
+        for D in (128, 256):
+            yield Case(arch, "float32", D, 1, "dropout")
     for D in (16, 32, 96):
         yield Case(90, "bfloat16", D, 1, "train")
         yield Case(90, "bfloat16", D, 1, "decode")
-    for call in CALLS:
-        yield Case(90, "float16", 128, 1, call)
-        yield Case(90, "bfloat16", 128, HEADS, call)
+    yield Case(90, "bfloat16", 128, HEADS, "train")
+    yield Case(90, "float16", 128, 1, "train")
+    yield Case(90, "float16", 128, 1, "decode")
 
 
 def compile_case(case: Case) -> list[Usage]:
@@ -176,10 +181,11 @@ def call_attention(case: Case) -> None:
     if case.call == "train":
         q, k, v = (x.requires_grad_() for x in projection(2, 2048, 2048, G, D, dtype))
         out = attention(q, k, v)
-    else:  # all that is optional, and lengths that 16 does not divide
+    else:  # rows of their own lengths, and a length that 16 does not divide
         q, k, v = (x.requires_grad_() for x in projection(2, 2047, 2047, G, D, dtype))
         rows = torch.zeros(2, dtype=torch.int64)
-        out = attention(q, k, v, rows, dropout_p=0.1, lengths=rows, left_padding=rows)
+        dropout_p = 0.1 if case.call == "dropout" else 0.0
+        out = attention(q, k, v, rows, dropout_p=dropout_p, lengths=rows, left_padding=rows)
     torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
 
 

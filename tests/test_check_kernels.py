@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="Triton is not available on this platform")
 
 import check_kernels
 import triton
-from check_kernels import CALLS, Case, Usage, all_cases, resources, verdict
+from check_kernels import Case, Usage, all_cases, resources, verdict
 
 from mqa_kernels import tuning
 
@@ -83,16 +83,22 @@ def test_every_common_configuration_is_compiled_for_every_gpu_and_once():
             for D in (64, 80, 128, 256):
                 for call in ("train", "decode"):
                     assert Case(arch, dtype, D, 1, call) in cases
+        for D in (64, 128, 256):
+            for call in ("ragged", "dropout"):
+                assert Case(arch, "bfloat16", D, 1, call) in cases
     assert {case.D for case in cases} == {16, 32, 64, 80, 96, 128, 256}
     assert {case.dtype for case in cases} == {"bfloat16", "float16", "float32"}
-    assert {case.call for case in cases if case.G > 1} == set(CALLS)
+    assert {case.call for case in cases if case.G > 1} == {"train", "decode"}
 
 
+@pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_tiles_are_powers_of_two_that_a_matrix_product_takes(dtype: torch.dtype):
+def test_tiles_are_powers_of_two_that_a_matrix_product_takes(dtype: torch.dtype, dropout: bool):
     for D in range(1, 257):
-        tiles = [tuning.query_tiles(dtype, D), tuning.key_tiles(dtype, D)]
-        tiles += [tuning.forward_tiles(dtype, D, rows) for rows in (1, 16, 17, 32, 33, 65_536)]
+        tiles = [tuning.query_tiles(dtype, D, dropout), tuning.key_tiles(dtype, D, dropout)]
+        tiles += [
+            tuning.forward_tiles(dtype, D, rows, dropout) for rows in (1, 16, 17, 32, 33, 65_536)
+        ]
         for M, N, warps, stages in tiles:
             assert M in (16, 32, 64, 128)
             assert N in (16, 32, 64, 128)

@@ -293,7 +293,8 @@ def backward(
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3])
     dq = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     delta = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
-    query, key = query_tiles(q.dtype, D), key_tiles(q.dtype, D)
+    dropout = seed is not None
+    query, key = query_tiles(q.dtype, D, dropout), key_tiles(q.dtype, D, dropout)
     blocks = triton.cdiv(S, key.N)
     shares = split_count(blocks * B * G, T * R, key.M, multiprocessors(q.device))
     # Shares are summed in float32, in a fixed order.
@@ -304,13 +305,13 @@ def backward(
         dq_kernel[(triton.cdiv(T * R, query.M), B * G)](
             q, k, v, out, do, lse, delta, dq, start, lengths,
             left_padding, seed, offset, T, S, scale, scale * LOG2E.value, dropout_p, *strides,
-            G=G, R=R, D=D, M=query.M, N=query.N, PADDED_D=padded, DROPOUT=seed is not None,
+            G=G, R=R, D=D, M=query.M, N=query.N, PADDED_D=padded, DROPOUT=dropout,
             num_warps=query.warps, num_stages=query.stages,
         )  # fmt: skip
         dkv_kernel[(blocks, B * G, shares)](
             q, k, v, do, lse, delta, dk, dv, start, lengths,
             left_padding, seed, offset, B, T, S, scale, scale * LOG2E.value, dropout_p, *strides,
-            G=G, R=R, D=D, M=key.M, N=key.N, PADDED_D=padded, DROPOUT=seed is not None,
+            G=G, R=R, D=D, M=key.M, N=key.N, PADDED_D=padded, DROPOUT=dropout,
             num_warps=key.warps, num_stages=key.stages,
         )  # fmt: skip
     return dq, dk.sum(0).to(q.dtype), dv.sum(0).to(q.dtype)

@@ -203,7 +203,8 @@ def forward(
     lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
-    tiles = forward_tiles(q.dtype, D, T * (H // G))
+    dropout = seed is not None
+    tiles = forward_tiles(q.dtype, D, T * (H // G), dropout)
     row_tiles = triton.cdiv(T * (H // G), tiles.M)
     shares = split_count(row_tiles * B * G, S, tiles.N, multiprocessors(q.device))
     parts, lses = out, lse
@@ -216,7 +217,7 @@ def forward(
             offset, B, T, S, scale * LOG2E.value, dropout_p,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             G=G, R=H // G, D=D, M=tiles.M, N=tiles.N, PADDED_D=triton.next_power_of_2(max(D, 16)),
-            DROPOUT=seed is not None, num_warps=tiles.warps, num_stages=tiles.stages,
+            DROPOUT=dropout, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         if shares > 1:
             combine_kernel[(B * T * H,)](
