@@ -1,8 +1,12 @@
 """Packed weights: what makes float32 inference on a CPU run at the speed of its memory.
 
 A matrix product with few rows reads each weight once and does little with it, so its time is the
-time to read the weights. The plain row-major layout keeps a CPU from reading at full speed;
+time to read the weights. The plain row-major layout keeps most CPUs from reading at full speed;
 oneDNN's blocked layout, in which the weights of one vector instruction lie side by side, does not.
+
+With AVX-512 the plain layout is read at full speed too by a product with one or two rows, and a
+packed layer is slower there, though faster from about four rows on. A single prompt being the
+common case, only the head is packed then, which gains from the third row and loses nothing before.
 """
 
 from __future__ import annotations
@@ -11,9 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-
-# oneDNN picks the blocking for an expected number of rows; that for 8 serves 1 to thousands.
-EXPECTED_ROWS = 8
 
 UNPACKED = "load the model with GPT.from_pretrained, which leaves its weights as they are"
 
@@ -28,9 +29,8 @@ class PackedLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.bias = None if linear.bias is None else linear.bias.detach()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(
-            linear.weight.detach(), EXPECTED_ROWS
-        )
+        # None: blocks for any number of rows.
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features), without gradients."""
@@ -76,12 +76,17 @@ def _is_packable(dtype: torch.dtype, device: torch.device) -> bool:
     )
 
 
-def pack(module: nn.Module) -> None:
-    """Replace every linear layer inside `module` by a `PackedLinear`, one after the other.
+def has_avx512() -> bool:
+    """Whether torch computes with AVX-512 here."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
-    The plain weights are given up, so the model can no longer be trained, edited or saved. A
-    weight that something else holds too, as the embedding holds that of a tied `lm_head`, stays
-    there as well.
+
+def pack(module: nn.Module) -> None:
+    """Replace the linear layers inside `module` by `PackedLinear`, one after the other.
+
+    All of them, or with AVX-512 only `lm_head`. Their plain weights are given up, so the model can
+    no longer be trained or saved. A weight that something else holds too, as the embedding holds
+    that of a tied `lm_head`, stays there as well.
 
     Raises:
         ValueError: `can_pack` is false.
@@ -91,7 +96,10 @@ def pack(module: nn.Module) -> None:
             "only float32 models on a CPU, with a torch that has oneDNN, can be packed"
         )
     # By name, because a list of the layers would keep all their weights to the end.
-    for name in [n for n, child in module.named_modules() if isinstance(child, nn.Linear)]:
+    names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    if has_avx512():
+        names = [name for name in names if name == "lm_head"]
+    for name in names:
         module.set_submodule(name, PackedLinear(cast(nn.Linear, module.get_submodule(name))))
     # What is left (embeddings, LayerNorms) cannot be trained through packed weights.
     module.requires_grad_(False)

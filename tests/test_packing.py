@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mqa_gpt import GPT, generate
+from mqa_gpt import GPT, generate, packing
 from mqa_gpt.packing import PackedLinear, can_pack, pack
 from tests.helpers import (
     our_model,
@@ -22,6 +22,12 @@ from tests.helpers import (
 pytestmark = pytest.mark.skipif(
     not can_pack(nn.Linear(1, 1)), reason="this torch has no packed oneDNN products"
 )
+
+
+@pytest.fixture(params=[False, True], ids=["avx2", "avx512"], autouse=True)
+def avx512(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(packing, "has_avx512", lambda: request.param)
+    return request.param
 
 
 def packed_model(**changes: object) -> tuple[GPT, GPT]:
@@ -63,11 +69,13 @@ def test_a_packed_model_runs_without_asking_for_no_gradients():
     assert relative_error(model(ids), expected) < 1e-5
 
 
-def test_every_linear_layer_is_packed():
+def test_every_linear_layer_is_packed_or_with_avx512_the_head(avx512):
     plain, packed = packed_model()
     layers = {n for n, m in packed.named_modules() if isinstance(m, PackedLinear)}
-    assert layers == {n for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
-    assert not any(isinstance(m, nn.Linear) for m in packed.modules())
+    linear = {n for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
+    assert layers == ({"lm_head"} if avx512 else linear)
+    left = {n for n, m in packed.named_modules() if isinstance(m, nn.Linear)}
+    assert left == linear - layers
 
 
 def test_the_embedding_of_a_tied_head_stays_plain():
@@ -76,6 +84,7 @@ def test_the_embedding_of_a_tied_head_stays_plain():
 
 
 def test_a_plain_weight_is_given_up_before_the_next_is_packed(monkeypatch):
+    monkeypatch.setattr(packing, "has_avx512", lambda: False)
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     weights = [weakref.ref(layer.weight) for layer in model]
     alive: list[int] = []
@@ -105,7 +114,7 @@ def test_what_packed_weights_cannot_do_is_refused(tmp_path):
         lambda: packed.save_pretrained(tmp_path / "out"),
         lambda: packed.requires_grad_()(torch.tensor([[1, 2]])),
         lambda: packed.to(torch.bfloat16),
-        lambda: packed.transformer.h[0].mlp.c_fc.weight.zero_(),
+        lambda: packed.lm_head.weight.zero_(),
     ]
     for action in refused:
         with pytest.raises((RuntimeError, AttributeError), match=r"GPT\.from_pretrained"):
