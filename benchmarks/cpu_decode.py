@@ -1,10 +1,11 @@
-"""How fast does this decode on a CPU in float32, beside transformers' `generate`?
+"""How fast does this decode on a CPU, in float32 and with 8-bit weights, beside transformers?
 
     python benchmarks/cpu_decode.py                          # tiny_starcoder_py's shape
     python benchmarks/cpu_decode.py --shape starcoderbase-1b
 
-Both run the same random weights in one process, taking turns. The decode rate is
-(tokens - 1) * rows / (time of a whole generation - time of one that stops at its first token).
+All run the same random weights in one process, taking turns; transformers in float32. The decode
+rate is (tokens - 1) * rows / (time of a whole generation - time of one that stops at its first
+token).
 The cold start is a new process each time: import, load the checkpoint (ours loads its tokenizer
 too), first token.
 """
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,8 +44,11 @@ model.generate(torch.tensor([{prompt}]), max_new_tokens=1, do_sample=False, pad_
 }
 
 
-def load_both(folder: str) -> tuple[GPT, GPTBigCodeForCausalLM]:
-    ours = LLM.load(folder).model
+def load_all(folder: str) -> tuple[dict[str, GPT], GPTBigCodeForCausalLM]:
+    ours = {
+        "mqa-gpt": LLM.load(folder).model,
+        "mqa-gpt int8": LLM.load(folder, quantize="int8").model,
+    }
     theirs = GPTBigCodeForCausalLM.from_pretrained(folder)  # in eval mode
     # No end token: full length.
     theirs.generation_config = GenerationConfig(pad_token_id=0)  # type: ignore[no-untyped-call]
@@ -51,14 +56,11 @@ def load_both(folder: str) -> tuple[GPT, GPTBigCodeForCausalLM]:
 
 
 def decode_rates(
-    ours: GPT, theirs: GPTBigCodeForCausalLM, rows: int, options: argparse.Namespace
+    ours: dict[str, GPT], theirs: GPTBigCodeForCausalLM, rows: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Prefill time and decode rate of both for one batch size, and their ratios."""
-    prompt = torch.randint(ours.config.vocab_size, (rows, options.prompt))
+    """Prefill time and decode rate of all for one batch size, and ratios to transformers."""
+    prompt = torch.randint(theirs.config.vocab_size, (rows, options.prompt))
     mask = torch.ones_like(prompt)
-
-    def run_ours(count: int) -> list[list[int]]:
-        return generate(ours, prompt, count)
 
     def run_theirs(count: int) -> list[list[int]]:
         output = theirs.generate(  # type: ignore[misc]
@@ -66,27 +68,31 @@ def decode_rates(
         )
         return output[:, options.prompt :].tolist()
 
-    same = run_ours(options.new) == run_theirs(options.new)
+    runs: dict[str, Callable[[int], list[list[int]]]] = {
+        name: partial(generate, model, prompt) for name, model in ours.items()
+    }
+    runs["transformers"] = run_theirs
+    same = runs["mqa-gpt"](options.new) == run_theirs(options.new)
     times = interleaved(
         {
-            "mqa-gpt first": lambda: run_ours(1),
-            "transformers first": lambda: run_theirs(1),
-            "mqa-gpt all": lambda: run_ours(options.new),
-            "transformers all": lambda: run_theirs(options.new),
+            f"{name} {part}": partial(run, count)
+            for part, count in (("first", 1), ("all", options.new))
+            for name, run in runs.items()
         },
         options.repeats,
         f"batch {rows}",
     )
     figures: dict[str, Any] = {"same_tokens": same, "times": times}
-    for name in ("mqa-gpt", "transformers"):
+    for name in runs:
         first, whole = times[f"{name} first"]["median"], times[f"{name} all"]["median"]
         figures[name] = {
             "prefill_s": first,
             "decode_tok_s": (options.new - 1) * rows / (whole - first),
         }
-    a, b = figures["mqa-gpt"], figures["transformers"]
-    figures["decode_ratio"] = a["decode_tok_s"] / b["decode_tok_s"]
-    figures["prefill_ratio"] = b["prefill_s"] / a["prefill_s"]
+    reference = figures["transformers"]
+    for name in ours:
+        figures[name]["decode_ratio"] = figures[name]["decode_tok_s"] / reference["decode_tok_s"]
+        figures[name]["prefill_ratio"] = reference["prefill_s"] / figures[name]["prefill_s"]
     return figures
 
 
@@ -127,24 +133,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         GPT(GPTConfig.official(options.shape)).save_pretrained(folder)
         shutil.copy(DEMO_DIR / "tokenizer.json", folder)  # any: the prompts are ids
-        ours, theirs = load_both(folder)
+        ours, theirs = load_all(folder)
         for rows in options.batch:
             figures[f"batch {rows}"] = decode_rates(ours, theirs, rows, options)
         del ours, theirs
         prompt = torch.randint(1000, (options.prompt,)).tolist()
         figures["cold start"] = cold_start(folder, prompt, options.cold_repeats)
 
-    print(f"{options.shape}, float32, {options.prompt} + {options.new} tokens, medians")
-    print(f"{'':12}{'mqa-gpt':>12}{'transformers':>14}{'ratio':>8}  same tokens")
+    print(f"{options.shape}, {options.prompt} + {options.new} tokens, medians")
     for rows in options.batch:
         f = figures[f"batch {rows}"]
-        a, b = f["mqa-gpt"]["decode_tok_s"], f["transformers"]["decode_tok_s"]
-        print(
-            f"batch {rows:<6}{a:>6.1f} tok/s{b:>8.1f} tok/s{f['decode_ratio']:>8.2f}"
-            f"  {'yes' if f['same_tokens'] else 'NO'}"
-        )
-        a, b = f["mqa-gpt"]["prefill_s"], f["transformers"]["prefill_s"]
-        print(f"{'  prefill':12}{a:>10.3f} s{b:>12.3f} s{f['prefill_ratio']:>8.2f}")
+        same = "transformers' tokens" if f["same_tokens"] else "OTHER TOKENS than transformers"
+        print(f"batch {rows}; mqa-gpt in float32 gives {same}")
+        for name in ("mqa-gpt", "mqa-gpt int8", "transformers"):
+            figure = f[name]
+            decode, prefill = figure.get("decode_ratio", 1), figure.get("prefill_ratio", 1)
+            print(
+                f"  {name:14}{figure['decode_tok_s']:>7.1f} tok/s{decode:>6.2f}"
+                f"   prefill{figure['prefill_s']:>7.3f} s{prefill:>6.2f}"
+            )
     times = figures["cold start"]["times"]
     a, b = times["mqa-gpt"]["median"], times["transformers"]["median"]
     print(f"{'cold start':12}{a:>10.2f} s{b:>12.2f} s{figures['cold start']['ratio']:>8.2f}")
@@ -153,7 +160,6 @@ def main() -> None:
         __doc__.split("\n")[0],
         options,
         figures,
-        dtype="float32",
     )
 
 

@@ -34,6 +34,8 @@ from mqa_gpt.hub import resolve
 from mqa_gpt.memory import available_memory, cache_bytes
 from mqa_gpt.model import GPT
 from mqa_gpt.packing import packing_bytes
+from mqa_gpt.quantization import check_method, is_quantized, quantize_rows, tie_head
+from mqa_gpt.quantization import quantize as quantize_model
 from mqa_gpt.weight_files import (
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -94,6 +96,7 @@ def load_model(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     backend: str = "auto",
+    quantize: str | None = None,
 ) -> GPT:
     """Load a checkpoint; the model is in evaluation mode.
 
@@ -108,40 +111,54 @@ def load_model(
         dtype: of the model; None keeps what is stored (the widest, if tensors differ).
         device: None takes CUDA where there is one, else the CPU.
         backend: attention backend (see `mqa_gpt.attention`).
+        quantize: "int8" makes the weights 8-bit integers as they are read (see
+            `mqa_gpt.quantization`); those of a checkpoint that was saved so are, in any case.
 
     Raises:
         CheckpointError: a checkpoint that is missing, damaged, or not what its config describes,
             with all its problems; or a model that does not fit into memory.
         ConfigError: a config that this architecture cannot run.
-        InputError: a dtype or device that does not exist here.
+        InputError: a dtype or device that does not exist here, or a way to quantize.
     """
+    check_method(quantize)
     wanted_dtype = None if dtype is None else _as_dtype(dtype)
     chosen_device = _as_device(device)
     select_attention(backend, chosen_device)  # a wrong name is said before the work, not after
     folder = resolve(name_or_dir, revision)
     config = read_config(folder)
     stored = _by_parameter_name(folder, stored_tensors(folder), config)
-    model = empty_model(config)
-    parts = _match(folder, model, stored)
     chosen_dtype = wanted_dtype or _widest_dtype(stored.values())
-    _require_memory(folder, model, chosen_dtype, chosen_device)
+    model = empty_model(config).to(chosen_dtype)
+    if is_quantized(config):
+        quantize_model(model)
+    wanted = _weights(model)
+    parts = _match(folder, config, wanted, stored)
+    if quantize is not None and not is_quantized(config):
+        quantize_model(model)
+    final = _weights(model)
+    new_scales = final.keys() - wanted.keys()
+    to_quantize = [tensor for name, tensor in wanted.items() if f"{name}_scale" in new_scales]
+    spare = max((2 * 4 * tensor.numel() for tensor in to_quantize), default=0)
+    _require_memory(folder, model, chosen_dtype, chosen_device, spare)
     if config.tie_word_embeddings and WTE in stored and LM_HEAD in stored:
         _require_equal(folder, stored[WTE], stored[LM_HEAD], chosen_dtype)
 
     state = {}
-    copies: list[tuple[StoredTensor, Tensor]] = []
-    for name, parameter in model.named_parameters():
-        state[name] = torch.empty(parameter.shape, dtype=chosen_dtype, device=chosen_device)
-        first = 0
-        for tensor, transposed in parts[name]:
-            rows = tensor.shape[-1] if transposed else tensor.shape[0]
-            part = state[name][first : first + rows]
-            copies.append((tensor, part.T if transposed else part))
-            first += rows
-    _copy(copies)
+    total = sum(tensor.numel() for tensor in wanted.values())
+    with tqdm(
+        total=total, desc="loading", unit=" weights", unit_scale=True, leave=False, delay=1,
+        disable=None,
+    ) as bar:  # fmt: skip
+        for name, tensor in wanted.items():
+            if f"{name}_scale" in new_scales:
+                weight = _read(parts[name], tensor.shape, torch.float32, chosen_device)
+                state[name], state[f"{name}_scale"] = quantize_rows(weight)
+            else:
+                state[name] = _read(parts[name], tensor.shape, tensor.dtype, chosen_device)
+            bar.update(tensor.numel())
     model.load_state_dict(state, assign=True, strict=False)  # a tied head has no entry of its own
     if config.tie_word_embeddings:
-        model.lm_head.weight = model.transformer.wte.weight
+        tie_head(model)
     model.set_backend(backend)
     return model.eval()
 
@@ -197,7 +214,7 @@ def _by_parameter_name(
     twice = []
     for tensor in tensors:
         name = tensor.name
-        if name != LM_HEAD and not name.startswith("transformer."):
+        if not name.startswith(("transformer.", "lm_head.")):
             name = f"transformer.{name}"
         if buffer.fullmatch(name):
             continue
@@ -214,13 +231,22 @@ def _by_parameter_name(
     return stored
 
 
-# The one or two stored tensors that make a parameter, and whether they are stored transposed.
+def _weights(model: GPT) -> dict[str, Tensor]:
+    """What a checkpoint of the model holds: all its tensors, a tied head's once."""
+    tensors = model.state_dict()
+    if model.config.tie_word_embeddings:
+        return {name: tensor for name, tensor in tensors.items() if not name.startswith("lm_head.")}
+    return tensors
+
+
+# The one or two stored tensors that make a weight, and whether they are stored transposed.
 Parts = list[tuple[StoredTensor, bool]]
 
 
-def _match(folder: Path, model: GPT, stored: dict[str, StoredTensor]) -> dict[str, Parts]:
-    """What each parameter is made of; CheckpointError with every name, shape or dtype amiss."""
-    config = model.config
+def _match(
+    folder: Path, config: GPTConfig, wanted: dict[str, Tensor], stored: dict[str, StoredTensor]
+) -> dict[str, Parts]:
+    """What each weight is made of; CheckpointError with every name, shape or dtype amiss."""
     # Original SantaCoder keeps queries apart from keys and values, and every linear weight of its
     # blocks as [in, out], the habit of GPT-2's Conv1D.
     santacoder = config.multi_query and any(name.endswith(".q_attn.weight") for name in stored)
@@ -230,25 +256,26 @@ def _match(folder: Path, model: GPT, stored: dict[str, StoredTensor]) -> dict[st
     if config.tie_word_embeddings and LM_HEAD in left:
         head = left.pop(LM_HEAD)
         if left.setdefault(WTE, head) is not head:
-            problems += _amiss(head, (config.vocab_size, config.n_embd))
-    for parameter_name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        wanted = [(parameter_name, shape)]
-        if santacoder and ".c_attn." in parameter_name:
+            problems += _amiss(head, (config.vocab_size, config.n_embd), wanted[WTE].dtype)
+    for weight_name, weight in wanted.items():
+        shape = tuple(weight.shape)
+        names = [(weight_name, shape)]
+        if santacoder and ".c_attn." in weight_name:
             sizes = {"q_attn": config.n_embd, "kv_attn": 2 * config.head_dim}
-            wanted = [
-                (parameter_name.replace("c_attn", part), (rows, *shape[1:]))
+            names = [
+                (weight_name.replace("c_attn", part), (rows, *shape[1:]))
                 for part, rows in sizes.items()
             ]
-        transposed = santacoder and ".h." in parameter_name and len(shape) == 2
-        parts[parameter_name] = []
-        for name, part_shape in wanted:
+        transposed = santacoder and ".h." in weight_name and len(shape) == 2
+        parts[weight_name] = []
+        for name, part_shape in names:
             tensor = left.pop(name, None)
             if tensor is None:
                 problems.append(f"{name} is missing")
                 continue
-            problems += _amiss(tensor, part_shape[::-1] if transposed else part_shape)
-            parts[parameter_name].append((tensor, transposed))
+            stored_shape = part_shape[::-1] if transposed else part_shape
+            problems += _amiss(tensor, stored_shape, weight.dtype)
+            parts[weight_name].append((tensor, transposed))
     problems += [f"{shown(tensor.name)} is unexpected" for tensor in left.values()]
     if problems:
         quantized = " (quantized weights)" * ("quantization_config" in config.extra)
@@ -260,36 +287,42 @@ def _match(folder: Path, model: GPT, stored: dict[str, StoredTensor]) -> dict[st
     return parts
 
 
-def _amiss(tensor: StoredTensor, shape: tuple[int, ...]) -> list[str]:
+def _amiss(tensor: StoredTensor, shape: tuple[int, ...], dtype: torch.dtype) -> list[str]:
     """What is wrong with one stored tensor."""
     problems = []
     if tensor.shape != shape:
         problems.append(
             f"{tensor.name} has the shape {shown(list(tensor.shape))} instead of {list(shape)}"
         )
-    if tensor.dtype not in STORED_DTYPES:
+    readable = ["I8"] if dtype == torch.int8 else list(STORED_DTYPES)
+    if tensor.dtype not in readable:
         problems.append(
-            f"{tensor.name} has the dtype {tensor.dtype}: only {', '.join(STORED_DTYPES)} are read"
+            f"{tensor.name} has the dtype {tensor.dtype}: only {', '.join(readable)} are read"
         )
     return problems
 
 
 def _widest_dtype(tensors: Iterable[StoredTensor]) -> torch.dtype:
-    """The dtype that holds every stored value exactly."""
-    return reduce(torch.promote_types, {STORED_DTYPES[tensor.dtype] for tensor in tensors})
+    """The dtype that holds every stored weight exactly; 8-bit weights and scales do not count."""
+    names = {t.dtype for t in tensors if t.dtype in STORED_DTYPES and not t.name.endswith("_scale")}
+    return reduce(torch.promote_types, {STORED_DTYPES[name] for name in names} or {torch.float32})
 
 
-def _require_memory(folder: Path, model: GPT, dtype: torch.dtype, device: torch.device) -> None:
+def _require_memory(
+    folder: Path, model: GPT, dtype: torch.dtype, device: torch.device, spare: int = 0
+) -> None:
     """CheckpointError if the model in this dtype does not fit on this device.
 
-    Counted is what `LLM.load` allocates: the weights and, where it packs them, what that takes.
+    Counted is what `LLM.load` allocates: the weights and, for a while, `spare` bytes to quantize
+    them or, where it packs them, what that takes.
     """
 
     cpu = torch.device("cpu")
 
     def needed(dtype: torch.dtype, place: torch.device) -> int:
         weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-        return weights + packing_bytes(model, dtype, place)
+        weights += sum(buffer.nbytes for buffer in model.buffers())  # 8-bit weights, their scales
+        return weights + max(spare, packing_bytes(model, dtype, place))
 
     def fits(dtype: torch.dtype, place: torch.device) -> bool:
         room = available_memory(place)
@@ -332,18 +365,19 @@ def _require_equal(
             )
 
 
-def _copy(copies: list[tuple[StoredTensor, Tensor]]) -> None:
-    """Fill each destination from its stored tensor, converting dtype and device on the way."""
-    total = sum(destination.nbytes for _, destination in copies)
-    with tqdm(
-        total=total, desc="loading", unit="B", unit_scale=True, leave=False, delay=1, disable=None
-    ) as bar:
-        for tensor, destination in copies:
-            # Opened for each tensor, which takes half a millisecond: the pages of a mapped file
-            # count as this process's memory until it is closed.
-            with opened(tensor.file) as handle:
-                destination.copy_(handle.get_tensor(tensor.name))
-            bar.update(destination.nbytes)
+def _read(parts: Parts, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One weight from its stored parts, which follow each other in its first dimension."""
+    weight = torch.empty(shape, dtype=dtype, device=device)
+    first = 0
+    for tensor, transposed in parts:
+        # Opened for each tensor, which takes half a millisecond: the pages of a mapped file count
+        # as this process's memory until it is closed.
+        with opened(tensor.file) as handle:
+            stored = handle.get_tensor(tensor.name)
+            stored = stored.T if transposed else stored
+            weight[first : first + len(stored)].copy_(stored)
+        first += tensor.shape[-1] if transposed else tensor.shape[0]
+    return weight
 
 
 def save_model(
@@ -379,7 +413,7 @@ def save_model(
                 "lm_head.weight is not wte.weight, though the model's config ties them: "
                 "use a config with tie_word_embeddings=False"
             )
-        del tensors[LM_HEAD]
+        tensors = _weights(model)
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )

@@ -152,6 +152,13 @@ Backend = Annotated[
         help="Attention: reference, sdpa, triton, or auto for the fastest that runs here.",
     ),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="int8",
+        help="Round the weights to 8 bits: less to read, so faster, and not quite the same.",
+    ),
+]
 PromptFile = Annotated[
     list[str] | None,
     typer.Option(
@@ -272,6 +279,7 @@ def generate(
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend = "auto",
+    quantize: Quantize = None,
     draft: Drafts = None,
     echo: Annotated[
         bool | None,
@@ -299,7 +307,7 @@ def generate(
       mqa-gpt generate 'class Stack:' --temperature 0.8 --top-p 0.95 --n 4 --json
     """
     texts = prompt_texts(prompts or [], file or [])
-    llm, load_seconds = _load(model, revision, device, dtype, backend)
+    llm, load_seconds = _load(model, revision, device, dtype, backend, quantize)
     generation = llm.begin(
         texts,
         max_new_tokens,
@@ -374,6 +382,7 @@ def infill(
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend = "auto",
+    quantize: Quantize = None,
     draft: Drafts = None,
     whole: Annotated[
         bool,
@@ -397,7 +406,7 @@ def infill(
       mqa-gpt infill app.py --at 12:8 --whole > filled.py
     """
     before, after = split_hole(file, at, marker, prefix, suffix)
-    llm, load_seconds = _load(model, revision, device, dtype, backend)
+    llm, load_seconds = _load(model, revision, device, dtype, backend, quantize)
     generation = llm.begin_infill(
         before,
         after,
@@ -435,19 +444,21 @@ def verify(
     device: Device = None,
     dtype: Dtype = None,
     backend: Backend = "auto",
+    quantize: Quantize = None,
     as_json: Json = False,
 ) -> None:
     """Compare a checkpoint with transformers, number by number.
 
     Logits at every position, then greedy tokens, for each PROMPT (- is standard input) or for a few
     built-in ones. In float32 all tokens must be equal; in 16 bit the logits' error may be twice
-    transformers' own. Exits with 1 if they are not, or it is larger. Needs transformers:
-    pip install 'mqa-gpt[test]'.
+    transformers' own. Exits with 1 if they are not, or it is larger. With --quantize it reports how
+    far the approximation is off. Needs transformers: pip install 'mqa-gpt[test]'.
 
     \b
     Examples:
       mqa-gpt verify
       mqa-gpt verify --model bigcode/starcoderbase-1b --dtype bfloat16
+      mqa-gpt verify --quantize int8 --file held_out.py
     """
     report = verify_checkpoint(
         DEMO_DIR if model is None else model,
@@ -455,6 +466,7 @@ def verify(
         device=device,
         dtype=dtype,
         backend=backend,
+        quantize=quantize,
         prompts=prompt_texts(prompts or [], file or []) if prompts or file else None,
         max_new_tokens=max_new_tokens,
     )
@@ -549,12 +561,19 @@ def env(as_json: Json = False) -> None:
 
 
 def _load(
-    model: str | None, revision: str | None, device: str | None, dtype: str | None, backend: str
+    model: str | None,
+    revision: str | None,
+    device: str | None,
+    dtype: str | None,
+    backend: str,
+    quantize: str | None,
 ) -> tuple[LLM, float]:
     """The loaded checkpoint and the seconds that took."""
     begin = time.perf_counter()
     name = DEMO_DIR if model is None else model
-    llm = LLM.load(name, revision=revision, device=device, dtype=dtype, backend=backend)
+    llm = LLM.load(
+        name, revision=revision, device=device, dtype=dtype, backend=backend, quantize=quantize
+    )
     return llm, time.perf_counter() - begin
 
 

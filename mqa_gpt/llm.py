@@ -256,7 +256,7 @@ class LLM:
     """A model and its tokenizer: text in, text out.
 
     Attributes:
-        model: the `GPT`; from `load` on a CPU in float32 its weights are packed, which is for
+        model: the `GPT`; from `load` on a CPU its weights may be packed, which is for
             inference only (see `mqa_gpt.packing`).
         tokenizer: its `Tokenizer`.
     """
@@ -274,22 +274,23 @@ class LLM:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         backend: str = "auto",
+        quantize: str | None = None,
     ) -> LLM:
         """Load a checkpoint with its tokenizer, ready to generate.
 
-        On a CPU in float32 the weights are packed for speed (see `mqa_gpt.packing`). To train or
-        edit the model, take `LLM(GPT.from_pretrained(...), Tokenizer.from_pretrained(...))`.
+        On a CPU, float32 and 8-bit weights are packed for speed (see `mqa_gpt.packing`). To train
+        or edit the model, take `LLM(GPT.from_pretrained(...), Tokenizer.from_pretrained(...))`.
 
         Args:
             name_or_dir: a folder or a name on the hub; None is the bundled demo checkpoint.
-            revision, device, dtype, backend: see `mqa_gpt.checkpoint.load_model`.
+            revision, device, dtype, backend, quantize: see `mqa_gpt.checkpoint.load_model`.
 
         Raises:
             CheckpointError, ConfigError: the checkpoint cannot be had or used; says why.
         """
         folder = resolve(DEMO_DIR if name_or_dir is None else name_or_dir, revision)
         tokenizer = Tokenizer.from_pretrained(folder)
-        model = load_model(folder, device=device, dtype=dtype, backend=backend)
+        model = load_model(folder, device=device, dtype=dtype, backend=backend, quantize=quantize)
         if can_pack(model):
             pack(model)
         return cls(model, tokenizer)

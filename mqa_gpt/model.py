@@ -174,11 +174,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f.weight.dtype
 
     def set_backend(self, backend: str) -> None:
-        """Choose the attention of every layer; "auto" is "triton" on a GPU and "sdpa" elsewhere.
-
-        Raises:
-            ValueError: an unknown backend, or one that cannot run here.
-        """
+        """Choose every layer's attention; InputError if it is unknown or cannot run here."""
         attend = select_attention(backend, self.device)
         for module in self.modules():
             if isinstance(module, MultiQueryAttention):
@@ -217,12 +213,18 @@ class GPT(nn.Module):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         backend: str = "auto",
+        quantize: str | None = None,
     ) -> GPT:
         """Load a checkpoint from a hub name or a folder; see `mqa_gpt.checkpoint.load_model`."""
         from mqa_gpt.checkpoint import load_model
 
         return load_model(
-            name_or_dir, revision=revision, dtype=dtype, device=device, backend=backend
+            name_or_dir,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            backend=backend,
+            quantize=quantize,
         )
 
     def save_pretrained(

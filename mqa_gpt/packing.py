@@ -4,6 +4,8 @@ A matrix product with few rows reads each weight once and does little with it, s
 time to read the weights. The plain row-major layout keeps most CPUs from reading at full speed;
 oneDNN's blocked layout, in which the weights of one vector instruction lie side by side, does not.
 
+8-bit weights (`mqa_gpt.quantization`) are packed too, for oneDNN's products of 8-bit integers.
+
 With AVX-512 the plain layout is read at full speed too by a product with one or two rows, and a
 packed layer is slower there, though faster from about four rows on. A single prompt being the
 common case, only the head is packed then, which gains from the third row and loses nothing before.
@@ -11,19 +13,40 @@ common case, only the head is packed then, which gains from the third row and lo
 
 from __future__ import annotations
 
+import platform
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from mqa_gpt.quantization import Int8Linear
+
 UNPACKED = "load the model with GPT.from_pretrained, which leaves its weights as they are"
 
 
-class PackedLinear(nn.Module):
+class _Packed(nn.Module):
+    """What has no plain weight: nothing to read, edit, train, convert or save, and it says so."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "weight_scale"):
+            raise AttributeError(f"packed weights cannot be read or edited: {UNPACKED}")
+        return super().__getattr__(name)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(f"packed weights cannot be saved: {UNPACKED}")
+
+    def _apply(self, *args: Any, **kwargs: Any) -> _Packed:
+        raise RuntimeError(f"packed weights cannot be moved or converted: {UNPACKED}")
+
+    def _refuse_gradients(self, x: Tensor) -> None:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(f"packed weights have no gradients: {UNPACKED}")
+
+
+class PackedLinear(_Packed):
     """`nn.Linear` for inference, with its weight in oneDNN's blocked layout only.
 
-    Computes the same sums in another order, so results differ from `nn.Linear` by rounding. There
-    is no `weight` to read or edit, and nothing to train, convert or save: `UNPACKED` says so.
+    Computes the same sums in another order, so results differ from `nn.Linear` by rounding.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -33,26 +56,48 @@ class PackedLinear(nn.Module):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in_features) -> (..., out_features), without gradients."""
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError(f"packed weights have no gradients: {UNPACKED}")
+        """x (..., K) -> (..., N), without gradients."""
+        self._refuse_gradients(x)
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            raise AttributeError(f"packed weights cannot be read or edited: {UNPACKED}")
-        return super().__getattr__(name)
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError(f"packed weights cannot be saved: {UNPACKED}")
+class PackedInt8Linear(_Packed):
+    """`Int8Linear` for inference, as a product of 8-bit integers.
 
-    def _apply(self, *args: Any, **kwargs: Any) -> PackedLinear:
-        raise RuntimeError(f"packed weights cannot be moved or converted: {UNPACKED}")
+    The rows of x become integers too, as they come: x is close to t r, with one scale t per row, so
+    that a row's result does not depend on the rows beside it. That adds a rounding to those of the
+    weights (`LLM.int8()`, Dettmers et al. 2022, section 2, without its outlier columns).
+    """
+
+    def __init__(self, linear: Int8Linear) -> None:
+        super().__init__()
+        # Without VNNI a CPU adds two products of 8 bits in 16 bits, where those of -127 to 127
+        # overflow; those of 7-bit rows do not.
+        self.largest = 127 if has_vnni() else 63
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
+        self._packed = torch.ops.onednn.qlinear_prepack(linear.weight, None)
+        self._scale = linear.weight_scale / self.largest  # (N,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N) in the dtype of x, without gradients."""
+        self._refuse_gradients(x)
+        rows = x.reshape(-1, x.shape[-1]).float()  # (R, K)
+        top = rows.abs().amax(1, keepdim=True)  # (R, 1), is t times `largest`
+        # oneDNN is fast for rows of unsigned integers only: zero stands in the middle of them.
+        zero = self.largest + 1
+        integers = rows * (self.largest / top.clamp_min(1e-30))  # (R, K)
+        integers = integers.add_(zero + 0.5).to(torch.uint8)  # cut off, so rounded
+        y = torch.ops.onednn.qlinear_pointwise(
+            integers, 1.0, zero, self._packed, self._scale, None, None,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        y = y * top if self.bias is None else torch.addcmul(self.bias, y, top)  # (R, N)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def can_pack(module: nn.Module) -> bool:
-    """Whether this torch has oneDNN's packed products and `module` is float32 on the CPU."""
-    return all(_is_packable(p.dtype, p.device) for p in module.parameters())
+    """Whether `pack` has anything to do: float32 or 8 bits, on a CPU, with a torch for it."""
+    return any(_form(layer) is not None for layer in module.modules())
 
 
 def packing_bytes(module: nn.Module, dtype: torch.dtype, device: torch.device) -> int:
@@ -60,19 +105,14 @@ def packing_bytes(module: nn.Module, dtype: torch.dtype, device: torch.device) -
 
     One layer at a time has its weight twice: plain and packed. A tied head, the last, keeps both.
     """
-    if not _is_packable(dtype, device):
-        return 0
-    layers = (child for child in module.modules() if isinstance(child, nn.Linear))
-    return max((layer.weight.numel() for layer in layers), default=0) * dtype.itemsize
-
-
-def _is_packable(dtype: torch.dtype, device: torch.device) -> bool:
-    operators = ("_reorder_linear_weight", "_linear_pointwise")
-    return (
-        dtype == torch.float32
-        and device.type == "cpu"
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and all(hasattr(torch.ops.mkldnn, name) for name in operators)
+    plain, int8 = _has_products(dtype, device), _has_int8_products(device)
+    return max(
+        (
+            layer.weight.numel() * (1 if isinstance(layer, Int8Linear) else dtype.itemsize)
+            for layer in module.modules()
+            if (plain and isinstance(layer, nn.Linear)) or (int8 and isinstance(layer, Int8Linear))
+        ),
+        default=0,
     )
 
 
@@ -81,25 +121,57 @@ def has_avx512() -> bool:
     return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
-def pack(module: nn.Module) -> None:
-    """Replace the linear layers inside `module` by `PackedLinear`, one after the other.
+def has_vnni() -> bool:
+    """Whether this CPU adds products of 8-bit integers in 32 bits."""
+    return torch.cpu._is_vnni_supported()
 
-    All of them, or with AVX-512 only `lm_head`. Their plain weights are given up, so the model can
-    no longer be trained or saved. A weight that something else holds too, as the embedding holds
-    that of a tied `lm_head`, stays there as well.
+
+def _form(layer: nn.Module) -> type[PackedLinear | PackedInt8Linear] | None:
+    """The packed form of a layer, if it has one here."""
+    if isinstance(layer, Int8Linear) and _has_int8_products(layer.weight.device):
+        return PackedInt8Linear
+    if isinstance(layer, nn.Linear) and _has_products(layer.weight.dtype, layer.weight.device):
+        return PackedLinear
+    return None
+
+
+def _has_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch has oneDNN's packed products of this dtype there."""
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    return dtype == torch.float32 and _has_operators(device, torch.ops.mkldnn, names)
+
+
+def _has_int8_products(device: torch.device) -> bool:
+    """Whether torch has oneDNN's packed products of 8-bit integers there."""
+    names = ("qlinear_prepack", "qlinear_pointwise")
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")  # elsewhere they are not fast
+    return is_x86 and _has_operators(device, torch.ops.onednn, names)
+
+
+def _has_operators(device: torch.device, namespace: Any, names: tuple[str, ...]) -> bool:
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return device.type == "cpu" and available and all(hasattr(namespace, name) for name in names)
+
+
+def pack(module: nn.Module) -> None:
+    """Replace the linear layers inside `module` by their packed forms, one after the other.
+
+    All of them, or in float32 with AVX-512 only `lm_head`. Their plain weights are given up, so the
+    model can no longer be trained or saved. A weight that something else holds too, as the
+    embedding holds that of a tied `lm_head`, stays there as well.
 
     Raises:
         ValueError: `can_pack` is false.
     """
     if not can_pack(module):
         raise ValueError(
-            "only float32 models on a CPU, with a torch that has oneDNN, can be packed"
+            "only float32 and 8-bit models on a CPU, with a torch that has oneDNN, can be packed"
         )
     # By name, because a list of the layers would keep all their weights to the end.
-    names = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
-    if has_avx512():
-        names = [name for name in names if name == "lm_head"]
-    for name in names:
-        module.set_submodule(name, PackedLinear(cast(nn.Linear, module.get_submodule(name))))
+    forms = {name: _form(layer) for name, layer in module.named_modules()}
+    for name, form in forms.items():
+        if form is None or (form is PackedLinear and has_avx512() and name != "lm_head"):
+            continue
+        module.set_submodule(name, form(cast(Any, module.get_submodule(name))))
     # What is left (embeddings, LayerNorms) cannot be trained through packed weights.
     module.requires_grad_(False)

@@ -43,25 +43,31 @@ class PromptReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found. `logits_error` must not exceed `logits_limit`; `rule` says in words
-    what the two are. `reference` says which transformers it was and how it got the weights.
+    """What `verify` found. `logits_error` must not exceed `logits_limit`, or only be finite where
+    that is None; `rule` says in words what the two are. `reference` says which transformers it was
+    and how it got the weights. The losses are those of the prompts' tokens, in nats per token; None
+    where no prompt has two tokens.
     """
 
     model: str
     dtype: str
     device: str
     backend: str
+    quantize: str | None
     reference: str
     rule: str
     logits_error: float
-    logits_limit: float
+    logits_limit: float | None
+    loss: float | None
+    reference_loss: float | None
     tokens_must_be_equal: bool
     prompts: list[PromptReport]
 
     @property
     def logits_passed(self) -> bool:
         """Whether the logits keep to the rule; NaN does not."""
-        return self.logits_error <= self.logits_limit
+        limit = self.logits_limit
+        return math.isfinite(self.logits_error) if limit is None else self.logits_error <= limit
 
     @property
     def tokens_passed(self) -> bool:
@@ -81,7 +87,8 @@ class Report:
 def format_report(report: Report) -> str:
     """The report as lines of text: a table of the prompts, then the two verdicts."""
     lines = [
-        f"{report.model} in {report.dtype} on {report.device}, backend {report.backend}",
+        f"{report.model} in {report.dtype} on {report.device}, backend {report.backend}"
+        + ("" if report.quantize is None else f", quantized to {report.quantize}"),
         f"against {report.reference}",
         "",
         f"{'prompt':32}  {'tokens':>6}  {'max error':>9}  {'relative':>9}  equal new tokens",
@@ -103,16 +110,23 @@ def format_report(report: Report) -> str:
             )
     equal = sum(prompt.equal_tokens for prompt in report.prompts)
     total = sum(prompt.new_tokens for prompt in report.prompts)
-    verdict = {True: "pass", False: "FAIL"}
-    tokens = verdict[report.tokens_passed] if report.tokens_must_be_equal else "info"
-    lines += [
-        "",
-        *notes,
-        f"logits  {verdict[report.logits_passed]}  {report.logits_error:.2e}, limit "
-        f"{report.logits_limit:.2e}: {report.rule}",
-        f"tokens  {tokens}  {equal} of {total} greedy tokens equal"
-        + ("" if report.tokens_must_be_equal else f", which {report.dtype} does not promise"),
-    ]
+    # An approximation has no limit to pass, but it can fail: with NaN.
+    checked = report.logits_limit is not None or not report.logits_passed
+    logits = "info" if not checked else "pass" if report.logits_passed else "FAIL"
+    tokens = "info" if not report.tokens_must_be_equal else "pass" if not notes else "FAIL"
+    limit = "" if report.logits_limit is None else f", limit {report.logits_limit:.2e}"
+    lines += ["", *notes, f"logits  {logits}  {report.logits_error:.2e}{limit}: {report.rule}"]
+    if report.loss is not None and report.reference_loss is not None:
+        lines.append(
+            f"loss    info  {report.loss:.4f} nats per token of the prompts, "
+            f"{report.reference_loss:.4f} in transformers"
+        )
+    promise = (
+        ""
+        if report.tokens_must_be_equal
+        else (f", which {report.quantize or report.dtype} does not promise")
+    )
+    lines.append(f"tokens  {tokens}  {equal} of {total} greedy tokens equal{promise}")
     return "\n".join(lines)
 
 

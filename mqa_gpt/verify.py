@@ -12,6 +12,8 @@ What must hold depends on the precision:
                 far from transformers in float64 as transformers in float32 is; all tokens equal
     16 bit      our logits may be twice as far from transformers in float32 as transformers in the
                 same 16-bit type is; where tokens part is reported, but does not fail
+    8 bit       (`quantize`) is an approximation: how far logits, loss and tokens are from those of
+                the unquantized checkpoint is reported, and only NaN or infinity fails
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mqa_gpt.checkpoint import load_model, read_config
@@ -38,6 +41,7 @@ from mqa_gpt.generate import check_request, generate
 from mqa_gpt.hub import resolve
 from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack
+from mqa_gpt.quantization import is_quantized
 from mqa_gpt.report import Divergence, PromptReport, Report
 from mqa_gpt.tokenizer import Tokenizer
 
@@ -60,6 +64,7 @@ def verify(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     backend: str = "auto",
+    quantize: str | None = None,
     prompts: Sequence[str] | Sequence[Sequence[int]] | None = None,
     max_new_tokens: int = 64,
 ) -> Report:
@@ -69,9 +74,10 @@ def verify(
     the end, which takes twice the model's memory.
 
     Args:
-        name_or_dir, revision, device, dtype, backend: see `mqa_gpt.checkpoint.load_model`.
-        prompts: texts or lists of token ids; None takes a few pieces of code, or random ids where
-            the checkpoint has no tokenizer.
+        name_or_dir, revision, device, dtype, backend, quantize: see
+            `mqa_gpt.checkpoint.load_model`; the reference is never quantized.
+        prompts: texts or lists of token ids, whose loss is computed too; None takes a few pieces of
+            code, or random ids where the checkpoint has no tokenizer.
         max_new_tokens: how many greedy tokens are compared per prompt; end tokens do not stop.
 
     Raises:
@@ -81,11 +87,16 @@ def verify(
     transformers_version = require_transformers()
     folder = resolve(name_or_dir, revision)
     config = read_config(folder)
+    if is_quantized(config):
+        raise InputError(
+            f"{folder} holds 8-bit weights, which transformers does not read: verify the "
+            "checkpoint that they were made from, with quantize='int8' (--quantize int8)"
+        )
     has_tokenizer = (folder / "tokenizer.json").is_file()
     tokenizer = Tokenizer.from_pretrained(folder) if has_tokenizer else None
     rows = _token_ids(config, tokenizer, prompts, folder, max_new_tokens)
 
-    model = load_model(folder, device=device, dtype=dtype, backend=backend)
+    model = load_model(folder, device=device, dtype=dtype, backend=backend, quantize=quantize)
     model_dtype, model_device = model.dtype, model.device
     new_ids, logits = _ours(model, rows, max_new_tokens)
     del model
@@ -106,12 +117,13 @@ def verify(
     del reference
 
     nearest = exact or expected
-    if exact is None:
+    limit: float | None
+    if exact is None or quantize is not None:
         rule = "max |ours - transformers| over max |transformers|"
-        largest = max(e.abs().max().item() for e in expected)
+        largest = max(e.abs().max().item() for e in nearest)
         # A model whose logits are all 0 has no scale.
-        error = _largest_difference(logits, expected) / (largest or 1.0)
-        limit = FLOAT32_TOLERANCE
+        error = _largest_difference(logits, nearest) / (largest or 1.0)
+        limit = FLOAT32_TOLERANCE if quantize is None else None
     else:
         name = str(exact_dtype).removeprefix("torch.")
         rule = f"distance from transformers in {name}; the limit is twice its own in this dtype"
@@ -122,11 +134,14 @@ def verify(
         dtype=str(model_dtype).removeprefix("torch."),
         device=str(model_device),
         backend=backend,
+        quantize=quantize,
         reference=f"transformers {transformers_version}, eager; {source}",
         rule=rule,
         logits_error=error,
         logits_limit=limit,
-        tokens_must_be_equal=model_dtype in (torch.float32, torch.float64),
+        loss=_loss(rows, logits),
+        reference_loss=_loss(rows, nearest),
+        tokens_must_be_equal=quantize is None and model_dtype in (torch.float32, torch.float64),
         prompts=[
             _compare(tokenizer, *parts)
             for parts in zip(rows, new_ids, greedy, logits, nearest, strict=True)
@@ -199,10 +214,13 @@ def _ours(
     """Our new tokens, and per row the logits of each position as (positions, V) on the CPU.
 
     Those within the prompt are a plain forward pass's; the others, from the prompt's last position
-    on, are what `generate` chose by, with the weights packed as `LLM` packs them.
+    on, are what `generate` chose by, with the weights packed as `LLM` packs them. 8-bit weights
+    are packed for both, since that rounds once more.
     """
+    if is_quantized(model.config) and can_pack(model):
+        pack(model)
     within = [model(torch.tensor([row], device=model.device))[0, :-1].cpu() for row in rows]
-    if can_pack(model):
+    if can_pack(model):  # not yet packed
         pack(model)
     steps: list[Tensor] = []  # (B, V) or (B, 1, V)
     hook = model.lm_head.register_forward_hook(lambda *call: steps.append(call[-1].cpu()))
@@ -330,6 +348,17 @@ def _compare(
         absolute_error=absolute.tolist(),
         relative_error=relative.tolist(),
     )
+
+
+def _loss(rows: list[list[int]], logits: list[Tensor]) -> float | None:
+    """Mean cross-entropy of the prompts' tokens but the first, in nats; None if there are none."""
+    losses = [
+        F.cross_entropy(of_row[: len(row) - 1].double(), torch.tensor(row[1:]), reduction="sum")
+        for row, of_row in zip(rows, logits, strict=True)
+        if len(row) > 1
+    ]
+    count = sum(len(row) - 1 for row in rows)
+    return torch.stack(losses).sum().item() / count if count else None
 
 
 def _largest_difference(a: list[Tensor], b: list[Tensor]) -> float:

@@ -195,6 +195,7 @@ def test_every_option_reaches_the_library(folder: str):
 
 def test_the_model_options_reach_the_library():
     options = {"revision": "main", "device": "cpu", "dtype": "float32", "backend": "sdpa"}
+    options |= {"quantize": "int8"}
     flags = [part for key, value in options.items() for part in (f"--{key}", value)]
     for command in ("generate", "infill"):
         with mock.patch.object(LLM, "load", side_effect=KeyboardInterrupt) as load:
@@ -522,10 +523,13 @@ def report(**changes: object) -> Report:
             "dtype": "float32",
             "device": "cpu",
             "backend": "auto",
+            "quantize": None,
             "reference": "transformers",
             "rule": "",
             "logits_error": 1e-6,
             "logits_limit": 2e-5,
+            "loss": None,
+            "reference_loss": None,
             "tokens_must_be_equal": True,
             "prompts": [PromptReport("a", 1, 2, 2, None, [0.0], [0.0])],
         }

@@ -34,10 +34,13 @@ def report(*prompts: PromptReport, **changes: object) -> Report:
         "dtype": "float32",
         "device": "cpu",
         "backend": "sdpa",
+        "quantize": None,
         "reference": "transformers 5, eager; it read the checkpoint itself",
         "rule": "the rule in words",
         "logits_error": 1e-6,
         "logits_limit": 2e-5,
+        "loss": 1.5,
+        "reference_loss": 1.25,
         "tokens_must_be_equal": True,
         "prompts": list(prompts) or [prompt()],
     }
@@ -91,6 +94,7 @@ def test_the_table_has_a_line_per_prompt_and_a_verdict_for_logits_and_tokens():
         "def f():                               4   3.00e-06   4.00e-07  10 of 10",
         "",
         "logits  pass  1.00e-06, limit 2.00e-05: the rule in words",
+        "loss    info  1.5000 nats per token of the prompts, 1.2500 in transformers",
         "tokens  pass  10 of 10 greedy tokens equal",
     ]
 
@@ -115,6 +119,24 @@ def test_tokens_that_need_not_be_equal_are_information():
     assert text.endswith(
         "tokens  info  3 of 10 greedy tokens equal, which bfloat16 does not promise"
     )
+
+
+def test_an_approximation_is_reported_without_a_limit_and_fails_only_with_nan():
+    changes = {"quantize": "int8", "logits_limit": None, "tokens_must_be_equal": False}
+    found = report(DIFFERENT, logits_error=0.02, **changes)
+    assert found.passed
+    text = format_report(found)
+    assert "quantized to int8" in text
+    assert "logits  info  2.00e-02: the rule in words" in text
+    assert text.endswith("greedy tokens equal, which int8 does not promise")
+    broken = report(logits_error=NAN, **changes)
+    assert not broken.passed
+    assert "logits  FAIL  nan: the rule in words" in format_report(broken)
+
+
+def test_the_losses_of_both_are_shown_where_there_are_any():
+    assert "1.5000 nats per token of the prompts, 1.2500 in transformers" in format_report(report())
+    assert "nats" not in format_report(report(loss=None, reference_loss=None))
 
 
 def test_logits_beyond_the_limit_are_said_to_fail():

@@ -1,0 +1,141 @@
+"""8-bit weights: a quarter of the bytes of float32, so up to four times the tokens per second where
+reading the weights is what takes the time.
+
+Each row of a weight matrix (an output channel of a linear layer, a token of the embedding) is kept
+as integers q from -127 to 127 and one float32 scale s, with w close to s q and s = max |w| / 127.
+Rounding moves a weight by at most s / 2, and what the model computes by a little: `mqa-gpt verify
+--quantize int8` says by how much. LayerNorms, biases and position embeddings stay as they are.
+
+`quantize` makes this of a loaded model, `GPT.from_pretrained(..., quantize="int8")` of a checkpoint
+while it is read. Saved like any model, such a checkpoint loads here, and not in transformers. The
+layers below are the definition and run anywhere; on a CPU `mqa_gpt.packing` makes them fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mqa_gpt.config import GPTConfig
+from mqa_gpt.errors import InputError
+
+if TYPE_CHECKING:
+    from mqa_gpt.model import GPT
+
+METHODS = ("int8",)
+
+# In `config.json`, under the key that transformers uses for its own methods.
+CONFIG_KEY = "quantization_config"
+CONFIG_ENTRY = {"quant_method": "mqa-gpt-int8"}
+
+
+def check_method(method: str | None) -> None:
+    """InputError unless `method` is one of `METHODS`, or None for none."""
+    if method is not None and method not in METHODS:
+        raise InputError(f"quantize is {method!r}: accepted are {', '.join(METHODS)} and None")
+
+
+def is_quantized(config: GPTConfig) -> bool:
+    """Whether a config is that of a model which `quantize` made."""
+    return config.extra.get(CONFIG_KEY) == CONFIG_ENTRY
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight (N, K) -> integers (N, K) int8 and their scales (N,) float32."""
+    if weight.is_meta:  # for what is below torch would import a compiler: two seconds
+        integers = torch.empty(weight.shape, dtype=torch.int8, device="meta")
+        return integers, torch.empty(len(weight), device="meta")
+    weight = weight.detach().float()
+    # Without `abs`, which would be one more copy of the weights.
+    scale = torch.maximum(weight.amax(1), -weight.amin(1)) / 127  # (N,)
+    # A row of zeros has no scale; NaN and infinity must not become harmless numbers.
+    divisor = torch.where(scale == 0, 1.0, scale)[:, None]  # (N, 1)
+    return (weight / divisor).round_().to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """`nn.Linear` with 8-bit weights, computed as the product with the weights s q.
+
+    Attributes:
+        weight: (N, K) int8.
+        weight_scale: (N,) float32.
+        bias: (N,) in the model's dtype, or None.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        weight, scale = quantize_rows(linear.weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N) in the dtype of x."""
+        # Multiplied in float32, then rounded to x's dtype: (N, K) for the time of the product.
+        weight = torch.empty_like(self.weight, dtype=x.dtype)
+        torch.mul(self.weight, self.weight_scale[:, None], out=weight)
+        return F.linear(x, weight, self.bias)
+
+
+class Int8Embedding(nn.Module):
+    """`nn.Embedding` with 8-bit weights.
+
+    Attributes:
+        weight: (V, C) int8.
+        weight_scale: (V,) float32.
+        dtype: of what it gives.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        weight, scale = quantize_rows(embedding.weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.dtype = embedding.weight.dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> (B, T, C)."""
+        # F.embedding, like the plain layer, refuses ids outside the vocabulary.
+        rows = F.embedding(ids, self.weight)  # (B, T, C) int8
+        return (rows * self.weight_scale[ids][..., None]).to(self.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Int8Embedding:
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # `model.to(dtype)` means this too
+        return self
+
+
+def quantize(model: GPT) -> None:
+    """Replace a model's linear layers and token embedding by their 8-bit forms, one by one.
+
+    The plain weights are given up. A head that is tied to the embedding stays so.
+    """
+    transformer = model.transformer
+    tied = model.lm_head.weight is transformer.wte.weight
+    transformer.set_submodule("wte", Int8Embedding(transformer.wte))
+    # By name, because a list of the layers would keep all their weights to the end.
+    names = [name for name, child in model.named_modules() if isinstance(child, nn.Linear)]
+    for name in names:
+        model.set_submodule(name, Int8Linear(cast(nn.Linear, model.get_submodule(name))))
+    if tied:
+        tie_head(model)
+    extra = model.config.extra | {CONFIG_KEY: CONFIG_ENTRY}
+    model.config = dataclasses.replace(model.config, extra=extra)
+
+
+def tie_head(model: GPT) -> None:
+    """Make the head's weights, plain or 8-bit, those of the embedding."""
+    for name in ("weight", "weight_scale"):
+        if hasattr(model.transformer.wte, name):
+            setattr(model.lm_head, name, getattr(model.transformer.wte, name))

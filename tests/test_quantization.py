@@ -1,0 +1,275 @@
+"""8-bit weights are the nearest ones, survive saving, and are computed with as they are."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mqa_gpt import GPT, LLM, generate, packing
+from mqa_gpt.checkpoint import DEMO_DIR
+from mqa_gpt.errors import CheckpointError, InputError
+from mqa_gpt.packing import PackedInt8Linear, can_pack, pack
+from mqa_gpt.quantization import Int8Linear, quantize, quantize_rows
+from mqa_gpt.verify import verify
+from tests.helpers import (
+    our_model,
+    random_ids,
+    random_prompts,
+    reference_model,
+    relative_error,
+    tiny_config,
+)
+
+needs_int8_products = pytest.mark.skipif(
+    not can_pack(Int8Linear(nn.Linear(1, 1))), reason="this torch has no 8-bit oneDNN products"
+)
+
+
+def tiny_model(**changes: object) -> GPT:
+    config = tiny_config(**changes)
+    return our_model(reference_model(config), config)
+
+
+def dequantized(model: GPT) -> GPT:
+    """A plain model whose weights are those that the 8-bit model stands for."""
+    plain = GPT(model.config).to(model.dtype).eval()
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if f"{name}_scale" in model.state_dict():
+            tensor = tensor * model.state_dict()[f"{name}_scale"][:, None]
+        if not name.endswith("_scale"):
+            state[name] = tensor
+    plain.load_state_dict(state)
+    return plain
+
+
+# ------------------------------------------------------------------------------------- the weights
+
+
+def test_every_weight_becomes_the_nearest_multiple_of_its_rows_scale():
+    weight = torch.randn(50, 33)
+    integers, scale = quantize_rows(weight)
+    assert integers.dtype == torch.int8
+    assert torch.equal(integers.abs().amax(1), torch.full((50,), 127, dtype=torch.int8))
+    assert torch.allclose(scale, weight.abs().amax(1) / 127)
+    error = (integers * scale[:, None] - weight).abs()
+    assert (error <= scale[:, None] / 2 * 1.0001).all()
+
+
+def test_the_most_negative_weight_counts_as_much_as_the_largest():
+    integers, scale = quantize_rows(torch.tensor([[1.0, -2.0], [2.0, -1.0]]))
+    assert integers.tolist() == [[64, -127], [127, -64]]
+    assert torch.allclose(scale, torch.tensor([2 / 127, 2 / 127]))
+
+
+def test_a_row_of_zeros_stays_zero():
+    integers, scale = quantize_rows(torch.zeros(2, 3))
+    assert not integers.any()
+    assert not scale.any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_int8_products)])
+def test_what_is_not_finite_stays_so(bad: float, packed: bool):
+    linear = nn.Linear(4, 3)
+    with torch.no_grad():
+        linear.weight[1, 2] = bad
+    layer = PackedInt8Linear(Int8Linear(linear)) if packed else Int8Linear(linear)
+    with torch.inference_mode():
+        assert layer(torch.ones(1, 4)).isfinite().tolist() == [[True, False, True]]
+        rows = torch.ones(3, 4)
+        rows[1, 0] = bad
+        finite = PackedInt8Linear(Int8Linear(nn.Linear(4, 3)))(rows).isfinite()
+    assert finite.all(1).tolist() == [True, False, True]
+
+
+def test_quantizing_while_loading_is_quantizing_what_was_loaded(tmp_path: Path):
+    tiny_model().save_pretrained(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path, quantize="int8")
+    later = GPT.from_pretrained(tmp_path)
+    quantize(later)
+    assert loaded.state_dict().keys() == later.state_dict().keys()
+    assert all(torch.equal(t, later.state_dict()[n]) for n, t in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_is_tied_as_before(tmp_path: Path, tied: bool):
+    model = tiny_model(tie_word_embeddings=tied)
+    quantize(model)
+    model.save_pretrained(tmp_path)
+    for checked in (model, GPT.from_pretrained(tmp_path)):
+        assert (checked.lm_head.weight is checked.transformer.wte.weight) == tied
+        assert (checked.lm_head.weight_scale is checked.transformer.wte.weight_scale) == tied
+
+
+def test_nothing_large_is_left_in_floats():
+    model = tiny_model()
+    quantize(model)
+    assert {n for n, p in model.named_parameters() if p.ndim > 1} == {"transformer.wpe.weight"}
+
+
+# ------------------------------------------------------------------------------------- computation
+
+
+@pytest.mark.parametrize("changes", [{}, {"multi_query": False}, {"tie_word_embeddings": False}])
+def test_the_model_computes_with_the_weights_that_the_integers_stand_for(changes):
+    model = tiny_model(**changes)
+    quantize(model)
+    ids = random_ids(model.config, 2, 20)
+    with torch.inference_mode():
+        assert relative_error(model(ids), dequantized(model)(ids)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bit_the_product_is_as_exact_as_with_the_same_weights_rounded(dtype):
+    x, linear = torch.randn(5, 64), nn.Linear(64, 40)
+    layer = Int8Linear(linear)
+    exact = F.linear(x, layer.weight * layer.weight_scale[:, None], layer.bias)
+    plain = nn.Linear(64, 40).to(dtype)
+    with torch.no_grad():
+        plain.weight.copy_(layer.weight * layer.weight_scale[:, None])
+        plain.bias.copy_(layer.bias)
+        error = (layer.to(dtype)(x.to(dtype)) - exact).abs().max()
+        assert error <= 2 * (plain(x.to(dtype)) - exact).abs().max() + 1e-5
+
+
+@needs_int8_products
+@pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 17, 64, 300])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_layer_rounds_each_row_once_more_and_no_further(monkeypatch, rows, bias, vnni):
+    monkeypatch.setattr(packing, "has_vnni", lambda: vnni)
+    layer = Int8Linear(nn.Linear(71, 45, bias=bias))
+    x = torch.randn(rows, 71) * torch.logspace(-3, 3, rows)[:, None]
+    largest = 127 if vnni else 63
+    step = x.abs().amax(1, keepdim=True) / largest  # (R, 1)
+    rounded = (x / step).round() * step
+    with torch.inference_mode():
+        packed = PackedInt8Linear(layer)
+        y, expected = packed(x), F.linear(rounded, layer.weight * layer.weight_scale[:, None])
+        if bias:
+            expected += layer.bias
+        assert (y - expected).abs().amax(1).le(1e-4 * expected.abs().amax(1)).all()
+        assert packed(x[:, None]).shape == (rows, 1, 45)
+
+
+@needs_int8_products
+def test_a_row_does_not_depend_on_the_rows_beside_it():
+    packed = PackedInt8Linear(Int8Linear(nn.Linear(40, 30)))
+    x = torch.randn(4, 40)
+    with torch.inference_mode():
+        together = packed(x * torch.tensor([[1.0], [1000.0], [1e-3], [0.0]]))
+        assert torch.allclose(together[:1], packed(x[:1]), rtol=1e-6, atol=1e-6)
+        assert torch.equal(together[3], packed.bias)
+
+
+@needs_int8_products
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_model_is_close_to_the_model_and_cannot_be_edited(dtype, tmp_path):
+    model = tiny_model().to(dtype)
+    quantize(model)
+    packed = copy.deepcopy(model)
+    pack(packed)
+    ids = random_ids(model.config, 2, 20)
+    with torch.inference_mode():
+        logits = packed(ids)
+        assert logits.dtype == dtype
+        assert (logits - model(ids)).float().norm() < 0.1 * model(ids).float().norm()
+    with pytest.raises(RuntimeError, match="cannot be saved"):
+        packed.save_pretrained(tmp_path)
+    with pytest.raises(AttributeError, match="cannot be read"):
+        packed.lm_head.weight_scale.zero_()
+
+
+def test_a_batch_gives_each_rows_own_tokens():
+    model = tiny_model()
+    quantize(model)
+    if can_pack(model):
+        pack(model)
+    prompts = random_prompts(model.config, [9, 30, 1])
+    together = generate(model, prompts, 32)
+    assert together == [generate(model, [prompt], 32)[0] for prompt in prompts]
+
+
+@needs_int8_products
+def test_llm_loads_8_bits_packed():
+    llm = LLM.load(quantize="int8", dtype="float32")
+    assert isinstance(llm.model.lm_head, PackedInt8Linear)
+    assert not any(isinstance(layer, (nn.Linear, Int8Linear)) for layer in llm.model.modules())
+    assert llm.generate("def f(", max_new_tokens=4).token_ids
+
+
+# ----------------------------------------------------------------------------------------- on disk
+
+
+@pytest.mark.parametrize("changes", [{}, {"multi_query": False}, {"tie_word_embeddings": False}])
+@pytest.mark.parametrize("max_shard_size", ["5GB", 20_000])
+def test_a_saved_model_loads_bit_for_bit(tmp_path: Path, changes, max_shard_size):
+    model = tiny_model(**changes)
+    quantize(model)
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    for method in (None, "int8"):
+        loaded = GPT.from_pretrained(tmp_path, quantize=method)
+        state, expected = loaded.state_dict(), model.state_dict()
+        assert state.keys() == expected.keys()
+        assert all(state[n].dtype == t.dtype for n, t in expected.items())
+        assert all(torch.equal(state[n], t) for n, t in expected.items())
+    loaded = GPT.from_pretrained(tmp_path, dtype="bfloat16")
+    assert loaded.dtype == loaded(random_ids(model.config, 1, 3)).dtype == torch.bfloat16
+    assert loaded.lm_head.weight_scale.dtype == torch.float32
+
+
+def test_the_file_is_about_a_quarter_of_float32s(tmp_path: Path):
+    GPT.from_pretrained(DEMO_DIR, dtype="float32").save_pretrained(tmp_path / "full")
+    GPT.from_pretrained(DEMO_DIR, dtype="float32", quantize="int8").save_pretrained(tmp_path / "q")
+    full, small = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "q"))
+    assert small < 0.3 * full
+
+
+def test_floats_where_the_config_says_8_bits_are_refused_by_name(tmp_path: Path):
+    model = tiny_model()
+    quantize(model)
+    config = model.config
+    plain = tiny_model()
+    plain.config = config
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"c_attn\.weight has the dtype F32: only I8"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_an_unknown_way_to_quantize_is_refused():
+    with pytest.raises(InputError, match="quantize is 'int3': accepted are int8"):
+        GPT.from_pretrained(DEMO_DIR, quantize="int3")
+
+
+def test_memory_is_counted_in_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    GPT.from_pretrained(DEMO_DIR, dtype="float32").save_pretrained(tmp_path)
+    parameters = sum(p.numel() for p in GPT.from_pretrained(tmp_path).parameters())
+    monkeypatch.setattr("mqa_gpt.checkpoint.available_memory", lambda device: 3 * parameters)
+    with pytest.raises(CheckpointError, match="needs"):
+        GPT.from_pretrained(tmp_path, device="cpu")
+    assert GPT.from_pretrained(tmp_path, device="cpu", quantize="int8")
+
+
+# ------------------------------------------------------------------------------------------- proof
+
+
+def test_verify_reports_how_far_the_approximation_is_off_and_claims_nothing():
+    report = verify(DEMO_DIR, quantize="int8", dtype="float32", max_new_tokens=8)
+    assert report.logits_limit is None
+    assert not report.tokens_must_be_equal
+    assert report.passed
+    assert 1e-4 < report.logits_error < 0.1
+    assert report.loss != report.reference_loss
+    assert report.loss == pytest.approx(report.reference_loss, abs=0.1)
+    assert not dataclasses.replace(report, logits_error=float("nan")).passed
+
+
+def test_verify_does_not_compare_8_bits_with_themselves(tmp_path: Path):
+    GPT.from_pretrained(DEMO_DIR, quantize="int8").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="verify the checkpoint that they were made from"):
+        verify(tmp_path)
