@@ -77,18 +77,18 @@ class PackedInt8Linear(_Packed):
         self.bias = None if linear.bias is None else linear.bias.detach().float()
         self._packed = torch.ops.onednn.qlinear_prepack(linear.weight, None)
         self._scale = linear.weight_scale / self.largest  # (N,)
+        self._middle = torch.tensor(self.largest + 1.5)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N) in the dtype of x, without gradients."""
         self._refuse_gradients(x)
         rows = x.reshape(-1, x.shape[-1]).float()  # (R, K)
         top = rows.abs().amax(1, keepdim=True)  # (R, 1), is t times `largest`
-        # oneDNN is fast for rows of unsigned integers only: zero stands in the middle of them.
-        zero = self.largest + 1
-        integers = rows * (self.largest / top.clamp_min(1e-30))  # (R, K)
-        integers = integers.add_(zero + 0.5).to(torch.uint8)  # cut off, so rounded
+        # oneDNN is fast for rows of unsigned integers only: zero stands in the middle of them. The
+        # conversion cuts off, hence the half. A row of zeros gives any integers, and 0 times those.
+        integers = torch.add(self._middle, rows / top, alpha=self.largest).to(torch.uint8)  # (R, K)
         y = torch.ops.onednn.qlinear_pointwise(
-            integers, 1.0, zero, self._packed, self._scale, None, None,
+            integers, 1.0, self.largest + 1, self._packed, self._scale, None, None,
             1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
         y = y * top if self.bias is None else torch.addcmul(self.bias, y, top)  # (R, N)
