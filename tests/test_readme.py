@@ -55,13 +55,23 @@ def test_every_file_in_the_tree_exists():
 
 
 def test_the_speeds_are_those_of_the_benchmark_results():
-    ratios = []
-    for file in re.findall(r"benchmarks/results/cpu_decode\w+\.json", README):
-        figures = json.loads((ROOT / file).read_text())["figures"]
-        ratios += [figures["batch 1"]["decode_ratio"], figures["batch 8"]["decode_ratio"]]
-        ratios.append(figures["cold start"]["ratio"])
-    assert len(ratios) == 6
-    assert re.findall(r"([0-9.]+) times", README) == [f"{ratio:.2f}" for ratio in ratios]
+    expected = []
+    for shape, names in {
+        "tiny_starcoder_py": ["mqa-gpt"],
+        "tiny_starcoder_py_avx512": ["mqa-gpt", "mqa-gpt int8"],
+        "starcoderbase-1b_avx512": ["mqa-gpt", "mqa-gpt int8"],
+    }.items():
+        file = ROOT / f"benchmarks/results/cpu_decode_{shape}.json"
+        figures = json.loads(file.read_text())["figures"]
+        one, eight = figures["batch 1"], figures["batch 8"]
+        for name in names:
+            ratios = [one[name]["decode_ratio"], eight[name]["decode_ratio"]]
+            ratios.append(one[name]["prefill_ratio"])
+            if name == "mqa-gpt":
+                ratios.append(figures["cold start"]["ratio"])
+            expected.append([f"{ratio:.2f}" for ratio in ratios])
+    (table,) = re.findall(r"\| cold start \|\n.*\n((?:\|.*\n)+)", README)
+    assert [re.findall(r"\d+\.\d\d", line) for line in table.splitlines()] == expected
 
 
 def test_make_runs_the_commands_that_the_readme_begins_with():
