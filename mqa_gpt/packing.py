@@ -66,7 +66,10 @@ class PackedInt8Linear(_Packed):
 
     The rows of x become integers too, as they come: x is close to t r, with one scale t per row, so
     that a row's result does not depend on the rows beside it. That adds a rounding to those of the
-    weights (`LLM.int8()`, Dettmers et al. 2022, section 2, without its outlier columns).
+    weights (`LLM.int8()`, Dettmers et al. 2022, section 2, without its outlier columns), and one
+    that jumps: where float32 sums in another order, as a step over several tokens does, the last
+    bit of a number may tip an integer. So with speculation, or in a batch, a choice between near
+    equals may be another, which in float32 is a matter of rounding errors alone.
     """
 
     def __init__(self, linear: Int8Linear) -> None:
