@@ -112,7 +112,9 @@ def of_the_prompt(options: argparse.Namespace) -> dict[str, Any]:
         results = {}
         for name, text in sorted(read_corpus().held_out.items())[: options.modules]:
             ids = llm.tokenizer.encode(text, special_tokens=False)[100:400]
-            prompt = ids if task == "continue" else [*ids, llm.tokenizer.end_of_text_id, *ids[:48]]
+            # A blank line between the piece and its beginning anew.
+            again = [*ids, *llm.tokenizer.encode("\n\n"), *ids[:48]]
+            prompt = ids if task == "continue" else again
             label = f"{task} {name}"
             results[name] = compare(llm.model, prompt, PromptLookup(), options, label)
         speedups = [result["speedup"] for result in results.values()]
