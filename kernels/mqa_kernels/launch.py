@@ -26,6 +26,15 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def overlap(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that may start before its predecessor ends, where GPUs can do that
+    (programmatic dependent launch, from sm_90 on); such a kernel waits by itself."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True}
+
+
 def check_inputs(
     q: Tensor,
     k: Tensor,

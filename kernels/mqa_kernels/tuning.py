@@ -9,6 +9,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
 
 
 class Tiles(NamedTuple):
@@ -72,3 +73,39 @@ def split_count(programs: int, size: int, block: int, multiprocessors: int) -> i
 def combine_warps(D: int, splits: int) -> int:
     """Warps for joining `splits` parts of D channels."""
     return 4 if D * splits >= 2048 else 1
+
+
+MAX_ROWS = 16
+
+
+class LinearTiles(NamedTuple):
+    """BLOCK_N outputs of ROWS rows, by SHARES * BLOCK_K columns at a time (see `fused.py`)."""
+
+    ROWS: int
+    BLOCK_N: int
+    SHARES: int
+    BLOCK_K: int
+    CHUNK: int
+    STAGES: int
+    warps: int
+
+    def options(self) -> dict[str, int]:
+        """As a kernel's keyword arguments."""
+        options = self._asdict()
+        return options | {"num_warps": options.pop("warps")}
+
+
+@functools.cache
+def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int) -> LinearTiles:
+    """Tiles of a product of R rows with a weight (N, K)."""
+    if R == 1:
+        return LinearTiles(1, 8, 1, min(triton.next_power_of_2(K), 1024), 1024, 3, 4)
+    ROWS = 8 if R <= 8 else 16
+    if dtype == torch.float32:
+        return LinearTiles(ROWS, 16, 4, 32, 128, 3, 4)
+    return LinearTiles(ROWS, 16, 4, 64, 256, 3, 4)
+
+
+def choose_block(parts: int) -> int:
+    """How many of `parts` candidates to look at together."""
+    return min(triton.next_power_of_2(parts), 4096)
