@@ -1,15 +1,17 @@
-"""The kernels of decoding with few rows: a normalisation, a product with a weight, and what follows.
+"""The kernels of decoding with few rows: layer norm, product with a weight, and what follows.
 
-R = B * T rows, at most 16, meet a weight (N, K) that is read once: memory bandwidth is all that
-counts. A program owns BLOCK_N outputs of every row, so nothing has to be joined across programs, and
-walks over the columns of its weights. It issues its first loads of weights before it waits for the
-kernel that computes x, and normalises x itself, which the caches then hold.
+R = B * T rows, at most 16, meet a weight (N, K) that is read once, so all that counts is that
+memory never rests. A program owns BLOCK_N outputs of every row: nothing has to be joined across
+programs. It normalises x for itself, which the caches hold by then, and walks over the columns of
+its weights with the next loads always under way.
 
-One row is multiplied and summed in registers. More rows, padded to 8 or 16, go through the tensor
-cores as weights (BLOCK_N, BLOCK_K) times x (BLOCK_K, ROWS): the weights are the side whose size must
-be large. There are too few outputs for as many warps as hide the latency of memory, so a tile has
-SHARES parts that lie beside each other along K: each warp multiplies one, and their sums are added
-at the end, in a fixed order.
+The product runs on tensor cores as weights (BLOCK_N, BLOCK_K) times x (BLOCK_K, ROWS), as the side
+that must be large is the weights'; the few rows are padded to 1, 8 or 16. A tile of weights with
+few outputs would leave most warps without work, so it has SHARES parts, side by side along K. Each
+warp multiplies its own; their sums are added at the end, in a fixed order.
+
+From sm_90 on, a kernel may start while its predecessor still runs (programmatic dependent launch).
+It then loads its first tile of weights, and waits before it touches what other kernels write.
 """
 
 from __future__ import annotations
@@ -21,13 +23,19 @@ from mqa_kernels.tiles import dot, narrow
 
 
 @triton.jit
-def await_inputs(OVERLAP: tl.constexpr):
-    """Let the next kernel start its loads of weights, then wait until the last one has written.
-
-    The weights, which no kernel writes, may be read before; x and the cache only after.
-    """
+def let_next_start(OVERLAP: tl.constexpr):
+    """Allow the next kernel's programs onto the device once all of this one's are there."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def await_inputs(OVERLAP: tl.constexpr):
+    """Wait until all that earlier kernels write is written: x, residual, cache and lengths.
+
+    Only weights may be read before. Nothing may be written before, as others may still read it.
+    """
+    if OVERLAP:
         tl.extra.cuda.gdc_wait()
 
 
@@ -79,9 +87,12 @@ def statistics(x_ptr, eps, R, K: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.con
         x = tl.where(inside, x - origin[:, None], 0.0)
         total += x
         squares += x * x
-    shift = tl.sum(total, 1) / K
-    variance = tl.sum(squares, 1) / K - shift * shift
-    return origin + shift, tl.rsqrt(variance + eps)
+    mean, variance = origin, tl.sum(squares, 1) / K
+    if CHUNK < K:
+        shift = tl.sum(total, 1) / K
+        mean += shift
+        variance -= shift * shift
+    return mean, tl.rsqrt(variance + eps)
 
 
 @triton.jit
@@ -99,11 +110,7 @@ def add_products(
     if NORM:
         x = (x.to(tl.float32) - mean[None, :, None]) * rstd[None, :, None]
         x = narrow(x * gain[:, None, :] + offset[:, None, :], weight.dtype)
-    if ROWS == 1:
-        acc += weight.to(tl.float32) * x.to(tl.float32)
-    else:
-        acc = dot(weight, tl.permute(x, (0, 2, 1)), acc)
-    return acc
+    return dot(weight, tl.permute(x, (0, 2, 1)), acc)
 
 
 @triton.jit
@@ -117,7 +124,7 @@ def products(
     mean, rstd = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     if NORM:
         mean, rstd = statistics(x_ptr, eps, R, K, ROWS, CHUNK)
-    acc = tl.zeros([SHARES, BLOCK_N, BLOCK_K if ROWS == 1 else ROWS], tl.float32)
+    acc = tl.zeros([SHARES, BLOCK_N, ROWS], tl.float32)
     k = columns(0, SHARES, BLOCK_K)
     acc = add_products(acc, weight, gain, offset, mean, rstd, x_ptr, k, R, K, ROWS, NORM)
     for first in tl.range(SHARES * BLOCK_K, K, SHARES * BLOCK_K, num_stages=STAGES):
@@ -125,8 +132,6 @@ def products(
         weight = load_weight(weight_ptr, n, k, N, K)
         gain, offset = load_vector(norm_weight_ptr, k, K), load_vector(norm_bias_ptr, k, K)
         acc = add_products(acc, weight, gain, offset, mean, rstd, x_ptr, k, R, K, ROWS, NORM)
-    if ROWS == 1:
-        acc = tl.sum(acc, 2)[:, :, None]
     return tl.sum(acc, 0)
 
 
@@ -153,11 +158,12 @@ def linear_kernel(
 
     Grid: (cdiv(N, BLOCK_N),).
     """
+    let_next_start(OVERLAP)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = columns(0, SHARES, BLOCK_K)
-    weight = load_weight(weight_ptr, n, k, N, K)
     gain, offset = load_vector(norm_weight_ptr, k, K), load_vector(norm_bias_ptr, k, K)
     bias = load_vector(bias_ptr, n, N)  # (BLOCK_N,)
+    weight = load_weight(weight_ptr, n, k, N, K)
     await_inputs(OVERLAP)
 
     rows = tl.arange(0, ROWS)
@@ -188,11 +194,12 @@ def qkv_kernel(
     The outputs are, for each key/value head, QUERY = H / G * D channels of queries, then K, then V.
     Grid: (cdiv(N, BLOCK_N),).
     """
+    let_next_start(OVERLAP)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = columns(0, SHARES, BLOCK_K)
-    weight = load_weight(weight_ptr, n, k, N, K)
     gain, offset = load_vector(norm_weight_ptr, k, K), load_vector(norm_bias_ptr, k, K)
     bias = load_vector(bias_ptr, n, N)  # (BLOCK_N,)
+    weight = load_weight(weight_ptr, n, k, N, K)
     await_inputs(OVERLAP)
 
     rows = tl.arange(0, ROWS)
@@ -217,70 +224,3 @@ def qkv_kernel(
         out,
         mask=inside & ~is_query & held[None, :],
     )
-
-
-@triton.jit
-def rank(x, index):
-    """One int64 that orders by value, NaN above all, and then by lower index.
-
-    The bits of a float32 order like integers, once those below the sign are flipped in negative
-    numbers; both zeros become one.
-    """
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    key = tl.where(x != x, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
-    return (key.to(tl.int64) << 32) | (0x7FFFFFFF - index).to(tl.int64)
-
-
-@triton.jit
-def value_and_index(ranked):
-    """The inverse of `rank`."""
-    key = (ranked >> 32).to(tl.int32)
-    bits = tl.where(key < 0, key ^ 0x7FFFFFFF, key)
-    return bits.to(tl.float32, bitcast=True), 0x7FFFFFFF - (ranked & 0x7FFFFFFF)
-
-
-@triton.jit(do_not_specialize=["R"])
-def argmax_kernel(
-    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, best_ptr, eps, R, N,
-    K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    SHARES: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """The best of each row's BLOCK_N logits, ranked: best (R, programs) int64.
-
-    Logits are rounded to the model's dtype first: what is a tie there must be one here.
-    Grid: (cdiv(N, BLOCK_N),).
-    """
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = columns(0, SHARES, BLOCK_K)
-    weight = load_weight(weight_ptr, n, k, N, K)
-    gain, offset = load_vector(norm_weight_ptr, k, K), load_vector(norm_bias_ptr, k, K)
-    await_inputs(OVERLAP)
-
-    logits = products(
-        weight, gain, offset, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, eps, n, R, N,
-        K, ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, STAGES,
-    )  # fmt: skip
-    logits = narrow(logits, weight_ptr.dtype.element_ty).to(tl.float32)  # (BLOCK_N, ROWS)
-    lowest = tl.full([1], -(2**63), tl.int64)
-    ranked = tl.where((n < N)[:, None], rank(logits, n[:, None]), lowest)
-    rows = tl.arange(0, ROWS)
-    at = rows * tl.num_programs(0) + tl.program_id(0)
-    tl.store(best_ptr + at, tl.max(ranked, 0), mask=rows < R)
-
-
-@triton.jit
-def choose_kernel(
-    best_ptr, ids_ptr, values_ptr, parts, BLOCK: tl.constexpr, OVERLAP: tl.constexpr
-):
-    """The best of each row's parts: its index and its value. Grid: (R,)."""
-    await_inputs(OVERLAP)
-    row, lanes = tl.program_id(0), tl.arange(0, BLOCK)
-    best = tl.full([BLOCK], -(2**63), tl.int64)
-    for first in range(0, parts, BLOCK):
-        at = first + lanes
-        ranked = tl.load(best_ptr + row * parts + at, mask=at < parts, other=-(2**63))
-        best = tl.maximum(best, ranked)
-    value, index = value_and_index(tl.max(best, 0))
-    tl.store(ids_ptr + row, index)
-    tl.store(values_ptr + row, value)

@@ -7,8 +7,10 @@ import triton
 from torch import Tensor
 
 from mqa_kernels import launch
-from mqa_kernels.fused import argmax_kernel, choose_kernel, linear_kernel, qkv_kernel
-from mqa_kernels.tuning import MAX_ROWS, choose_block, linear_tiles
+from mqa_kernels.argmax import argmax_kernel, choose_kernel
+from mqa_kernels.fused import linear_kernel, qkv_kernel
+from mqa_kernels.launch import check_all, check_rows
+from mqa_kernels.tuning import choose_block, linear_tiles
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu")
 
@@ -45,7 +47,9 @@ def norm_linear(
             there is no GPU (nor Triton's interpreter) to run on.
     """
     if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}: it must be one of {', '.join(ACTIVATIONS)}")
+        raise ValueError(
+            f"activation is {activation!r}: it must be one of {', '.join(ACTIVATIONS)}"
+        )
     C, N = check_rows(x, weight)
     check_all(x, {"norm_weight": (norm_weight, (C,)), "norm_bias": (norm_bias, (C,))})
     check_all(x, {"bias": (bias, (N,))})
@@ -139,47 +143,6 @@ def norm_qkv_to_cache(
     return norm_qkv_to_cache_op(x, norm_weight, norm_bias, eps, weight, bias, slots, lengths)
 
 
-def check_rows(x: Tensor, weight: Tensor) -> tuple[int, int]:
-    """K and N of x (R, K) and weight (N, K); ValueError where they do not fit the kernels."""
-    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or 0 in weight.shape:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}: x must be (R, K) and "
-            "weight (N, K)"
-        )
-    if not 1 <= len(x) <= MAX_ROWS:
-        raise ValueError(
-            f"x has {len(x)} rows: these kernels take 1 to {MAX_ROWS}; use the modules for more"
-        )
-    if x.dtype not in launch.DTYPES:
-        raise ValueError(f"x is {x.dtype}: the kernels take float32, bfloat16 or float16")
-    if not launch.runs_on(x.device):
-        raise ValueError(
-            f"x is on {x.device}: the kernels run on a CUDA device (or, for tests, on the CPU "
-            "with TRITON_INTERPRET=1)"
-        )
-    check_all(x, {"x": (x, tuple(x.shape)), "weight": (weight, tuple(weight.shape))})
-    return x.shape[1], weight.shape[0]
-
-
-def check_all(x: Tensor, expected: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
-    """ValueError unless each tensor is None or has its shape, x's dtype and x's device."""
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tensor.shape != shape or tensor.dtype != x.dtype or tensor.device != x.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}: it must be "
-                f"{x.dtype} {shape} on {x.device}"
-            )
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tensor.stride()}: it must be contiguous")
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} needs a gradient, which these kernels do not have: call them under "
-                "torch.inference_mode() or torch.no_grad()"
-            )
-
-
 def _norm_linear(
     x: Tensor,
     norm_weight: Tensor,
@@ -257,18 +220,14 @@ def _norm_argmax(
     return ids, values
 
 
-norm_linear_op = torch.library.custom_op(
-    "mqa_kernels::norm_linear", _norm_linear, mutates_args=()
-)
+norm_linear_op = torch.library.custom_op("mqa_kernels::norm_linear", _norm_linear, mutates_args=())
 linear_residual_op = torch.library.custom_op(
     "mqa_kernels::linear_residual", _linear_residual, mutates_args=()
 )
 norm_qkv_to_cache_op = torch.library.custom_op(
     "mqa_kernels::norm_qkv_to_cache", _norm_qkv_to_cache, mutates_args=("slots",)
 )
-norm_argmax_op = torch.library.custom_op(
-    "mqa_kernels::norm_argmax", _norm_argmax, mutates_args=()
-)
+norm_argmax_op = torch.library.custom_op("mqa_kernels::norm_argmax", _norm_argmax, mutates_args=())
 
 
 @norm_linear_op.register_fake
