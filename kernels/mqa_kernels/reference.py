@@ -1,8 +1,8 @@
 """The kernels' formulas in plain PyTorch, for reading and for checking them one by one.
 
 Attention itself has its reference in `mqa_gpt.attention`; here is what the kernels compute besides,
-and at the end what a step of decoding fuses. Shapes as there, with R = H / G query heads of a group;
-everything is in the dtype of the arguments, so float64 arguments give a float64 answer.
+and at the end what a step of decoding fuses. Shapes as there, with R = H / G query heads of a
+group; everything is in the dtype of the arguments, so float64 arguments give a float64 answer.
 """
 
 from __future__ import annotations
