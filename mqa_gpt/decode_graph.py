@@ -7,9 +7,9 @@ host or depend on a number there. Here the newest tokens, the rows' lengths, the
 the numbers that decide draws and which of them is next all lie in buffers on the device, which the
 step reads and writes in place; and it works on all slots of the cache, however many are filled.
 
-A graph is recorded for one batch of one generation, where it costs about as much as two plain
-steps. It holds neither more rows nor more slots than asked for, and does not outlive its model's
-weights, hooks or options.
+A graph is recorded for one batch of one generation, which costs the time of calling the step once
+more from Python. So it never has more rows or slots than are asked for, and cannot outlive the
+model's weights, hooks and options that went into it.
 """
 
 from __future__ import annotations
