@@ -91,7 +91,7 @@ class Decoder:
     """A batch that is being decoded: its state, and the step that carries it on."""
 
     def __init__(self, model: GPT, state: DecodeState, sampling: Sampling) -> None:
-        self._model, self._state, self._sampling = model, state, sampling
+        self._model, self.state, self._sampling = model, state, sampling
         self._run: Callable[[], None] = partial(decode_step, model, state, sampling)
         if model.device.type == "cuda":
             self._run = Replay(self._run, model.device)
@@ -131,7 +131,7 @@ class Decoder:
 
     def choose(self, logits: Tensor) -> None:
         """Choose the first tokens by the prefill's logits (B, V) float32."""
-        choose_next(logits, self._state, self._sampling)
+        choose_next(logits, self.state, self._sampling)
 
     def run(self) -> None:
         """Start one `decode_step`; a CUDA device is not waited for."""
@@ -139,7 +139,7 @@ class Decoder:
 
     def select(self, rows: Sequence[int]) -> Decoder:
         """A decoder for some rows of the batch, behind all steps that were started."""
-        return Decoder(self._model, self._state.select(rows), self._sampling)
+        return Decoder(self._model, self.state.select(rows), self._sampling)
 
     def fetch(self) -> Callable[[], list[list[Any]]]:
         """Begin to copy the newest `chosen` and `reports` to the host.
@@ -147,7 +147,7 @@ class Decoder:
         Returns:
             What waits for the copy, not for any step started since, and gives the lists.
         """
-        results = (self._state.chosen, *self._state.reports)
+        results = (self.state.chosen, *self.state.reports)
         if self._model.device.type != "cuda":
             copies = [result.clone() for result in results]
             return lambda: [copy.tolist() for copy in copies]

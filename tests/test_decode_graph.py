@@ -230,7 +230,7 @@ def test_each_step_is_the_same_work_on_the_same_memory(model):
             ]
         )
     assert steps[0] == steps[1] == steps[2] == steps[3]
-    assert decoder._state.cache.lengths.tolist() == [9 + 4, 4 + 4]
+    assert decoder.state.cache.lengths.tolist() == [9 + 4, 4 + 4]
 
 
 def described(x: Any) -> Any:
