@@ -3,11 +3,11 @@
     make check-kernels      # with the Triton that is installed, then with the oldest supported
     python scripts/check_kernels.py --arch 90 --dtype bfloat16 --head-dim 128
 
-Calls `mqa_kernels.attention` as users do, but on the CPU, and has Triton compile what it would
-launch: tiles, types, what 16 divides and what becomes a constant are the launcher's own. Prints
-shared memory, registers, spills and tensor-core instructions of each kernel. Fails where one does
-not compile, spills registers, does not fit into shared memory, or runs a 16-bit product without
-tensor cores.
+Calls `mqa_kernels.attention`, and what else a step of decoding launches, as users do, but on the
+CPU, and has Triton compile what would be launched: tiles, types, what 16 divides and what becomes a
+constant are the launcher's own. Prints shared memory, registers, spills and tensor-core
+instructions of each kernel. Fails where one does not compile, spills registers, does not fit into
+shared memory, or runs a 16-bit product without tensor cores.
 """
 
 from __future__ import annotations
@@ -39,7 +39,13 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from mqa_kernels import attention
+from mqa_kernels import (
+    attention,
+    linear_residual,
+    norm_argmax,
+    norm_linear,
+    norm_qkv_to_cache,
+)
 
 
 class GPU(NamedTuple):
@@ -53,11 +59,14 @@ GPUS = {80: GPU(108, 166_912), 90: GPU(132, 232_448), 100: GPU(148, 232_448)}
 TENSOR_MEMORY = 512  # columns, on sm_100
 HEADS = 32
 DTYPES = ("bfloat16", "float16", "float32")
-CALLS = ("train", "ragged", "dropout", "decode")
+CALLS = ("train", "ragged", "dropout", "decode", "fused")
+WIDTHS = (2048, 4096)  # of StarCoderBase-1B and 7B, whose head dim is 128
+WITHOUT_PRODUCT = ("combine_kernel", "choose_kernel")
 
 
 class Case(NamedTuple):
-    """One call of `attention` on one GPU: G key/value heads, and what is computed."""
+    """One call of `attention`, or all of a fused step, on one GPU: G key/value heads, and what is
+    computed."""
 
     arch: int
     dtype: str
@@ -136,6 +145,8 @@ def all_cases() -> Iterator[Case]:
             yield Case(arch, "bfloat16", D, 1, "dropout")
         for D in (128, 256):
             yield Case(arch, "float32", D, 1, "dropout")
+        for dtype in ("bfloat16", "float32"):
+            yield Case(arch, dtype, 128, 1, "fused")
     for D in (16, 32, 96):
         yield Case(90, "bfloat16", D, 1, "train")
         yield Case(90, "bfloat16", D, 1, "decode")
@@ -151,7 +162,10 @@ def compile_case(case: Case) -> list[Usage]:
 
     def record(kernel, *arguments, grid, warmup, **options):  # type: ignore[no-untyped-def]
         tiles = "{M}x{N} ".format(**options) if "M" in options else ""
-        tiles += "{num_warps} warps {num_stages} stages".format(**{"num_stages": 3} | options)
+        if "ROWS" in options:
+            tiles = "{ROWS}x{BLOCK_N}x{BLOCK_K} of {K} ".format(**options)
+        settings = {"num_warps": 4, "num_stages": options.get("STAGES", 3)} | options
+        tiles += "{num_warps} warps {num_stages} stages".format(**settings)
         try:
             compiled = compile_launch(kernel, *arguments, grid=grid, warmup=True, **options)
             usage = examine(kernel.__name__, tiles, compiled)
@@ -160,14 +174,19 @@ def compile_case(case: Case) -> list[Usage]:
         usages.append(usage)
 
     count = GPUS[case.arch].multiprocessors
+    overlap = {"OVERLAP": True, "launch_pdl": True} if case.arch >= 90 else {"OVERLAP": False}
     driver.set_active(AbsentGPU(case.arch))
     with (
         patch.object(triton.JITFunction, "run", record),
         patch("mqa_kernels.launch.runs_on", return_value=True),
+        patch("mqa_kernels.launch.overlap", return_value=overlap),
         patch("mqa_kernels.forward.multiprocessors", return_value=count),
         patch("mqa_kernels.backward.multiprocessors", return_value=count),
     ):
-        call_attention(case)
+        if case.call == "fused":
+            call_fused(case)
+        else:
+            call_attention(case)
     return usages
 
 
@@ -187,6 +206,27 @@ def call_attention(case: Case) -> None:
         dropout_p = 0.1 if case.call == "dropout" else 0.0
         out = attention(q, k, v, rows, dropout_p=dropout_p, lengths=rows, left_padding=rows)
     torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+
+
+def call_fused(case: Case) -> None:
+    """What a step of decoding launches besides attention, for one row and for the most rows."""
+    D, G, V = case.D, case.G, 49_152
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=getattr(torch, case.dtype))
+
+    for C in WIDTHS:
+        norm = empty(C), empty(C), 1e-5
+        for R in (1, 16):
+            x, wide, kv = empty(R, C), empty(R, 4 * C), 2 * G * D
+            lengths, slots = torch.zeros(R, dtype=torch.int64), empty(R, 8192, G, 2 * D)
+            norm_qkv_to_cache(x, *norm, empty(C + kv, C), empty(C + kv), slots, lengths)
+            linear_residual(x, empty(C, C), empty(C), x)
+            norm_linear(
+                x, *norm, empty(4 * C, C), empty(4 * C), "gelu_tanh" if C == 2048 else "gelu"
+            )
+            linear_residual(wide, empty(C, 4 * C), empty(C), x)
+            norm_argmax(x, *norm, empty(V, C))
 
 
 def projection(
@@ -238,7 +278,8 @@ def verdict(case: Case, usage: Usage) -> str:
         problems.append(f"{usage.shared} bytes of shared memory of {limit}")
     if usage.tensor_memory > TENSOR_MEMORY:
         problems.append(f"{usage.tensor_memory} columns of tensor memory of {TENSOR_MEMORY}")
-    if not usage.tensor_cores and case.dtype != "float32" and usage.kernel != "combine_kernel":
+    has_product = usage.kernel not in WITHOUT_PRODUCT
+    if not usage.tensor_cores and case.dtype != "float32" and has_product:
         problems.append("no tensor cores")
     return "; ".join(problems)
 

@@ -66,9 +66,10 @@ def test_each_gpu_has_a_limit_of_shared_memory_of_its_own():
     assert "shared memory" in verdict(LARGE._replace(arch=80), usage)
 
 
-def test_float32_and_the_sum_of_parts_need_no_tensor_cores():
+def test_float32_and_the_joining_of_parts_need_no_tensor_cores():
     assert verdict(LARGE._replace(dtype="float32"), FITS._replace(tensor_cores="")) == ""
-    assert verdict(LARGE, FITS._replace(kernel="combine_kernel", tensor_cores="")) == ""
+    for kernel in ("combine_kernel", "choose_kernel"):
+        assert verdict(LARGE, FITS._replace(kernel=kernel, tensor_cores="")) == ""
 
 
 def test_spills_are_what_the_stack_and_local_memory_hold():
@@ -83,6 +84,7 @@ def test_every_common_configuration_is_compiled_for_every_gpu_and_once():
             for D in (64, 80, 128, 256):
                 for call in ("train", "decode"):
                     assert Case(arch, dtype, D, 1, call) in cases
+            assert Case(arch, dtype, 128, 1, "fused") in cases
         for D in (64, 128, 256):
             for call in ("ragged", "dropout"):
                 assert Case(arch, "bfloat16", D, 1, call) in cases
@@ -104,6 +106,17 @@ def test_tiles_are_powers_of_two_that_a_matrix_product_takes(dtype: torch.dtype,
             assert N in (16, 32, 64, 128)
             assert warps in (4, 8)
             assert 1 <= stages <= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_warp_of_a_fused_kernel_has_a_product_and_every_wide_gpu_programs(dtype: torch.dtype):
+    for C in (768, 2048, 2816, 4096, 6144):
+        for R in range(1, 17):
+            for N, K in ((C, C), (C + 256, C), (4 * C, C), (C, 4 * C), (49_152, C)):
+                tiles = tuning.linear_tiles(dtype, R, N, K)
+                assert R <= tiles.ROWS <= 16
+                assert tiles.warps == tiles.BLOCK_N // 16 * tiles.SHARES
+                assert triton.cdiv(N, tiles.BLOCK_N) >= min(128, N // 16)
 
 
 def test_a_spill_fails_the_check_and_is_in_the_table(

@@ -4,10 +4,26 @@
 
     out = attention(q, k, v)    # q (B, T, H, D); k, v (B, S, G, D)
 
-The derivation is in kernels/README.md. Nothing here depends on mqa_gpt.
+Beside it what a step of decoding needs: layer norms, projections and the cache's writes, fused for
+few rows. The derivation is in kernels/README.md. Nothing here depends on mqa_gpt.
 """
 
+from mqa_kernels.fused_ops import (
+    linear_residual,
+    norm_argmax,
+    norm_linear,
+    norm_lm_head,
+    norm_qkv_to_cache,
+)
 from mqa_kernels.launch import runs_on
 from mqa_kernels.ops import attention
 
-__all__ = ["attention", "runs_on"]
+__all__ = [
+    "attention",
+    "linear_residual",
+    "norm_argmax",
+    "norm_linear",
+    "norm_lm_head",
+    "norm_qkv_to_cache",
+    "runs_on",
+]

@@ -10,6 +10,7 @@ from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)
 MAX_GRID = 65_535  # along a grid's second axis
+MAX_ROWS = 16  # of the fused kernels for few rows
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -24,6 +25,15 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def overlap(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that may start before its predecessor ends, where GPUs can do that
+    (programmatic dependent launch, from sm_90 on); such a kernel waits by itself."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True}
 
 
 def check_inputs(
@@ -79,4 +89,45 @@ def check_inputs(
                 f"{name} has shape {tuple(per_row.shape)}, strides {per_row.stride()}, and is on "
                 f"{per_row.device}: it must hold one integer per row, ({B},), contiguous, on "
                 f"{q.device}"
+            )
+
+
+def check_rows(x: Tensor, weight: Tensor) -> tuple[int, int]:
+    """K and N of x (R, K) and weight (N, K); ValueError where they do not fit the kernels."""
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or 0 in weight.shape:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}: x must be (R, K) and "
+            "weight (N, K)"
+        )
+    if not 1 <= len(x) <= MAX_ROWS:
+        raise ValueError(
+            f"x has {len(x)} rows: these kernels take 1 to {MAX_ROWS}; use the modules for more"
+        )
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x is {x.dtype}: the kernels take float32, bfloat16 or float16")
+    if not runs_on(x.device):
+        raise ValueError(
+            f"x is on {x.device}: the kernels run on a CUDA device (or, for tests, on the CPU "
+            "with TRITON_INTERPRET=1)"
+        )
+    check_all(x, {"x": (x, tuple(x.shape)), "weight": (weight, tuple(weight.shape))})
+    return x.shape[1], weight.shape[0]
+
+
+def check_all(x: Tensor, expected: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
+    """ValueError unless each tensor is None or has its shape, x's dtype and x's device."""
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape or tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}: it must be "
+                f"{x.dtype} {shape} on {x.device}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}: it must be contiguous")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} needs a gradient, which these kernels do not have: call them under "
+                "torch.inference_mode() or torch.no_grad()"
             )

@@ -1,13 +1,14 @@
 """The kernels' formulas in plain PyTorch, for reading and for checking them one by one.
 
-Attention itself has its reference in `mqa_gpt.attention`; here is what the kernels compute besides.
-Shapes as there, with R = H / G query heads of a group; everything is in the dtype of the arguments,
-so float64 arguments give a float64 answer.
+Attention itself has its reference in `mqa_gpt.attention`; here is what the kernels compute besides,
+and at the end what a step of decoding fuses. Shapes as there, with R = H / G query heads of a
+group; everything is in the dtype of the arguments, so float64 arguments give a float64 answer.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -58,3 +59,56 @@ def attention_backward(
     dk = torch.einsum("btgrs,btgrd->bsgd", dS, grouped_q) * scale  # sums over the group's heads
     dv = torch.einsum("btgrs,btgrd->bsgd", P, grouped_do)
     return dq, dk, dv
+
+
+def norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """activation(layer_norm(x (R, C)) @ weight.T + bias), (R, N)."""
+    x = F.linear(F.layer_norm(x, x.shape[1:], norm_weight, norm_bias, eps), weight, bias)
+    if activation == "relu":
+        return F.relu(x)
+    if activation == "none":
+        return x
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def norm_argmax(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The largest of each row's logits: its index (R,), the lowest among equals, and itself."""
+    logits = norm_linear(x, norm_weight, norm_bias, eps, weight)  # (R, V)
+    return logits.argmax(-1), logits.amax(-1)
+
+
+def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """x (R, K) @ weight.T + bias + residual, (R, N)."""
+    return F.linear(x, weight, bias) + residual
+
+
+def norm_qkv_to_cache(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    slots: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    """q (B, T, H, D) of layer_norm(x (B * T, C)); K and V go to slots (B, max_length, G, 2D)."""
+    B, max_length, G, D = *slots.shape[:3], slots.shape[3] // 2
+    T, R = len(x) // B, x.shape[1] // (G * D)
+    qkv = norm_linear(x, norm_weight, norm_bias, eps, weight, bias)
+    qkv = qkv.view(B, T, G, (R + 2) * D)  # of each key/value head its queries, K and V
+    for b, length in enumerate(lengths.tolist()):
+        for t in range(T):
+            if 0 <= length + t < max_length:
+                slots[b, length + t] = qkv[b, t, :, R * D :]
+    return qkv[..., : R * D].reshape(B, T, G * R, D)

@@ -9,6 +9,7 @@ import functools
 from typing import NamedTuple
 
 import torch
+import triton
 
 
 class Tiles(NamedTuple):
@@ -72,3 +73,49 @@ def split_count(programs: int, size: int, block: int, multiprocessors: int) -> i
 def combine_warps(D: int, splits: int) -> int:
     """Warps for joining `splits` parts of D channels."""
     return 4 if D * splits >= 2048 else 1
+
+
+class LinearTiles(NamedTuple):
+    """BLOCK_N outputs of ROWS rows, by SHARES * BLOCK_K columns at a time (see `fused.py`)."""
+
+    ROWS: int
+    BLOCK_N: int
+    SHARES: int
+    BLOCK_K: int
+    CHUNK: int
+    STAGES: int
+    warps: int
+
+    def options(self) -> dict[str, int]:
+        """As a kernel's keyword arguments."""
+        options = self._asdict()
+        return options | {"num_warps": options.pop("warps")}
+
+
+@functools.cache
+def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int) -> LinearTiles:
+    """Tiles of a product of R rows with a weight (N, K), for 8 warps.
+
+    Each program normalises all rows for itself, so a large BLOCK_N saves work where there are
+    several rows; but there must be about as many programs as a GPU has multiprocessors. That leaves
+    at least 128 programs for N from 2048 on, so K is not split among programs: whoever joins them
+    would have to wait once more. One row with K up to 2048 is read in a single step, which is all
+    under way before x is there.
+    """
+    ROWS = 1 if R == 1 else 8 if R <= 8 else 16
+    BLOCK_N = 16 if R == 1 or N < 4096 else 32 if N < 8192 else 64
+    SHARES = 128 // BLOCK_N
+    if dtype == torch.float32:  # no tensor cores: a thread holds a whole BLOCK_K of its rows
+        BLOCK_K = {1: 64, 8: 32, 16: 16}[ROWS]
+    elif R == 1:
+        BLOCK_K = 256 if K <= 2048 else 128
+    else:
+        BLOCK_K = 64
+    BLOCK_K = min(BLOCK_K, max(triton.next_power_of_2(triton.cdiv(K, SHARES)), 16))
+    CHUNK = min(triton.next_power_of_2(K), 4096 // ROWS)
+    return LinearTiles(ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, 3 if R == 1 else 4, 8)
+
+
+def choose_block(parts: int) -> int:
+    """How many of `parts` candidates to look at together."""
+    return min(triton.next_power_of_2(parts), 4096)

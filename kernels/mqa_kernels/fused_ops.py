@@ -1,0 +1,252 @@
+"""What decoding with few rows calls: checked arguments, launches, registration with PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from mqa_kernels import launch
+from mqa_kernels.argmax import argmax_kernel, choose_kernel
+from mqa_kernels.fused import linear_kernel, qkv_kernel
+from mqa_kernels.launch import check_all, check_rows
+from mqa_kernels.tuning import choose_block, linear_tiles
+
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu")
+
+
+def norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """activation(layer_norm(x) @ weight.T + bias) for few rows, in one launch.
+
+    Statistics and sums are float32; the normalised row is rounded to the model's dtype. This and
+    the functions below are for inference: nothing is differentiable. On GPUs from sm_90 on they
+    start before the previous launch has ended and read weights at once, so that launch must not be
+    the one that writes the weights.
+
+    Args:
+        x: (R, C) contiguous, R from 1 to 16, in float32, bfloat16 or float16.
+        norm_weight, norm_bias: (C,).
+        eps: added to the variance.
+        weight: (N, C) contiguous, as `nn.Linear` holds it.
+        bias: (N,) or None.
+        activation: "none", "relu", "gelu" (exact) or "gelu_tanh".
+
+    Returns:
+        (R, N) in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides do not fit, a gradient would be needed, or
+            there is no GPU (nor Triton's interpreter) to run on.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation is {activation!r}: it must be one of {', '.join(ACTIVATIONS)}"
+        )
+    C, N = check_rows(x, weight)
+    check_all(x, {"norm_weight": (norm_weight, (C,)), "norm_bias": (norm_bias, (C,))})
+    check_all(x, {"bias": (bias, (N,))})
+    return norm_linear_op(x, norm_weight, norm_bias, eps, weight, bias, activation)
+
+
+def norm_lm_head(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor
+) -> Tensor:
+    """Logits (R, V) of layer_norm(x) for the vocabulary's weight (V, C): `norm_linear`, no bias."""
+    return norm_linear(x, norm_weight, norm_bias, eps, weight)
+
+
+def norm_argmax(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row of `norm_lm_head`, without writing the logits.
+
+    Returns:
+        ids (R,) int64, the lowest of those that share the largest logit, and that logit (R,)
+        float32. NaN counts as the largest: what is not finite is seen by looking at the logit.
+    """
+    C, _ = check_rows(x, weight)
+    check_all(x, {"norm_weight": (norm_weight, (C,)), "norm_bias": (norm_bias, (C,))})
+    return norm_argmax_op(x, norm_weight, norm_bias, eps, weight)
+
+
+def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """x @ weight.T + bias + residual for few rows, in one launch.
+
+    Args:
+        x: (R, K) contiguous; weight: (N, K); bias: (N,) or None; residual: (R, N) contiguous.
+
+    Returns:
+        (R, N) in x's dtype.
+    """
+    _, N = check_rows(x, weight)
+    check_all(x, {"bias": (bias, (N,)), "residual": (residual, (len(x), N))})
+    return linear_residual_op(x, weight, bias, residual)
+
+
+def norm_qkv_to_cache(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    slots: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    """Queries of layer_norm(x), whose keys and values go straight into one layer's cache.
+
+    Args:
+        x: (B * T, C) contiguous: the T new tokens of row 0, then those of row 1, and so on.
+        norm_weight, norm_bias, eps: as in `norm_linear`.
+        weight, bias: c_attn's, (C + 2GD, C) and (C + 2GD,) or None. For each key/value head it has
+            its H / G query heads, its K and its V: with G = 1 all queries, then K, then V; with
+            G = H q, K and V head by head.
+        slots: (B, max_length, G, 2D), K and V of a head side by side; written at positions
+            lengths[b] to lengths[b] + T - 1 of each row. What is behind max_length is not written.
+        lengths: (B,) int64 on the device: the tokens that each row holds before.
+
+    Returns:
+        q (B, T, H, D) in x's dtype.
+    """
+    C, N = check_rows(x, weight)
+    if slots.ndim != 4 or slots.shape[3] % 2 or slots.stride(3) != 1:
+        raise ValueError(
+            f"slots has shape {tuple(slots.shape)} and strides {slots.stride()}: it must be "
+            "(B, max_length, G, 2D), contiguous along the last dimension"
+        )
+    B, _, G, D = *slots.shape[:3], slots.shape[3] // 2
+    if B == 0 or len(x) % B or G * D == 0 or C % (G * D) or N != C + 2 * G * D:
+        raise ValueError(
+            f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and slots {tuple(slots.shape)} do "
+            "not fit: x must be (B * T, C), weight (C + 2GD, C) and slots (B, max_length, G, 2D)"
+        )
+    check_all(x, {"norm_weight": (norm_weight, (C,)), "norm_bias": (norm_bias, (C,))})
+    check_all(x, {"bias": (bias, (N,))})
+    if slots.dtype != x.dtype or slots.device != x.device or slots.requires_grad:
+        raise ValueError(
+            f"slots is {slots.dtype} on {slots.device}: it must be {x.dtype} on {x.device}, and "
+            "need no gradient"
+        )
+    if lengths.dtype != torch.int64 or lengths.shape != (B,) or lengths.device != x.device:
+        raise ValueError(
+            f"lengths is {lengths.dtype} {tuple(lengths.shape)} on {lengths.device}: it must be "
+            f"int64 ({B},) on {x.device}"
+        )
+    return norm_qkv_to_cache_op(x, norm_weight, norm_bias, eps, weight, bias, slots, lengths)
+
+
+def _norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    return _linear(x, norm_weight, norm_bias, eps, weight, bias, None, activation)
+
+
+def _linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    return _linear(x, None, None, 0.0, weight, bias, residual, "none")
+
+
+def _linear(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    (R, K), N = x.shape, len(weight)
+    out = x.new_empty((R, N))
+    tiles, options = linear_tiles(x.dtype, R, N, K), launch.overlap(x.device)
+    with torch.cuda.device_of(x):
+        linear_kernel[(triton.cdiv(N, tiles.BLOCK_N),)](
+            x, norm_weight, norm_bias, weight, bias, residual, out, eps, R, N,
+            K=K, ACTIVATION=activation, **tiles.options(), **options,
+        )  # fmt: skip
+    return out
+
+
+def _norm_qkv_to_cache(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    slots: Tensor,
+    lengths: Tensor,
+) -> Tensor:
+    (R, K), N = x.shape, len(weight)
+    B, max_length, G, D = *slots.shape[:3], slots.shape[3] // 2
+    q = x.new_empty((B, R // B, K // D, D))
+    tiles, options = linear_tiles(x.dtype, R, N, K), launch.overlap(x.device)
+    with torch.cuda.device_of(x):
+        qkv_kernel[(triton.cdiv(N, tiles.BLOCK_N),)](
+            x, norm_weight, norm_bias, weight, bias, slots, lengths, q,
+            eps, R, R // B, N, max_length, *slots.stride()[:3],
+            K=K, QUERY=K // G, D=D, **tiles.options(), **options,
+        )  # fmt: skip
+    return q
+
+
+def _norm_argmax(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    (R, K), N = x.shape, len(weight)
+    tiles, options = linear_tiles(x.dtype, R, N, K), launch.overlap(x.device)
+    parts = triton.cdiv(N, tiles.BLOCK_N)
+    best = x.new_empty((R, parts), dtype=torch.int64)
+    ids, values = x.new_empty(R, dtype=torch.int64), x.new_empty(R, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        argmax_kernel[(parts,)](
+            x, norm_weight, norm_bias, weight, best, eps, R, N,
+            K=K, **tiles.options(), **options,
+        )  # fmt: skip
+        choose_kernel[(R,)](best, ids, values, parts, BLOCK=choose_block(parts), **options)
+    return ids, values
+
+
+norm_linear_op = torch.library.custom_op("mqa_kernels::norm_linear", _norm_linear, mutates_args=())
+linear_residual_op = torch.library.custom_op(
+    "mqa_kernels::linear_residual", _linear_residual, mutates_args=()
+)
+norm_qkv_to_cache_op = torch.library.custom_op(
+    "mqa_kernels::norm_qkv_to_cache", _norm_qkv_to_cache, mutates_args=("slots",)
+)
+norm_argmax_op = torch.library.custom_op("mqa_kernels::norm_argmax", _norm_argmax, mutates_args=())
+
+
+@norm_linear_op.register_fake
+def _(x, norm_weight, norm_bias, eps, weight, bias, activation):
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@linear_residual_op.register_fake
+def _(x, weight, bias, residual):
+    return torch.empty_like(residual)
+
+
+@norm_qkv_to_cache_op.register_fake
+def _(x, norm_weight, norm_bias, eps, weight, bias, slots, lengths):
+    B, D = slots.shape[0], slots.shape[3] // 2
+    return x.new_empty((B, x.shape[0] // B, x.shape[1] // D, D))
+
+
+@norm_argmax_op.register_fake
+def _(x, norm_weight, norm_bias, eps, weight):
+    R = x.shape[0]
+    return x.new_empty(R, dtype=torch.int64), x.new_empty(R, dtype=torch.float32)

@@ -1,0 +1,326 @@
+"""The fused kernels of decoding with few rows, each against its formula in float64.
+
+On a GPU where there is one and else under Triton's interpreter; errors are judged as in
+`test_kernels.py`. Memory that a kernel is to fill holds NaN before, and so does the cache.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not available on this platform")
+
+from mqa_kernels import (
+    linear_residual,
+    norm_argmax,
+    norm_linear,
+    norm_lm_head,
+    norm_qkv_to_cache,
+    reference,
+    tuning,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPS = 1e-5
+
+# NumPy says so where exp is infinite, as it should be: the sigmoid of that is 0.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+
+
+@pytest.fixture(autouse=True)
+def _fill_new_memory_with_nan():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def randoms(dtype, *shapes, seed=0):
+    """Tensors of these shapes, and the same in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(shape, generator=generator).to(DEVICE, dtype) for shape in shapes]
+    return made, [x.double() for x in made]
+
+
+def norm_inputs(dtype, R, C, N, seed=0):
+    """x, norm_weight, norm_bias, eps, weight, bias; and the same in float64."""
+    made, wide = randoms(dtype, (R, C), (C,), (C,), (N, C), (N,), seed=seed)
+    return [*made[:3], EPS, *made[3:]], [*wide[:3], EPS, *wide[3:]]
+
+
+def assert_as_exact(ours, plain, exact):
+    """FlashAttention's rule: at most twice the error of plain PyTorch in the same dtype."""
+    assert ours.dtype == plain.dtype
+    assert ours.shape == exact.shape
+    assert ours.isfinite().all()
+    error, allowed = ((x.double() - exact).abs().max() for x in (ours, plain))
+    assert error <= 2 * allowed + 1e-5, f"error {error:.2e}, plain PyTorch's {allowed:.2e}"
+
+
+# R, C, N. Widths that are no powers of two, N that no block divides, every padding of the rows,
+# several chunks of a row's statistics, one and several steps along it.
+SHAPES = [(1, 48, 70), (2, 80, 33), (3, 48, 16), (8, 768, 40), (9, 80, 7), (16, 768, 65)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_norm_linear_is_as_exact_as_plain_pytorch(shape, dtype):
+    inputs, wide = norm_inputs(dtype, *shape)
+    ours, plain = norm_linear(*inputs), reference.norm_linear(*inputs)
+    assert_as_exact(ours, plain, reference.norm_linear(*wide))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+def test_activations_are_as_exact_as_plain_pytorchs(activation, dtype):
+    inputs, wide = norm_inputs(dtype, 2, 48, 90)
+    ours = norm_linear(*inputs, activation)
+    plain, exact = (reference.norm_linear(*x, activation) for x in (inputs, wide))
+    assert_as_exact(ours, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 3000, 20), (3, 48, 33), (8, 768, 16), (16, 80, 70)], ids=str)
+def test_linear_residual_is_as_exact_as_plain_pytorch(shape, dtype):
+    R, K, N = shape
+    inputs, wide = randoms(dtype, (R, K), (N, K), (N,), (R, N))
+    ours, plain = linear_residual(*inputs), reference.linear_residual(*inputs)
+    assert_as_exact(ours, plain, reference.linear_residual(*wide))
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+@pytest.mark.parametrize("R", [1, 8, 16])
+def test_every_shape_of_tile_gives_the_same(R, block, monkeypatch):
+    inputs, wide = norm_inputs(torch.float32, R, 300, 100)
+    tiles = tuning.linear_tiles(torch.float32, R, 100, 300)
+    tiles = tiles._replace(BLOCK_N=block, SHARES=128 // block, BLOCK_K=16, CHUNK=64)
+    monkeypatch.setattr("mqa_kernels.fused_ops.linear_tiles", lambda *_: tiles)
+    exact = reference.norm_linear(*wide)
+    assert_as_exact(norm_linear(*inputs), reference.norm_linear(*inputs), exact)
+
+
+@pytest.mark.parametrize("R", [1, 16])
+def test_a_row_far_from_zero_with_outliers_is_normalised_as_exactly(R):
+    inputs, wide = norm_inputs(torch.float32, R, 768, 16)
+    for x in (inputs[0], wide[0]):
+        x += 500  # a mean far above the deviation,
+        x[:, :40] -= 3000  # of which a part of the row knows nothing
+    exact = reference.norm_linear(*wide)
+    assert_as_exact(norm_linear(*inputs), reference.norm_linear(*inputs), exact)
+
+
+def test_biases_may_be_missing():
+    (x, weight, residual), _ = randoms(torch.float32, (2, 48), (20, 48), (2, 20))
+    zero = torch.zeros(20, device=DEVICE)
+    expected = linear_residual(x, weight, zero, residual)
+    assert torch.equal(linear_residual(x, weight, None, residual), expected)
+    norm = torch.ones(48, device=DEVICE), torch.zeros(48, device=DEVICE), EPS
+    assert torch.equal(norm_lm_head(x, *norm, weight), norm_linear(x, *norm, weight, zero))
+
+
+def test_what_is_not_finite_shows_in_its_row_and_in_no_other():
+    inputs, _ = norm_inputs(torch.float32, 3, 48, 20)
+    inputs[0][1, 7] = float("nan")
+    for activation in ("none", "gelu", "gelu_tanh", "relu"):
+        out = norm_linear(*inputs, activation)
+        assert out.isnan().all(-1).tolist() == [False, True, False]
+        assert out[[0, 2]].isfinite().all()
+
+
+# B, T, C, G, D, max_length, lengths. The last row of the third runs over the end of the cache.
+CACHE_SHAPES = [
+    (1, 1, 48, 1, 16, 5, [4]),
+    (2, 3, 60, 3, 20, 9, [0, 5]),
+    (3, 2, 80, 1, 40, 8, [0, 5, 7]),
+    (16, 1, 48, 4, 12, 4, [3, 0, 1, 2] * 4),
+    (2, 4, 384, 1, 32, 6, [1, 2]),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", CACHE_SHAPES, ids="B{0[0]}-T{0[1]}-C{0[2]}-G{0[3]}".format)
+def test_queries_return_and_keys_and_values_go_to_their_slots(shape, dtype):
+    B, T, C, G, D, max_length, lengths = shape
+    inputs, wide = norm_inputs(dtype, B * T, C, C + 2 * G * D)
+    lengths = torch.tensor(lengths, device=DEVICE)
+    caches = []
+    for kind in (dtype, dtype, torch.float64):
+        kv = torch.full((2, B, max_length, G, 2 * D), float("nan"), dtype=kind, device=DEVICE)
+        caches.append(kv)
+    ours = norm_qkv_to_cache(*inputs, caches[0][1], lengths)
+    plain = reference.norm_qkv_to_cache(*inputs, caches[1][1], lengths)
+    exact = reference.norm_qkv_to_cache(*wide, caches[2][1], lengths)
+    assert ours.shape == (B, T, C // D, D)
+    assert_as_exact(ours, plain, exact)
+
+    written = ~caches[2].isnan()
+    assert torch.equal(~caches[0].isnan(), written)  # the other layer not, nor any other slot
+    assert_as_exact(*(kv[written] for kv in caches))
+
+
+def test_positions_outside_the_cache_are_not_written():
+    inputs, _ = norm_inputs(torch.float32, 3, 48, 48 + 32)
+    slots = torch.zeros(3, 4, 1, 32, device=DEVICE)
+    norm_qkv_to_cache(*inputs, slots, torch.tensor([4, -1, 2**40], device=DEVICE))
+    assert (slots == 0).all()
+
+
+def test_slots_may_be_a_view_with_gaps():
+    inputs, _ = norm_inputs(torch.float32, 2, 48, 48 + 32)
+    lengths = torch.tensor([1, 0], device=DEVICE)
+    whole = torch.zeros(4, 6, 3, 40, device=DEVICE)
+    view, dense = whole[::2, 1:4, 1:2, 4:36], torch.zeros(2, 3, 1, 32, device=DEVICE)
+    q = norm_qkv_to_cache(*inputs, view, lengths)
+    assert torch.equal(norm_qkv_to_cache(*inputs, dense, lengths), q)
+    assert torch.equal(view, dense)
+    assert whole.count_nonzero() == dense.count_nonzero() == 64
+
+
+class TestArgmax:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(1, 48, 70), (3, 80, 33), (16, 48, 130)], ids=str)
+    def test_is_that_of_the_logits(self, shape, dtype):
+        (*norm, weight, _), _ = norm_inputs(dtype, *shape)
+        ids, values = norm_argmax(*norm, weight)
+        logits = norm_lm_head(*norm, weight)
+        assert torch.equal(ids, logits.argmax(-1))
+        assert torch.equal(values, logits.amax(-1).float())
+
+    def pick(self, values):
+        """norm_argmax of one row with these logits: a norm that is the constant 1 in channel 0."""
+        logits = torch.tensor(values, device=DEVICE)
+        weight = torch.zeros(len(values), 16, device=DEVICE)
+        weight[:, 0] = logits
+        norm_bias = torch.zeros(16, device=DEVICE)
+        norm_bias[0] = 1
+        x = torch.arange(16.0, device=DEVICE)[None]
+        ids, value = norm_argmax(x, torch.zeros_like(norm_bias), norm_bias, EPS, weight)
+        expected = reference.norm_argmax(x, torch.zeros_like(norm_bias), norm_bias, EPS, weight)
+        assert torch.equal(ids, expected[0])
+        assert torch.equal(value.nan_to_num(7e7), expected[1].nan_to_num(7e7))
+        return ids.item(), value.item()
+
+    def test_ties_go_to_the_lowest_index(self):
+        values = [-3.0] * 50
+        values[21] = values[5] = values[40] = 2.0
+        assert self.pick(values) == (5, 2.0)
+        assert self.pick([-1.5] * 50) == (0, -1.5)
+        assert self.pick([-4.0, -0.0, 0.0, -0.0]) == (1, 0.0)
+
+    def test_negative_logits_are_ordered(self):
+        assert self.pick([-5.0, -1e-30, -2.0, -1e30] * 10) == (1, pytest.approx(-1e-30))
+
+    def test_infinities_are_the_ends_of_the_order(self):
+        inf = float("inf")
+        assert self.pick([-inf, 3e38, inf, 2.0, inf] * 5) == (2, inf)
+        assert self.pick([-inf] * 20) == (0, -inf)
+        assert self.pick([-inf, -3e38] * 9) == (1, pytest.approx(-3e38))
+
+    def test_nan_wins_and_is_seen(self):
+        values = [1e30] * 40
+        values[33] = values[35] = float("nan")
+        index, value = self.pick(values)
+        assert index == 33
+        assert value != value
+
+    def test_logits_that_round_to_the_same_are_a_tie(self):
+        weight = torch.zeros(20, 16, device=DEVICE, dtype=torch.bfloat16)
+        weight[3, 0] = weight[9, 0] = 256
+        weight[9, 1] = 1  # 257 rounds to 256 in bfloat16
+        norm_bias = torch.ones(16, device=DEVICE, dtype=torch.bfloat16)
+        x = torch.randn(2, 16).to(DEVICE, torch.bfloat16)
+        ids, values = norm_argmax(x, torch.zeros_like(norm_bias), norm_bias, EPS, weight)
+        assert ids.tolist() == [3, 3]
+        assert values.tolist() == [256.0, 256.0]
+
+    def test_more_parts_than_fit_into_one_block(self, monkeypatch):
+        monkeypatch.setattr("mqa_kernels.fused_ops.choose_block", lambda parts: 2)
+        (*norm, weight, _), _ = norm_inputs(torch.float32, 3, 48, 150)
+        ids, _ = norm_argmax(*norm, weight)
+        assert torch.equal(ids, norm_lm_head(*norm, weight).argmax(-1))
+
+
+class TestOperators:
+    def test_opcheck_accepts_them(self):
+        inputs, _ = norm_inputs(torch.float32, 4, 48, 48 + 32)
+        ops = torch.ops.mqa_kernels
+        torch.library.opcheck(ops.norm_linear, (*inputs, "gelu"))
+        torch.library.opcheck(ops.norm_argmax, tuple(inputs[:5]))
+        residual = torch.randn(4, 80, device=DEVICE)
+        torch.library.opcheck(ops.linear_residual, (inputs[0], *inputs[4:], residual))
+        slots = torch.zeros(2, 5, 1, 32, device=DEVICE)
+        lengths = torch.tensor([3, 0], device=DEVICE)
+        torch.library.opcheck(ops.norm_qkv_to_cache, (*inputs, slots, lengths))
+
+    def test_compiled_code_writes_the_cache_in_one_graph(self):
+        inputs, _ = norm_inputs(torch.float32, 2, 48, 48 + 32)
+        lengths = torch.tensor([3, 0], device=DEVICE)
+        plain, slots = (torch.zeros(2, 5, 1, 32, device=DEVICE) for _ in range(2))
+
+        @torch.compile(fullgraph=True, backend="aot_eager")
+        def step(slots):
+            return norm_qkv_to_cache(*inputs, slots, lengths) * 2
+
+        assert torch.equal(step(slots), norm_qkv_to_cache(*inputs, plain, lengths) * 2)
+        assert torch.equal(slots, plain)
+        assert (slots != 0).any()
+
+
+class TestRefusals:
+    def inputs(self, R=2, C=48, N=80):
+        return norm_inputs(torch.float32, R, C, N)[0]
+
+    def test_needing_a_gradient(self):
+        inputs = self.inputs()
+        inputs[4].requires_grad_()
+        with pytest.raises(ValueError, match=r"weight needs a gradient.*no_grad"):
+            norm_linear(*inputs)
+        with torch.no_grad():
+            norm_linear(*inputs)  # a parameter
+
+    def test_too_many_rows(self):
+        with pytest.raises(ValueError, match="x has 17 rows: these kernels take 1 to 16"):
+            norm_linear(*self.inputs(R=17))
+
+    def test_an_unknown_activation(self):
+        with pytest.raises(ValueError, match="activation is 'silu'"):
+            norm_linear(*self.inputs(), "silu")
+
+    @pytest.mark.parametrize(
+        ("position", "change", "message"),
+        [
+            (0, lambda x: x[:, :40], "x must be"),
+            (0, lambda x: x.double(), "float32, bfloat16 or float16"),
+            (1, lambda x: x[:40], r"norm_weight is torch.float32 \(40,\)"),
+            (4, lambda x: x.half(), "weight is torch.float16"),
+            (4, lambda x: x.mT.contiguous().mT, "weight has strides"),
+            (5, lambda x: x[:3], r"bias is torch.float32 \(3,\)"),
+        ],
+        ids=["widths", "dtype", "norm", "mixed dtypes", "strides", "bias"],
+    )
+    def test_inputs_that_do_not_fit(self, position, change, message):
+        inputs = self.inputs()
+        inputs[position] = change(inputs[position])
+        with pytest.raises(ValueError, match=message):
+            norm_linear(*inputs)
+
+    def test_a_residual_of_another_shape(self):
+        x, _, _, _, weight, bias = self.inputs()
+        with pytest.raises(ValueError, match="residual is"):
+            linear_residual(x, weight, bias, x)
+
+    def test_a_cache_that_does_not_fit(self):
+        inputs, lengths = self.inputs(), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        slots = torch.zeros(2, 5, 1, 32, device=DEVICE)
+        with pytest.raises(ValueError, match="do not fit"):
+            norm_qkv_to_cache(*inputs, slots[..., :24], lengths)
+        with pytest.raises(ValueError, match="slots is torch"):
+            norm_qkv_to_cache(*inputs, slots.half(), lengths)
+        with pytest.raises(ValueError, match="contiguous along the last"):
+            norm_qkv_to_cache(*inputs, slots.repeat(1, 1, 1, 2)[..., ::2], lengths)
+        with pytest.raises(ValueError, match="lengths is torch"):
+            norm_qkv_to_cache(*inputs, slots, lengths.int())
+
+    def test_a_cpu_without_the_interpreter(self, monkeypatch):
+        monkeypatch.setattr("mqa_kernels.launch.INTERPRETED", False)
+        with pytest.raises(ValueError, match="run on a CUDA device"):
+            norm_linear(*(x.cpu() if torch.is_tensor(x) else x for x in self.inputs()))
