@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mqa_gpt.cache import KVCache, StaticCache
+from mqa_gpt.fused_step import can_fuse, fused_hidden, fused_likeliest, fused_logits
 from mqa_gpt.model import GPT
 from mqa_gpt.sampling import Sampling, choose, log_probabilities
 
@@ -67,23 +68,36 @@ def decode_step(model: GPT, state: DecodeState, sampling: Sampling) -> None:
     choose_next(logits, state, sampling)
 
 
+def fused_step(model: GPT, state: DecodeState, sampling: Sampling) -> None:
+    """The same by fused kernels, where `can_fuse`."""
+    x = fused_hidden(model, state.ids, state.cache)  # (B, C)
+    if sampling.greedy and state.seen is None and not state.reports:
+        chosen, highest = fused_likeliest(model, x)  # (B,), (B,)
+        take(chosen, highest.isfinite(), state)
+    else:
+        choose_next(fused_logits(model, x).float(), state, sampling)
+
+
 def choose_next(logits: Tensor, state: DecodeState, sampling: Sampling) -> None:
-    """Choose each row's newest token by logits (B, V) float32."""
+    """Choose each row's next token by logits (B, V) float32."""
     u = None
     if state.draws is not None:
         u = state.draws.index_select(1, state.position)[:, 0]  # (B,)
     chosen, is_finite = choose(logits, sampling, state.seen, u)  # (B,), (B,)
-    chosen.masked_fill_(~is_finite, 0)  # any token that can be fed, until the host has noticed
-    for kept, new in zip(
-        state.reports,
-        log_probabilities(logits, chosen, state.reports[1].shape[1]) if state.reports else (),
-        strict=True,
-    ):
-        kept.copy_(new)
-    if state.seen is not None:
-        state.seen.scatter_(1, chosen[:, None], True)
-    state.ids.copy_(chosen[:, None])
+    take(chosen, is_finite, state)
+    if state.reports:
+        new = log_probabilities(logits, state.ids[:, 0], state.reports[1].shape[1])
+        for report, values in zip(state.reports, new, strict=True):
+            report.copy_(values)
+
+
+def take(chosen: Tensor, is_finite: Tensor, state: DecodeState) -> None:
+    """Make the tokens (B,) the newest, where the logits were finite: (B,) bool."""
+    # Any token can be fed, until the host has noticed.
+    state.ids.copy_(chosen.masked_fill(~is_finite, 0)[:, None])
     state.chosen.copy_(chosen.masked_fill(~is_finite, -1))
+    if state.seen is not None:
+        state.seen.scatter_(1, state.ids, True)
     state.position.add_(1)
 
 
@@ -92,7 +106,8 @@ class Decoder:
 
     def __init__(self, model: GPT, state: DecodeState, sampling: Sampling) -> None:
         self._model, self.state, self._sampling = model, state, sampling
-        self._run: Callable[[], None] = partial(decode_step, model, state, sampling)
+        step = fused_step if can_fuse(model, len(state.ids)) else decode_step
+        self._run: Callable[[], None] = partial(step, model, state, sampling)
         if model.device.type == "cuda":
             self._run = Replay(self._run, model.device)
 
@@ -134,7 +149,7 @@ class Decoder:
         choose_next(logits, self.state, self._sampling)
 
     def run(self) -> None:
-        """Start one `decode_step`; a CUDA device is not waited for."""
+        """Start one step; a CUDA device is not waited for."""
         self._run()
 
     def select(self, rows: Sequence[int]) -> Decoder:

@@ -253,22 +253,31 @@ def test_a_step_never_asks_its_device_nor_copies_to_it():
 
     Tensors of the host that go to the device would show among the operations.
     """
+    tensors = tensors_in_a_step(decoder_on_meta())
+    assert {name for name, _ in tensors} >= {"mqa_kernels.attention_forward.default"}
+    assert [name for name, x in tensors if x.device.type != "meta"] == []
+
+
+def decoder_on_meta() -> Decoder:
+    """A decoder whose attention is Triton's."""
     attention = pytest.importorskip("mqa_kernels").attention
     with torch.device("meta"):
         model = GPT(CONFIG).eval()
     for block in model.transformer.h:
         block.attn.attend = attention
-    decoder = sampling_decoder(model)
+    return sampling_decoder(model)
+
+
+def tensors_in_a_step(decoder: Decoder) -> list[tuple[str, Tensor]]:
+    """Every tensor that an operation of the step takes or gives, with the operation's name."""
     with Tape() as tape, torch.inference_mode():
         decoder.run()
-    tensors = [
+    return [
         (str(func), x)
         for func, args, kwargs, out in tape.operations
         for x in tree_leaves((args, kwargs, out))
         if isinstance(x, Tensor)
     ]
-    assert {name for name, _ in tensors} >= {"mqa_kernels.attention_forward.default"}
-    assert [name for name, x in tensors if x.device.type != "meta"] == []
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -321,12 +330,15 @@ def test_without_a_gpu_nothing_is_replayed(model, monkeypatch):
 
 
 class OnGpu:
-    """A model that says it is on a GPU, of which only `modules` is asked for more."""
+    """A model that says it is on a GPU."""
 
     device = torch.device("cuda")
 
     def __init__(self, model: GPT) -> None:
-        self.modules = model.modules
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
 
 def test_hooks_and_dropout_are_not_replayed(model):
