@@ -172,3 +172,34 @@ class KVCache:
         other._ragged = min(lengths) != other.end
         other._limits = None
         return other
+
+
+class StaticCache(KVCache):
+    """A cache whose use is the same at every decode step, so that a CUDA graph can repeat it.
+
+    It takes over what another cache holds. From then on nothing depends on numbers of the host:
+    each row's one new token is written at `lengths`, and attention gets all slots, of which
+    `lengths` tells it how many to see. Nobody counts the slots: whoever runs the steps has to know
+    that there is room.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self.kv, self.lengths = cache.kv, cache.lengths
+        self.end = cache.max_length
+        self._ragged, self._limits = True, None
+        self._rows = torch.arange(self.batch_size, device=self.kv.device)  # (B,)
+
+    def require_room(self, T: int) -> None:
+        """Raise ValueError unless T is 1."""
+        if T != 1:
+            raise ValueError(f"{T} tokens per row: a static cache takes one at a time")
+
+    def append(self, layer: int, kv: Tensor) -> Tensor:
+        """Write kv (B, 1, G, 2D) of one layer; all its slots, (B, max_length, G, 2D)."""
+        slots = self.kv[layer]  # (B, max_length, G, 2D)
+        slots[self._rows, self.lengths] = kv[:, 0]
+        return slots
+
+    def advance(self, T: int) -> None:
+        """Count the token that every layer has appended to every row."""
+        self.lengths += T

@@ -17,14 +17,28 @@ from torch import Tensor
 from mqa_gpt.cache import KVCache
 from mqa_gpt.checks import is_int, shown
 from mqa_gpt.config import GPTConfig
+from mqa_gpt.decode_graph import Decoder, can_replay
 from mqa_gpt.errors import PromptError
 from mqa_gpt.model import GPT
-from mqa_gpt.sampling import GREEDY, Sampling, draw, filter_logits, fresh_seed, uniforms
+from mqa_gpt.sampling import (
+    GREEDY,
+    Sampling,
+    choose,
+    fresh_seed,
+    log_probabilities,
+    uniforms,
+)
 from mqa_gpt.speculation import MOST, Draft, check_draft
 
 # Positions per forward pass of the prefill: enough to keep the arithmetic busy, few enough that
 # the activations of a long prompt (F times this many floats per row and layer) stay small.
 PREFILL_CHUNK = 2048
+
+# Rows up to which finished ones stay in a batch that is replayed: they cost less than recording the
+# step anew, since it takes the time of reading the weights either way.
+FEW_ROWS = 16
+
+Report = tuple[float | None, tuple[tuple[int, float], ...]]  # logprob and top of a `Token`
 
 
 class Token(NamedTuple):
@@ -213,7 +227,8 @@ def stream_tokens(
     logprobs: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> Iterator[Token]:
-    """The loop behind `generate`: prefill, then one token per row and step.
+    """The tokens behind `generate`, step by step: `stream_replayed` where it can, else
+    `stream_plain`.
 
     Args:
         prompts: what `check_request` made of them; nothing is checked here.
@@ -223,6 +238,31 @@ def stream_tokens(
 
     Everything else is as in `generate`.
     """
+    stream = stream_replayed if can_replay(model) else stream_plain
+    return stream(
+        model,
+        prompts,
+        max_new_tokens,
+        sampling,
+        n=n,
+        should_stop=should_stop,
+        logprobs=logprobs,
+        prefill_chunk=prefill_chunk,
+    )
+
+
+def stream_plain(
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    *,
+    n: int = 1,
+    should_stop: Callable[[Token], bool] = lambda token: False,
+    logprobs: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Iterator[Token]:
+    """The loop itself: prefill, then one token per row and step. See `stream_tokens`."""
     if not prompts or max_new_tokens == 0:
         return
     # A generator must not hold inference mode across its yields: the consumer would be in it too.
@@ -260,6 +300,63 @@ def stream_tokens(
                 seen = None if seen is None else seen[kept]
                 draws = None if draws is None else draws[kept]
             logits = model(chosen[:, None], cache=cache)[:, 0].float()  # (B, V)
+
+
+def stream_replayed(
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    *,
+    n: int = 1,
+    should_stop: Callable[[Token], bool] = lambda token: False,
+    logprobs: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Iterator[Token]:
+    """The tokens of `stream_plain` from steps that are all alike; see `mqa_gpt.decode_graph`.
+
+    A step is started before anybody looks at the tokens of the one before, so that a GPU need not
+    wait for its host. Rows that have ended are noticed one step late, and what they still generate
+    is dropped; they leave the batch when that halves it.
+    """
+    if not prompts or max_new_tokens == 0:
+        return
+    with torch.inference_mode():
+        rows = list(range(len(prompts) * n))
+        decoder = _decoder(model, prompts, max_new_tokens, sampling, n, logprobs, prefill_chunk)
+    unfinished = set(rows)
+
+    for step in range(max_new_tokens):
+        is_last = step == max_new_tokens - 1
+        with torch.inference_mode():
+            results = decoder.fetch()
+            if not is_last:
+                decoder.run()
+            ids, *lists = results()
+        reports: list[Report] = (
+            [(None, ())] * len(ids) if logprobs is None else _report_rows(*lists)
+        )
+        _require_finite(
+            all(id_ >= 0 for row, id_ in zip(rows, ids, strict=True) if row in unfinished)
+        )
+        for row, id_, report in zip(rows, ids, reports, strict=True):
+            if row not in unfinished:
+                continue
+            token = Token(row, id_, None, *report)
+            if should_stop(token):
+                token = token._replace(finished="stop")
+            elif is_last:
+                token = token._replace(finished="length")
+            if token.finished:
+                unfinished.remove(row)
+            yield token
+        if not unfinished:
+            return
+
+        if len(rows) > FEW_ROWS and len(unfinished) <= len(rows) // 2:
+            with torch.inference_mode():
+                kept = [i for i, row in enumerate(rows) if row in unfinished]
+                rows, decoder = [rows[i] for i in kept], decoder.select(kept)
 
 
 def stream_drafted(
@@ -370,17 +467,38 @@ def _draws(sampling: Sampling, rows: list[int], n: int, count: int, device: torc
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
 
+def _decoder(
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    n: int,
+    logprobs: int | None,
+    chunk: int,
+) -> Decoder:
+    """The decoder that goes on behind the prompts, their first tokens chosen."""
+    cache, logits = _start(model, prompts, max_new_tokens, n, chunk)
+    seen = _tokens_seen(prompts, n, logits) if sampling.repetition_penalty != 1 else None
+    rows = list(range(len(logits)))
+    draws = None if sampling.greedy else _draws(sampling, rows, n, max_new_tokens, model.device)
+    decoder = Decoder.new(model, cache, sampling, seen, draws, logprobs)
+    decoder.choose(logits)
+    return decoder
+
+
 def _choose(logits: Tensor, sampling: Sampling, seen: Tensor | None, u: Tensor | None) -> Tensor:
     """The next token of each row, (B,), from logits (B, V); drawn with u (B,) if not greedy."""
-    filtered = filter_logits(logits, sampling, seen)  # (B, V)
-    highest, chosen = filtered.max(-1)  # (B,), (B,)
-    # max propagates NaN, so this one number per row vouches for the whole vocabulary.
-    if not bool(highest.isfinite().all()):
+    chosen, is_finite = choose(logits, sampling, seen, u)  # (B,), (B,)
+    _require_finite(bool(is_finite.all()))
+    return chosen
+
+
+def _require_finite(are_finite: bool) -> None:
+    if not are_finite:
         raise FloatingPointError(
             "the model's logits are not finite: the weights hold NaN or infinity (see "
             "`mqa-gpt inspect --check-finite`) or overflow in the model's dtype; try float32"
         )
-    return chosen if u is None else draw(filtered, u)
 
 
 def _tokens_seen(prompts: list[list[int]], n: int, logits: Tensor) -> Tensor:
@@ -391,17 +509,16 @@ def _tokens_seen(prompts: list[list[int]], n: int, logits: Tensor) -> Tensor:
     return seen
 
 
-def _reports(
-    logits: Tensor, chosen: Tensor, count: int | None
-) -> list[tuple[float | None, tuple[tuple[int, float], ...]]]:
+def _reports(logits: Tensor, chosen: Tensor, count: int | None) -> list[Report]:
     """Per row the chosen token's log-probability and the `count` highest with their tokens."""
     if count is None:
         return [(None, ())] * len(chosen)
-    logprobs = logits.log_softmax(-1)  # (B, V)
-    own = logprobs.gather(1, chosen[:, None])[:, 0].tolist()
-    values, ids = logprobs.topk(count)  # (B, count)
-    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    return _report_rows(*(x.tolist() for x in log_probabilities(logits, chosen, count)))
+
+
+def _report_rows(own: list[float], ids: list[list[int]], values: list[list[float]]) -> list[Report]:
+    """What `log_probabilities` says, row by row."""
     return [
         (logprob, tuple(zip(row_ids, row_values, strict=True)))
-        for logprob, (row_ids, row_values) in zip(own, pairs, strict=True)
+        for logprob, row_ids, row_values in zip(own, ids, values, strict=True)
     ]

@@ -128,6 +128,41 @@ def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
     return logits
 
 
+def choose(
+    logits: Tensor, sampling: Sampling, seen: Tensor | None = None, u: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The next token of each row, and whether there is one.
+
+    Args:
+        logits, seen: as in `filter_logits`.
+        u: as in `draw`; None takes the most likely token.
+
+    Returns:
+        (B,) int64, and (B,) bool: false where NaN or infinity is among a row's logits, so that its
+        token means nothing.
+    """
+    filtered = filter_logits(logits, sampling, seen)  # (B, V)
+    highest, likeliest = filtered.max(-1)  # (B,), (B,)
+    # max propagates NaN, so this one number per row vouches for the whole vocabulary.
+    return likeliest if u is None else draw(filtered, u), highest.isfinite()
+
+
+def log_probabilities(logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Natural logs of the model's probabilities, of the chosen tokens and of the likeliest.
+
+    Args:
+        logits: (B, V) float32, unfiltered.
+        chosen: (B,) int64.
+        count: K, how many of the likeliest to report.
+
+    Returns:
+        (B,) float32; the likeliest tokens (B, K) int64, likeliest first; theirs (B, K) float32.
+    """
+    logprobs = logits.log_softmax(-1)  # (B, V)
+    values, ids = logprobs.topk(count)  # (B, K), (B, K)
+    return logprobs.gather(1, chosen[:, None])[:, 0], ids, values
+
+
 def uniforms(seed: int, sample: int, count: int) -> list[float]:
     """The numbers in [0, 1) that decide the first `count` draws of a prompt's `sample`-th sample.
 

@@ -1,4 +1,4 @@
-"""Everything about the kernels that needs a GPU, in one command and one JSON file.
+"""Everything about kernels and generation that needs a GPU, in one command and one JSON file.
 
     python3 scripts/gpu_report.py --out report            # at most eight minutes
     python3 scripts/gpu_report.py --out report --only numerics,forward
@@ -7,10 +7,11 @@ It needs python3 with torch, triton, transformers, tokenizers and safetensors, a
 nothing is installed or downloaded. Without a GPU it runs everything in small under Triton's
 interpreter, as proof that it would run.
 
-Sections: environment, ceilings, numerics, parity, forward, backward, decode, autotune. They run in
-a process of their own, and every case is in `gpu_report.json` as soon as it is done. A section that
-fails is recorded with its traceback, and the others follow in a new process; the exit status is 1
-then, as it is when a check fails.
+Sections: environment, ceilings, numerics, parity, forward, backward, decode, model_decode,
+model_prefill, model_profile, model_heads, autotune. They run in a process of their own, and every
+case is in `gpu_report.json` as soon as it is done. A section that fails is recorded with its
+traceback, and the others follow in a new process; the exit status is 1 then, as it is when a check
+fails.
 """
 
 from __future__ import annotations
@@ -47,6 +48,10 @@ SHARES = {
     "forward": 9,
     "backward": 9,
     "decode": 8,
+    "model_decode": 8,
+    "model_prefill": 3,
+    "model_profile": 2,
+    "model_heads": 5,
     "autotune": 10,
 }
 GRACE = 60.0  # seconds beyond its share after which a section is taken to hang

@@ -28,6 +28,15 @@ from contenders import (
     measure_forward,
 )
 from gpu_report_checks import CASES, FEW_CASES, Case, check_numerics, check_parity
+from gpu_report_model import (
+    ModelPlan,
+    cpu_model_plan,
+    decode_cases,
+    gpu_model_plan,
+    heads_cases,
+    prefill_cases,
+    profile_cases,
+)
 from gpu_report_pool import in_processes
 from judge import Truth, find_truth
 from torch import Tensor
@@ -78,6 +87,7 @@ class Plan:
     flex: frozenset[tuple[str, Problem]]
     autotune: tuple[Tuning, ...]
     most_caches: int
+    model: ModelPlan
 
 
 def grid(*sizes: tuple[int, ...]) -> tuple[Tiles, ...]:
@@ -141,6 +151,7 @@ def gpu_plan() -> Plan:
         ),
         autotune=autotune,
         most_caches=16,
+        model=gpu_model_plan(),
     )
 
 
@@ -169,6 +180,7 @@ def cpu_plan() -> Plan:
             Tuning("dq", small, tiles[:1]),
         ),
         most_caches=2,
+        model=cpu_model_plan(),
     )
 
 
@@ -362,6 +374,26 @@ def setting_text(setting: Any) -> str:
     return f"{M}x{N}, {warps} warps, {stages} stages"
 
 
+def model_decode(context: Context) -> Iterator[Row]:
+    """Whole models: decoding."""
+    return context.each(decode_cases(context.clock, context.plan.model, context.plan.repeats))
+
+
+def model_prefill(context: Context) -> Iterator[Row]:
+    """Whole models: reading prompts."""
+    return context.each(prefill_cases(context.clock, context.plan.model, context.plan.repeats))
+
+
+def model_profile(context: Context) -> Iterator[Row]:
+    """Whole models: the kernels of a decode step."""
+    return context.each(profile_cases(context.clock, context.plan.model))
+
+
+def model_heads(context: Context) -> Iterator[Row]:
+    """Whole models: multi-query beside multi-head attention."""
+    return context.each(heads_cases(context.clock, context.plan.model, context.plan.repeats))
+
+
 SECTIONS: dict[str, Callable[[Context], Iterator[Row]]] = {
     "environment": environment,
     "ceilings": ceilings,
@@ -370,5 +402,9 @@ SECTIONS: dict[str, Callable[[Context], Iterator[Row]]] = {
     "forward": timed_section("forward"),
     "backward": timed_section("backward"),
     "decode": timed_section("decode"),
+    "model_decode": model_decode,
+    "model_prefill": model_prefill,
+    "model_profile": model_profile,
+    "model_heads": model_heads,
     "autotune": autotune,
 }

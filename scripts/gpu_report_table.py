@@ -59,6 +59,8 @@ def print_table(report: Row) -> None:
             lines += race_lines(section["rows"], "tflops", ceilings.get("matmul_tflops"))
         elif name == "decode":
             lines += race_lines(section["rows"], "gb_per_s", ceilings.get("copy_gb_per_s"))
+        elif name in MODEL_LINES:
+            lines += MODEL_LINES[name](section["rows"], ceilings)
         else:
             lines += LINES[name](section["rows"])
         late = [row_text(row) for row in section["rows"] if "skipped" in row]
@@ -156,6 +158,68 @@ def autotune_lines(rows: list[Row]) -> Iterator[str]:
             text += f", {faster:.2f} x as fast as shipped"
         yield text
 
+
+def step_lines(rows: list[Row], ceilings: Row) -> Iterator[str]:
+    """Decoding: the rate, its share of the memory's bandwidth (MBU), and the loops."""
+    for row in rows:
+        text = f"{row['model']} {case_text(row)}"
+        if "refused" in row:
+            yield f"{text}: {row['refused']}"
+        elif "seconds_per_step" in row:
+            seconds = row["seconds_per_step"]
+            text += f": {row['tokens_per_s']:8.1f} tok/s, {seconds['replayed'] * 1e6:.0f} us a step"
+            text += of_ceiling(row["gb_per_s"], ceilings.get("copy_gb_per_s"))
+            text += f"; {seconds['called'] / seconds['replayed']:.2f} x as fast as called"
+            yield text + f"; recorded in {row['recording_seconds'] * 1e3:.0f} ms"
+        elif "loops" in row:
+            plain, replayed = (row["loops"][name]["tokens_per_s"] for name in ("plain", "replayed"))
+            yield (
+                f"{text}: generating {row['new_tokens']} tokens {replayed:.1f} tok/s, "
+                f"{replayed / plain:.2f} x the plain loop"
+            )
+
+
+def prefill_lines(rows: list[Row], ceilings: Row) -> Iterator[str]:
+    """Reading prompts: the rate, and its share of the matrix rate (MFU)."""
+    for row in rows:
+        for way in ("whole", "by pieces"):
+            if way in row:
+                yield (
+                    f"{row['model']} {case_text(row)} {way}: {row[way]['tokens_per_s']:.0f} tok/s, "
+                    f"{row[way]['tflops']:.0f} TFLOP/s"
+                    + of_ceiling(row[way]["tflops"], ceilings.get("matmul_tflops"))
+                )
+
+
+def profile_lines(rows: list[Row], ceilings: Row) -> Iterator[str]:
+    """The kernels that a decode step spends most of its time in."""
+    for row in rows:
+        if "kernels" not in row:
+            continue
+        yield (
+            "{0}: {step_microseconds:.0f} us a step, {kernels_microseconds:.0f} us in "
+            "{kernels_per_step:.0f} kernels".format(f"{row['model']} {case_text(row)}", **row)
+        )
+        for kernel in row["kernels"][:8]:
+            yield "  {microseconds:8.1f} us in {count:4.0f} of {0}".format(
+                kernel["kernel"][:70], **kernel
+            )
+
+
+def case_text(row: Row) -> str:
+    return " ".join(f"{key}={value}" for key, value in row["case"].items())
+
+
+def of_ceiling(figure: float, ceiling: float | None) -> str:
+    return f", {figure / ceiling:.2f} of ceiling" if ceiling else ""
+
+
+MODEL_LINES = {
+    "model_decode": step_lines,
+    "model_prefill": prefill_lines,
+    "model_profile": profile_lines,
+    "model_heads": step_lines,
+}
 
 LINES = {
     "environment": environment_lines,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mqa_gpt import GPT, GPTConfig, KVCache
+from mqa_gpt.cache import StaticCache
 from tests.helpers import our_model, random_ids, reference_model, tiny_config
 
 CONFIG = GPTConfig(vocab_size=11, n_positions=20, n_embd=12, n_layer=2, n_head=3)
@@ -179,3 +180,31 @@ def test_a_full_cache_refuses_tokens_before_anything_is_written() -> None:
             model(random_ids(config, 1, 2), cache=cache)
     assert torch.equal(cache.kv, before)
     assert cache.end == 3
+
+
+def test_a_static_cache_writes_at_each_row_s_length_and_shows_all_slots() -> None:
+    cache = KVCache(CONFIG, 2, 6)
+    fill(cache, 3, 1.0)
+    cache.set_lengths([3, 1])
+    static = StaticCache(cache)
+    for value in (7.0, 8.0):
+        fill(static, 1, value)
+    assert slots(static, 0, 0) == [1, 2, 3, 7, 8, 0]
+    assert slots(static, 1, 1) == [111, 117, 118, 0, 0, 0]
+    assert static.start.tolist() == static.lengths.tolist() == [5, 3]
+    seen_slots = static.append(1, torch.zeros(2, 1, 1, 8))
+    assert seen_slots.shape == (2, 6, 1, 8)
+    assert static.kv.data_ptr() == cache.kv.data_ptr()  # it took the memory over
+
+
+def test_a_static_cache_selects_rows_and_takes_one_token_at_a_time() -> None:
+    cache = KVCache(CONFIG, 3, 6)
+    fill(cache, 2, 1.0)
+    static = StaticCache(cache)
+    fill(static, 1, 9.0)
+    static = StaticCache(static.select([2, 0]))
+    fill(static, 1, 5.0)
+    assert slots(static, 0, 0) == [201, 202, 209, 5, 0, 0]
+    assert slots(static, 0, 1) == [1, 2, 9, 105, 0, 0]
+    with pytest.raises(ValueError, match="2 tokens per row"):
+        static.require_room(2)

@@ -16,12 +16,15 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not available on this platform")
 
+from clock import Clock
 from contenders import OURS, Problem, make_inputs
 from gpu_report_checks import CASES, Case, case_inputs, check_case, poisoned_allocations
+from gpu_report_model import Size, measure_steps, prefill_flops, step_bytes
 from gpu_report_pool import in_processes
-from gpu_report_sections import TUNED, gpu_plan
+from gpu_report_sections import TUNED, cpu_plan, gpu_plan
 from judge import exact_attention, find_truth, plain_attention
 
+from mqa_gpt import GPT, GPTConfig
 from mqa_kernels import attention
 from scripts import gpu_report
 from scripts.gpu_report_table import failures, print_table
@@ -122,6 +125,35 @@ def test_every_contender_is_timed_or_says_why_not(run, section, figure):
         assert len(results) == 15
         for result in results.values():
             assert ("refused" in result) != (figure in result)
+
+
+def test_decoding_is_timed_by_steps_and_by_whole_generations(run):
+    one, two, loops = rows(run, "model_decode")
+    assert [row["case"]["batch"] for row in (one, two, loops)] == [1, 2, 2]
+    for row in (one, two):
+        seconds = row["seconds_per_step"]
+        assert set(seconds) == {"replayed", "called"}
+        assert row["tokens_per_s"] == pytest.approx(row["case"]["batch"] / seconds["replayed"])
+    for loop in loops["loops"].values():
+        assert loop["tokens_per_s"] > 0
+        assert loop["first_token_seconds"] > 0
+    assert "x the plain loop" in run[1]
+
+
+def test_prefill_and_the_kernels_of_a_step_are_measured(run):
+    (row,) = rows(run, "model_prefill")
+    assert row["whole"]["tokens_per_s"] == pytest.approx(9 / row["whole"]["seconds"])
+    (row,) = rows(run, "model_profile")
+    times = [kernel["microseconds"] for kernel in row["kernels"]]
+    assert times == sorted(times, reverse=True)
+    assert 0 < sum(times) <= row["kernels_microseconds"] * 1.001
+    assert row["kernels_per_step"] > 20
+
+
+def test_multi_query_reads_a_smaller_cache_than_multi_head(run):
+    mqa, mha = rows(run, "model_heads")
+    assert (mqa["case"]["heads"], mha["case"]["heads"]) == ("MQA", "MHA")
+    assert mha["cache_bytes"] == 3 * mqa["cache_bytes"]  # three heads
 
 
 def test_autotune_names_a_winner_of_each_kernel(run):
@@ -292,6 +324,9 @@ def test_on_a_gpu_it_times_sequences_to_16k_and_batches_to_256():
     assert {p.S for p in plan.decode} == {1024, 8192, 16384}
     assert {p.T for p in plan.decode} == {1, 4, 8}
     assert {tuning.kernel for tuning in plan.autotune} == set(TUNED)
+    model = plan.model
+    assert {size.batch for size in model.decode} == {1, 8, 32, 128, 256}
+    assert set(model.configs) == set(model.heads) == {"starcoderbase-1b", "starcoderbase-7b"}
     assert {(name, dtype) for name, _, dtype, _ in plan.parity} == {
         (f"starcoderbase-{size}b", dtype) for size in (1, 7) for dtype in ("float32", "bfloat16")
     }
@@ -305,6 +340,25 @@ def test_what_nobody_may_look_at_and_what_is_not_written_is_nan():
         assert torch.empty(5).isnan().all()
         assert torch.empty_like(k).isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_model_s_bytes_and_operations_are_counted_as_by_hand():
+    with torch.device("meta"):
+        model = GPT(GPTConfig.official("starcoderbase-7b")).bfloat16()
+    # All weights but the positions', and 21,504 bytes per token: see the shapes of the checkpoint.
+    assert step_bytes(model, Size(1, 0)) == 2 * (7_327_263_232 - 8192 * 4096)
+    assert step_bytes(model, Size(3, 100)) - step_bytes(model, Size(1, 0)) == 300 * 21_504
+    C, F, D, T = 4096, 16384, 128, 2048
+    layer = C * (C + 2 * D) + C * C + 2 * C * F
+    products = 2 * T * 42 * layer + 2 * C * 49152
+    assert prefill_flops(model, T) == products + 42 * 4 * C * T * (T + 1) // 2
+
+
+def test_a_cache_that_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr("gpu_report_model.available_memory", lambda device: 10_000)
+    model = GPT(cpu_plan().model.configs["tiny"])
+    row = measure_steps(Clock(CPU), model, Size(2, 40), 1)
+    assert row == {"refused": "its cache takes 0.0 GB, and 0.0 GB are free"}
 
 
 def test_operations_and_bytes_are_counted_as_by_hand():
@@ -324,15 +378,30 @@ def test_the_table_has_a_line_for_everything(capsys):
         {"contender": "cudnn, enable_gqa", "right": False, "tflops": 900.0},
         {"contender": "efficient, enable_gqa", "refused": "no"},
     ]
+    case = {"model": "1b", "case": {"batch": 8, "context": 1024}}
+    model_rows = [
+        case
+        | {
+            "seconds_per_step": {"replayed": 0.001, "called": 0.003},
+            "recording_seconds": 0.02,
+            "tokens_per_s": 8000.0,
+            "gb_per_s": 3000.0,
+        },
+        case | {"refused": "its cache takes too much"},
+    ]
     sections = {
         "ceilings": {"rows": [{"copy_gb_per_s": 4000.0, "matmul_tflops": 800.0}], "seconds": 1},
         "backward": {"rows": [{"problem": problem, "results": results}], "seconds": 2},
         "decode": {"rows": [{"problem": problem, "skipped": "no time left"}], "seconds": 0},
         "parity": {"skipped": "not chosen"},
+        "model_decode": {"rows": model_rows, "seconds": 1},
     }
     print_table({"sections": sections})
     shown = capsys.readouterr().out
     assert "500 TFLOP/s, 0.62 of ceiling; 1.25 x flash, heads expanded (400)" in shown
     assert "2.00 GB, expanded 3.00" in shown
     assert "no time for 1: B 1   T 8192" in shown
+    assert "1b batch=8 context=1024:   8000.0 tok/s, 1000 us a step, 0.75 of ceiling" in shown
+    assert "3.00 x as fast as called; recorded in 20 ms" in shown
+    assert "its cache takes too much" in shown
     assert "nothing failed" in shown

@@ -16,11 +16,13 @@ from transformers import (
 from mqa_gpt.errors import PromptError
 from mqa_gpt.sampling import (
     Sampling,
+    choose,
     draw,
     filter_logits,
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    log_probabilities,
     penalize_repetition,
     uniforms,
 )
@@ -127,6 +129,27 @@ def test_a_token_of_probability_one_in_a_million_is_drawn_at_its_rate_in_a_large
     u = (torch.arange(50_000, dtype=torch.float64) + 0.5) / 50_000
     assert torch.equal(draw(logits.expand(50_000, -1)[:64], u[:64]), torch.arange(64))
     assert draw(logits, u[-1:]).item() == 49_999
+
+
+def test_choosing_takes_the_likeliest_or_draws_and_notices_what_is_not_finite():
+    logits = random_logits(0, rows=4)
+    chosen, is_finite = choose(logits, Sampling())
+    assert chosen.tolist() == logits.argmax(-1).tolist()
+    assert is_finite.all()
+    sampling, u = Sampling(0.9, top_k=5), torch.rand(4, dtype=torch.float64)
+    drawn = draw(filter_logits(logits, sampling), u)
+    assert choose(logits, sampling, None, u)[0].tolist() == drawn.tolist()
+    logits[1, 7], logits[3, 0] = float("nan"), float("inf")
+    assert choose(logits, sampling, None, u)[1].tolist() == [True, False, True, False]
+
+
+def test_log_probabilities_are_those_of_the_chosen_and_of_the_likeliest():
+    logits, chosen = random_logits(0, rows=3), torch.tensor([5, 0, 100])
+    own, ids, values = log_probabilities(logits, chosen, 4)
+    expected = logits.double().softmax(-1).log().float()
+    torch.testing.assert_close(own, expected[range(3), chosen])
+    assert ids.tolist() == logits.argsort(-1, descending=True)[:, :4].tolist()
+    torch.testing.assert_close(values, expected.gather(1, ids))
 
 
 def test_streams_of_uniforms_differ_by_seed_and_by_sample_and_repeat():

@@ -1,0 +1,93 @@
+"""The model's decode step in the kernels of `mqa_kernels`, five to a layer, for a few rows.
+
+With few rows a step takes the time of reading the weights, if nothing interrupts that. The modules
+of `mqa_gpt.model` start about a dozen kernels per layer, most of which hardly read anything. Here
+each weight is read by a kernel that does all that lies between it and the next weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from mqa_gpt.attention import HAS_TRITON, auto_attention
+from mqa_gpt.cache import StaticCache
+from mqa_gpt.model import GPT, MLP, Block, MultiQueryAttention, Transformer
+
+MOST_ROWS = 16  # of the kernels
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+PLAIN_MODULES = (
+    *(GPT, Transformer, Block, MultiQueryAttention, MLP),
+    *(nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout),
+)
+
+
+def can_fuse(model: GPT, rows: int) -> bool:
+    """Whether `fused_hidden` computes what the model would, and is meant for as many rows.
+
+    It takes the place of Triton's attention on CUDA devices only, and of modules that nobody has
+    replaced.
+    """
+    if not HAS_TRITON or model.device.type != "cuda" or rows > MOST_ROWS:
+        return False
+    from mqa_kernels import attention
+
+    return (
+        model.dtype in DTYPES
+        and model.config.head_dim <= 256
+        and all(type(module) in PLAIN_MODULES for module in model.modules())
+        and all(block.attn.attend in (auto_attention, attention) for block in _blocks(model))
+    )
+
+
+def fused_hidden(model: GPT, ids: Tensor, cache: StaticCache) -> Tensor:
+    """The residual stream (B, C) behind all blocks, before `ln_f`, of one new token per row.
+
+    Args:
+        ids: (B, 1) int64, B at most 16.
+        cache: grows by one position per row.
+    """
+    from mqa_kernels import attention, linear_residual, norm_linear, norm_qkv_to_cache
+
+    transformer, lengths = model.transformer, cache.lengths
+    name = model.config.activation_function
+    activation = name if name in ("relu", "gelu") else "gelu_tanh"  # as in `MLP`
+    x = transformer.wte(ids[:, 0]) + transformer.wpe(lengths)  # (B, C)
+    for layer, block in enumerate(_blocks(model)):
+        attn, mlp, slots = block.attn, block.mlp, cache.kv[layer]  # (B, max_length, G, 2D)
+        q = norm_qkv_to_cache(
+            x, *_norm(block.ln_1), attn.c_attn.weight, attn.c_attn.bias, slots, lengths
+        )  # (B, 1, H, D)
+        k, v = slots.chunk(2, dim=-1)  # (B, max_length, G, D) each
+        y = attention(q, k, v, lengths, attn.scale)  # (B, 1, H, D)
+        x = linear_residual(y.flatten(1), attn.c_proj.weight, attn.c_proj.bias, x)  # (B, C)
+        h = norm_linear(x, *_norm(block.ln_2), mlp.c_fc.weight, mlp.c_fc.bias, activation)  # (B, F)
+        x = linear_residual(h, mlp.c_proj.weight, mlp.c_proj.bias, x)  # (B, C)
+    cache.advance(1)
+    return x
+
+
+def fused_logits(model: GPT, x: Tensor) -> Tensor:
+    """Logits (B, V) of what `fused_hidden` returned."""
+    from mqa_kernels import norm_lm_head
+
+    return norm_lm_head(x, *_norm(model.transformer.ln_f), model.lm_head.weight)
+
+
+def fused_likeliest(model: GPT, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's likeliest token (B,) int64 and its logit (B,) float32, which is NaN if any is."""
+    from mqa_kernels import norm_argmax
+
+    return norm_argmax(x, *_norm(model.transformer.ln_f), model.lm_head.weight)
+
+
+def _blocks(model: GPT) -> Iterable[Block]:
+    return cast(Iterable[Block], model.transformer.h)
+
+
+def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
+    return norm.weight, norm.bias, norm.eps

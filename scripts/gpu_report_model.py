@@ -1,0 +1,329 @@
+"""The whole-model sections of gpu_report.py: how fast is generation, and where does its time go?
+
+The weights are random, which takes as long as any others. So is what the caches hold.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from clock import Clock
+from torch.profiler import ProfilerActivity, profile
+
+from mqa_gpt import GPT, GPTConfig, KVCache
+from mqa_gpt.decode_graph import Decoder, decode_step
+from mqa_gpt.generate import PREFILL_CHUNK, Token, prefill, stream_plain, stream_replayed
+from mqa_gpt.memory import available_memory, cache_bytes
+from mqa_gpt.sampling import GREEDY
+
+Row = dict[str, Any]
+Measure = Callable[[], Iterator[Row]]
+
+STEPS = 8  # of decoding in one measurement
+MOST_KERNELS = 25  # of a profile
+
+LOOPS = {"replayed": stream_replayed, "plain": stream_plain}
+
+
+class Size(NamedTuple):
+    """Decoding `batch` rows behind `context` tokens each."""
+
+    batch: int
+    context: int
+
+
+class ModelPlan(NamedTuple):
+    """What to measure of which models, in bfloat16. The most valuable comes first everywhere.
+
+    Attributes:
+        configs: name -> config.
+        decode: of every model.
+        loops: where to measure the loops of `generate` too, which read the prompts first.
+        new_tokens: of these loops.
+        prefill: prompt lengths, of every model.
+        profile: one decode step, of every model.
+        heads: name of a model -> where to compare it with multi-head attention of the same size.
+    """
+
+    configs: dict[str, GPTConfig]
+    decode: tuple[Size, ...]
+    loops: tuple[Size, ...]
+    new_tokens: int
+    prefill: tuple[int, ...]
+    profile: tuple[Size, ...]
+    heads: dict[str, tuple[Size, ...]]
+
+
+def gpu_model_plan() -> ModelPlan:
+    """For a GPU of 140 GB; what does not fit into a smaller one is refused."""
+    names = ("starcoderbase-7b", "starcoderbase-1b")
+    return ModelPlan(
+        configs={name: GPTConfig.official(name) for name in names},
+        decode=tuple(Size(batch, 1024) for batch in (1, 32, 8, 128, 256)),
+        loops=(Size(1, 1024), Size(32, 1024), Size(8, 1024)),
+        new_tokens=64,
+        prefill=(2048, 8192),
+        profile=(Size(1, 1024), Size(32, 1024)),
+        heads={
+            "starcoderbase-1b": (Size(32, 8192 - STEPS),),
+            "starcoderbase-7b": (Size(8, 8192 - STEPS), Size(32, 1024)),
+        },
+    )
+
+
+def cpu_model_plan() -> ModelPlan:
+    """Everything once, as small as it gets."""
+    config = GPTConfig(
+        vocab_size=61, n_positions=48, n_embd=48, n_layer=2, n_head=3, n_inner=80,
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    sizes = (Size(1, 12), Size(2, 12))
+    return ModelPlan({"tiny": config}, sizes, sizes[1:], 5, (9,), sizes[:1], {"tiny": sizes[1:]})
+
+
+class Models:
+    """Makes models with random weights, and keeps the last one."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._config: GPTConfig | None = None
+        self._model: GPT | None = None
+
+    def get(self, config: GPTConfig) -> GPT:
+        """A model in bfloat16, in eval mode."""
+        if self._model is None or config != self._config:
+            self._model = None  # two may not fit
+            with self._clock.device:
+                self._model = GPT(config).bfloat16().eval()
+            self._clock.release()  # the float32 weights
+            self._config = config
+        return self._model
+
+
+def decode_cases(clock: Clock, plan: ModelPlan, repeats: int) -> Iterator[tuple[Row, Measure]]:
+    """Decoding: seconds per step, and tokens per second of whole generations."""
+    models = Models(clock)
+    for name, config in plan.configs.items():
+        for size in plan.decode:
+
+            def measure(config: GPTConfig = config, size: Size = size) -> Iterator[Row]:
+                model = models.get(config)
+                row = measure_steps(clock, model, size, repeats)
+                yield row
+                if size in plan.loops and "refused" not in row:
+                    loops = measure_loops(clock, model, size, plan.new_tokens)
+                    yield {"loops": loops, "new_tokens": plan.new_tokens}
+
+            yield {"model": name, "case": size._asdict()}, measure
+
+
+def prefill_cases(clock: Clock, plan: ModelPlan, repeats: int) -> Iterator[tuple[Row, Measure]]:
+    """Reading one prompt."""
+    models = Models(clock)
+    for name, config in plan.configs.items():
+        for length in plan.prefill:
+
+            def measure(config: GPTConfig = config, length: int = length) -> Iterator[Row]:
+                yield measure_prefill(clock, models.get(config), length, repeats)
+
+            yield {"model": name, "case": {"prompt": length}}, measure
+
+
+def profile_cases(clock: Clock, plan: ModelPlan) -> Iterator[tuple[Row, Measure]]:
+    """Where the time of a decode step goes."""
+    models = Models(clock)
+    for name, config in plan.configs.items():
+        for size in plan.profile:
+
+            def measure(config: GPTConfig = config, size: Size = size) -> Iterator[Row]:
+                yield profile_step(clock, models.get(config), size)
+
+            yield {"model": name, "case": size._asdict()}, measure
+
+
+def heads_cases(clock: Clock, plan: ModelPlan, repeats: int) -> Iterator[tuple[Row, Measure]]:
+    """Decoding with one key/value head, and with one for each query head."""
+    models = Models(clock)
+    for name, sizes in plan.heads.items():
+        for multi_query in (True, False):
+            changes = {"multi_query": multi_query}
+            config = GPTConfig.from_dict(plan.configs[name].to_dict() | changes)
+            for size in sizes:
+
+                def measure(config: GPTConfig = config, size: Size = size) -> Iterator[Row]:
+                    yield measure_steps(clock, models.get(config), size, repeats)
+
+                case = {"heads": "MQA" if multi_query else "MHA", **size._asdict()}
+                yield {"model": name, "case": case}, measure
+
+
+@torch.inference_mode()
+def measure_steps(clock: Clock, model: GPT, size: Size, repeats: int) -> Row:
+    """Seconds per greedy decode step: "replayed" from a CUDA graph, and "called" from Python.
+
+    On a CPU, both are called. "gb_per_s" counts the weights and the filled slots, each read once;
+    "recording_seconds" is the step in which the graph is made.
+    """
+    refusal = lacking_memory(model, size)
+    if refusal is not None:
+        return {"refused": refusal}
+    cache, decoder = filled_decoder(model, size)
+    called = partial(decode_step, model, decoder.state, GREEDY)
+    decoder.run()
+    recording = clock.wall(decoder.run)
+
+    def steps(step: Callable[[], None]) -> None:
+        cache.lengths.fill_(size.context)  # there is room for STEPS more
+        for _ in range(STEPS):
+            step()
+
+    actions = {"replayed": partial(steps, decoder.run), "called": partial(steps, called)}
+    times = clock.times(actions, repeats, f"decoding {size.batch} rows")
+    seconds = {name: time["median"] / STEPS for name, time in times.items()}
+    read = step_bytes(model, size)
+    return {
+        "seconds_per_step": seconds,
+        "recording_seconds": recording,
+        "tokens_per_s": size.batch / seconds["replayed"],
+        "gb_per_s": read / seconds["replayed"] / 1e9,
+        "bytes_per_step": read,
+        "cache_bytes": cache_bytes(model.config, model.dtype, size.batch, size.context),
+    }
+
+
+def lacking_memory(model: GPT, size: Size) -> str | None:
+    """Why the cache cannot be held, or None."""
+    needed = cache_bytes(model.config, model.dtype, size.batch, size.context + STEPS)
+    room = available_memory(model.device)
+    if room is None or needed < 0.95 * room:
+        return None
+    return f"its cache takes {needed / 1e9:.1f} GB, and {room / 1e9:.1f} GB are free"
+
+
+def filled_decoder(model: GPT, size: Size) -> tuple[KVCache, Decoder]:
+    """A greedy decoder behind random tokens, and the cache of which it is a user."""
+    slots = size.context + STEPS
+    cache = KVCache(model.config, size.batch, slots, dtype=model.dtype, device=model.device)
+    cache.kv.normal_()
+    cache.advance(size.context)
+    return cache, Decoder.new(model, cache, GREEDY, None, None, None)
+
+
+def step_bytes(model: GPT, size: Size) -> int:
+    """Weights and cache that a decode step has to read, each once.
+
+    Of the embeddings of tokens and positions a step reads a few rows, but all of the `lm_head`,
+    which may be the same weight.
+    """
+    names = {"transformer.wpe.weight"}
+    if not model.config.tie_word_embeddings:
+        names.add("transformer.wte.weight")
+    weights = sum(p.nbytes for name, p in model.named_parameters() if name not in names)
+    return weights + cache_bytes(model.config, model.dtype, size.batch, size.context)
+
+
+def measure_loops(clock: Clock, model: GPT, size: Size, new_tokens: int) -> Row:
+    """Whole generations by both loops: seconds to the first tokens, then tokens per second.
+
+    The second figure has all in it that a loop does: recording, reading tokens, and the rest.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+    shape = (size.batch, size.context)
+    prompts = torch.randint(vocabulary, shape, generator=generator).tolist()
+    found: Row = {}
+    for name, loop in LOOPS.items():
+        for count in (4, new_tokens):  # the first is to warm up
+            clock.synchronize()
+            begin = time.perf_counter()
+            moments = []
+            tokens: Iterator[Token] = loop(model, prompts, count)
+            for i, _ in enumerate(tokens):
+                if i % size.batch == size.batch - 1:
+                    moments.append(time.perf_counter())
+        decoding = moments[-1] - moments[0]
+        found[name] = {
+            "first_token_seconds": moments[0] - begin,
+            "tokens_per_s": size.batch * (new_tokens - 1) / decoding,
+        }
+        clock.release()
+    return found
+
+
+@torch.inference_mode()
+def measure_prefill(clock: Clock, model: GPT, length: int, repeats: int) -> Row:
+    """Seconds to read one prompt into an empty cache, by pieces as `generate` does, and whole."""
+    config = model.config
+    cache = KVCache(config, 1, length, dtype=model.dtype, device=model.device)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(config.vocab_size, (length,), generator=generator).tolist()
+
+    def read(chunk: int) -> None:
+        cache.set_lengths([0])
+        prefill(model, cache, [prompt], chunk)
+
+    actions = {"whole": partial(read, length)}
+    if length > PREFILL_CHUNK:
+        actions["by pieces"] = partial(read, PREFILL_CHUNK)
+    times = clock.times(actions, repeats, f"prefill {length}")
+    flops = prefill_flops(model, length)
+    return {
+        name: {
+            "seconds": time["median"],
+            "tokens_per_s": length / time["median"],
+            "tflops": flops / time["median"] / 1e12,
+        }
+        for name, time in times.items()
+    }
+
+
+def prefill_flops(model: GPT, length: int) -> int:
+    """Multiplications and additions of reading one prompt, hidden scores left out.
+
+    The vocabulary projection is that of the last position alone.
+    """
+    config = model.config
+    weights = sum(p.numel() for p in model.transformer.h.parameters() if p.ndim == 2)
+    scores = length * (length + 1) // 2  # of one head
+    attention = 4 * config.n_layer * config.n_embd * scores
+    return 2 * length * weights + attention + 2 * config.n_embd * config.vocab_size
+
+
+@torch.inference_mode()
+def profile_step(clock: Clock, model: GPT, size: Size) -> Row:
+    """The kernels of one replayed decode step, those that take longest first.
+
+    On a CPU, operations instead of kernels. What is between the kernels' sum and the step's whole
+    time is waiting, or kernels beside each other.
+    """
+    cache, decoder = filled_decoder(model, size)
+    for _ in range(2):
+        decoder.run()  # the second records the graph
+    step_seconds = clock.seconds(decoder.run)
+    cache.lengths.fill_(size.context)
+    activity = ProfilerActivity.CUDA if clock.has_gpu else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        for _ in range(STEPS):
+            decoder.run()
+        clock.synchronize()
+    attribute = "self_device_time_total" if clock.has_gpu else "self_cpu_time_total"
+    kernels = [
+        {
+            "kernel": event.key,
+            "count": event.count / STEPS,
+            "microseconds": getattr(event, attribute) / STEPS,
+        }
+        for event in profiler.key_averages()
+        if getattr(event, attribute) > 0  # what the host does takes no time of the device
+    ]
+    kernels.sort(key=lambda kernel: -kernel["microseconds"])
+    return {
+        "step_microseconds": step_seconds * 1e6,
+        "kernels_microseconds": sum(kernel["microseconds"] for kernel in kernels),
+        "kernels_per_step": sum(kernel["count"] for kernel in kernels),
+        "kernels": kernels[:MOST_KERNELS],
+    }

@@ -1,0 +1,418 @@
+"""The decode step that can be replayed: the tokens of the plain loop, and why a replay gives them.
+
+Without a GPU the step is called instead of replayed. What a CUDA graph would do to it is imitated:
+the step's operations are written down once and from then on repeated with the same arguments.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, ClassVar
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from mqa_gpt import GPT, KVCache, decode_graph
+from mqa_gpt.decode_graph import Decoder, Replay, can_replay
+from mqa_gpt.generate import Token, generate, stream_plain, stream_replayed, stream_tokens
+from mqa_gpt.sampling import GREEDY, Sampling
+from tests.helpers import our_model, random_prompts, reference_model, tiny_config
+
+GENERATE = sys.modules["mqa_gpt.generate"]  # `mqa_gpt.generate` is the function
+
+CONFIG = tiny_config()
+PROMPTS = random_prompts(CONFIG, [17, 3, 9, 1])  # ragged
+ALL_FILTERS = Sampling(1.3, 40, 0.95, 0.01, 1.2, seed=5)
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device"
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return our_model(reference_model(CONFIG), CONFIG)
+
+
+class Tape(TorchDispatchMode):
+    """Writes down operations as they run, to repeat them as a CUDA graph would.
+
+    Each has the arguments that it had: the same numbers, and the same tensors or what the same
+    operation before it made this time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        made: dict[int, Any] = {}
+        for func, args, kwargs, before in self.operations:
+            args, kwargs = tree_map(partial(current, made), (args, kwargs))
+            now = func(*args, **kwargs)
+            made |= {id(a): b for a, b in zip(tree_leaves(before), tree_leaves(now), strict=True)}
+
+
+def current(made: dict[int, Any], x: Any) -> Any:
+    return made.get(id(x), x)
+
+
+class TapedGraph:
+    """Stands for `torch.cuda.CUDAGraph`; what is recorded runs then, and not at the first replay.
+
+    CUDA does it the other way round, which comes to the same.
+    """
+
+    made: ClassVar[list[TapedGraph]] = []
+
+    def __init__(self) -> None:
+        TapedGraph.made.append(self)
+        self.tape, self.replays = Tape(), 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        if self.replays > 1:
+            self.tape.replay()
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TapedGraph]]:
+    """The graphs that are recorded from now on, on the CPU."""
+
+    def record(graph: TapedGraph, *, stream: Any, capture_error_mode: str) -> Tape:
+        return graph.tape
+
+    def init(self: Decoder, model: GPT, *arguments: Any) -> None:
+        plain_init(self, model, *arguments)
+        self._run = Replay(self._run, model.device)
+
+    plain_init = Decoder.__init__
+    monkeypatch.setattr(Decoder, "__init__", init)
+    for name, stub in (
+        ("device", lambda device: nullcontext()),
+        ("stream", lambda stream: nullcontext()),
+        ("Stream", mock.Mock),
+        ("current_stream", mock.Mock),
+        ("CUDAGraph", TapedGraph),
+        ("graph", record),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(TapedGraph, "made", [])
+    yield TapedGraph.made
+    assert all(graph.replays > 1 for graph in TapedGraph.made)
+
+
+def check_same_tokens(model: GPT, *arguments: Any, **options: Any) -> list[Token]:
+    """The tokens of both loops, row by row, after seeing that they are the same."""
+    loops = []
+    for stream in (stream_plain, stream_replayed):
+        loops.append(sorted(stream(model, *arguments, **options), key=lambda token: token.row))
+    plain, replayed = loops
+    assert [(t.row, t.id, t.finished) for t in plain] == [
+        (t.row, t.id, t.finished) for t in replayed
+    ]
+    return replayed
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize(
+    ("sampling", "n"),
+    [
+        (GREEDY, 1),
+        (Sampling(repetition_penalty=1.5), 1),
+        (Sampling(0.8, seed=1), 3),
+        (ALL_FILTERS, 1),
+        (ALL_FILTERS, 3),
+    ],
+)
+def test_tokens_are_the_plain_loop_s(model, graphs, backend, sampling, n):
+    model.set_backend(backend)
+    tokens = check_same_tokens(model, PROMPTS, 40, sampling, n=n)
+    model.set_backend("auto")
+    assert len(tokens) == len(PROMPTS) * n * 40
+
+
+@pytest.mark.parametrize("multi_query", [True, False])
+def test_the_triton_kernels_read_the_lengths_on_the_device(graphs, multi_query):
+    attention = pytest.importorskip("mqa_kernels").attention
+    config = tiny_config(multi_query=multi_query)
+    model = our_model(reference_model(config), config)
+    for block in model.transformer.h:
+        block.attn.attend = attention
+    check_same_tokens(model, random_prompts(config, [5, 2, 9]), 6)
+
+
+def test_rows_of_one_length_are_replayed_too(model, graphs):
+    check_same_tokens(model, random_prompts(CONFIG, [8, 8]), 30)
+
+
+def test_rows_that_have_ended_stay_and_do_not_show(model, graphs):
+    free = generate(model, PROMPTS, 40)
+    ends = {(0, free[0][4]), (2, free[2][9])}
+    tokens = check_same_tokens(model, PROMPTS, 40, should_stop=lambda token: token[:2] in ends)
+    assert {token.finished for token in tokens} == {None, "stop", "length"}
+    assert len(graphs) == 1
+
+
+def test_rows_leave_when_half_have_ended(model, graphs, monkeypatch):
+    monkeypatch.setattr(GENERATE, "FEW_ROWS", 2)
+
+    def should_stop(token: Token) -> bool:
+        ended[token.row] += 1
+        return ended[token.row] == (6, 16, 21, 11)[token.row]
+
+    for sampling, prompts in ((GREEDY, PROMPTS), (ALL_FILTERS, PROMPTS[:2])):
+        options = {"n": 4 // len(prompts), "should_stop": should_stop, "logprobs": 2}
+        batches = len(graphs)
+        for stream in (stream_plain, stream_replayed):
+            ended = [0] * 4
+            tokens = sorted(
+                stream(model, prompts, 40, sampling, **options), key=lambda token: token.row
+            )
+            if stream is stream_plain:
+                expected = tokens
+        assert [token[:3] for token in tokens] == [token[:3] for token in expected]
+        for token, other in zip(tokens, expected, strict=True):
+            assert token.logprob == pytest.approx(other.logprob, abs=1e-4)
+            assert [id_ for id_, _ in token.top] == [id_ for id_, _ in other.top]
+        assert len(graphs) - batches == 2  # 4 rows, then 2, which are few
+
+
+@pytest.mark.parametrize("logprobs", [0, 3])
+def test_log_probabilities_are_the_plain_loop_s(model, graphs, logprobs):
+    options = {"sampling": ALL_FILTERS, "logprobs": logprobs}
+    plain = sorted(stream_plain(model, PROMPTS, 12, **options), key=lambda t: t.row)
+    replayed = sorted(stream_replayed(model, PROMPTS, 12, **options), key=lambda t: t.row)
+    for token, expected in zip(replayed, plain, strict=True):
+        assert token[:3] == expected[:3]
+        assert token.logprob == pytest.approx(expected.logprob, abs=1e-4)
+        assert [i for i, _ in token.top] == [i for i, _ in expected.top]
+        assert [v for _, v in token.top] == pytest.approx([v for _, v in expected.top], abs=1e-4)
+
+
+def test_the_context_may_be_filled_to_the_last_token(model, graphs):
+    prompts = random_prompts(CONFIG, [30, 100])
+    check_same_tokens(model, prompts, CONFIG.n_positions - 100)
+
+
+def test_a_chunked_prefill_and_the_fewest_tokens(model):
+    for count in (0, 1, 2, 3):
+        check_same_tokens(model, PROMPTS, count, prefill_chunk=4)
+    assert list(stream_replayed(model, [], 5)) == []
+
+
+def test_each_step_is_the_same_work_on_the_same_memory(model):
+    """What changes from step to step is on the device: tensors' contents, and nothing else."""
+    decoder = sampling_decoder(model)
+    steps = []
+    for _ in range(4):
+        with Tape() as tape, torch.inference_mode():
+            decoder.run()
+        steps.append(
+            [
+                (str(func), tree_map(described, (args, kwargs)))
+                for func, args, kwargs, _ in tape.operations
+            ]
+        )
+    assert steps[0] == steps[1] == steps[2] == steps[3]
+    assert decoder.state.cache.lengths.tolist() == [9 + 4, 4 + 4]
+
+
+def described(x: Any) -> Any:
+    return (tuple(x.shape), x.stride(), x.dtype) if isinstance(x, Tensor) else x
+
+
+def sampling_decoder(model: GPT) -> Decoder:
+    """A decoder of two rows, 9 and 4 long, with all there is to sampling."""
+    B, device = 2, model.device
+    cache = KVCache(CONFIG, B, 30, dtype=model.dtype, device=device)
+    cache.advance(9)
+    cache.set_lengths([9, 4])
+    seen = torch.zeros((B, CONFIG.vocab_size), dtype=torch.bool, device=device)
+    draws = torch.rand((B, 20), dtype=torch.float64, device=device)
+    return Decoder.new(model, cache, ALL_FILTERS, seen, draws, logprobs=3)
+
+
+def test_a_step_never_asks_its_device_nor_copies_to_it():
+    """On the "meta" device, which has no contents, reading a tensor on the host is an error.
+
+    Tensors of the host that go to the device would show among the operations.
+    """
+    tensors = tensors_in_a_step(decoder_on_meta())
+    assert {name for name, _ in tensors} >= {"mqa_kernels.attention_forward.default"}
+    assert [name for name, x in tensors if x.device.type != "meta"] == []
+
+
+def decoder_on_meta() -> Decoder:
+    """A decoder whose attention is Triton's."""
+    attention = pytest.importorskip("mqa_kernels").attention
+    with torch.device("meta"):
+        model = GPT(CONFIG).eval()
+    for block in model.transformer.h:
+        block.attn.attend = attention
+    return sampling_decoder(model)
+
+
+def tensors_in_a_step(decoder: Decoder) -> list[tuple[str, Tensor]]:
+    """Every tensor that an operation of the step takes or gives, with the operation's name."""
+    with Tape() as tape, torch.inference_mode():
+        decoder.run()
+    return [
+        (str(func), x)
+        for func, args, kwargs, out in tape.operations
+        for x in tree_leaves((args, kwargs, out))
+        if isinstance(x, Tensor)
+    ]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_numbers_are_an_error_at_the_same_token(value, temperature):
+    model = our_model(reference_model(CONFIG), CONFIG)
+    with torch.no_grad():
+        model.transformer.wpe.weight[12] = value  # the position of a prompt's fifth new token
+    sampling = Sampling(temperature, seed=0)
+    for stream in (stream_plain, stream_replayed):
+        tokens = stream(model, random_prompts(CONFIG, [8]), 10, sampling)
+        assert len(list(itertools.islice(tokens, 5))) == 5
+        with pytest.raises(FloatingPointError, match="not finite"):
+            next(tokens)
+
+
+def test_what_becomes_of_a_row_after_its_end_is_no_error():
+    model = our_model(reference_model(CONFIG), CONFIG)
+    with torch.no_grad():
+        model.transformer.wpe.weight[12] = float("nan")
+    prompts = random_prompts(CONFIG, [3, 8])
+    free = next(iter(stream_plain(model, prompts[1:], 1))).id
+    tokens = check_same_tokens(
+        model, prompts, 9, should_stop=lambda token: token.row == 1 and token.id == free
+    )
+    assert [token.row for token in tokens] == [0] * 9 + [1]
+
+
+def test_the_next_step_is_started_before_the_tokens_are_looked_at(model):
+    events = []
+    hook = model.register_forward_pre_hook(lambda module, args: events.append("step"))
+    for token in stream_replayed(model, [[3, 4]], 3):
+        events.append(token.finished)
+    hook.remove()
+    assert events == ["step", "step", None, "step", None, "length"]
+
+
+def test_generation_leaves_gradients_and_modes_alone(model):
+    tokens = stream_replayed(model, [[1]], 3)
+    next(tokens)
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_without_a_gpu_nothing_is_replayed(model, monkeypatch):
+    assert not can_replay(model)
+    monkeypatch.setattr(decode_graph, "Replay", None)
+    monkeypatch.setattr(GENERATE, "stream_replayed", None)
+    assert len(list(stream_tokens(model, [[1]], 3))) == 3
+
+
+class OnGpu:
+    """A model that says it is on a GPU."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, model: GPT) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def test_hooks_and_dropout_are_not_replayed(model):
+    on_gpu = OnGpu(model)
+    assert can_replay(on_gpu)
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        hook = getattr(model.transformer.h[1].mlp, register)(lambda *call: None)
+        assert not can_replay(on_gpu)
+        hook.remove()
+    model.transformer.h[0].train()
+    assert not can_replay(on_gpu)
+    model.eval()
+    assert can_replay(on_gpu)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["triton", "sdpa"])
+def test_a_cuda_graph_gives_the_tokens_of_plain_steps(dtype, backend, monkeypatch):
+    model = our_model(reference_model(CONFIG), CONFIG).to("cuda", dtype)
+    model.set_backend(backend)
+    replays = []
+    plain_replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "replay", lambda self: (replays.append(self), plain_replay(self))[1]
+    )
+    for sampling, n in ((GREEDY, 1), (ALL_FILTERS, 1), (ALL_FILTERS, 3)):
+        replays.clear()
+        tokens = [
+            sorted(loop(model, PROMPTS, 40, sampling, n=n, logprobs=2), key=lambda t: t.row)
+            for loop in (stream_called, stream_replayed)
+        ]
+        assert len(replays) == 40 - 1 - 1  # steps behind the first token, but the ordinary one
+        assert [token[:3] for token in tokens[0]] == [token[:3] for token in tokens[1]]
+    if dtype == torch.float32:
+        check_same_tokens(model, PROMPTS, 40, ALL_FILTERS, n=3)
+        assert can_replay(model)
+
+
+def stream_called(*arguments: Any, **options: Any) -> Iterator[Token]:
+    """`stream_replayed`, calling its step on a CUDA device too: the same work without a graph."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_graph, "Replay", lambda action, device: action)
+        yield from stream_replayed(*arguments, **options)
+
+
+@needs_gpu
+def test_a_graph_follows_rows_that_leave(monkeypatch):
+    monkeypatch.setattr(GENERATE, "FEW_ROWS", 2)
+    model = our_model(reference_model(CONFIG), CONFIG).cuda()
+
+    def should_stop(token: Token) -> bool:
+        counts[token.row] += 1
+        return counts[token.row] == (6, 16, 21, 11, 26, 8, 31, 36)[token.row]
+
+    prompts = random_prompts(CONFIG, [17, 3, 9, 1, 5, 5, 30, 2])
+    for sampling, n in ((GREEDY, 1), (ALL_FILTERS, 2)):
+        rows = []
+        for stream in (stream_plain, stream_replayed):
+            counts = [0] * 8
+            tokens = stream(model, prompts[: 8 // n], 40, sampling, n=n, should_stop=should_stop)
+            rows.append(sorted(token[:3] for token in tokens))
+        assert rows[0] == rows[1]
+
+
+@needs_gpu
+def test_logits_that_are_not_numbers_do_not_break_the_device():
+    model = our_model(reference_model(CONFIG), CONFIG).cuda()
+    expected = generate(model, PROMPTS, 20)
+    with torch.no_grad():
+        kept = model.transformer.wpe.weight[12].clone()
+        model.transformer.wpe.weight[12] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        generate(model, random_prompts(CONFIG, [8]), 10, temperature=1.0)
+    with torch.no_grad():
+        model.transformer.wpe.weight[12] = kept
+    assert generate(model, PROMPTS, 20) == expected
