@@ -13,7 +13,8 @@ Every backend is a function
 
 A key's position is its slot s in S. Query t of row b stands at position start[b] + t and sees the
 slots s <= start[b] + t; what lies behind them (padding, unwritten cache) has no influence as long
-as it is finite: its weight is 0, but 0 times NaN is NaN.
+as it is finite: its weight is 0, but 0 times NaN is NaN. (The kernels of `mqa_kernels` never load
+it, so there it may be anything.)
 """
 
 from __future__ import annotations
@@ -75,10 +76,10 @@ def sdpa_attention(
 ) -> Tensor:
     """The same through `torch.nn.functional.scaled_dot_product_attention`, K/V never repeated.
 
-    One new token (decoding): the H/G heads of a group become the rows of one product, so that its
-    keys are read once; all rows are at the same position and share one mask row. Several tokens:
-    such rows would need H/G copies of the mask, so each query head gets a stride-0 view of its
-    K/V head instead, which costs no memory either.
+    One new token (decoding): a group's H/G query heads take the place of query positions in one
+    product, so that its keys are read once; being at one position they share one line of the mask.
+    Several tokens: as many heads would need H/G copies of each line, so each query head gets a
+    stride-0 view of its K/V head instead, which costs no memory either.
     """
     B, T, H, D = q.shape
     S, G = k.shape[1], k.shape[2]
@@ -108,7 +109,8 @@ def auto_attention(
 ) -> Tensor:
     """The fused kernels of `mqa_kernels` for tensors on a CUDA device, else `sdpa_attention`.
 
-    Chosen at each call, because a model may be moved after it is made.
+    Chosen at each call, because a model may be moved after it is made. float64 and head dims above
+    256 are beyond the kernels and stay with `sdpa_attention`.
     """
     if HAS_TRITON and q.is_cuda and q.dtype != torch.float64 and q.shape[3] <= 256:
         from mqa_kernels import attention

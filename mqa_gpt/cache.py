@@ -15,7 +15,8 @@ class KVCache:
 
     A token's slot is its position, so there is no padding to skip. Rows of different lengths are
     filled together by right-padding: the padding's keys land behind the row's end, where causality
-    hides them until later tokens overwrite them.
+    hides them until later tokens overwrite them. `limit` announces the rows' ends before such a
+    prefill, `set_lengths` puts them there behind it (see `generate.prefill`).
 
     Attributes:
         kv: (L, B, max_length, G, 2D), K and V of a head side by side, as `c_attn` produces them.
@@ -129,7 +130,8 @@ class KVCache:
         """Announce where each row will end, before a right-padded prefill of an empty cache.
 
         What is appended behind a row's end is stored as zeros, until `set_lengths`. A hidden key's
-        weight is 0, but 0 times NaN is NaN: padding that overflows would reach the row's tokens.
+        weight is 0, but 0 times NaN is NaN: padding whose numbers overflow, as they can in 16 bits,
+        would reach the row's tokens.
         """
         if self.end != 0:
             raise ValueError(

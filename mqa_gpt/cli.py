@@ -427,8 +427,8 @@ def infill(
     cut_prefix, cut_suffix = generation.completions[0].cut
     if cut_prefix or cut_suffix:
         note(
-            f"left out to fit the context of {llm.model.config.n_positions:,} tokens: "
-            f"the first {cut_prefix:,} of the prefix, the last {cut_suffix:,} of the suffix"
+            f"left out to fit the context of {llm.model.config.n_positions:,} tokens: the first "
+            f"{cut_prefix:,} tokens of the prefix, the last {cut_suffix:,} of the suffix"
         )
     around = [(before, after) if whole else ("", "")] * n
     run(llm, generation, around, model, load_seconds, n, stats, as_json)

@@ -258,10 +258,17 @@ def new_table(*headings: str) -> Table:
     return table
 
 
+class _Console(Console):
+    """rich's, but a reader that went away is reported like that of any other output."""
+
+    def on_broken_pipe(self) -> None:  # called while the error is handled; rich would exit with 1
+        raise
+
+
 def new_console(*, stderr: bool = False) -> Console:
     """Where tables go; a pipe has no width to fit, so it gets one line per row."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(
+    return _Console(
         stderr=stderr, width=None if stream.isatty() else 160, markup=False, highlight=False
     )
 

@@ -30,8 +30,8 @@ from mqa_gpt.sampling import (
 )
 from mqa_gpt.speculation import MOST, Draft, check_draft
 
-# Positions per forward pass of the prefill: enough to keep the arithmetic busy, few enough that
-# the activations of a long prompt (F times this many floats per row and layer) stay small.
+# Positions per row in one forward pass of the prefill: enough to keep the arithmetic busy, few
+# enough that the activations of a long prompt (F times this many numbers per row) stay small.
 PREFILL_CHUNK = 2048
 
 # Rows up to which finished ones stay in a batch that is replayed: they cost less than recording the
@@ -389,10 +389,13 @@ def stream_drafted(
     logits = logits[:, None]  # (B, T, V): behind each row's newest token and behind its guesses
 
     while True:
+        # One position of the step after the other: a row is undecided while all its guesses so far
+        # were what the model chose, since only then the logits behind them are its own.
         unfinished, undecided = set(range(len(rows))), list(range(len(rows)))
         accepted = 0
         for position in range(logits.shape[1]):
             with torch.inference_mode():
+                # Finished rows are computed along, and have no draws left.
                 at = [min(count, max_new_tokens - 1) for count in counts]
                 u = None if draws is None else draws[range(len(rows)), at]  # (B,)
                 chosen = _choose(logits[:, position], sampling, seen, u)

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
-from mqa_gpt.checkpoint import DEMO_DIR, load_model
+from mqa_gpt.checkpoint import DEMO_DIR, load_model, read_config
 from mqa_gpt.checks import shown
 from mqa_gpt.errors import PromptError
 from mqa_gpt.fim import infill_prompt, truncated_infill_prompt
@@ -289,6 +289,7 @@ class LLM:
             CheckpointError, ConfigError: the checkpoint cannot be had or used; says why.
         """
         folder = resolve(DEMO_DIR if name_or_dir is None else name_or_dir, revision)
+        read_config(folder)  # a folder that is no checkpoint lacks more than a tokenizer
         tokenizer = Tokenizer.from_pretrained(folder)
         model = load_model(folder, device=device, dtype=dtype, backend=backend, quantize=quantize)
         if can_pack(model):
@@ -443,6 +444,14 @@ class LLM:
             ids, cut = fitted.ids, (fitted.cut_prefix, fitted.cut_suffix)
         else:
             ids = infill_prompt(self.tokenizer, prefix, suffix, mode=mode)
+            check_request(self.model.config, [], max_new_tokens)  # before reckoning with it
+            context = self.model.config.n_positions
+            if max_new_tokens < context < len(ids) + max_new_tokens:
+                raise PromptError(
+                    f"prefix and suffix take {len(ids):,} tokens and max_new_tokens is "
+                    f"{max_new_tokens:,}: together they exceed the context of {context:,} tokens; "
+                    "truncate=True (--truncate) leaves out what is farthest from the hole"
+                )
         return Generation(
             self.model, self.tokenizer, [ids], max_new_tokens, n=n, cut=cut, **options
         )

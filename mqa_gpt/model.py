@@ -10,7 +10,7 @@ Dimensions, used in every shape below and throughout the project:
     T  new positions in this call      G  key/value heads: 1 in MQA, H in MHA
     S  cached + new positions          D  head dim, C / H
     V  vocabulary                      C  width of the residual stream (n_embd)
-                                       F  width of the MLP (n_inner)
+    L  layers (n_layer)                F  width of the MLP (n_inner)
 
 Module and parameter names are those of the published checkpoints, so `state_dict` keys, hooks and
 papers that name a layer of transformers' GPTBigCode mean the same thing here.
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mqa_gpt.attention import positions_from, select_attention
+from mqa_gpt.attention import Attention, auto_attention, positions_from, select_attention
 from mqa_gpt.cache import KVCache
 from mqa_gpt.config import GPTConfig
 
@@ -44,7 +44,7 @@ class MultiQueryAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, config.n_embd + kv_size)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
-        self.attend = select_attention("auto", self.c_attn.weight.device)
+        self.attend: Attention = auto_attention  # until `GPT.set_backend`
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, C) -> q (B, T, H, D) and kv (B, T, G, 2D), each head's K beside its V."""
@@ -54,7 +54,7 @@ class MultiQueryAttention(nn.Module):
         if G == 1:  # all queries, then the one K and the one V
             q, kv = qkv[..., :C], qkv[..., C:]
             return q.view(B, T, H, D), kv.view(B, T, 1, 2 * D)
-        qkv = qkv.view(B, T, H, 3 * D)  # q, K and V head by head
+        qkv = qkv.view(B, T, H, 3 * D)  # G is H here: q, K and V head by head
         return qkv[..., :D], qkv[..., D:]
 
     def forward(self, x: Tensor, start: int | Tensor, cache: KVCache | None) -> Tensor:
@@ -152,8 +152,8 @@ class GPT(nn.Module):
         self.set_backend(backend)
 
     def _init_weights(self) -> None:
-        """N(0, initializer_range), biases 0; what writes to the residual stream is scaled by
-        (2L)^-0.5, so that its variance does not grow with depth (Radford et al. 2019, 2.3)."""
+        """N(0, initializer_range), biases 0, LayerNorms stay 1; what writes to the residual stream is
+        scaled by (2L)^-0.5, so that its variance does not grow with depth (Radford et al. 2019)."""
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):

@@ -23,7 +23,7 @@ def shared_data(name: str) -> Path:
     """A file or folder beside the repository, too large to be in it; skips the test without it."""
     path = Path(__file__).parents[2] / "shared" / "data" / name
     if not path.exists():
-        pytest.skip(f"{path} is not here")
+        pytest.skip(f"shared/data/{name}, which is not part of the repository, is not beside it")
     return path
 
 

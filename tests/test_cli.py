@@ -276,10 +276,12 @@ def test_control_tokens_in_an_infilling_are_plain_text(folder: str, mode: str):
 
 def test_a_text_that_is_too_long_is_cut_only_when_asked_and_says_what(folder: str):
     run = ["infill", "-m", folder, "--prefix", "a" * CONTEXT, "--suffix", "z" * 10]
-    assert str(CONTEXT) in refusal(*run)
+    refused = refusal(*run)
+    assert f"the context of {CONTEXT:,} tokens" in refused
+    assert "--truncate" in refused
     result = invoke(*run, "--truncate", "--max-new-tokens", "7")
     assert result.stdout == "mnopqrs"
-    assert "the first 20 of the prefix, the last 0 of the suffix" in result.stderr
+    assert "the first 20 tokens of the prefix, the last 0 of the suffix" in result.stderr
     report = json.loads(invoke(*run, "--truncate", "--max-new-tokens", "7", "--json").stdout)
     assert report["completions"][0]["cut"] == [20, 0]
 
