@@ -83,6 +83,7 @@ def choose_next(logits: Tensor, state: DecodeState, sampling: Sampling) -> None:
     u = None
     if state.draws is not None:
         u = state.draws.index_select(1, state.position)[:, 0]  # (B,)
+        state.position.add_(1)
     chosen, is_finite = choose(logits, sampling, state.seen, u)  # (B,), (B,)
     take(chosen, is_finite, state)
     if state.reports:
@@ -93,12 +94,11 @@ def choose_next(logits: Tensor, state: DecodeState, sampling: Sampling) -> None:
 
 def take(chosen: Tensor, is_finite: Tensor, state: DecodeState) -> None:
     """Make the tokens (B,) the newest, where the logits were finite: (B,) bool."""
-    # Any token can be fed, until the host has noticed.
-    state.ids.copy_(chosen.masked_fill(~is_finite, 0)[:, None])
-    state.chosen.copy_(chosen.masked_fill(~is_finite, -1))
+    state.chosen.copy_(chosen).masked_fill_(~is_finite, -1)
+    # Until the host has noticed a -1, any token can be fed.
+    state.ids.copy_(state.chosen[:, None].clamp(min=0))
     if state.seen is not None:
         state.seen.scatter_(1, state.ids, True)
-    state.position.add_(1)
 
 
 class Decoder:
