@@ -14,6 +14,7 @@ model's weights, hooks and options that went into it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -185,35 +186,48 @@ class Decoder:
 class Replay:
     """An action that does the same every time, as a CUDA graph from its second run on.
 
-    The first run is an ordinary one, on a stream of its own: kernels are compiled and workspaces
-    made by it, which must not happen while a graph is recorded.
+    The first run is an ordinary one, on the stream of recording: kernels are compiled and
+    workspaces made by it, which must not happen while a graph is recorded.
     """
 
     def __init__(self, action: Callable[[], None], device: torch.device) -> None:
         self._action, self._device = action, device
-        self._stream: Any = None
+        self._has_run = False
         self._graph: Any = None
 
     def __call__(self) -> None:
         """Start the action; the device is not waited for."""
         with torch.cuda.device(self._device):
-            if self._stream is None:
-                self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-                self._stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(self._stream):
-                    self._action()
-                torch.cuda.current_stream().wait_stream(self._stream)
+            if not self._has_run:
+                self._run()
                 return
             if self._graph is None:
-                graph = torch.cuda.CUDAGraph()
-                # Other threads of the program may go on using the device: "thread_local". The graph
-                # has a pool of memory of its own, since there is never a second one to share it.
-                with torch.cuda.graph(
-                    graph, stream=self._stream, capture_error_mode="thread_local"
-                ):
-                    self._action()
-                self._graph = graph
+                self._graph = self._record()
             self._graph.replay()
+
+    def _run(self) -> None:
+        stream, caller_s = recording_stream(self._device), torch.cuda.current_stream()
+        stream.wait_stream(caller_s)
+        with torch.cuda.stream(stream):
+            self._action()
+        caller_s.wait_stream(stream)
+        self._has_run = True
+
+    def _record(self) -> Any:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the program may go on using the device: "thread_local". The graph has a
+        # pool of memory of its own; one that is shared must not lose its last graph.
+        with torch.cuda.graph(
+            graph, stream=recording_stream(self._device), capture_error_mode="thread_local"
+        ):
+            self._action()
+        return graph
+
+
+@functools.cache
+def recording_stream(device: torch.device) -> Any:
+    """One for all graphs, because cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def can_replay(model: GPT) -> bool:

@@ -106,13 +106,13 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TapedGraph]]:
     for name, stub in (
         ("device", lambda device: nullcontext()),
         ("stream", lambda stream: nullcontext()),
-        ("Stream", mock.Mock),
         ("current_stream", mock.Mock),
         ("CUDAGraph", TapedGraph),
         ("graph", record),
     ):
         monkeypatch.setattr(torch.cuda, name, stub)
     monkeypatch.setattr(TapedGraph, "made", [])
+    monkeypatch.setattr(decode_graph, "recording_stream", mock.Mock())
     yield TapedGraph.made
     assert all(graph.replays > 1 for graph in TapedGraph.made)
 
