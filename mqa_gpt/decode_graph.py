@@ -25,7 +25,7 @@ from torch import Tensor
 from mqa_gpt.cache import KVCache, StaticCache
 from mqa_gpt.fused_step import can_fuse, fused_hidden, fused_likeliest, fused_logits
 from mqa_gpt.model import GPT
-from mqa_gpt.sampling import Sampling, choose, log_probabilities
+from mqa_gpt.sampling import Sampling, choose, is_finite, log_probabilities
 
 
 class DecodeState(NamedTuple):
@@ -74,7 +74,7 @@ def fused_step(model: GPT, state: DecodeState, sampling: Sampling) -> None:
     x = fused_hidden(model, state.ids, state.cache)  # (B, C)
     if sampling.greedy and state.seen is None and not state.reports:
         chosen, highest = fused_likeliest(model, x)  # (B,), (B,)
-        take(chosen, highest.isfinite(), state)
+        take(chosen, is_finite(highest), state)
     else:
         choose_next(fused_logits(model, x).float(), state, sampling)
 
@@ -85,17 +85,16 @@ def choose_next(logits: Tensor, state: DecodeState, sampling: Sampling) -> None:
     if state.draws is not None:
         u = state.draws.index_select(1, state.position)[:, 0]  # (B,)
         state.position.add_(1)
-    chosen, is_finite = choose(logits, sampling, state.seen, u)  # (B,), (B,)
-    take(chosen, is_finite, state)
+    take(*choose(logits, sampling, state.seen, u), state)
     if state.reports:
         new = log_probabilities(logits, state.ids[:, 0], state.reports[1].shape[1])
         for report, values in zip(state.reports, new, strict=True):
             report.copy_(values)
 
 
-def take(chosen: Tensor, is_finite: Tensor, state: DecodeState) -> None:
+def take(chosen: Tensor, are_finite: Tensor, state: DecodeState) -> None:
     """Make the tokens (B,) the newest, where the logits were finite: (B,) bool."""
-    state.chosen.copy_(chosen).masked_fill_(~is_finite, -1)
+    state.chosen.copy_(chosen).masked_fill_(~are_finite, -1)
     # Until the host has noticed a -1, any token can be fed.
     state.ids.copy_(state.chosen[:, None].clamp(min=0))
     if state.seen is not None:
