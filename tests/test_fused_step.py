@@ -13,8 +13,9 @@ pytest.importorskip("triton", reason="Triton is not available on this platform")
 from mqa_gpt import GPT, GPTConfig, KVCache, decode_graph
 from mqa_gpt.attention import reference_attention
 from mqa_gpt.cache import StaticCache
+from mqa_gpt.decode_graph import Decoder
 from mqa_gpt.fused_step import can_fuse, fused_hidden, fused_likeliest, fused_logits
-from mqa_gpt.generate import stream_replayed
+from mqa_gpt.generate import generate, prefill, stream_replayed
 from mqa_gpt.sampling import GREEDY, Sampling
 from tests.helpers import (
     error,
@@ -25,7 +26,13 @@ from tests.helpers import (
     relative_error,
     tiny_config,
 )
-from tests.test_decode_graph import OnGpu, check_same_tokens, decoder_on_meta, tensors_in_a_step
+from tests.test_decode_graph import (
+    OnGpu,
+    Tape,
+    check_same_tokens,
+    decoder_on_meta,
+    tensors_in_a_step,
+)
 
 # NumPy says so where exp is infinite, as it should be: the sigmoid of that is 0.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
@@ -141,6 +148,23 @@ def test_logits_that_are_not_numbers_are_an_error(fused):
     assert [next(tokens).finished for _ in range(2)] == [None, None]
     with pytest.raises(FloatingPointError, match="not finite"):
         next(tokens)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there a CUDA graph is recorded, not a tape")
+@torch.inference_mode()
+def test_a_step_that_is_repeated_as_recorded_gives_the_tokens(fused):
+    model, prompts = model_of(CONFIGS[0]), random_prompts(CONFIGS[0], [5, 2])
+    cache = KVCache(model.config, 2, 9)
+    logits = prefill(model, cache, prompts)
+    decoder = Decoder.new(model, cache, GREEDY, None, None, None)
+    decoder.choose(logits)
+    tokens = [decoder.fetch()()[0]]
+    with Tape() as tape:
+        decoder.run()
+    for _ in range(3):
+        tokens.append(decoder.fetch()()[0])
+        tape.replay()
+    assert list(map(list, zip(*tokens, strict=True))) == generate(model, prompts, 4)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the kernels are for the GPU where there is one")
