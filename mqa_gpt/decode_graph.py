@@ -14,6 +14,7 @@ model's weights, hooks and options that went into it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from torch import Tensor
 from mqa_gpt.cache import KVCache, StaticCache
 from mqa_gpt.fused_step import can_fuse, fused_hidden, fused_likeliest, fused_logits
 from mqa_gpt.model import GPT
-from mqa_gpt.sampling import Sampling, choose, log_probabilities
+from mqa_gpt.sampling import Sampling, choose, is_finite, log_probabilities
 
 
 class DecodeState(NamedTuple):
@@ -73,7 +74,7 @@ def fused_step(model: GPT, state: DecodeState, sampling: Sampling) -> None:
     x = fused_hidden(model, state.ids, state.cache)  # (B, C)
     if sampling.greedy and state.seen is None and not state.reports:
         chosen, highest = fused_likeliest(model, x)  # (B,), (B,)
-        take(chosen, highest.isfinite(), state)
+        take(chosen, is_finite(highest), state)
     else:
         choose_next(fused_logits(model, x).float(), state, sampling)
 
@@ -83,22 +84,21 @@ def choose_next(logits: Tensor, state: DecodeState, sampling: Sampling) -> None:
     u = None
     if state.draws is not None:
         u = state.draws.index_select(1, state.position)[:, 0]  # (B,)
-    chosen, is_finite = choose(logits, sampling, state.seen, u)  # (B,), (B,)
-    take(chosen, is_finite, state)
+        state.position.add_(1)
+    take(*choose(logits, sampling, state.seen, u), state)
     if state.reports:
         new = log_probabilities(logits, state.ids[:, 0], state.reports[1].shape[1])
         for report, values in zip(state.reports, new, strict=True):
             report.copy_(values)
 
 
-def take(chosen: Tensor, is_finite: Tensor, state: DecodeState) -> None:
+def take(chosen: Tensor, are_finite: Tensor, state: DecodeState) -> None:
     """Make the tokens (B,) the newest, where the logits were finite: (B,) bool."""
-    # Any token can be fed, until the host has noticed.
-    state.ids.copy_(chosen.masked_fill(~is_finite, 0)[:, None])
-    state.chosen.copy_(chosen.masked_fill(~is_finite, -1))
+    state.chosen.copy_(chosen).masked_fill_(~are_finite, -1)
+    # Until the host has noticed a -1, any token can be fed.
+    state.ids.copy_(state.chosen[:, None].clamp(min=0))
     if state.seen is not None:
         state.seen.scatter_(1, state.ids, True)
-    state.position.add_(1)
 
 
 class Decoder:
@@ -185,35 +185,48 @@ class Decoder:
 class Replay:
     """An action that does the same every time, as a CUDA graph from its second run on.
 
-    The first run is an ordinary one, on a stream of its own: kernels are compiled and workspaces
-    made by it, which must not happen while a graph is recorded.
+    The first run is an ordinary one, on the stream of recording: kernels are compiled and
+    workspaces made by it, which must not happen while a graph is recorded.
     """
 
     def __init__(self, action: Callable[[], None], device: torch.device) -> None:
         self._action, self._device = action, device
-        self._stream: Any = None
+        self._has_run = False
         self._graph: Any = None
 
     def __call__(self) -> None:
         """Start the action; the device is not waited for."""
         with torch.cuda.device(self._device):
-            if self._stream is None:
-                self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-                self._stream.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(self._stream):
-                    self._action()
-                torch.cuda.current_stream().wait_stream(self._stream)
+            if not self._has_run:
+                self._run()
                 return
             if self._graph is None:
-                graph = torch.cuda.CUDAGraph()
-                # Other threads of the program may go on using the device: "thread_local". The graph
-                # has a pool of memory of its own, since there is never a second one to share it.
-                with torch.cuda.graph(
-                    graph, stream=self._stream, capture_error_mode="thread_local"
-                ):
-                    self._action()
-                self._graph = graph
+                self._graph = self._record()
             self._graph.replay()
+
+    def _run(self) -> None:
+        stream, caller_s = recording_stream(self._device), torch.cuda.current_stream()
+        stream.wait_stream(caller_s)
+        with torch.cuda.stream(stream):
+            self._action()
+        caller_s.wait_stream(stream)
+        self._has_run = True
+
+    def _record(self) -> Any:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of the program may go on using the device: "thread_local". The graph has a
+        # pool of memory of its own; one that is shared must not lose its last graph.
+        with torch.cuda.graph(
+            graph, stream=recording_stream(self._device), capture_error_mode="thread_local"
+        ):
+            self._action()
+        return graph
+
+
+@functools.cache
+def recording_stream(device: torch.device) -> Any:
+    """One for all graphs, because cuBLAS keeps a workspace for each stream that it has seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def can_replay(model: GPT) -> bool:

@@ -3,6 +3,7 @@
 The prefill runs the prompts through the model together and fills the cache; it is limited by
 arithmetic. Each decode step then feeds every row's newest token and reads all weights once; it is
 limited by memory bandwidth. Rows of different lengths share both without influencing each other.
+`stream_plain` is this loop. On CUDA devices `stream_replayed` takes its place, for speed.
 """
 
 from __future__ import annotations

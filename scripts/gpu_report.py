@@ -7,11 +7,11 @@ It needs python3 with torch, triton, transformers, tokenizers and safetensors, a
 nothing is installed or downloaded. Without a GPU it runs everything in small under Triton's
 interpreter, as proof that it would run.
 
-Sections: environment, ceilings, numerics, parity, forward, backward, decode, model_decode,
-model_prefill, model_profile, model_heads, autotune. They run in a process of their own, and every
-case is in `gpu_report.json` as soon as it is done. A section that fails is recorded with its
-traceback, and the others follow in a new process; the exit status is 1 then, as it is when a check
-fails.
+Sections: environment, ceilings, numerics, parity, forward, backward, decode, model_tokens,
+model_decode, model_prefill, model_profile, model_heads, autotune. They run in a process of their
+own, and every case is in `gpu_report.json` as soon as it is done. A section that fails is recorded
+with its traceback, and the others follow in a new process; the exit status is 1 then, as it is when
+a check fails.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ SHARES = {
     "forward": 9,
     "backward": 9,
     "decode": 8,
+    "model_tokens": 3,
     "model_decode": 8,
     "model_prefill": 3,
     "model_profile": 2,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,10 +16,11 @@ from clock import Clock
 from torch.profiler import ProfilerActivity, profile
 
 from mqa_gpt import GPT, GPTConfig, KVCache
-from mqa_gpt.decode_graph import Decoder, decode_step
+from mqa_gpt.decode_graph import Decoder, Replay, decode_step
+from mqa_gpt.fused_step import can_fuse
 from mqa_gpt.generate import PREFILL_CHUNK, Token, prefill, stream_plain, stream_replayed
 from mqa_gpt.memory import available_memory, cache_bytes
-from mqa_gpt.sampling import GREEDY
+from mqa_gpt.sampling import GREEDY, Sampling
 
 Row = dict[str, Any]
 Measure = Callable[[], Iterator[Row]]
@@ -27,6 +29,17 @@ STEPS = 8  # of decoding in one measurement
 MOST_KERNELS = 25  # of a profile
 
 LOOPS = {"replayed": stream_replayed, "plain": stream_plain}
+
+# Sizes and weights that make tokens differ and attention depend on positions.
+SMALL = GPTConfig(
+    vocab_size=997, n_positions=256, n_embd=512, n_layer=4, n_head=8, n_inner=1536,
+    initializer_range=0.11, bos_token_id=0, eos_token_id=0,
+)  # fmt: skip
+SAMPLINGS = {
+    "greedy": GREEDY,
+    "penalty": Sampling(repetition_penalty=1.3),
+    "filters": Sampling(1.1, 100, 0.95, 0.01, 1.1, seed=0),
+}
 
 
 class Size(NamedTuple):
@@ -44,6 +57,8 @@ class ModelPlan(NamedTuple):
         decode: of every model.
         loops: where to measure the loops of `generate` too, which read the prompts first.
         new_tokens: of these loops.
+        tokens: configs and numbers of prompts to compare the loops' tokens with; few prompts have
+            the fused kernels, and so has a large batch once most rows have ended.
         prefill: prompt lengths, of every model.
         profile: one decode step, of every model.
         heads: name of a model -> where to compare it with multi-head attention of the same size.
@@ -53,6 +68,7 @@ class ModelPlan(NamedTuple):
     decode: tuple[Size, ...]
     loops: tuple[Size, ...]
     new_tokens: int
+    tokens: tuple[tuple[GPTConfig, int], ...]
     prefill: tuple[int, ...]
     profile: tuple[Size, ...]
     heads: dict[str, tuple[Size, ...]]
@@ -66,6 +82,7 @@ def gpu_model_plan() -> ModelPlan:
         decode=tuple(Size(batch, 1024) for batch in (1, 32, 8, 128, 256)),
         loops=(Size(1, 1024), Size(32, 1024), Size(8, 1024)),
         new_tokens=64,
+        tokens=((SMALL, 5), (SMALL, 40), (replace(SMALL, multi_query=False), 5)),
         prefill=(2048, 8192),
         profile=(Size(1, 1024), Size(32, 1024)),
         heads={
@@ -82,7 +99,16 @@ def cpu_model_plan() -> ModelPlan:
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     sizes = (Size(1, 12), Size(2, 12))
-    return ModelPlan({"tiny": config}, sizes, sizes[1:], 5, (9,), sizes[:1], {"tiny": sizes[1:]})
+    return ModelPlan(
+        configs={"tiny": config},
+        decode=sizes,
+        loops=sizes[1:],
+        new_tokens=5,
+        tokens=((config, 2),),
+        prefill=(9,),
+        profile=sizes[:1],
+        heads={"tiny": sizes[1:]},
+    )
 
 
 class Models:
@@ -102,6 +128,23 @@ class Models:
             self._clock.release()  # the float32 weights
             self._config = config
         return self._model
+
+
+def token_cases(clock: Clock, plan: ModelPlan) -> Iterator[tuple[Row, Measure]]:
+    """Both loops' tokens in float32."""
+    for config, count in plan.tokens:
+        for name, sampling in SAMPLINGS.items():
+
+            def measure(
+                config: GPTConfig = config, count: int = count, sampling: Sampling = sampling
+            ) -> Iterator[Row]:
+                yield compare_tokens(clock, config, count, sampling)
+
+            heads = "MQA" if config.multi_query else "MHA"
+            yield (
+                {"check": "tokens", "case": {"heads": heads, "prompts": count, "by": name}},
+                measure,
+            )
 
 
 def decode_cases(clock: Clock, plan: ModelPlan, repeats: int) -> Iterator[tuple[Row, Measure]]:
@@ -161,12 +204,46 @@ def heads_cases(clock: Clock, plan: ModelPlan, repeats: int) -> Iterator[tuple[R
                 yield {"model": name, "case": case}, measure
 
 
+def compare_tokens(clock: Clock, config: GPTConfig, count: int, sampling: Sampling) -> Row:
+    """Whether the replayed loop says what the plain one does, of prompts of 1 to 9 tokens.
+
+    Row i ends after 3 + i tokens at most, so that finished rows stay and leave.
+    """
+    torch.manual_seed(0)
+    with clock.device:
+        model = GPT(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    prompts = [
+        torch.randint(config.vocab_size, (1 + i % 9,), generator=generator).tolist()
+        for i in range(count)
+    ]
+    found = {}
+    for name, loop in LOOPS.items():
+        counts = [0] * count
+
+        def should_stop(token: Token, counts: list[int] = counts) -> bool:
+            counts[token.row] += 1
+            return counts[token.row] == 3 + token.row
+
+        tokens = loop(model, prompts, min(48, 3 + count), sampling, should_stop=should_stop)
+        found[name] = sorted((token.row, i, token.id) for i, token in enumerate(tokens))
+    replayed, plain = ([(row, id_) for row, _, id_ in found[name]] for name in LOOPS)
+    return {
+        "passed": replayed == plain,
+        "tokens": len(plain),
+        "tokens_equal": sum(a == b for a, b in zip(replayed, plain, strict=False)),
+        "different_tokens": len({id_ for _, id_ in plain}),
+        "fused": can_fuse(model, count),
+    }
+
+
 @torch.inference_mode()
 def measure_steps(clock: Clock, model: GPT, size: Size, repeats: int) -> Row:
-    """Seconds per greedy decode step: "replayed" from a CUDA graph, and "called" from Python.
+    """Seconds per greedy decode step: "replayed" as `generate` does it, "called" from Python.
 
-    On a CPU, both are called. "gb_per_s" counts the weights and the filled slots, each read once;
-    "recording_seconds" is the step in which the graph is made.
+    Few rows are replayed by the fused kernels; "modules" is then a replay of the model's modules,
+    which are also what is called. On a CPU nothing is replayed. "gb_per_s" counts the weights and
+    the filled slots, each read once; "recording_seconds" is the step in which the graph is made.
     """
     refusal = lacking_memory(model, size)
     if refusal is not None:
@@ -182,6 +259,8 @@ def measure_steps(clock: Clock, model: GPT, size: Size, repeats: int) -> Row:
             step()
 
     actions = {"replayed": partial(steps, decoder.run), "called": partial(steps, called)}
+    if can_fuse(model, size.batch):
+        actions["modules"] = partial(steps, Replay(called, model.device))
     times = clock.times(actions, repeats, f"decoding {size.batch} rows")
     seconds = {name: time["median"] / STEPS for name, time in times.items()}
     read = step_bytes(model, size)

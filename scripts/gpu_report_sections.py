@@ -36,6 +36,7 @@ from gpu_report_model import (
     heads_cases,
     prefill_cases,
     profile_cases,
+    token_cases,
 )
 from gpu_report_pool import in_processes
 from judge import Truth, find_truth
@@ -374,6 +375,11 @@ def setting_text(setting: Any) -> str:
     return f"{M}x{N}, {warps} warps, {stages} stages"
 
 
+def model_tokens(context: Context) -> Iterator[Row]:
+    """Whole models: whether the replayed loop generates what the plain one does."""
+    return context.each(token_cases(context.clock, context.plan.model))
+
+
 def model_decode(context: Context) -> Iterator[Row]:
     """Whole models: decoding."""
     return context.each(decode_cases(context.clock, context.plan.model, context.plan.repeats))
@@ -402,6 +408,7 @@ SECTIONS: dict[str, Callable[[Context], Iterator[Row]]] = {
     "forward": timed_section("forward"),
     "backward": timed_section("backward"),
     "decode": timed_section("decode"),
+    "model_tokens": model_tokens,
     "model_decode": model_decode,
     "model_prefill": model_prefill,
     "model_profile": model_profile,

@@ -159,6 +159,17 @@ def autotune_lines(rows: list[Row]) -> Iterator[str]:
         yield text
 
 
+def token_lines(rows: list[Row], ceilings: Row) -> Iterator[str]:
+    """Where replayed and plain loop say the same."""
+    for row in rows:
+        if "tokens" in row:
+            yield (
+                f"{case_text(row)}, {'fused' if row['fused'] else 'modules'}: "
+                f"{row['tokens_equal']} of {row['tokens']} tokens equal, "
+                f"{row['different_tokens']} different ones" + ("" if row["passed"] else "  FAILS")
+            )
+
+
 def step_lines(rows: list[Row], ceilings: Row) -> Iterator[str]:
     """Decoding: the rate, its share of the memory's bandwidth (MBU), and the loops."""
     for row in rows:
@@ -170,6 +181,8 @@ def step_lines(rows: list[Row], ceilings: Row) -> Iterator[str]:
             text += f": {row['tokens_per_s']:8.1f} tok/s, {seconds['replayed'] * 1e6:.0f} us a step"
             text += of_ceiling(row["gb_per_s"], ceilings.get("copy_gb_per_s"))
             text += f"; {seconds['called'] / seconds['replayed']:.2f} x as fast as called"
+            if "modules" in seconds:
+                text += f", {seconds['modules'] / seconds['replayed']:.2f} x as modules replayed"
             yield text + f"; recorded in {row['recording_seconds'] * 1e3:.0f} ms"
         elif "loops" in row:
             plain, replayed = (row["loops"][name]["tokens_per_s"] for name in ("plain", "replayed"))
@@ -215,6 +228,7 @@ def of_ceiling(figure: float, ceiling: float | None) -> str:
 
 
 MODEL_LINES = {
+    "model_tokens": token_lines,
     "model_decode": step_lines,
     "model_prefill": prefill_lines,
     "model_profile": profile_lines,
