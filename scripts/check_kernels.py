@@ -259,8 +259,9 @@ def write_json(path: Path, rows: list[tuple[Case, Usage]]) -> None:
     """Put the table into the file, beside those of other versions of Triton; a row is a line."""
     old = json.loads(path.read_text()) if path.exists() else {"runs": {}, "kernels": []}
     version = triton.__version__
+    words = [word.replace(str(path), path.name) for word in sys.argv[1:]]
     run = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "scripts/check_kernels.py", *words]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     head = {

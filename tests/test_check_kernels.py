@@ -120,11 +120,14 @@ def test_a_spill_fails_the_check_and_is_in_the_table(
 
 def test_a_file_keeps_the_tables_of_other_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     file = tmp_path / "table.json"
+    monkeypatch.setattr(sys, "argv", ["/a/check_kernels.py", "--arch", "90", f"--json={file}"])
     for version, shared in (("3.6.0", 1), ("3.7.1", 2), ("3.6.0", 3)):
         monkeypatch.setattr(triton, "__version__", version)
         check_kernels.write_json(file, [(LARGE, FITS._replace(shared=shared))])
     found = json.loads(file.read_text())
     assert found["runs"].keys() == {"3.6.0", "3.7.1"}
+    command = "python scripts/check_kernels.py --arch 90 --json=table.json"  # wherever that was
+    assert found["runs"]["3.6.0"]["command"] == command
     kernels = [(row["triton"], row["kernel"], row["D"], row["shared"]) for row in found["kernels"]]
     assert kernels == [("3.7.1", "dq_kernel", 128, 2), ("3.6.0", "dq_kernel", 128, 3)]
 
