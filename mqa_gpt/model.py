@@ -152,7 +152,7 @@ class GPT(nn.Module):
         self.set_backend(backend)
 
     def _init_weights(self) -> None:
-        """N(0, initializer_range), biases 0, LayerNorms as made; what writes to the residual stream is
+        """N(0, initializer_range), biases 0; LayerNorms stay. What writes to the residual stream is
         scaled by (2L)^-0.5, so that its variance does not grow with depth (Radford et al. 2019)."""
         std = self.config.initializer_range
         for name, parameter in self.named_parameters():

@@ -6,8 +6,9 @@
 Calls `mqa_kernels.attention`, and what else a step of decoding launches, as users do, but on the
 CPU, and has Triton compile what would be launched: tiles, types, what 16 divides and what becomes a
 constant are the launcher's own. Prints shared memory, registers, spills and tensor-core
-instructions of each kernel. Fails where one does not compile, spills registers, does not fit into
-shared memory, or runs a 16-bit product without tensor cores.
+instructions of each kernel, and how many of its blocks fit on a multiprocessor. Fails where one
+does not compile, spills registers, does not fit into shared memory, or runs a 16-bit product
+without tensor cores.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ class GPU(NamedTuple):
 
 
 GPUS = {80: GPU(108, 166_912), 90: GPU(132, 232_448), 100: GPU(148, 232_448)}
+# Of a multiprocessor of any of them.
+REGISTERS = 65_536
+WARPS = 64
+BLOCKS = 32
+RESERVED = 1024  # bytes of shared memory per block, which are the system's
 TENSOR_MEMORY = 512  # columns, on sm_100
 HEADS = 32
 DTYPES = ("bfloat16", "float16", "float32")
@@ -84,7 +90,8 @@ class Usage(NamedTuple):
     tensor_memory: int = 0  # columns
     registers: int = 0  # per thread
     spilled: int = 0  # bytes per thread
-    tensor_cores: str = ""  # their instruction
+    blocks: int = 0  # that fit on a multiprocessor at the same time
+    tensor_cores: str = ""  # their instructions
     error: str = ""
 
 
@@ -168,7 +175,7 @@ def compile_case(case: Case) -> list[Usage]:
         tiles += "{num_warps} warps {num_stages} stages".format(**settings)
         try:
             compiled = compile_launch(kernel, *arguments, grid=grid, warmup=True, **options)
-            usage = examine(kernel.__name__, tiles, compiled)
+            usage = examine(case, kernel.__name__, tiles, compiled)
         except Exception as error:  # the compiler raises many kinds
             usage = Usage(kernel.__name__, tiles, error=f"{type(error).__name__}: {error}")
         usages.append(usage)
@@ -238,7 +245,7 @@ def projection(
     return q, k, v
 
 
-def examine(kernel: str, tiles: str, compiled: triton.compiler.CompiledKernel) -> Usage:
+def examine(case: Case, kernel: str, tiles: str, compiled: triton.compiler.CompiledKernel) -> Usage:
     """Read off what a compiled kernel needs."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -248,16 +255,36 @@ def examine(kernel: str, tiles: str, compiled: triton.compiler.CompiledKernel) -
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     registers, spilled = resources(report)
-    instruction = re.search(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
+    instructions = re.findall(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", compiled.asm["ptx"])
+    shared, tensor_memory = compiled.metadata.shared, compiled.metadata.tmem_size or 0
+    warps = compiled.metadata.num_warps
     return Usage(
         kernel,
         tiles,
-        shared=compiled.metadata.shared,
-        tensor_memory=compiled.metadata.tmem_size or 0,
+        shared=shared,
+        tensor_memory=tensor_memory,
         registers=registers,
         spilled=spilled,
-        tensor_cores=instruction[0] if instruction else "",
+        blocks=blocks_that_fit(GPUS[case.arch], warps, registers, shared, tensor_memory),
+        tensor_cores=", ".join(sorted(set(instructions))),
     )
+
+
+def blocks_that_fit(gpu: GPU, warps: int, registers: int, shared: int, tensor_memory: int) -> int:
+    """How many blocks of so many warps a multiprocessor holds (CUDA programming guide).
+
+    Registers are given to warps in units of 256, and to four warps at a time.
+    """
+    per_warp = -(-registers * 32 // 256) * 256
+    most = [
+        REGISTERS // per_warp // 4 * 4 // warps,
+        WARPS // warps,
+        BLOCKS,
+        (gpu.shared + RESERVED) // (shared + RESERVED),
+    ]
+    if tensor_memory:
+        most.append(TENSOR_MEMORY // tensor_memory)
+    return min(most)
 
 
 def resources(report: str) -> tuple[int, int]:
@@ -285,29 +312,30 @@ def verdict(case: Case, usage: Usage) -> str:
 
 
 def print_table(rows: list[tuple[Case, Usage]]) -> None:
-    titles = "GPU,dtype,D,G,call,kernel,tiles,shared,registers,tensor cores,"
+    titles = "GPU,dtype,D,G,call,kernel,tiles,shared,registers,blocks,tensor cores,"
     table = Table(*titles.split(","))
     for case, usage in rows:
         table.add_row(
             f"sm_{case.arch}", case.dtype, str(case.D), str(case.G), case.call, usage.kernel,
-            usage.tiles, f"{usage.shared:,}", str(usage.registers), usage.tensor_cores,
-            verdict(case, usage),
+            usage.tiles, f"{usage.shared:,}", str(usage.registers), str(usage.blocks),
+            usage.tensor_cores, verdict(case, usage),
         )  # fmt: skip
-    Console(width=170).print(table)
+    Console(width=190).print(table)
 
 
 def write_json(path: Path, rows: list[tuple[Case, Usage]]) -> None:
     """Put the table into the file, beside those of other versions of Triton; a row is a line."""
     old = json.loads(path.read_text()) if path.exists() else {"runs": {}, "kernels": []}
     version = triton.__version__
+    words = [word.replace(str(path), path.name) for word in sys.argv[1:]]
     run = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "scripts/check_kernels.py", *words]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
     head = {
         "question": "What does every kernel need of a GPU, in every configuration that is shipped?",
         "units": "bytes of shared memory and columns of tensor memory per block; registers and "
-        "bytes spilled per thread",
+        "bytes spilled per thread; blocks that fit on a multiprocessor",
         "runs": old["runs"] | {version: run},
     }
     kernels = [row for row in old["kernels"] if row["triton"] != version]

@@ -21,8 +21,9 @@ from check_kernels import Case, Usage, all_cases, resources, verdict
 from mqa_kernels import tuning
 
 ROOT = Path(__file__).parents[1]
+RECORDED = json.loads((ROOT / "benchmarks/results/kernel_resources.json").read_text())
 LARGE = Case(90, "bfloat16", 128, 1, "train")
-FITS = Usage("dq_kernel", "64x64", 98_304, 0, 218, 0, "wgmma.mma_async")
+FITS = Usage("dq_kernel", "64x64", 98_304, 0, 218, 0, 2, "wgmma.mma_async")
 
 REPORT = """
 Fatbin elf code:
@@ -72,6 +73,21 @@ def test_float32_and_the_joining_of_parts_need_no_tensor_cores():
         assert verdict(LARGE, FITS._replace(kernel=kernel, tensor_cores="")) == ""
 
 
+def test_as_many_blocks_fit_as_registers_shared_and_tensor_memory_and_warps_allow():
+    small = {"warps": 4, "registers": 32, "shared": 1024, "tensor_memory": 0}
+    for change, blocks in (
+        ({}, 16),  # 64 warps
+        ({"warps": 1}, 32),
+        ({"registers": 128}, 4),  # all registers
+        ({"registers": 129}, 3),
+        ({"warps": 8, "registers": 168}, 1),  # 12 warps
+        ({"shared": 113 * 1024}, 2),  # and 1 KB more each, of 228 KB
+        ({"shared": 113 * 1024 + 1}, 1),
+        ({"tensor_memory": 256}, 2),
+    ):
+        assert check_kernels.blocks_that_fit(check_kernels.GPUS[100], **small | change) == blocks
+
+
 def test_spills_are_what_the_stack_and_local_memory_hold():
     assert resources(REPORT) == (255, 32)
 
@@ -91,6 +107,34 @@ def test_every_common_configuration_is_compiled_for_every_gpu_and_once():
     assert {case.D for case in cases} == {16, 32, 64, 80, 96, 128, 256}
     assert {case.dtype for case in cases} == {"bfloat16", "float16", "float32"}
     assert {case.call for case in cases if case.G > 1} == {"train", "decode"}
+
+
+def test_what_is_recorded_has_every_case_with_two_versions_of_triton_and_no_problem():
+    assert len(RECORDED["runs"]) == 2
+    for version in RECORDED["runs"]:
+        mine = [row for row in RECORDED["kernels"] if row["triton"] == version]
+        cases = [Case(*(row[field] for field in Case._fields)) for row in mine]
+        assert set(cases) == set(all_cases())
+        for case, row in zip(cases, mine, strict=True):
+            assert verdict(case, Usage(*(row[field] for field in Usage._fields))) == ""
+
+
+def test_the_table_in_the_readme_is_what_is_recorded():
+    kernels = {"forward_kernel": "forward", "dq_kernel": "dQ", "dkv_kernel": "dK, dV"}
+    lines: dict[str, str] = {}
+    for row in RECORDED["kernels"]:  # by GPU
+        key = row["triton"], row["dtype"], row["G"], row["call"] in ("train", "decode")
+        if key != ("3.7.1", "bfloat16", 1, True) or row["kernel"] not in kernels:
+            continue
+        if row["D"] in (64, 128, 256):
+            name = "decode" if row["call"] == "decode" else kernels[row["kernel"]]
+            start = f"| {row['D']} | {name} | {row['tiles']} |"
+            figures = row["registers"], f"{row['shared'] / 1024:.0f} KB", row["blocks"]
+            cell = " / ".join(map(str, figures)) + f", {row['tensor_cores']}"
+            lines[start] = lines.get(start, start) + f" {cell} |"
+    table = "\n".join(lines.values())
+    assert len(lines) == 12
+    assert table in (ROOT / "kernels/README.md").read_text(encoding="utf-8"), table
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -133,11 +177,14 @@ def test_a_spill_fails_the_check_and_is_in_the_table(
 
 def test_a_file_keeps_the_tables_of_other_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     file = tmp_path / "table.json"
+    monkeypatch.setattr(sys, "argv", ["/a/check_kernels.py", "--arch", "90", f"--json={file}"])
     for version, shared in (("3.6.0", 1), ("3.7.1", 2), ("3.6.0", 3)):
         monkeypatch.setattr(triton, "__version__", version)
         check_kernels.write_json(file, [(LARGE, FITS._replace(shared=shared))])
     found = json.loads(file.read_text())
     assert found["runs"].keys() == {"3.6.0", "3.7.1"}
+    command = "python scripts/check_kernels.py --arch 90 --json=table.json"  # wherever that was
+    assert found["runs"]["3.6.0"]["command"] == command
     kernels = [(row["triton"], row["kernel"], row["D"], row["shared"]) for row in found["kernels"]]
     assert kernels == [("3.7.1", "dq_kernel", 128, 2), ("3.6.0", "dq_kernel", 128, 3)]
 

@@ -31,8 +31,10 @@ def forward_tiles(dtype: torch.dtype, D: int, rows: int, dropout: bool = False) 
         if D <= 64 and rows > 16:
             return Tiles(32, 32, 8, 1)
         return Tiles(16, 32, 4, 1) if D <= 128 else Tiles(16, 32 if dropout else 16, 8, 1)
+    if rows <= 16:
+        return Tiles(16, 64, 4, 3 if D <= 64 else 2)
     if rows <= 32:
-        return Tiles(16 if rows <= 16 else 32, 64, 4, 3 if D <= 128 else 2)
+        return Tiles(32, 64, 4, 3 if D <= 128 else 2)
     if D <= 128:
         return Tiles(128, 32 if dropout and D > 64 else 64, 8, 2)
     return Tiles(64, 32, 8, 2)
@@ -42,7 +44,9 @@ def forward_tiles(dtype: torch.dtype, D: int, rows: int, dropout: bool = False) 
 def query_tiles(dtype: torch.dtype, D: int, dropout: bool = False) -> Tiles:
     """Tiles of the kernel for dQ."""
     if dtype == torch.float32:
-        return Tiles(32, 32 if D <= 64 else 16, 8, 1) if D <= 128 else Tiles(16, 16, 4, 1)
+        if D <= 64:
+            return Tiles(32, 32, 8, 1)
+        return Tiles(16, 16, 4, 2) if D <= 128 or dropout else Tiles(16, 32, 8, 3)
     if D <= 128:
         return Tiles(128, 32, 8, 2) if dropout else Tiles(64, 64, 4, 2)
     return Tiles(64, 16 if dropout else 32, 8, 2)
@@ -52,7 +56,7 @@ def query_tiles(dtype: torch.dtype, D: int, dropout: bool = False) -> Tiles:
 def key_tiles(dtype: torch.dtype, D: int, dropout: bool = False) -> Tiles:
     """Tiles of the kernel for dK and dV."""
     if dtype == torch.float32:
-        return Tiles(16 if 64 < D <= 128 else 32, 32, 8, 1)
+        return Tiles(32, 16 if 64 < D <= 128 else 32, 8, 1)
     if D > 128:
         return Tiles(32, 64, 8, 1)
     if dropout:
