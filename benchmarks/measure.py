@@ -7,14 +7,12 @@ import json
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm  # type: ignore[import-untyped]
-
+from mqa_gpt.bench import take_turns
 from mqa_gpt.environment import describe
 
 RESULTS = Path(__file__).parent / "results"
@@ -25,23 +23,15 @@ def interleaved(
 ) -> dict[str, dict[str, Any]]:
     """Run each action once as a warm-up, then all of them in turn, `repeats` times.
 
-    Taking turns gives every action the same share of a noisy machine's good and bad moments.
-
     Args:
-        actions: name -> what to time. An action that returns a float has timed itself.
+        actions: name -> what to time (see `take_turns`).
 
     Returns:
         name -> {"median", "min", "max", "seconds": all repeats in order}, in seconds.
     """
     for action in actions.values():
         action()
-    seconds: dict[str, list[float]] = {name: [] for name in actions}
-    for _ in tqdm(range(repeats), desc=label, disable=None):
-        for name, action in actions.items():
-            begin = time.perf_counter()
-            measured = action()
-            elapsed = time.perf_counter() - begin
-            seconds[name].append(measured if isinstance(measured, float) else elapsed)
+    seconds = take_turns(actions, repeats, label)
     return {
         name: {
             "median": statistics.median(values),

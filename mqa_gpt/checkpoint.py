@@ -121,8 +121,8 @@ def load_model(
         InputError: a dtype or device that does not exist here, or a way to quantize.
     """
     check_method(quantize)
-    wanted_dtype = None if dtype is None else _as_dtype(dtype)
-    chosen_device = _as_device(device)
+    wanted_dtype = None if dtype is None else as_dtype(dtype)
+    chosen_device = as_device(device)
     select_attention(backend, chosen_device)  # a wrong name is said before the work, not after
     folder = resolve(name_or_dir, revision)
     config = read_config(folder)
@@ -181,14 +181,16 @@ def empty_model(config: GPTConfig) -> GPT:
         return GPT(config)
 
 
-def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """The dtype of that name; InputError if a model cannot have it."""
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if found is None or found not in DTYPES.values():
         raise InputError(f"dtype is {dtype!r}: accepted are {', '.join(DTYPES)}")
     return found
 
 
-def _as_device(device: torch.device | str | None) -> torch.device:
+def as_device(device: torch.device | str | None) -> torch.device:
+    """The device of that name, or the best one here; InputError if there is none such."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -21,8 +21,9 @@ import typer
 from typer.core import TyperGroup
 
 from mqa_gpt import inspection
+from mqa_gpt.bench import benchmark
 from mqa_gpt.checkpoint import DEMO_DIR
-from mqa_gpt.cli_input import MARKER, prompt_texts, split_hole, unescape
+from mqa_gpt.cli_input import MARKER, numbers, prompt_texts, split_hole, unescape
 from mqa_gpt.cli_output import (
     note,
     print_environment,
@@ -543,6 +544,87 @@ def inspect(
         print_json(report)
     if failed:
         raise typer.Exit(CHECK_FAILED)
+
+
+@app.command()
+def bench(
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A published shape with random weights, such as starcoderbase-1b; nothing is "
+            "downloaded.",
+        ),
+    ] = None,
+    model: Model = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="float32, bfloat16, float16 or float64. Default: the checkpoint's own; of a "
+            "shape, float32 on a CPU and bfloat16 on a GPU.",
+        ),
+    ] = None,
+    backend: Backend = "auto",
+    n_prompt: Annotated[
+        str, typer.Option("--n-prompt", "-p", metavar="N,...", help="Tokens per prompt.")
+    ] = "512",
+    n_gen: Annotated[
+        str, typer.Option("--n-gen", "-g", metavar="N,...", help="New tokens.")
+    ] = "128",
+    batch: Annotated[
+        str, typer.Option("--batch", "-b", metavar="N,...", help="Prompts at once.")
+    ] = "1",
+    repeats: Annotated[
+        int, typer.Option("--repeats", "-r", metavar="N", help="Rounds, after one to warm up.")
+    ] = 5,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="Other programs to time in the same rounds: transformers, ctranslate2.",
+        ),
+    ] = None,
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="md|csv|json", help="How to print the results.")
+    ] = "md",
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --output json.")] = False,
+) -> None:
+    """Measure speed: of reading prompts (pp), of writing (tg), of both.
+
+    Tokens per second as mean ± standard deviation and as median over rounds in which everything
+    takes turns. Beside them, for writing, GB/s and the share of the memory bandwidth of this
+    machine (MBU); for reading prompts, TFLOP/s and the share of the rate of its matrix products
+    (MFU). "tg127 @ d512" writes behind a prompt of 512.
+
+    \b
+    Examples:
+      mqa-gpt bench -p 128 -g 32
+      mqa-gpt bench --shape tiny_starcoder_py --batch 1,8 --compare transformers
+      mqa-gpt bench --shape starcoderbase-7b --dtype bfloat16 --output json > 7b.json
+    """
+    output = "json" if as_json else output
+    if output not in ("md", "csv", "json"):
+        raise InputError(f"--output is {output!r}: accepted are md, csv, json")
+    report = benchmark(
+        shape=shape,
+        model=model,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        prompt_lengths=numbers(n_prompt, "--n-prompt"),
+        new_lengths=numbers(n_gen, "--n-gen"),
+        batches=numbers(batch, "--batch"),
+        repeats=repeats,
+        compare=compare.split(",") if compare else [],
+    )
+    if output == "json":
+        print_json(report.to_dict())
+    else:
+        write(report.to_csv() if output == "csv" else report.to_markdown())
 
 
 @app.command()

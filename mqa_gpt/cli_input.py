@@ -1,4 +1,4 @@
-"""What the command line reads: prompts, files, and where in them the hole is."""
+"""What the command line reads: prompts, files, where in them the hole is, lists of numbers."""
 
 from __future__ import annotations
 
@@ -52,6 +52,13 @@ def read_text(path: str) -> str:
 def _name(path: str) -> str:
     """How messages call a file; "-" is standard input."""
     return "standard input" if path == "-" else shown(path)
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """The numbers of an option that takes several, separated by commas."""
+    if not re.fullmatch(r"\d{1,18}(,\d{1,18})*", text, re.ASCII):
+        raise InputError(f"{option} is {shown(text)}: it must be a number, or several with commas")
+    return [int(number) for number in text.split(",")]
 
 
 def unescape(text: str) -> str:

@@ -104,7 +104,7 @@ def verify(
     # The last token is only compared; nothing is computed from it.
     sequences = [row + new[:-1] for row, new in zip(rows, new_ids, strict=True)]
     exact_dtype = _exact_dtype(config, model_dtype)
-    with _quiet_transformers():
+    with quiet_transformers():
         reference, source = _load_reference(folder, config, model_dtype)
         reference.to(model_device)
         expected = _reference_logits(reference, sequences)
@@ -239,7 +239,7 @@ def _exact_dtype(config: GPTConfig, dtype: torch.dtype) -> torch.dtype | None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No reports of what the checkpoint holds (ours is strict), bars only on a terminal."""
     logging: Any = import_module("transformers.utils.logging")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
