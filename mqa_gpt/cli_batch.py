@@ -83,36 +83,43 @@ def read_results(path: str, items: Sequence[Item]) -> Results:
     Raises:
         InputError: the file holds something else than results of these items, each once.
     """
-    lines: dict[int | str, int] = {}
-    known = {item.id for item in items}
-    size = 0
+    name = f"the output {shown(path)}"
     try:
-        if not Path(path).is_file() and (Path(path).exists() or not Path(path).parent.is_dir()):
-            raise InputError(f"the output {shown(path)} is not a file, or in no folder")
-        with Path(path).open("rb") as file:
-            for number, line in enumerate(file, 1):
-                where = f"line {number} of the output {shown(path)}"
-                is_torn = not line.endswith(b"\n")
-                if is_torn and (line.startswith(RESULT_BEGINS) or RESULT_BEGINS.startswith(line)):
-                    break
-                entry = _parse(line.decode(errors="replace"), where)
-                id_ = entry["id"]
-                if "completions" not in entry or is_torn:
-                    raise InputError(f"{where} is not a result of this command: name another file")
-                if id_ in lines:
-                    raise InputError(f"{where} has the id {shown(id_)} of line {lines[id_]}")
-                if id_ not in known:
-                    raise InputError(
-                        f"{where} has the id {shown(id_)}, which the input does not have: give "
-                        "each input an output of its own"
-                    )
-                lines[id_] = number
-                size += len(line)
+        if Path(path).exists() and not Path(path).is_file():
+            raise InputError(f"{name} is not a file")
+        if not Path(path).parent.is_dir():
+            raise InputError(f"{name} is in a folder that does not exist: make it first")
+        data = Path(path).read_bytes()
     except FileNotFoundError:
-        pass
+        data = b""
     except OSError as error:
-        raise InputError(f"cannot read {shown(path)}: {error.strerror}") from error
-    return Results(Path(path), frozenset(lines), size)
+        raise InputError(f"cannot read {name}: {error.strerror}") from error
+    except InputError:
+        raise
+    except ValueError as error:  # a lone surrogate or a NUL, which no file's name holds
+        raise InputError(f"cannot read {name}: {error}") from error
+
+    *lines, torn = data.split(b"\n")
+    # Never cut off what another program wrote.
+    if not torn.startswith(RESULT_BEGINS) and not RESULT_BEGINS.startswith(torn):
+        lines.append(torn)
+    known = {item.id for item in items}
+    found: dict[int | str, int] = {}
+    for number, line in enumerate(lines, 1):
+        where = f"line {number} of {name}"
+        entry = _parse(line.decode(errors="replace"), where)
+        id_ = entry["id"]
+        if "completions" not in entry:
+            raise InputError(f"{where} is not a result of this command: name another file")
+        if id_ in found:
+            raise InputError(f"{where} has the id {shown(id_)} of line {found[id_]}")
+        if id_ not in known:
+            raise InputError(
+                f"{where} has the id {shown(id_)}, which the input does not have: give each input "
+                "an output of its own"
+            )
+        found[id_] = number
+    return Results(Path(path), frozenset(found), len(data) - len(torn))
 
 
 def run_batch(
@@ -151,11 +158,11 @@ def run_batch(
     except KeyboardInterrupt:
         interrupted = True
     except OSError as error:
-        raise InputError(f"cannot write {str(results.path)!r}: {error.strerror}") from error
+        raise InputError(f"cannot write {results.path}: {error.strerror}") from error
 
     before, total = len(results.ids), len(results.ids) + len(items)
     if as_json:
-        counts = {"results": before + written, "of": total, "found": before, "written": written}
+        counts = {"prompts": total, "found": before, "written": written}
         numbers = {"load_seconds": load_seconds} | dataclasses.asdict(stats)
         numbers |= {
             "tokens_per_second": stats.rate,

@@ -22,7 +22,7 @@ def commands(text: str) -> list[str]:
 
 
 def help_texts() -> str:
-    runs = [[], ["generate"], ["infill"], ["verify"], ["inspect"], ["env"]]
+    runs = [[], ["generate"], ["infill"], ["batch"], ["verify"], ["inspect"], ["env"]]
     return "".join(CliRunner().invoke(app, [*run, "--help"]).stdout for run in runs)
 
 
