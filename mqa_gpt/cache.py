@@ -157,6 +157,30 @@ class KVCache:
         self.end = max(lengths)
         self._ragged = min(lengths) != self.end
 
+    def copy_row(self, row: int, other: KVCache, other_row: int) -> None:
+        """Make a row a copy of another cache's, or of another of this one's.
+
+        All of the row's slots are written, with zeros where `other` has none: what a former owner
+        left behind would be hidden, but a NaN reaches through (see `limit`). How many tokens the
+        row holds now is for `view` to say.
+        """
+        width = other.max_length
+        self.kv[:, row, :width] = other.kv[:, other_row]
+        self.kv[:, row, width:] = 0
+
+    def view(self, lengths: Sequence[int]) -> KVCache:
+        """The first rows as a cache of their own, on the same memory, holding these many tokens.
+
+        What is fed to the view is written here; the counts are the view's own.
+        """
+        other = KVCache.__new__(KVCache)
+        other.kv = self.kv[:, : len(lengths)]
+        other.lengths = torch.tensor(lengths, device=self.kv.device)
+        other.end = max(lengths)
+        other._ragged = min(lengths) != other.end
+        other._limits = None
+        return other
+
     def select(self, rows: Sequence[int]) -> KVCache:
         """A new cache whose row i is a copy of this one's row `rows[i]`.
 

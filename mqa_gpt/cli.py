@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 from mqa_gpt import inspection
 from mqa_gpt.bench import benchmark
 from mqa_gpt.checkpoint import DEMO_DIR
+from mqa_gpt.cli_batch import read_items, read_results, run_batch
 from mqa_gpt.cli_input import MARKER, numbers, prompt_texts, split_hole, unescape
 from mqa_gpt.cli_output import (
     note,
@@ -36,7 +37,7 @@ from mqa_gpt.cli_output import (
 )
 from mqa_gpt.environment import describe
 from mqa_gpt.errors import InputError
-from mqa_gpt.llm import LLM
+from mqa_gpt.llm import BATCH_SIZE, LLM
 from mqa_gpt.memory import is_out_of_memory
 from mqa_gpt.report import format_report
 from mqa_gpt.speculation import Draft, DraftModel, PromptLookup
@@ -201,6 +202,20 @@ RepetitionPenalty = Annotated[
     typer.Option(metavar="X", help="Above 1: tokens that occurred before become less likely."),
 ]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Make the draws repeatable.")]
+NoSpecialTokens = Annotated[
+    bool,
+    typer.Option(
+        "--no-special-tokens",
+        help="Take <fim_prefix>, <|endoftext|> and the like in a prompt as plain text.",
+    ),
+]
+Mode = Annotated[
+    str,
+    typer.Option(
+        metavar="psm|spm",
+        help="What the model reads first: the prefix (psm) or the suffix (spm).",
+    ),
+]
 Samples = Annotated[int, typer.Option("--n", metavar="N", help="Write N samples per prompt.")]
 Logprobs = Annotated[
     int | None,
@@ -261,13 +276,7 @@ def generate(
     file: PromptFile = None,
     max_new_tokens: MaxNewTokens = 64,
     stop: Stop = None,
-    no_special_tokens: Annotated[
-        bool,
-        typer.Option(
-            "--no-special-tokens",
-            help="Take <fim_prefix>, <|endoftext|> and the like in a prompt as plain text.",
-        ),
-    ] = False,
+    no_special_tokens: NoSpecialTokens = False,
     temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -355,13 +364,7 @@ def infill(
         str | None,
         typer.Option(metavar="TEXT", help="The text after the hole, instead of FILE."),
     ] = None,
-    mode: Annotated[
-        str,
-        typer.Option(
-            metavar="psm|spm",
-            help="What the model reads first: the prefix (psm) or the suffix (spm).",
-        ),
-    ] = "psm",
+    mode: Mode = "psm",
     truncate: Annotated[
         bool,
         typer.Option(
@@ -433,6 +436,74 @@ def infill(
         )
     around = [(before, after) if whole else ("", "")] * n
     run(llm, generation, around, model, load_seconds, n, stats, as_json)
+
+
+@app.command()
+def batch(
+    file: Annotated[str, typer.Argument(metavar="INPUT", hidden=True)],
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", metavar="PATH", help="Where the results go; added to if it exists."
+        ),
+    ],
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", help="Complete N at a time; more take more memory.")
+    ] = BATCH_SIZE,
+    max_new_tokens: MaxNewTokens = 64,
+    stop: Stop = None,
+    mode: Mode = "psm",
+    no_special_tokens: NoSpecialTokens = False,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    n: Samples = 1,
+    model: Model = None,
+    revision: Revision = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    backend: Backend = "auto",
+    quantize: Quantize = None,
+    as_json: Json = False,
+) -> None:
+    """Complete every prompt of a file.
+
+    INPUT (- is standard input) holds a JSON object per line: an "id", which is a text or a whole
+    number, and a "prompt", or a "prefix" and a "suffix" to infill between. Each becomes a line of
+    the output, in the same order: its "id", its "prompt_tokens" and its "completions", each with
+    "text", "finish_reason" and "new_tokens".
+
+    A command that was interrupted goes on where it was when it is given again: ids that the output
+    holds are skipped, and a line that was only half written is replaced.
+
+    \b
+    Example:
+      mqa-gpt batch prompts.jsonl --output results.jsonl --max-new-tokens 128
+    """
+    items = read_items(file)
+    results = read_results(output, items)
+    waiting = [item for item in items if item.id not in results.ids]
+    llm, load_seconds = _load(model, revision, device, dtype, backend, quantize)
+    generation = llm.begin_many(
+        [item.prompt for item in waiting],
+        max_new_tokens,
+        names=[item.name for item in waiting],
+        batch_size=batch_size,
+        special_tokens=not no_special_tokens,
+        mode=mode,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        n=n,
+        stop=[unescape(text) for text in stop or []],
+    )
+    run_batch(llm, generation, waiting, results, model, load_seconds, as_json)
 
 
 @app.command()

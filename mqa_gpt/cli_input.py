@@ -27,20 +27,20 @@ def prompt_texts(arguments: list[str], files: list[str]) -> list[str]:
     return texts + [read_text(file) for file in files]
 
 
-def read_text(path: str) -> str:
+def read_text(path: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """A file's text, exactly as it is there; "-" is standard input."""
-    name = _name(path)
+    name = name_of(path)
     if path == "-" and sys.stdin is None:
         raise PromptError("standard input is closed: give the text as an argument or in a file")
     try:
         with nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb") as stream:
-            data = stream.read(MAX_TEXT_BYTES + 1)
+            data = stream.read(max_bytes + 1)
     except OSError as error:
         raise InputError(f"cannot read {name}: {error.strerror}") from error
     except ValueError as error:  # a lone surrogate or a NUL, which no file's name holds
         raise InputError(f"cannot read {name}: {error}") from error
-    if len(data) > MAX_TEXT_BYTES:
-        raise PromptError(f"{name} is larger than {MAX_TEXT_BYTES:,} bytes: give a part of it")
+    if len(data) > max_bytes:
+        raise PromptError(f"{name} is larger than {max_bytes:,} bytes: give a part of it")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -49,7 +49,7 @@ def read_text(path: str) -> str:
         ) from error
 
 
-def _name(path: str) -> str:
+def name_of(path: str) -> str:
     """How messages call a file; "-" is standard input."""
     return "standard input" if path == "-" else shown(path)
 
@@ -83,8 +83,8 @@ def split_hole(
         raise PromptError("give either --at or --marker, not both")
     text = read_text(file)
     if at is not None:
-        return _split_at_position(text, at, _name(file))
-    return _split_at_marker(text, MARKER if marker is None else marker, _name(file))
+        return _split_at_position(text, at, name_of(file))
+    return _split_at_marker(text, MARKER if marker is None else marker, name_of(file))
 
 
 def _split_at_marker(text: str, marker: str, name: str) -> tuple[str, str]:

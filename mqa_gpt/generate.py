@@ -134,11 +134,13 @@ def check_request(
     sampling: Sampling = GREEDY,
     n: int = 1,
     logprobs: int | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[list[int]]:
     """The prompts as lists, empty ones replaced by the start token, or PromptError.
 
-    Arguments are those of `generate` and `stream_tokens`; all that can be wrong with them beyond
-    `Sampling` is found here, before anything is computed.
+    Arguments are those of `generate` and `stream_tokens`, and what messages call each prompt if
+    not "prompt 0", "prompt 1", ...; all that can be wrong with them beyond `Sampling` is found
+    here, before anything is computed.
     """
     if not is_int(max_new_tokens) or max_new_tokens < 0:
         raise PromptError(
@@ -163,32 +165,49 @@ def check_request(
             f"prompts are {shown(prompts)}: they must be a list of lists of token ids "
             "(LLM.generate takes text)"
         )
+    names = names or [f"prompt {i}" for i in range(len(prompts))]
     rows: list[list[int]] = []
-    for i, prompt in enumerate(prompts):
-        if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
-            raise PromptError(
-                f"prompt {i} is a {type(prompt).__name__}: it must be a list of token ids "
-                "(LLM.generate takes text)"
-            )
-        row = list(prompt)
-        if not row:
-            if config.bos_token_id is None:
-                raise PromptError(f"prompt {i} is empty and the config has no bos_token_id")
-            row = [config.bos_token_id]
-        for token in row:
-            if not is_int(token) or not 0 <= token < config.vocab_size:
-                raise PromptError(
-                    f"prompt {i} holds {shown(token)}: token ids are integers from 0 to "
-                    f"{config.vocab_size - 1}"
-                )
-        if len(row) + max_new_tokens > config.n_positions:
-            raise PromptError(
-                f"prompt {i} has {len(row)} tokens and max_new_tokens is {max_new_tokens}: "
-                f"together they exceed the context of {config.n_positions} tokens; "
-                "shorten the prompt or ask for fewer"
-            )
-        rows.append(row)
+    problems: dict[str, PromptError] = {}
+    for name, prompt in zip(names, prompts, strict=True):
+        try:
+            rows.append(_check_prompt(config, prompt, max_new_tokens, name))
+        except PromptError as error:
+            problems[name] = error
+    if problems:
+        first, *others = problems
+        some = ", ".join(others[:10]) + ", ..." * (len(others) > 10)
+        more = f" ({len(others):,} more cannot be used: {some})" if others else ""
+        raise PromptError(f"{problems[first]}{more}")
     return rows
+
+
+def _check_prompt(
+    config: GPTConfig, prompt: Sequence[int], max_new_tokens: int, name: str
+) -> list[int]:
+    """One prompt as a list, the start token if it is empty, or PromptError."""
+    if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
+        raise PromptError(
+            f"{name} is a {type(prompt).__name__}: it must be a list of token ids "
+            "(LLM.generate takes text)"
+        )
+    row = list(prompt)
+    if not row:
+        if config.bos_token_id is None:
+            raise PromptError(f"{name} is empty and the config has no bos_token_id")
+        row = [config.bos_token_id]
+    for token in row:
+        if not is_int(token) or not 0 <= token < config.vocab_size:
+            raise PromptError(
+                f"{name} holds {shown(token)}: token ids are integers from 0 to "
+                f"{config.vocab_size - 1}"
+            )
+    if len(row) + max_new_tokens > config.n_positions:
+        raise PromptError(
+            f"{name} has {len(row)} tokens and max_new_tokens is {max_new_tokens}: "
+            f"together they exceed the context of {config.n_positions} tokens; "
+            "shorten the prompt or ask for fewer"
+        )
+    return row
 
 
 @torch.inference_mode()

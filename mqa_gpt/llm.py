@@ -11,8 +11,9 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
+from mqa_gpt.batching import stream_batched
 from mqa_gpt.checkpoint import DEMO_DIR, load_model, read_config
-from mqa_gpt.checks import shown
+from mqa_gpt.checks import is_int, shown
 from mqa_gpt.errors import PromptError
 from mqa_gpt.fim import infill_prompt, truncated_infill_prompt
 from mqa_gpt.generate import Token, check_request, stream_drafted, stream_tokens
@@ -23,6 +24,8 @@ from mqa_gpt.packing import can_pack, pack
 from mqa_gpt.sampling import Sampling
 from mqa_gpt.speculation import Draft, check_draft
 from mqa_gpt.tokenizer import StreamDecoder, Tokenizer
+
+BATCH_SIZE = 16  # rows under way at a time, where there are many prompts
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Completion:
 
 @dataclass
 class Stats:
-    """Token counts of one generation over all its rows, and its times in seconds.
+    """Counts of one generation over all its rows, and its times in seconds.
 
     `drafted_tokens` and `accepted_tokens` are None without a draft.
     """
@@ -59,6 +62,7 @@ class Stats:
     rows: int
     prompt_tokens: int
     new_tokens: int = 0
+    finished_rows: int = 0
     first_token_seconds: float = 0.0
     total_seconds: float = 0.0
     drafted_tokens: int | None = None
@@ -74,6 +78,11 @@ class Stats:
         """New tokens per second, each row's first left out: that one is the prefill's."""
         seconds = self.total_seconds - self.first_token_seconds
         return max(0, self.new_tokens - self.rows) / seconds if seconds > 0 else 0.0
+
+    @property
+    def rate(self) -> float:
+        """New tokens per second of all the time, prefills included."""
+        return self.new_tokens / self.total_seconds if self.total_seconds else 0.0
 
     def __str__(self) -> str:
         text = (
@@ -171,6 +180,8 @@ class Generation:
         max_new_tokens: int,
         *,
         n: int,
+        batch_size: int | None = None,
+        names: Sequence[str] | None = None,
         cut: tuple[int, int] = (0, 0),
         stop: str | Sequence[str] | None = None,
         logprobs: int | None = None,
@@ -180,35 +191,51 @@ class Generation:
         stops: Any = [stop] if isinstance(stop, str) else stop or []
         if not isinstance(stops, Sequence) or not all(isinstance(t, str) and t for t in stops):
             raise PromptError(f"stop is {shown(stop)}: it must be a non-empty text or several")
+        if batch_size is not None and (not is_int(batch_size) or batch_size < 1):
+            raise PromptError(
+                f"batch_size is {shown(batch_size)}: it must be an integer of at least 1"
+            )
+        if batch_size is not None and draft is not None:
+            raise PromptError(
+                "draft is for prompts that are completed all at once: leave it or batch_size out"
+            )
         end_of_text = [] if tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]
         prompts = [ids or end_of_text for ids in prompts]
         sampling = Sampling(**sampling_options)
-        prompts = check_request(model.config, prompts, max_new_tokens, sampling, n, logprobs)
+        prompts = check_request(model.config, prompts, max_new_tokens, sampling, n, logprobs, names)
         check_draft(draft, model.config)
-        # Before the rows: a number that cannot fit would take all memory for them already.
+        count = len(prompts) * n
+        # Before any row: a number that cannot fit would take all memory for them already.
+        at_once = count if batch_size is None else min(batch_size, count)
         longest = max(map(len, prompts), default=0)
-        require_cache_room(model, len(prompts) * n, longest + max_new_tokens)
+        require_cache_room(model, at_once, longest + max_new_tokens)
         # A control token leaves no text in which its name could be found.
         named = [id_ for text in stops if (id_ := tokenizer.control_id(text)) is not None]
         end_ids = {*model.config.end_token_ids, *end_of_text, *named}
-        self._rows = [_Row(tokenizer, end_ids, list(stops)) for _ in range(len(prompts) * n)]
-        self._prompt_tokens = [len(prompt) for prompt in prompts for _ in range(n)]
+        self._new_row = partial(_Row, tokenizer, end_ids, list(stops))
+        self._rows: dict[int, _Row] = {}  # those begun
+        self._taken = 0  # prompts whose rows were given away
+        self._n, self._max_new_tokens = n, max_new_tokens
+        self._prompt_tokens = [len(prompt) for prompt in prompts]
         self._has_logprobs, self._cut = logprobs is not None, cut
         self._draft = draft
-        stream = stream_tokens if draft is None else partial(stream_drafted, draft=draft)
-        self._tokens = stream(
+        stream: Any = stream_tokens
+        if draft is not None:
+            stream = partial(stream_drafted, draft=draft)
+        elif batch_size is not None:
+            stream = partial(stream_batched, batch_size=batch_size)
+        self._tokens: Iterator[Token] = stream(
             model,
             prompts,
             max_new_tokens,
             sampling=sampling,
             n=n,
-            should_stop=lambda token: self._rows[token.row].push(token),
+            should_stop=lambda token: self._row(token.row).push(token),
             logprobs=logprobs,
         )
+        self.stats = Stats(rows=count, prompt_tokens=sum(self._prompt_tokens))
         if max_new_tokens == 0:
-            for row in self._rows:
-                row.finish("length")
-        self.stats = Stats(rows=len(self._rows), prompt_tokens=sum(map(len, prompts)))
+            self.stats.finished_rows = count
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         while True:
@@ -223,33 +250,66 @@ class Generation:
             self.stats.new_tokens += 1
             if self.stats.new_tokens == 1:
                 self.stats.first_token_seconds = self.stats.total_seconds
-            row = self._rows[token.row]
+            row = self._row(token.row)
             if token.finished == "length":
                 row.finish("length")
+            if token.finished is not None:
+                self.stats.finished_rows += 1
             if piece := row.take():
                 yield token.row, piece
 
+    def _row(self, index: int) -> _Row:
+        """A row, begun when it is first asked for."""
+        if index not in self._rows:
+            self._rows[index] = self._new_row()
+            if self._max_new_tokens == 0:
+                self._rows[index].finish("length")
+        return self._rows[index]
+
+    def _completion(self, index: int) -> Completion:
+        """What there is of a row."""
+        row = self._row(index)
+        return Completion(
+            text=row.text,
+            token_ids=[token.id for token in row.tokens],
+            finish_reason=row.finish_reason,
+            prompt_tokens=self._prompt_tokens[index // self._n],
+            logprobs=row.logprobs() if self._has_logprobs else None,
+            top_logprobs=[list(t.top) for t in row.tokens] if self._has_logprobs else None,
+            cut=self._cut,
+        )
+
     @property
     def completions(self) -> list[Completion]:
-        """Everything generated so far, row by row."""
-        return [
-            Completion(
-                text=row.text,
-                token_ids=[token.id for token in row.tokens],
-                finish_reason=row.finish_reason,
-                prompt_tokens=prompt_tokens,
-                logprobs=row.logprobs() if self._has_logprobs else None,
-                top_logprobs=[list(t.top) for t in row.tokens] if self._has_logprobs else None,
-                cut=self._cut,
-            )
-            for row, prompt_tokens in zip(self._rows, self._prompt_tokens, strict=True)
-        ]
+        """Everything generated so far and not taken, row by row."""
+        return [self._completion(row) for row in range(self._taken * self._n, self.stats.rows)]
+
+    def take(self) -> Iterator[list[Completion]]:
+        """The completions of the next prompts, in order, up to the first that is not finished.
+
+        Each is given once and then forgotten, so that a long run does not fill the memory.
+        """
+        while self._taken < len(self._prompt_tokens):
+            rows = range(self._taken * self._n, (self._taken + 1) * self._n)
+            if any(self._row(row).finish_reason == "interrupted" for row in rows):
+                return
+            completions = [self._completion(row) for row in rows]
+            for row in rows:
+                del self._rows[row]
+            self._taken += 1
+            yield completions
 
     def run(self) -> list[Completion]:
         """Generate to the end."""
         for _ in self:
             pass
         return self.completions
+
+    def run_in_order(self) -> Iterator[list[Completion]]:
+        """Generate to the end; each prompt's completions once those before it are finished."""
+        for _ in self:
+            yield from self.take()
+        yield from self.take()
 
 
 class LLM:
@@ -363,6 +423,74 @@ class LLM:
             return samples[0] if isinstance(prompt, str) else samples
         return completions[0] if isinstance(prompt, str) else completions
 
+    @overload
+    def generate_many(
+        self,
+        prompts: Sequence[str | tuple[str, str]],
+        max_new_tokens: int = 64,
+        *,
+        n: Literal[1] = 1,
+        batch_size: int = BATCH_SIZE,
+        special_tokens: bool = True,
+        mode: str = "psm",
+        **options: Unpack[Options],
+    ) -> Iterator[Completion]: ...
+
+    @overload
+    def generate_many(
+        self,
+        prompts: Sequence[str | tuple[str, str]],
+        max_new_tokens: int = 64,
+        *,
+        n: int,
+        batch_size: int = BATCH_SIZE,
+        special_tokens: bool = True,
+        mode: str = "psm",
+        **options: Unpack[Options],
+    ) -> Iterator[Any]: ...
+
+    def generate_many(
+        self,
+        prompts: Sequence[str | tuple[str, str]],
+        max_new_tokens: int = 64,
+        *,
+        n: int = 1,
+        batch_size: int = BATCH_SIZE,
+        special_tokens: bool = True,
+        mode: str = "psm",
+        **options: Unpack[Options],
+    ) -> Iterator[Any]:
+        """Complete any number of prompts, of which some are under way at a time.
+
+        The next prompt takes the place of one that is finished (`mqa_gpt.batching`). Everything is
+        checked at once, before the first completion.
+
+        Args:
+            prompts: texts, and pairs (prefix, suffix) between which to infill.
+            batch_size: rows under way at a time; the memory for keys and values is theirs.
+            max_new_tokens, n, special_tokens: as in `generate`.
+            mode: as in `infill`.
+            options: see `Options`; `draft` is not for this.
+
+        Returns:
+            What `generate` gives for each prompt, in order: each as soon as it and all before it
+            are finished.
+
+        Raises:
+            PromptError: an unusable option, or prompts, all of which it names.
+            CheckpointError: a pair, where the tokenizer has no infilling tokens.
+        """
+        generation = self.begin_many(
+            prompts,
+            max_new_tokens,
+            n=n,
+            batch_size=batch_size,
+            special_tokens=special_tokens,
+            mode=mode,
+            **options,
+        )
+        return (samples if n > 1 else samples[0] for samples in generation.run_in_order())
+
     def stream(
         self,
         prompt: str,
@@ -423,6 +551,46 @@ class LLM:
             )
         ids = [self.tokenizer.encode(p, special_tokens=special_tokens) for p in prompts]
         return Generation(self.model, self.tokenizer, ids, max_new_tokens, n=n, **options)
+
+    def begin_many(
+        self,
+        prompts: Sequence[str | tuple[str, str]],
+        max_new_tokens: int = 64,
+        *,
+        n: int = 1,
+        batch_size: int = BATCH_SIZE,
+        special_tokens: bool = True,
+        mode: str = "psm",
+        names: Sequence[str] | None = None,
+        **options: Unpack[Options],
+    ) -> Generation:
+        """Start completing many prompts; what `generate_many` runs on, with its arguments.
+
+        Args:
+            names: what messages call the prompts; "prompt 0", "prompt 1", ... if None.
+        """
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+            raise PromptError(f"prompts are {shown(prompts)}: they must be a list of texts")
+        names = names or [f"prompt {i}" for i in range(len(prompts))]
+        ids = []
+        for name, prompt in zip(names, prompts, strict=True):
+            try:
+                if isinstance(prompt, tuple) and len(prompt) == 2:
+                    ids.append(infill_prompt(self.tokenizer, *prompt, mode=mode))
+                else:
+                    ids.append(self.tokenizer.encode(prompt, special_tokens=special_tokens))
+            except PromptError as error:
+                raise PromptError(f"{name}: {error}") from error
+        return Generation(
+            self.model,
+            self.tokenizer,
+            ids,
+            max_new_tokens,
+            n=n,
+            batch_size=batch_size,
+            names=names,
+            **options,
+        )
 
     def begin_infill(
         self,

@@ -5,7 +5,18 @@ import time
 import pytest
 import torch
 
-from mqa_gpt import GPT, LLM, CheckpointError, GPTConfig, KVCache, PromptError, Tokenizer
+from mqa_gpt import (
+    GPT,
+    LLM,
+    CheckpointError,
+    GPTConfig,
+    KVCache,
+    PromptError,
+    PromptLookup,
+    Tokenizer,
+    memory,
+)
+from mqa_gpt.memory import cache_bytes
 from tests.helpers import SPECIALS, byte_tokenizer, our_model, reference_model, tiny_config
 
 
@@ -254,6 +265,94 @@ def test_time_that_the_reader_of_a_stream_takes_is_not_counted():
     for _ in generation:
         time.sleep(0.05)
     assert generation.stats.total_seconds < 0.05 * len("hello")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+@pytest.mark.parametrize("options", [{}, {"n": 3, "temperature": 1.0, "seed": 2}])
+def test_many_prompts_give_in_order_what_each_gives_alone(llm, batch_size, options):
+    prompts = ["def f(x):", "", "import os\nimport \N{SNAKE}", "a" * 60, "b", "ab", "\n\n"]
+    free = llm.generate(prompts[0], 25, **(options | {"n": 1})).text
+    options = options | {"stop": [free[5:7], "e"]}
+    alone = [llm.generate(p, 25, **options) for p in prompts]
+    assert list(llm.generate_many(prompts, 25, batch_size=batch_size, **options)) == alone
+    rows = [row for a in alone for row in (a if isinstance(a, list) else [a])]
+    assert {row.finish_reason for row in rows} == {"stop", "length"}
+
+
+def test_a_pair_among_many_prompts_is_infilled_and_its_control_tokens_are_text(llm):
+    pair = ("ab<fim_middle>", "cd")
+    for mode in ("psm", "spm"):
+        many = llm.generate_many(["ab", pair, "<fim_middle>"], 8, mode=mode)
+        assert list(many) == [
+            llm.generate("ab", 8),
+            llm.infill(*pair, 8, mode=mode),
+            llm.generate("<fim_middle>", 8),
+        ]
+
+
+def test_a_completion_is_given_once_it_and_all_before_it_are_finished():
+    llm = reciting("hello")
+    generation = llm.begin_many(["x"] * 5, batch_size=2)
+    given = []
+    for completions in generation.run_in_order():
+        given += completions
+        assert generation.stats.finished_rows in (len(given), len(given) + 1)
+    assert [completion.text for completion in given] == ["hello"] * 5
+    assert generation.completions == []  # given away, so that a long run does not keep them
+    assert (generation.stats.rows, generation.stats.new_tokens) == (5, 30)
+
+
+def test_many_completions_before_an_interrupt_are_those_that_were_not_given_yet():
+    generation = reciting("hello").begin_many(["x"] * 3, batch_size=1)
+    assert len(next(generation.run_in_order())) == 1
+    second, third = generation.completions
+    assert (second.text, second.finish_reason) == ("h", "interrupted")
+    assert (third.text, third.token_ids) == ("", [])
+
+
+def test_many_prompts_take_the_memory_of_those_under_way(llm, monkeypatch):
+    config, room = llm.model.config, 20
+    needed = 2 * cache_bytes(config, torch.float32, 4, room)
+    monkeypatch.setattr(memory, "available_memory", lambda device: needed)
+    prompts = ["a" * (room - 5)] * 9
+    with pytest.raises(PromptError, match="9 completions of 20 tokens need"):
+        llm.generate(prompts, 5)
+    assert len(list(llm.generate_many(prompts, 5, batch_size=4))) == 9
+    with pytest.raises(PromptError, match="5 completions of 20 tokens need"):
+        llm.generate_many(prompts, 5, batch_size=5)
+    # However many samples: those that wait take nothing.
+    next(llm.begin_many(prompts, 5, batch_size=4, n=10**12, temperature=1.0).__iter__())
+
+
+def test_no_prompts_and_no_new_tokens_are_nothing_to_do(llm):
+    assert list(llm.generate_many([])) == []
+    empty = llm.generate_many(["a", "b"], 0)
+    assert [(c.text, c.finish_reason, c.prompt_tokens) for c in empty] == [("", "length", 1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "words"),
+    [
+        ("text", {}, "prompts are 'text'"),
+        (None, {}, "prompts are None"),
+        (["a", 5], {}, "prompt 1: text is int"),
+        (["a", ("b", "c", "d")], {}, "prompt 1: text is tuple"),
+        (["a", ("b", None)], {}, "prompt 1: text is NoneType"),
+        (["a", "\ud800"], {}, "prompt 1: .* surrogate"),
+        (["a", ("b", "c")], {"mode": "pms"}, "prompt 1: mode is 'pms'"),
+        (["a", "b" * 200, "c", "d" * 300], {}, r"^prompt 1 has 200 .*\(1 more .*: prompt 3\)$"),
+        (["a" * 200] * 30, {}, r"\(29 more cannot be used: prompt 1, .*, prompt 10, \.\.\.\)$"),
+        (["a"], {"batch_size": 0}, "batch_size is 0"),
+        (["a"], {"batch_size": 1.5}, "batch_size is 1.5"),
+        (["a"], {"batch_size": True}, "batch_size is True"),
+        (["a"], {"draft": PromptLookup()}, "draft .* or batch_size"),
+        (["a"], {"n": 2}, "n is 2 but temperature is 0"),
+        (["a"], {"stop": ""}, "stop"),
+    ],
+)
+def test_unusable_input_among_many_is_named_before_the_model_runs(llm, prompts, options, words):
+    with pytest.raises(PromptError, match=words):
+        llm.generate_many(prompts, **options)
 
 
 def test_the_demo_checkpoint_has_no_revisions():

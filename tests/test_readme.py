@@ -22,11 +22,15 @@ def commands(text: str) -> list[str]:
 
 
 def help_texts() -> str:
-    runs = [[], ["generate"], ["infill"], ["verify"], ["inspect"], ["bench"], ["env"]]
+    names = ["generate", "infill", "batch", "verify", "inspect", "bench", "env"]
+    runs = [[], *([name] for name in names)]
     return "".join(CliRunner().invoke(app, [*run, "--help"]).stdout for run in runs)
 
 
-def test_the_python_examples_run_on_the_demo_checkpoint(capsys: pytest.CaptureFixture[str]):
+def test_the_python_examples_run_on_the_demo_checkpoint(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)  # one of them saves
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict[str, object] = {}
     for block in blocks:

@@ -1,0 +1,349 @@
+"""`mqa-gpt batch`: a file of prompts in, a file of results out, whatever happens in between."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from mqa_gpt import GPT, LLM
+from mqa_gpt.cli_batch import read_items
+from tests.test_cli import CONTEXT, environment, invoke, refusal, spelling_checkpoint
+
+PROMPTS: list[dict[str, Any]] = [
+    {"id": "long", "prompt": "0"},  # counts up to the limit; the others end with z, or at 9
+    {"id": 7, "prompt": "uvw", "note": "other keys are left alone"},
+    {"id": "7", "prompt": ""},
+    {"id": "é\ud800", "prompt": "w" * 30},
+    {"id": -1, "prefix": "x = ", "suffix": "\n"},
+    {"id": "", "prompt": "y"},
+]
+TEXTS = ["123456789012", "xyz", "abcdefghijkl", "xyz", "mnopqrstuvwx", "z"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(spelling_checkpoint(tmp_path_factory.mktemp("batch") / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: str) -> LLM:
+    return LLM.load(folder)
+
+
+@pytest.fixture
+def run(loaded: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command line for `PROMPTS`, two at a time, into `out` of the test's folder."""
+    monkeypatch.setattr(LLM, "load", lambda *args, **options: loaded)
+    write_lines(tmp_path / "in", PROMPTS)
+    files = [str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    return ["batch", *files, "--batch-size", "2", "--max-new-tokens", "12"]
+
+
+def write_lines(path: Path, entries: list[Any]) -> None:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def results(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_each_line_of_the_output_is_the_result_of_that_line_of_the_input(
+    run: list[str], tmp_path: Path
+):
+    result = invoke(*run)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr.startswith(
+        f"6 of 6 results in {tmp_path / 'out'}: 0 were there, 6 are new"
+    )
+    found = results(tmp_path / "out")
+    assert [entry["id"] for entry in found] == [entry["id"] for entry in PROMPTS]
+    assert [entry["completions"][0]["text"] for entry in found] == TEXTS
+    assert found[0] == {
+        "id": "long",
+        "prompt_tokens": 1,
+        "completions": [{"text": TEXTS[0], "finish_reason": "length", "new_tokens": 12}],
+    }
+    assert found[1]["completions"][0] == {"text": "xyz", "finish_reason": "stop", "new_tokens": 4}
+    assert [entry["prompt_tokens"] for entry in found] == [1, 3, 1, 30, 8, 1]
+    assert (tmp_path / "out").read_bytes().isascii()
+
+
+def test_samples_of_a_prompt_are_in_its_line(run: list[str], tmp_path: Path):
+    options = ["--n", "3", "--temperature", "15", "--seed", "1"]
+    assert invoke(*run, *options).exit_code == 0
+    for entry, found in zip(PROMPTS[:2], results(tmp_path / "out"), strict=False):
+        alone = invoke("generate", entry["prompt"], "--max-new-tokens", "12", "--json", *options)
+        texts = [completion["text"] for completion in json.loads(alone.stdout)["completions"]]
+        assert [completion["text"] for completion in found["completions"]] == texts
+        assert len(set(texts)) > 1
+
+
+def test_whatever_a_killed_run_has_left_the_next_one_completes_to_the_same_file(
+    run: list[str], loaded: LLM, tmp_path: Path
+):
+    out = tmp_path / "out"
+    invoke(*run)
+    whole = out.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    cuts = [0, 1, 9, ends[0] - 1, ends[0], ends[0] + 1, ends[2] - 20, ends[3], len(whole) - 1]
+    for cut in [*cuts, len(whole)]:
+        out.write_bytes(whole[:cut])
+        before = sum(end <= cut for end in ends)
+        begin_many = mock.Mock(side_effect=loaded.begin_many)
+        with mock.patch.object(loaded, "begin_many", begin_many):
+            result = invoke(*run)
+        assert out.read_bytes() == whole
+        assert f"{before} were there, {6 - before} are new" in result.stderr
+        # What was there is not computed again.
+        assert len(begin_many.call_args.args[0]) == 6 - before
+
+
+def test_results_are_found_by_their_ids_wherever_they_are(run: list[str], tmp_path: Path):
+    invoke(*run)
+    whole = (tmp_path / "out").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out").write_bytes(whole[4] + whole[1])
+    invoke(*run)
+    order = [4, 1, 0, 2, 3, 5]
+    assert (tmp_path / "out").read_bytes().splitlines(keepends=True) == [whole[i] for i in order]
+
+
+def test_prompts_that_are_added_to_the_input_are_completed_by_the_next_run(
+    run: list[str], tmp_path: Path
+):
+    write_lines(tmp_path / "in", PROMPTS[:2])
+    invoke(*run)
+    write_lines(tmp_path / "in", PROMPTS)
+    invoke(*run)
+    assert [entry["completions"][0]["text"] for entry in results(tmp_path / "out")] == TEXTS
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_keeps_what_is_done_and_the_next_run_goes_on(
+    run: list[str], tmp_path: Path, as_json: bool
+):
+    invoke(*run)
+    whole = (tmp_path / "out").read_bytes()
+    (tmp_path / "out").unlink()
+    forward, calls = GPT.forward, iter(range(100))
+
+    def interrupted(self: GPT, *arguments: object, **options: object) -> torch.Tensor:
+        if next(calls) == 16:
+            raise KeyboardInterrupt
+        return forward(self, *arguments, **options)
+
+    with mock.patch.object(GPT, "forward", interrupted):
+        result = invoke(*run, *["--json"] * as_json)
+    assert result.exit_code == 130
+    kept = (tmp_path / "out").read_bytes()
+    done = kept.count(b"\n")
+    assert 0 < done < 6
+    assert whole.startswith(kept)
+    assert kept.endswith(b"\n")
+    if as_json:
+        report = json.loads(result.stdout)
+        assert (report["interrupted"], report["written"], report["prompts"]) == (True, done, 6)
+    else:
+        assert f"{done} of 6 results" in result.stderr
+        assert result.stderr.endswith("the same command goes on from there\ninterrupted\n")
+    invoke(*run)
+    assert (tmp_path / "out").read_bytes() == whole
+
+
+def test_a_run_that_is_killed_has_written_what_was_finished(folder: str, tmp_path: Path):
+    write_lines(tmp_path / "in", [{"id": i, "prompt": "y" if i < 3 else "0"} for i in range(4)])
+    command = ["batch", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-m", folder]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mqa_gpt", *command, "--max-new-tokens", str(CONTEXT - 1)],
+        env=environment(),
+    )
+    while not (tmp_path / "out").exists() or (tmp_path / "out").read_bytes().count(b"\n") < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [entry["completions"][0]["text"] for entry in results(tmp_path / "out")] == ["z"] * 3
+    assert "3 were there, 1 are new" in invoke(*command, "--max-new-tokens", "5").stderr
+
+
+def test_json_sums_up(run: list[str], tmp_path: Path):
+    report = json.loads(invoke(*run, "--json").stdout)
+    assert report["output"] == str(tmp_path / "out")
+    assert (report["prompts"], report["found"], report["written"]) == (6, 0, 6)
+    stats, entries = report["stats"], results(tmp_path / "out")
+    assert stats["new_tokens"] == sum(e["completions"][0]["new_tokens"] for e in entries)
+    assert stats["prompt_tokens"] == sum(e["prompt_tokens"] for e in entries)
+    assert stats["tokens_per_second"] == pytest.approx(stats["new_tokens"] / stats["total_seconds"])
+    again = json.loads(invoke(*run, "--json").stdout)
+    assert (again["found"], again["written"], again["interrupted"]) == (6, 0, False)
+
+
+def test_every_option_reaches_the_library(run: list[str]):
+    options: dict[str, Any] = {
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.5,
+        "seed": 7,
+        "n": 2,
+        "mode": "spm",
+        "batch_size": 9,
+    }
+    flags = [part for k, v in options.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+    with mock.patch.object(LLM, "begin_many", side_effect=KeyboardInterrupt) as begin:
+        invoke(*run, *flags, "--no-special-tokens", "--stop", r"\n", "--stop", "b")
+    assert begin.call_args.args[1] == 12
+    expected = options | {"special_tokens": False, "stop": ["\n", "b"]}
+    assert begin.call_args.kwargs.items() >= expected.items()
+
+
+def test_the_input_may_be_standard_input_with_empty_lines(run: list[str], tmp_path: Path):
+    lines = "\n\n".join(map(json.dumps, PROMPTS))
+    assert invoke(run[0], "-", *run[2:], stdin=lines).exit_code == 0
+    assert [entry["completions"][0]["text"] for entry in results(tmp_path / "out")] == TEXTS
+    assert [item.line for item in read_items(str(tmp_path / "in"))] == [1, 2, 3, 4, 5, 6]
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "line 2 of {} is not JSON: Expecting"),
+        ("[" * 100_000, "line 2 of {} is not JSON"),
+        ('{"id": ' + "9" * 5000 + "}", "line 2 of {} is not JSON"),
+        ('"def f(x):"', "line 2 of {} is 'def f(x):': it must be a JSON object"),
+        ('{"prompt": "a"}', "line 2 of {} has no id"),
+        ('{"id": null, "prompt": "a"}', "line 2 of {} has the id None: it must be a text"),
+        ('{"id": true, "prompt": "a"}', "line 2 of {} has the id True"),
+        ('{"id": 1.0, "prompt": "a"}', "line 2 of {} has the id 1.0"),
+        ('{"id": "a", "prompt": "a"}', "line 2 of {} has the id 'a' of line 1"),
+        ('{"id": 1}', "line 2 of {} holds nothing to complete"),
+        ('{"id": 1, "prefix": "a"}', "line 2 of {} holds prefix: it must"),
+        ('{"id": 1, "prompt": "a", "suffix": "b"}', "line 2 of {} holds prompt and suffix"),
+        ('{"id": 1, "prompt": 5}', "line 2 (id 1): text is int"),
+        ('{"id": 1, "prompt": "\\ud800"}', "line 2 (id 1): text holds a lone surrogate"),
+        ('{"id": 1, "prompt": ["a", "b"]}', "line 2 (id 1): text is list"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named(run: list[str], tmp_path: Path, line: str, says: str):
+    (tmp_path / "in").write_text('{"id": "a", "prompt": "b"}\n' + line)
+    assert refusal(*run).startswith(says.format(repr(str(tmp_path / "in"))))
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_prompts_that_are_too_long_are_named_before_anything_is_written(
+    run: list[str], tmp_path: Path
+):
+    long = "a" * CONTEXT
+    write_lines(tmp_path / "in", [PROMPTS[0], *({"id": i, "prompt": long} for i in "abc")])
+    message = refusal(*run)
+    assert message.startswith(f"line 2 (id 'a') has {CONTEXT} tokens and max_new_tokens is 12")
+    assert message.endswith("(2 more cannot be used: line 3 (id 'b'), line 4 (id 'c'))")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("print('important')\n", "line 1 of {} is not JSON"),
+        ("important", "line 1 of {} is not JSON"),
+        ('{"id": "long", "prompt": "0"}\n', "line 1 of {} is not a result of this command"),
+        ('{"id": "b", "completions": []}\n', "line 1 of {} has the id 'b', which the input does"),
+        ('{"id": 7, "completions": []}\n' * 2, "line 2 of {} has the id 7 of line 1"),
+        ('{"id": 7, "completions": []}\n\n', "line 2 of {} is not JSON"),
+        ('{"id": 7, "comple\n{"id": "7", "completions": []}\n', "line 1 of {} is not JSON"),
+        ("\xff\xfe\n", "line 1 of {} is not JSON"),
+    ],
+)
+def test_an_output_that_holds_something_else_is_refused_and_left_alone(
+    run: list[str], tmp_path: Path, text: str, says: str
+):
+    (tmp_path / "out").write_text(text, encoding="latin-1")
+    message = refusal(*run)
+    assert message.startswith(says.format(f"the output {str(tmp_path / 'out')!r}"))
+    assert (tmp_path / "out").read_text(encoding="latin-1") == text
+
+
+def test_the_input_is_not_taken_for_the_output(run: list[str], tmp_path: Path):
+    before = (tmp_path / "in").read_bytes()
+    assert "is not a result of this command" in refusal(*run, "--output", run[1])
+    assert (tmp_path / "in").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [
+        (".", "is not a file"),
+        (os.devnull, "is not a file"),
+        ("no/such/folder/out", "is in a folder that does not exist"),
+        ("a\0b", "null"),
+        ("\ud800", "surrogate"),
+        ("x" * 5000, "name too long"),
+    ],
+)
+def test_an_output_that_cannot_be_a_file_is_refused(run: list[str], output: str, says: str):
+    assert says in refusal(*run, "--output", output)
+
+
+def test_a_full_disk_is_an_error_of_one_line_that_names_the_output(run: list[str], tmp_path: Path):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch("mqa_gpt.cli_batch._line", side_effect=full):
+        assert refusal(*run) == f"cannot write {tmp_path / 'out'}: No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--n", "2"], "n is 2 but temperature is 0"),
+        (["--mode", "pms"], "psm, spm"),
+        (["--stop", ""], "stop"),
+    ],
+)
+def test_an_option_out_of_range_is_bad_input(run: list[str], flags: list[str], says: str):
+    assert says in refusal(*run, *flags)
+
+
+def test_an_input_that_is_not_there_is_bad_input(run: list[str]):
+    assert "no-such-file" in refusal(run[0], "no-such-file", *run[2:])
+
+
+def test_a_terminal_sees_a_progress_bar_with_the_speed(folder: str, tmp_path: Path):
+    write_lines(tmp_path / "in", PROMPTS)
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    command = ["batch", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-m", folder]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mqa_gpt", *command, "--max-new-tokens", "5"],
+        env=environment() | {"TERM": "xterm"},
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while piece := os.read(ours, 1000):
+            shown += piece
+    except OSError:  # how Linux reports that the other side is closed
+        pass
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    assert process.stdout is not None
+    assert process.stdout.read() == b""
+    assert b"6/6" in shown
+    assert shown.count(b"tok/s") > 1
