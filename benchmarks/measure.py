@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, and results that say where they come from."""
+"""What the benchmarks share: interleaved timing, results that say where they come from, plots."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,19 +21,22 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def interleaved(
-    actions: Mapping[str, Callable[[], object]], repeats: int, label: str
+    actions: Mapping[str, Callable[[], object]],
+    repeats: int,
+    label: str,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, Any]]:
     """Run each action once as a warm-up, then all of them in turn, `repeats` times.
 
     Args:
-        actions: name -> what to time (see `take_turns`).
+        actions, clock: what to time, by name, and how (see `take_turns`).
 
     Returns:
         name -> {"median", "min", "max", "seconds": all repeats in order}, in seconds.
     """
     for action in actions.values():
         action()
-    seconds = take_turns(actions, repeats, label)
+    seconds = take_turns(actions, repeats, label, clock)
     return {
         name: {
             "median": statistics.median(values),
@@ -55,7 +60,7 @@ def write_result(
     given = {
         name: value
         for name, value in vars(options).items()
-        if value is not None and not isinstance(value, Path)
+        if value is not None and value is not False and not isinstance(value, Path)
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {
@@ -70,10 +75,26 @@ def write_result(
     print(f"written to {path}", file=sys.stderr)
 
 
+@contextmanager
+def open_plot(path: Path, panels: int, title: str, width: float = 5.5) -> Iterator[Any]:
+    """Axes side by side to draw on, `width` inches each, written as a PNG in the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, panels, figsize=(width * panels, 4.5), layout="constrained")
+    figure.suptitle(title)
+    yield axes
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    print(f"drawn to {path}", file=sys.stderr)
+
+
 def command(script: str, options: Mapping[str, Any]) -> str:
     """What repeats a benchmark from the root of the repository, defaults spelled out."""
     words = ["python", f"benchmarks/{script}"]
     for name, value in options.items():
-        values = value if isinstance(value, list) else [value]
+        values = value if isinstance(value, list) else [] if value is True else [value]
         words += [f"--{name.replace('_', '-')}", *map(str, values)]
     return shlex.join(words)

@@ -223,20 +223,18 @@ def benchmark(
             for peer in PEERS[name].load(Path(folder), gpt):
                 contenders.append(peer)
                 written |= {(peer.name, r): peer.generate(ids, r.new) for r, ids in prompts.items()}
-        probes = _probes(gpt.device, gpt.dtype)
+        limits = probes(gpt.device, gpt.dtype)
         actions: dict[Any, Callable[[], object]] = {
             (contender.name, request): partial(contender.generate, ids, request.new)
             for request, ids in prompts.items()
             for contender in contenders
         }
-        actions |= {name: probe.run for name, probe in probes.items()}
-        for probe in probes.values():
+        actions |= {name: probe.run for name, probe in limits.items()}
+        for probe in limits.values():
             probe.run()
         seconds = take_turns(actions, repeats, "measuring", clock)
 
-    ceilings = Ceilings(
-        **{name: probe.amount / statistics.median(seconds[name]) for name, probe in probes.items()}
-    )
+    ceilings = reached(limits, seconds)
     return Report(
         model=shape or ("demo" if model is None else str(model)),
         weights="checkpoint" if shape is None else "random",
@@ -393,8 +391,8 @@ def _require_room(
         )
 
 
-def _probes(device: torch.device, dtype: torch.dtype) -> dict[str, Probe]:
-    """What measures each field of `Ceilings`, in its unit."""
+def probes(device: torch.device, dtype: torch.dtype) -> dict[str, Probe]:
+    """What measures each field of `Ceilings`, by its name and in its unit."""
     memory = torch.rand(PROBE_BYTES // 4, device=device)
     matrix, vector = memory.view(-1, 4096), torch.rand(4096, device=device)
     half = len(memory) // 2
@@ -416,6 +414,13 @@ def _probes(device: torch.device, dtype: torch.dtype) -> dict[str, Probe]:
         ),
         "matmul_tflops": Probe(finished(lambda: a @ b), 2 * size**3 / 1e12),
     }
+
+
+def reached(limits: Mapping[str, Probe], seconds: Mapping[Any, list[float]]) -> Ceilings:
+    """What the probes did in the median of their times."""
+    return Ceilings(
+        **{name: probe.amount / statistics.median(seconds[name]) for name, probe in limits.items()}
+    )
 
 
 def _result(

@@ -1,0 +1,209 @@
+"""What does one key/value head for all queries save over one for each, when decoding?
+
+    python benchmarks/mqa_vs_mha.py                                       # CPU, some minutes
+    python benchmarks/mqa_vs_mha.py --one-thread                          # on a CPU in use
+    python benchmarks/mqa_vs_mha.py --shape starcoderbase-1b --dtype bfloat16 \
+        --batch 1 8 32 --context 512 2048 8192                            # GPU
+
+Two models of random weights take turns: the shape with multi-query attention, and with multi-head
+attention. Both have the same width, layers and, as in Shazeer (2019), the same number of weights:
+what `c_attn` of the first is smaller, its MLP is wider. A measurement is one decode step of the
+whole model behind a cache of `context` tokens per row, as `LLM.load` would run it: on a CPU in
+float32 with packed weights, on a GPU as a CUDA graph. The largest batch is computed from the sizes.
+
+`--one-thread` counts the processor's time of one thread, in which the turns of other programs do
+not show: on a machine that others use, several threads would mostly wait for one another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from clock import Clock
+from measure import RESULTS, interleaved, open_plot, write_result
+
+from mqa_gpt import GPT, GPTConfig, KVCache
+from mqa_gpt.bench import random_model
+from mqa_gpt.checkpoint import as_device, as_dtype
+from mqa_gpt.inspection import Inspection
+from mqa_gpt.memory import available_memory, cache_bytes
+from mqa_gpt.packing import can_pack, pack
+
+NAMES = ("MQA", "MHA")
+
+
+def both_configs(shape: str) -> dict[str, GPTConfig]:
+    """The shape with one key/value head and with H, equally many weights in their matrices."""
+    config = GPTConfig.official(shape)
+    mha = dataclasses.replace(config, multi_query=False)
+    # K and V of MHA have 2 C (C - D) weights more; a unit of the MLP has 2 C.
+    wider = config.inner_size + config.n_embd - config.head_dim
+    return {"MQA": dataclasses.replace(config, n_inner=wider), "MHA": mha}
+
+
+def decode_step(model: GPT, batch: int, context: int) -> Callable[[], object]:
+    """A function that decodes the token at the end of `context` tokens per row, its own included;
+    each call the same one. The cache holds random numbers.
+    """
+    cache = KVCache(model.config, batch, context, dtype=model.dtype, device=model.device)
+    cache.kv.normal_()
+    ids = torch.randint(model.config.vocab_size, (batch, 1), device=model.device)  # (B, 1)
+
+    def step() -> None:
+        cache.end = context - 1
+        with torch.inference_mode():
+            model(ids, cache=cache)
+
+    return step
+
+
+def largest_batch(config: GPTConfig, dtype: torch.dtype, context: int, memory: float) -> int:
+    """Rows of `context` tokens whose cache fits beside the weights."""
+    left = memory - parameters(config) * dtype.itemsize
+    return max(0, int(left // cache_bytes(config, dtype, 1, context)))
+
+
+def parameters(config: GPTConfig) -> int:
+    return sum(Inspection(name="", config=config, tensors=[]).parameters.values())
+
+
+def measure(
+    models: dict[str, GPT], batch: int, context: int, repeats: int, one_thread: bool
+) -> dict[str, Any]:
+    """One case: seconds per step of both, and MHA's over MQA's in the same round."""
+    any_model = models["MQA"]
+    clock = Clock(any_model.device)
+    case: dict[str, Any] = {"batch": batch, "context": context}
+    case["cache_bytes"] = {
+        name: cache_bytes(model.config, model.dtype, batch, context)
+        for name, model in models.items()
+    }
+    room = available_memory(any_model.device)
+    if room is not None and sum(case["cache_bytes"].values()) > 0.8 * room:
+        return case | {"left_out": "the caches do not fit into the memory that is free"}
+    record = clock.recorder()
+    actions = {name: record(decode_step(model, batch, context)) for name, model in models.items()}
+    label = f"batch {batch}, context {context}"
+    if one_thread:
+        times = interleaved(actions, repeats, label, time.process_time)
+    else:
+        times = clock.times(actions, repeats, label)
+    rounds = zip(times["MHA"]["seconds"], times["MQA"]["seconds"], strict=True)
+    ratios = [mha / mqa for mha, mqa in rounds]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    del actions
+    clock.release()
+    return case | {"times": times, "ratio": {"median": middle, "quartiles": [low, high]}}
+
+
+def plot(figures: dict[str, Any], title: str, path: Path) -> None:
+    """Time per step and its ratio over the context, a line per batch; the largest batch."""
+    cases = [case for case in figures["cases"] if "times" in case]
+    batches = sorted({case["batch"] for case in cases})
+    colours = {batch: f"C{i}" for i, batch in enumerate(batches)}
+    with open_plot(path, 3, title) as (seconds, ratio, largest):
+        for batch in batches:
+            mine = [case for case in cases if case["batch"] == batch]
+            xs = [case["context"] for case in mine]
+            for name, style in zip(NAMES, ("o-", "s--"), strict=True):
+                ys = [1000 * case["times"][name]["median"] for case in mine]
+                seconds.plot(xs, ys, style, color=colours[batch], label=f"{name}, batch {batch}")
+            middle = [case["ratio"]["median"] for case in mine]
+            ends = [case["ratio"]["quartiles"] for case in mine]
+            ratio.plot(xs, middle, "o-", color=colours[batch], label=f"batch {batch}")
+            ratio.fill_between(xs, *zip(*ends, strict=True), color=colours[batch], alpha=0.2)
+        for name, style in zip(NAMES, ("o-", "s--"), strict=True):
+            rows = figures["largest_batch"]["rows"]
+            points = [(int(context), both[name]) for context, both in rows.items() if both[name]]
+            largest.plot(*zip(*points, strict=True), style, color="black", label=name)
+        seconds.set(ylabel="milliseconds per decode step", yscale="log")
+        ratio.set(ylabel="MHA's time / MQA's (shaded: quartiles)")
+        ratio.axhline(1, color="grey", linewidth=0.8)
+        memory = figures["largest_batch"]["memory_gb"]
+        largest.set(ylabel=f"largest batch in {memory:g} GB (computed)", yscale="log")
+        for axes in (seconds, ratio, largest):
+            axes.set_xscale("log")
+            axes.set_xticks(sorted({case["context"] for case in cases}), minor=False)
+            axes.set_xticks([], minor=True)
+            axes.xaxis.set_major_formatter("{x:.0f}")
+            axes.set(xlabel="context, tokens")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", default="tiny_starcoder_py", help="an official shape")
+    parser.add_argument("--device", help="default: the GPU if there is one")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 8])
+    parser.add_argument("--context", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--memory-gb", type=float, default=16.0, help="for the largest batch")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--one-thread", action="store_true", help="for a CPU that others use")
+    parser.add_argument("--note", help="kept with the result: what else this machine did")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/mqa_vs_mha_*.json")
+    options = parser.parse_args(arguments)
+
+    device, dtype = as_device(options.device), as_dtype(options.dtype)
+    if options.one_thread:
+        if device.type != "cpu":
+            parser.error("--one-thread is for a CPU: add --device cpu")
+        torch.set_num_threads(1)
+    configs = both_configs(options.shape)
+    models = {name: random_model(config, dtype, device) for name, config in configs.items()}
+    for model in models.values():
+        if can_pack(model):
+            pack(model)
+    figures: dict[str, Any] = {
+        "parameters": {name: parameters(config) for name, config in configs.items()},
+        "n_inner": {name: config.inner_size for name, config in configs.items()},
+        "cache_bytes_per_token": {
+            name: cache_bytes(config, dtype) for name, config in configs.items()
+        },
+        "cases": [
+            measure(models, batch, context, options.repeats, options.one_thread)
+            for batch in options.batch
+            for context in options.context
+        ],
+        "largest_batch": {
+            "memory_gb": options.memory_gb,
+            "rows": {
+                str(context): {
+                    name: largest_batch(config, dtype, context, options.memory_gb * 1e9)
+                    for name, config in configs.items()
+                }
+                for context in options.context
+            },
+        },
+    }
+    print(f"{'batch':>6}{'context':>9}{'MQA, ms':>10}{'MHA, ms':>10}{'ratio':>8}  quartiles")
+    for case in figures["cases"]:
+        line = f"{case['batch']:>6}{case['context']:>9}"
+        if "left_out" in case:
+            print(f"{line}  {case['left_out']}")
+            continue
+        mqa, mha = (1000 * case["times"][name]["median"] for name in NAMES)
+        low, high = case["ratio"]["quartiles"]
+        ratio = case["ratio"]["median"]
+        print(f"{line}{mqa:>10.1f}{mha:>10.1f}{ratio:>8.2f}  {low:.2f} to {high:.2f}")
+    place = (
+        re.sub(r"\W+", "_", torch.cuda.get_device_name(device)) if Clock(device).has_gpu else "cpu"
+    )
+    output = options.output or RESULTS / f"mqa_vs_mha_{options.shape}_{place}.json"
+    write_result(output, __doc__.split("\n")[0], options, figures)
+    title = f"One key/value head (MQA) or one per query head (MHA): {options.shape}, "
+    title += f"{options.dtype}, {place}{', one thread' if options.one_thread else ''}"
+    plot(figures, title, output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
