@@ -52,6 +52,8 @@ from mqa_gpt.memory import available_memory, cache_bytes
 from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack, packing_bytes
 from mqa_gpt.peers import OURS, PEERS, Contender, ours, require_peers
+from mqa_gpt.quantization import check_method, is_quantized
+from mqa_gpt.quantization import quantize as quantize_model
 
 PROBE_BYTES = 1 << 30  # more than the caches of a processor hold
 CPU_PROBE_SIZE, GPU_PROBE_SIZE = 2048, 8192  # rows and columns of the matrices multiplied
@@ -177,6 +179,7 @@ def benchmark(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     backend: str = "auto",
+    quantize: str | None = None,
     prompt_lengths: Sequence[int] = (512,),
     new_lengths: Sequence[int] = (128,),
     batches: Sequence[int] = (1,),
@@ -186,12 +189,12 @@ def benchmark(
 ) -> Report:
     """Measure a model with random ids as prompts; see the module's text for what is measured.
 
-    On a CPU in float32 the weights are packed, as by `LLM.load`.
+    On a CPU the weights are packed, as by `LLM.load`.
 
     Args:
         shape: the name of an official shape, which gets random weights.
         model, revision: instead, a checkpoint (see `load_model`); the demo if there is neither.
-        device, backend: see `load_model`.
+        device, backend, quantize: see `load_model`. Peers get the weights as they were before.
         dtype: None keeps the checkpoint's; of a shape it is float32 on a CPU, elsewhere bfloat16.
         prompt_lengths, new_lengths: in tokens. 0 leaves out what would need them.
         batches: rows.
@@ -205,6 +208,7 @@ def benchmark(
             memory.
         CheckpointError, ConfigError: see `load_model`.
     """
+    check_method(quantize)
     tests = plan(prompt_lengths, new_lengths, batches)
     if not is_int(repeats) or repeats < 1:
         raise InputError(f"the repeats are {shown(repeats)}: they must be an integer of at least 1")
@@ -213,6 +217,8 @@ def benchmark(
     with tempfile.TemporaryDirectory() as folder:
         if compare:
             gpt.save_pretrained(folder)
+        if quantize is not None and not is_quantized(gpt.config):
+            quantize_model(gpt)
         if can_pack(gpt):
             pack(gpt)
         prompts = {test.request: random_prompts(gpt.config, test.request) for test in tests}
@@ -243,8 +249,9 @@ def benchmark(
         dtype=str(gpt.dtype).removeprefix("torch."),
         device=str(gpt.device),
         backend=backend,
+        quantize=quantize,
         repeats=repeats,
-        weight_bytes=weight_bytes(gpt.config, gpt.dtype.itemsize),
+        weight_bytes=weight_bytes(gpt.config, contenders[0].itemsize),
         cache_bytes_per_token=cache_bytes(gpt.config, gpt.dtype),
         peak_memory_bytes=peak,
         ceilings=ceilings,

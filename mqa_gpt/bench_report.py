@@ -61,6 +61,7 @@ class Report:
 
     Attributes:
         weights: "random" of a shape, else "checkpoint".
+        quantize: what `benchmark` was asked for; the peers' weights are never quantized by it.
         weight_bytes: that each forward pass reads.
         cache_bytes_per_token: of K and V.
         peak_memory_bytes: the most this process held until it had loaded the model and run every
@@ -75,6 +76,7 @@ class Report:
     dtype: str
     device: str
     backend: str
+    quantize: str | None
     repeats: int
     weight_bytes: int
     cache_bytes_per_token: int
@@ -90,7 +92,16 @@ class Report:
 
     def to_csv(self) -> str:
         """A heading and one line per result, each with what the results share; no repeats."""
-        names = ("model", "weights", "parameters", "dtype", "device", "backend", "repeats")
+        names = (
+            "model",
+            "weights",
+            "parameters",
+            "dtype",
+            "device",
+            "backend",
+            "quantize",
+            "repeats",
+        )
         shared = {name: getattr(self, name) for name in (*names, "peak_memory_bytes")}
         shared |= asdict(self.ceilings)
         own = [field.name for field in fields(Result) if field.name != "seconds"]
@@ -127,9 +138,10 @@ class Report:
         where = f"{self.device}, {threads} threads" if self.device == "cpu" else self.device
         peak = self.peak_memory_bytes
         memory = "" if peak is None else f", peak memory {peak / 1e9:.2f} GB"
+        weights = "" if self.quantize is None else f" with {self.quantize} weights"
         about = (
             f"{self.model}: {self.parameters / 1e9:.3g} B parameters, {self.weights} weights, "
-            f"{self.dtype} on {where}, attention {self.backend}{memory}"
+            f"{self.dtype}{weights} on {where}, attention {self.backend}{memory}"
         )
         c = self.ceilings
         limits = (

@@ -639,6 +639,7 @@ def bench(
         ),
     ] = None,
     backend: Backend = "auto",
+    quantize: Quantize = None,
     n_prompt: Annotated[
         str, typer.Option("--n-prompt", "-p", metavar="N,...", help="Tokens per prompt.")
     ] = "512",
@@ -686,6 +687,7 @@ def bench(
         device=device,
         dtype=dtype,
         backend=backend,
+        quantize=quantize,
         prompt_lengths=numbers(n_prompt, "--n-prompt"),
         new_lengths=numbers(n_gen, "--n-gen"),
         batches=numbers(batch, "--batch"),

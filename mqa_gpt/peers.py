@@ -19,6 +19,7 @@ from mqa_gpt.environment import version
 from mqa_gpt.errors import InputError
 from mqa_gpt.generate import generate
 from mqa_gpt.model import GPT
+from mqa_gpt.quantization import is_quantized
 from mqa_gpt.verify import quiet_transformers
 
 OURS = "mqa-gpt"
@@ -52,7 +53,8 @@ class Peer(NamedTuple):
 
 def ours(model: GPT) -> Contender:
     """This implementation."""
-    return Contender(OURS, lambda prompts, n: generate(model, prompts, n), model.dtype.itemsize)
+    itemsize = 1 if is_quantized(model.config) else model.dtype.itemsize
+    return Contender(OURS, lambda prompts, n: generate(model, prompts, n), itemsize)
 
 
 def require_peers(names: Sequence[str]) -> None:

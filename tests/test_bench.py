@@ -380,3 +380,14 @@ def test_ctranslate2_refuses_one_key_value_head_per_query_head(tmp_path):
     model = random_model(tiny_config(multi_query=False), torch.float32, CPU)
     with pytest.raises(InputError, match="one key/value head only"):
         next(peers.load_ctranslate2(tmp_path, model))
+
+
+def test_8_bit_weights_count_a_byte_each_and_peers_get_the_weights_as_they_were(folder):
+    options = {"model": folder, "dtype": "float32", "prompt_lengths": [], "new_lengths": [3]}
+    plain = benchmark(**options, repeats=1)
+    rounded = benchmark(**options, repeats=1, quantize="int8", compare=["transformers"])
+    assert rounded.weight_bytes * 4 == plain.weight_bytes
+    (before,), (own, theirs) = plain.results, rounded.results
+    assert own.gb_per_s * own.seconds[0] < 0.5 * before.gb_per_s * before.seconds[0]
+    assert theirs.contender == "transformers"
+    assert "float32 with int8 weights" in rounded.to_markdown()
