@@ -28,7 +28,7 @@ CASES_SHARE = 0.75  # of the time of "numerics"; the rest is for the other check
 
 
 class Case(NamedTuple):
-    """Shapes of one check; `start` holds the rows' first positions, `lengths` their real tokens."""
+    """Shapes of one check; per row its first position, real tokens and padding before them."""
 
     B: int
     T: int
@@ -38,6 +38,7 @@ class Case(NamedTuple):
     D: int
     start: tuple[int, ...]
     lengths: tuple[int, ...] | None = None
+    left_padding: tuple[int, ...] | None = None
 
 
 # Every T and S of 1, 63, 64, 65, 111, 128, 1000, D of 16, 32, 64, 80, 96, 128, 256, H of 1, 3, 12,
@@ -47,6 +48,8 @@ CASES = (
     Case(2, 1, 1000, 32, 1, 128, (999, 500)),
     Case(3, 65, 65, 12, 1, 128, (0, 0, 0), (65, 17, 1)),
     Case(2, 8, 1000, 32, 1, 128, (992, 130)),
+    Case(3, 65, 65, 12, 1, 128, (0, 0, 0), None, (0, 17, 64)),
+    Case(2, 1, 1000, 32, 1, 128, (999, 999), None, (0, 870)),
     Case(2, 111, 128, 22, 2, 64, (17, 3)),
     Case(1, 128, 128, 48, 1, 128, (0,)),
     Case(1, 1000, 1000, 16, 1, 64, (0,)),
@@ -59,10 +62,12 @@ CASES = (
     Case(1, 16, 111, 48, 1, 128, (95,)),
     Case(1, 63, 63, 16, 16, 96, (0,)),
     Case(2, 3, 20, 4, 2, 5, (0, 9)),
+    Case(3, 33, 128, 16, 2, 96, (64, 64, 64), (33, 20, 33), (63, 75, 128)),
 )
 FEW_CASES = (
     Case(2, 5, 20, 4, 2, 24, (3, 15)),
     Case(2, 17, 17, 3, 1, 16, (0, 0), (17, 6)),
+    Case(3, 9, 20, 4, 2, 16, (8, 8, 8), (9, 7, 9), (3, 12, 20)),
 )
 
 
@@ -87,6 +92,7 @@ def check_numerics(
         check_compiled,
         check_determinism,
         check_operator,
+        check_integration,
     ]
     if large:
         checks.append(check_beyond_32_bits)
@@ -106,11 +112,11 @@ def check_numerics(
 
 def check_case(device: torch.device, case: Case, dtype: str) -> Row:
     """One case by the error rule: "verdicts" on out, lse, dq, dk and dv, and whether all passed."""
-    q, k, v, start, lengths, do = case_inputs(device, case, getattr(torch, dtype))
+    q, k, v, start, lengths, left, do = case_inputs(device, case, getattr(torch, dtype))
 
     with poisoned_allocations(), torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out, lse = attention(*leaves, start, lengths=lengths, return_lse=True)
+        out, lse = attention(*leaves, start, lengths=lengths, left_padding=left, return_lse=True)
         answers = dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, leaves, do), strict=True))
     answers |= {"out": out.detach(), "lse": lse}
 
@@ -118,14 +124,23 @@ def check_case(device: torch.device, case: Case, dtype: str) -> Row:
     real = torch.ones(q.shape[:2], dtype=torch.bool, device=device)  # (B, T)
     if lengths is not None:  # what is beyond a row's end is zero and has no gradient
         real = torch.arange(case.T, device=device) < lengths[:, None]
+    # A row that is rolled to the left by its padding is one without; padded queries come last.
+    left = torch.zeros_like(start) if left is None else left
+    new = (left - start).clamp(min=0)  # (B,); padding among the queries
+    real &= torch.arange(case.T, device=device) >= new[:, None]
     do = do * real[..., None, None]
+    q, do, k, v = rolled(q, new), rolled(do, new), rolled(k, left), rolled(v, left)
+    start = (start - left).clamp(min=0)
     wide = [x.double() for x in (q, k, v)]
     exact = by_pieces(exact_attention, wide[0], wide[1], wide[2], start, do.double())
     plain = by_pieces(plain_attention, q, k, v, start, do)
     scale = case.D**-0.5
     exact["lse"] = reference.log_sum_exp(wide[0], wide[1], start, scale)
     plain["lse"] = reference.log_sum_exp(q.float(), k.float(), start, scale)
+    shifts = {"out": new, "lse": new, "dq": new, "dk": left, "dv": left}
     for truth in (exact, plain):
+        for name, shift in shifts.items():
+            truth[name] = rolled(truth[name], -shift)
         truth["out"] = truth["out"] * real[..., None, None]
     for each in (exact, plain, answers):
         each["lse"] = each["lse"].where(real[..., None], 0.0)
@@ -141,13 +156,20 @@ def check_case(device: torch.device, case: Case, dtype: str) -> Row:
     }
 
 
+def rolled(x: Tensor, counts: Tensor) -> Tensor:
+    """x (B, N, ...) with row b's N entries moved counts[b] to the left, around the end."""
+    B, N = x.shape[:2]
+    places = (torch.arange(N, device=x.device) + counts[:, None]) % N  # (B, N)
+    return x[torch.arange(B, device=x.device)[:, None], places]
+
+
 def case_inputs(device: torch.device, case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """q, k, v, start, lengths (or None) and dO of a case, laid out as in a model.
+    """q, k, v, start, lengths, left padding (both or None) and dO of a case, as in a model.
 
     q is a part of a fused projection (B, T, (H + 2 G) D), and so are k and v if there is no cache,
     else they are parts of a cache (B, S, G, 2 D). What nobody may look at is NaN.
     """
-    B, T, S, H, G, D, first, real = case
+    B, T, S, H, G, D, first, real, padding = case
     generator = torch.Generator(device).manual_seed(0)
     normal = partial(torch.randn, generator=generator, device=device)
     qkv = normal(B, T, (H + 2 * G) * D).to(dtype)
@@ -161,10 +183,13 @@ def case_inputs(device: torch.device, case: Case, dtype: torch.dtype) -> tuple[T
         for b, position in enumerate(first):
             kv[b, position + T :] = float("nan")
         k, v = kv.chunk(2, -1)
+    for b, count in enumerate(padding or ()):
+        k[b, :count] = v[b, :count] = float("nan")
     do = normal(B, H, T, D).to(dtype).transpose(1, 2)  # its strides are not those of out
     start = torch.tensor(first, device=device)
     lengths = None if real is None else torch.tensor(real, device=device)
-    return q, k, v, start, lengths, do  # type: ignore[return-value]
+    left = None if padding is None else torch.tensor(padding, device=device)
+    return q, k, v, start, lengths, left, do  # type: ignore[return-value]
 
 
 @contextmanager
@@ -202,7 +227,7 @@ def check_capture(device: torch.device) -> Row:
 
 def check_compiled(device: torch.device) -> Row:
     """torch.compile takes the operator into one graph, with its gradient."""
-    q, k, v, _, _, do = case_inputs(device, Case(1, 33, 33, 4, 1, 64, (0,)), torch.float32)
+    q, k, v, *_, do = case_inputs(device, Case(1, 33, 33, 4, 1, 64, (0,)), torch.float32)
 
     def layer(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q * 2, k, v) * 3
@@ -220,7 +245,7 @@ def check_determinism(device: torch.device) -> Row:
     """Gradients are the same bits at every run."""
     gpu = device.type == "cuda"
     case = Case(2, 1000, 1000, 32, 1, 128, (0, 0)) if gpu else Case(2, 20, 20, 4, 1, 16, (0, 0))
-    q, k, v, _, _, do = case_inputs(device, case, torch.bfloat16)
+    q, k, v, *_, do = case_inputs(device, case, torch.bfloat16)
     first, *others = (
         by_pieces(lambda q, k, v, _: attention(q, k, v), q, k, v, 0, do) for _ in range(3)
     )
@@ -239,6 +264,38 @@ def check_operator(device: torch.device) -> Row:
     arguments = {a.name: given.get(a.name) for a in operator.default._schema.arguments}
     outcome = torch.library.opcheck(operator, (), arguments)
     return {"passed": set(outcome.values()) == {"SUCCESS"}, "outcome": outcome}
+
+
+def check_integration(device: torch.device) -> Row:
+    """From a padded batch transformers' model generates on the kernels what it does on sdpa."""
+    from mqa_gpt.integrations.transformers import register
+
+    register()
+    gpu = device.type == "cuda"
+    lengths = torch.tensor(PROMPT_LENGTHS if gpu else (2, 7, 1), device=device)
+    slots = torch.arange(int(lengths.max()), device=device)
+    mask = (slots >= len(slots) - lengths[:, None]).long()  # (B, T)
+    equal = {}
+    for multi_query, cache in product((True, False), ("dynamic", "static")):
+        config = GPTConfig(
+            vocab_size=61, n_positions=64, n_embd=256 if gpu else 48, n_layer=2,
+            n_head=4 if gpu else 3, multi_query=multi_query, bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+        _, theirs = random_pair(config, torch.float32, device)
+        generator = torch.Generator(device).manual_seed(1)
+        ids = torch.randint(61, mask.shape, generator=generator, device=device)
+        tokens = []
+        for implementation in ("sdpa", "mqa_triton"):
+            theirs.set_attn_implementation(implementation)
+            tokens.append(
+                theirs.generate(
+                    ids, attention_mask=mask, max_new_tokens=16 if gpu else 4, do_sample=False,
+                    cache_implementation=cache, disable_compile=True,
+                )
+            )  # fmt: skip
+        kind = "multi-query" if multi_query else "multi-head"
+        equal[f"{kind}, {cache} cache"] = torch.equal(*tokens)
+    return {"passed": all(equal.values()), "equal": equal}
 
 
 def check_beyond_32_bits(device: torch.device) -> Row:

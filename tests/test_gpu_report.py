@@ -18,7 +18,14 @@ pytest.importorskip("triton", reason="Triton is not available on this platform")
 
 from clock import Clock
 from contenders import OURS, Problem, make_inputs
-from gpu_report_checks import CASES, Case, case_inputs, check_case, poisoned_allocations
+from gpu_report_checks import (
+    CASES,
+    Case,
+    case_inputs,
+    check_case,
+    check_integration,
+    poisoned_allocations,
+)
 from gpu_report_model import Size, measure_steps, prefill_flops, step_bytes
 from gpu_report_pool import in_processes
 from gpu_report_sections import TUNED, cpu_plan, gpu_plan
@@ -99,7 +106,8 @@ def test_numerics_judges_outputs_and_gradients_in_every_dtype(run):
         assert set(row["verdicts"]) == {"out", "lse", "dq", "dk", "dv"}
     checks = {row["check"]: row["passed"] for row in rows(run, "numerics") if "check" in row}
     # A CUDA graph cannot be captured here.
-    assert checks == {"capture": None, "compiled": True, "determinism": True, "operator": True}
+    assert checks.pop("capture") is None
+    assert checks == dict.fromkeys(("compiled", "determinism", "operator", "integration"), True)
 
 
 def test_a_model_on_the_kernels_says_the_same_as_transformers(run):
@@ -307,7 +315,31 @@ class TestErrorRule:
         assert row["verdicts"]["lse"]["passed"]
         report = {"sections": {"numerics": {"rows": [row], "error": None}}}
         (text,) = failures(report)
-        assert text == "numerics: float32, B=1 T=9 S=9 H=3 G=1 D=16 start=(0,) lengths=None"
+        assert text == (
+            "numerics: float32, B=1 T=9 S=9 H=3 G=1 D=16 start=(0,) lengths=None left_padding=None"
+        )
+
+    def test_padding_on_the_left_that_is_one_too_short_fails_its_case(self, monkeypatch):
+        # Rows with padding before all queries, among them, and nothing but padding.
+        case = Case(3, 5, 12, 3, 1, 16, (4, 4, 4), (5, 4, 5), (2, 6, 12))
+        row = check_case(CPU, case, "float32")
+        assert row["passed"], row["verdicts"]
+
+        def wrong(*arguments, left_padding, **options):
+            return attention(*arguments, left_padding=left_padding - 1, **options)
+
+        monkeypatch.setattr("gpu_report_checks.attention", wrong)
+        assert not check_case(CPU, case, "float32")["passed"]
+
+
+def test_a_model_in_transformers_that_sees_its_padding_fails_the_integration(monkeypatch):
+    def wrong(*arguments, left_padding, **options):
+        return attention(*arguments, **options)
+
+    monkeypatch.setattr("mqa_kernels.attention", wrong)
+    row = check_integration(CPU)
+    assert not row["passed"]
+    assert len(row["equal"]) == 4
 
 
 def test_the_cases_hold_every_size_that_the_kernels_are_to_be_tested_with():
@@ -322,6 +354,10 @@ def test_the_cases_hold_every_size_that_the_kernels_are_to_be_tested_with():
     assert any(case.G == case.H > 1 for case in CASES)
     assert any(case.lengths for case in CASES)
     assert any(max(case.start) for case in CASES)
+    padded = [(case.start[0], case.T, left) for case in CASES for left in case.left_padding or ()]
+    assert any(0 < left <= start for start, _, left in padded)
+    assert any(start < left < start + T for start, T, left in padded)
+    assert any(start + T <= left for start, T, left in padded)
 
 
 def test_on_a_gpu_it_times_sequences_to_16k_and_batches_to_256():

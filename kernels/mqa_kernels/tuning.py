@@ -1,6 +1,7 @@
 """Tile sizes and launch settings, by shape and dtype.
 
-None spills registers, and all fit into shared memory, on every supported GPU: `make check-kernels`.
+In all that `make check-kernels` compiles none spills registers, and all fit into shared memory, on
+every supported GPU.
 """
 
 from __future__ import annotations
