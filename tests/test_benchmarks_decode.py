@@ -182,3 +182,31 @@ def test_a_profile_is_written_as_json_and_drawn(tiny_shape, tmp_path: Path, one_
     assert sum(part["share"] for part in figures["parts"]) == pytest.approx(1)
     assert bool(figures["operators"]) != one_thread
     assert output.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_the_answers_in_the_readme_are_those_of_the_results():
+    folder = Path(mqa_vs_mha.__file__).parent
+    text = " ".join((folder / "README.md").read_text().split())
+
+    found = json.loads((folder / "results/mqa_vs_mha_tiny_starcoder_py_cpu.json").read_text())
+    figures = found["figures"]
+    ratios = {(c["batch"], c["context"]): c["ratio"] for c in figures["cases"]}
+    for case in ((1, 256), (1, 4096), (8, 4096)):
+        assert f"{ratios[case]['median']:.2f} times" in text
+    rows = figures["largest_batch"]["rows"]["4096"]
+    assert f"{rows['MQA']} rows of 4,096 tokens fit into 16 GB instead of {rows['MHA']}." in text
+    away = [q / ratio["median"] - 1 for ratio in ratios.values() for q in ratio["quartiles"]]
+    assert max(map(abs, away)) < 0.02
+
+    found = json.loads((folder / "results/step_profile_tiny_starcoder_py_cpu.json").read_text())
+    parts = {part["part"]: part for part in found["figures"]["parts"]}
+    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "lm_head")
+    linear = [parts.pop(name) for name in names]
+    attention = parts.pop("attention")["share"]
+    assert f"**Answer:** {sum(part['share'] for part in linear):.0%} of the step is" in text
+    reached = [part["of_roofline"] for part in linear]
+    assert f"at {min(reached):.0%} to {max(reached):.0%} of the bandwidth" in text
+    assert f"attention takes {attention:.0%}" in text
+    assert f"calls them, {sum(part['share'] for part in parts.values()):.0%}." in text
+    step = found["figures"]["step_seconds"]
+    assert f"takes {step['undivided'] / step['least']:.2f} times the least possible" in text
