@@ -259,6 +259,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     device, dtype = as_device(options.device), as_dtype(options.dtype)
     if options.one_thread:
+        if device.type != "cpu":
+            parser.error("--one-thread is for a CPU: add --device cpu")
         torch.set_num_threads(1)
     clock = Clock(device)
     config = GPTConfig.official(options.shape)
