@@ -1,0 +1,346 @@
+"""Where does the time of one decode step go?
+
+    python benchmarks/step_profile.py                                     # CPU, a minute or two
+    python benchmarks/step_profile.py --one-thread                        # on a CPU in use
+    python benchmarks/step_profile.py --shape starcoderbase-1b --dtype bfloat16    # GPU
+
+Decode steps of a model of random weights behind a cache of `context` tokens per row, greedy choice
+included, as `LLM.load` would run them: on a CPU in float32 with packed weights. The time of each
+part of the model stands beside the least it can take (roofline): its bytes at the memory bandwidth
+of this machine or its operations at the rate of a matrix product, whichever is longer, both
+measured between steps. Then come the operators, or on a GPU the kernels, that take most of it.
+
+On a CPU parts are timed as the model runs, Python included, and operators by torch.profiler, which
+slows them down; the step as a whole is measured without either. On a GPU a part's time is that of
+its kernels. With `--one-thread` times are the processor's (see mqa_vs_mha.py), which torch.profiler
+does not have: there are no operators then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from clock import Clock
+from measure import RESULTS, open_plot, write_result
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from mqa_gpt import GPT, GPTConfig, KVCache
+from mqa_gpt.bench import probes, random_model, reached, take_turns
+from mqa_gpt.bench_report import Ceilings
+from mqa_gpt.checkpoint import as_device, as_dtype
+from mqa_gpt.memory import cache_bytes
+from mqa_gpt.packing import can_pack, pack
+
+Part = AbstractContextManager[Any]
+PREFIX = "part: "  # of the ranges' names, to tell them from operators
+
+
+class Work(NamedTuple):
+    """What a part has to do in a step, all layers together."""
+
+    bytes: int
+    flops: int
+
+
+def work(config: GPTConfig, batch: int, context: int, dtype: torch.dtype) -> dict[str, Work]:
+    """The parts' least work: weights and inputs read once, outputs written once.
+
+    Embeddings, sums and the choice of the token are counted as bytes only.
+    """
+    C, F, V, L = config.n_embd, config.inner_size, config.vocab_size, config.n_layer
+    kv = 2 * config.n_kv_head * config.head_dim
+    size, rows = dtype.itemsize, batch
+
+    def linear(inputs: int, outputs: int, layers: int = L, bias: bool = True) -> Work:
+        weights = outputs * (inputs + bias)
+        moved = layers * size * (weights + rows * (inputs + outputs))
+        return Work(moved, layers * 2 * rows * inputs * outputs)
+
+    def pointwise(numbers: int, layers: int = L) -> Work:
+        return Work(layers * rows * numbers * size, 0)
+
+    held = cache_bytes(config, dtype, batch, context)
+    return {
+        "wte, wpe": pointwise(4 * C, 1),
+        "sum of embeddings": pointwise(3 * C, 1),
+        "ln_1, ln_2": pointwise(4 * C),
+        "attn.c_attn": linear(C, C + kv),
+        "cache": pointwise(2 * kv),
+        "attention": Work(held + L * rows * 2 * C * size, L * rows * 4 * C * context),
+        "attn.c_proj": linear(C, C),
+        "mlp.c_fc": linear(C, F),
+        "GELU": pointwise(2 * F),
+        "mlp.c_proj": linear(F, C),
+        "residual sums": pointwise(6 * C),
+        "ln_f": pointwise(2 * C, 1),
+        "lm_head": linear(C, V, 1, bias=False),
+        "argmax": pointwise(V, 1),
+        "views of q, k, v": Work(0, 0),
+    }
+
+
+class PartTimer:
+    """Seconds of each part, without the parts inside it, added up in `seconds`."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._inside = [0.0]  # seconds of inner parts, for every part that is under way
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time the block as a part."""
+        self._inside.append(0.0)
+        begin = self.clock()
+        yield
+        elapsed = self.clock() - begin
+        self.seconds[name] += elapsed - self._inside.pop()
+        self._inside[-1] += elapsed
+
+
+def profiler_part(name: str) -> Part:
+    """The block under the part's name for torch.profiler."""
+    return record_function(PREFIX + name)
+
+
+def name_parts(model: GPT, cache: KVCache, part: Callable[[str], Part]) -> Callable[[], None]:
+    """Make every part of the model run as a `part`; a decode step that is made of them."""
+
+    def named(owner: Any, method: str, name: str) -> None:
+        run = getattr(owner, method)
+
+        def inside(*args: Any, **kwargs: Any) -> Any:
+            with part(name):
+                return run(*args, **kwargs)
+
+        setattr(owner, method, inside)
+
+    # The work of the outer ones is what the parts inside them leave.
+    named(model, "forward", "sum of embeddings")
+    named(cache, "append", "cache")
+    transformer = model.transformer
+    for embedding in (transformer.wte, transformer.wpe):
+        named(embedding, "forward", "wte, wpe")
+    named(transformer.ln_f, "forward", "ln_f")
+    named(model.lm_head, "forward", "lm_head")
+    for block in transformer.h:
+        named(block, "forward", "residual sums")
+        named(block.attn, "forward", "views of q, k, v")
+        named(block.mlp, "forward", "GELU")
+        named(block.attn, "attend", "attention")
+        for norm in (block.ln_1, block.ln_2):
+            named(norm, "forward", "ln_1, ln_2")
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+            named(block.get_submodule(name), "forward", name)
+
+    def step() -> None:
+        with part("argmax"):
+            decode_step(model, cache)
+
+    return step
+
+
+def decode_step(model: GPT, cache: KVCache) -> None:
+    """The token at the end of the full cache, again and again; chosen greedily."""
+    cache.end = cache.max_length - 1
+    ids = torch.full((cache.batch_size, 1), 1, device=model.device)  # (B, 1)
+    with torch.inference_mode():
+        model(ids, cache=cache)[:, 0].argmax(-1)
+
+
+def timed_parts(step: Callable[[], object], timer: PartTimer, repeats: int) -> dict[str, float]:
+    """Seconds per step of every part on a CPU, medians."""
+    step()
+    steps = []
+    for _ in range(repeats):
+        timer.seconds.clear()
+        step()
+        steps.append(dict(timer.seconds))
+    return {name: statistics.median(seconds[name] for seconds in steps) for name in steps[0]}
+
+
+def profiled(
+    step: Callable[[], object], clock: Clock, repeats: int
+) -> dict[tuple[str, str], float]:
+    """Seconds per step of every operator, on a GPU of every kernel, by part and name.
+
+    The median of all its runs, each of one layer, times their number in a step. Python's share of a
+    part is called "Python".
+    """
+    samples: dict[tuple[str, str], list[float]] = defaultdict(list)
+    activities = [ProfilerActivity.CPU]
+    activities += [ProfilerActivity.CUDA] if clock.has_gpu else []
+    for _ in range(repeats):
+        with profile(activities=activities) as profiler:
+            step()
+            clock.synchronize()
+        for event in profiler.events() or []:
+            part = nearest_part(event)
+            if part is None:
+                continue
+            if clock.has_gpu:
+                for kernel in event.kernels:
+                    samples[part, kernel.name].append(kernel.duration / 1e6)
+            else:
+                name = "Python" if event.name.startswith(PREFIX) else event.name
+                samples[part, name].append(event.self_cpu_time_total / 1e6)
+    return {key: statistics.median(times) * len(times) / repeats for key, times in samples.items()}
+
+
+def nearest_part(event: Any) -> str | None:
+    """The innermost part that an event on the host belongs to; None outside of a step."""
+    while event is not None and not event.name.startswith(PREFIX):
+        event = event.cpu_parent
+    return None if event is None else event.name.removeprefix(PREFIX)
+
+
+def table(
+    parts: dict[str, float], least: dict[str, Work], ceilings: Ceilings
+) -> list[dict[str, Any]]:
+    """A row per part, the longest first: seconds, work, rates, and the share of the roofline."""
+    whole = sum(parts.values())
+    rows = []
+    for name, seconds in sorted(parts.items(), key=lambda item: -item[1]):
+        moved, flops = least[name]
+        to_move = moved / (ceilings.gb_per_s * 1e9)
+        to_compute = flops / (ceilings.matmul_tflops * 1e12)
+        rows.append(
+            {
+                "part": name,
+                "seconds": seconds,
+                "share": seconds / whole,
+                "bytes": moved,
+                "flops": flops,
+                "gb_per_s": moved / seconds / 1e9,
+                "gflops": flops / seconds / 1e9,
+                "least_seconds": max(to_move, to_compute),
+                "limited_by": "memory" if to_move >= to_compute else "arithmetic",
+                "of_roofline": max(to_move, to_compute) / seconds,
+            }
+        )
+    return rows
+
+
+def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """A bar per part, and a line where it would end at the roofline."""
+    shown = [row for row in rows if row["share"] > 0.005][::-1]
+    with open_plot(path, 1, title, width=8) as axes:
+        axes.barh([row["part"] for row in shown], [1000 * row["seconds"] for row in shown])
+        for i, row in enumerate(shown):
+            axes.plot([1000 * row["least_seconds"]] * 2, [i - 0.4, i + 0.4], color="black")
+            label = f" {row['share']:.0%}, {row['of_roofline']:.0%} of roofline"
+            axes.text(1000 * row["seconds"], i, label, va="center", fontsize=8)
+        axes.set(xlabel="milliseconds per decode step (black: the least possible)")
+        axes.margins(x=0.35)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", default="tiny_starcoder_py", help="an official shape")
+    parser.add_argument("--device", help="default: the GPU if there is one")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--one-thread", action="store_true", help="for a CPU that others use")
+    parser.add_argument("--note", help="kept with the result: what else this machine did")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/step_profile_*")
+    options = parser.parse_args(arguments)
+
+    device, dtype = as_device(options.device), as_dtype(options.dtype)
+    if options.one_thread:
+        if device.type != "cpu":
+            parser.error("--one-thread is for a CPU: add --device cpu")
+        torch.set_num_threads(1)
+    clock = Clock(device)
+    config = GPTConfig.official(options.shape)
+    model = random_model(config, dtype, device)
+    if can_pack(model):
+        pack(model)
+    cache = KVCache(config, options.batch, options.context, dtype=dtype, device=device)
+    cache.kv.normal_()
+    read_clock = time.process_time if options.one_thread else time.perf_counter
+
+    def plain_step() -> None:
+        decode_step(model, cache)
+        clock.synchronize()
+
+    limits = probes(device, dtype)
+    actions = {"step": plain_step} | {name: probe.run for name, probe in limits.items()}
+    for action in actions.values():
+        action()
+    seconds = take_turns(actions, options.repeats, "step and ceilings", read_clock)
+    ceilings = reached(limits, seconds)
+
+    times: dict[str, float] = defaultdict(float)
+    operators: dict[tuple[str, str], float] = {}
+    if not clock.has_gpu:
+        timer = PartTimer(read_clock)
+        times |= timed_parts(name_parts(model, cache, timer.part), timer, options.repeats)
+    if not options.one_thread:  # the profiler has no processor time
+        step = name_parts(model, cache, profiler_part)
+        profiled(step, clock, 2)  # a warm-up
+        operators = profiled(step, clock, options.repeats)
+    if clock.has_gpu:
+        for (part, _), spent in operators.items():
+            times[part] += spent
+    parts = table(times, work(config, options.batch, options.context, dtype), ceilings)
+    whole = sum(times.values())
+    longest = sorted(operators.items(), key=lambda item: -item[1])[:15]
+    without = statistics.median(seconds["step"])
+    least = sum(part["least_seconds"] for part in parts)
+    figures = {
+        "step_seconds": {
+            "undivided": without,
+            "undivided_quartiles": statistics.quantiles(seconds["step"], n=4)[::2],
+            "sum_of_parts": whole,
+            "least": least,
+        },
+        "ceilings": asdict(ceilings),
+        "parts": parts,
+        "operators": [
+            {"part": part, "name": name, "seconds": spent, "share": spent / whole}
+            for (part, name), spent in longest
+        ],
+    }
+
+    print(f"{'part':20}{'ms':>8}{'share':>7}{'MB':>8}{'GB/s':>7}{'GFLOP/s':>9}  of roofline")
+    for row in parts:
+        print(
+            f"{row['part']:20}{1000 * row['seconds']:>8.2f}{row['share']:>7.1%}"
+            f"{row['bytes'] / 1e6:>8.1f}{row['gb_per_s']:>7.1f}{row['gflops']:>9.1f}"
+            f"{row['of_roofline']:>9.0%} {row['limited_by']}"
+        )
+    print()
+    for (part, name), spent in longest:
+        print(f"{part:20}{name[:60]:60}{1000 * spent:>8.2f} ms")
+    print(
+        f"\nstep {1000 * without:.1f} ms, sum of parts {1000 * whole:.1f} ms, at least "
+        f"{1000 * least:.1f} ms; {ceilings.gb_per_s:.1f} GB/s, {ceilings.matmul_tflops:.3g} TFLOP/s"
+    )
+    place = "cpu"
+    if clock.has_gpu:
+        place = re.sub(r"\W+", "_", torch.cuda.get_device_name(device))
+    output = options.output or RESULTS / f"step_profile_{options.shape}_{place}.json"
+    write_result(output, __doc__.split("\n")[0], options, figures)
+    threads = ", one thread" if options.one_thread else ""
+    plot(
+        parts,
+        f"One decode step of {options.shape}, {options.dtype}, {place}{threads}\n"
+        f"batch {options.batch}, context {options.context}",
+        output.with_suffix(".png"),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""benchmarks/mqa_vs_mha.py and step_profile.py: what they compare and count, and that they run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import mqa_vs_mha
+import pytest
+import step_profile
+import torch
+
+from mqa_gpt import GPT, KVCache, bench, config
+from mqa_gpt.bench import decode_bytes, random_model, weight_bytes
+from mqa_gpt.bench_report import Ceilings
+from tests.helpers import random_ids, tiny_config
+
+TINY = (2, 3, 60, 97, 112, "gelu", 0)  # layers, heads, width, vocabulary, context
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="plots need matplotlib"
+)
+
+
+@pytest.fixture
+def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An official shape that is measured in no time; the number of threads is put back."""
+    threads = torch.get_num_threads()
+    monkeypatch.setitem(config.OFFICIAL_SHAPES, "tiny", TINY)
+    monkeypatch.setattr(bench, "PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr(bench, "CPU_PROBE_SIZE", 64)
+    yield "tiny"
+    torch.set_num_threads(threads)
+
+
+def matrices(model: GPT) -> int:
+    return sum(p.numel() for p in model.parameters() if p.ndim == 2)
+
+
+def test_both_models_have_the_same_width_layers_and_number_of_weights(tiny_shape):
+    configs = mqa_vs_mha.both_configs(tiny_shape)
+    models = {name: GPT(config) for name, config in configs.items()}
+    assert [configs[name].n_kv_head for name in ("MQA", "MHA")] == [1, 3]
+    assert {c.n_embd for c in configs.values()} == {60}
+    assert {c.n_layer for c in configs.values()} == {2}
+    assert matrices(models["MQA"]) == matrices(models["MHA"])
+    for name, model in models.items():
+        assert mqa_vs_mha.parameters(configs[name]) == sum(p.numel() for p in model.parameters())
+
+
+def test_the_largest_batch_fits_and_one_row_more_does_not():
+    config, dtype = tiny_config(), torch.float32
+    weights = sum(p.nbytes for p in GPT(config).parameters())
+    cache = KVCache(config, 7, 50, dtype=dtype).kv.nbytes
+    assert mqa_vs_mha.largest_batch(config, dtype, 50, weights + cache) == 7
+    assert mqa_vs_mha.largest_batch(config, dtype, 50, weights + cache - 1) == 6
+    assert mqa_vs_mha.largest_batch(config, dtype, 50, weights - 1) == 0
+
+
+def test_a_decode_step_attends_to_the_whole_context_each_time():
+    model = random_model(tiny_config(), torch.float32, torch.device("cpu"))
+    seen = []
+    for block in model.transformer.h:
+        run = block.attn.attend
+        block.attn.attend = lambda q, k, *rest, run=run: (
+            seen.append(k.shape[:2]) or run(q, k, *rest)
+        )
+    step = mqa_vs_mha.decode_step(model, 3, 20)
+    step()
+    step()
+    assert seen == [(3, 20)] * 4
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("one_thread", [True, False])
+def test_mqa_against_mha_is_written_as_json_and_drawn(tiny_shape, tmp_path, one_thread, capsys):
+    output = tmp_path / "result.json"
+    options = [
+        "--shape",
+        tiny_shape,
+        "--device",
+        "cpu",
+        "--batch",
+        "1",
+        "2",
+        "--context",
+        "9",
+        "20",
+    ]
+    options += ["--repeats", "3", "--output", str(output), "--note", "quiet"]
+    mqa_vs_mha.main(options + ["--one-thread"] * one_thread)
+    found = json.loads(output.read_text())
+    cases = found["figures"]["cases"]
+    assert [(c["batch"], c["context"]) for c in cases] == [(1, 9), (1, 20), (2, 9), (2, 20)]
+    for case in cases:
+        low, high = case["ratio"]["quartiles"]
+        assert low <= case["ratio"]["median"] <= high
+        assert case["cache_bytes"]["MHA"] == 3 * case["cache_bytes"]["MQA"]
+    assert found["settings"]["note"] == "quiet"
+    assert ("--one-thread" in found["command"]) == one_thread
+    assert output.with_suffix(".png").stat().st_size > 10_000
+    assert len(capsys.readouterr().out.splitlines()) == 5
+
+
+def test_a_case_that_does_not_fit_is_left_out_with_the_reason(tiny_shape, monkeypatch):
+    monkeypatch.setattr(mqa_vs_mha, "available_memory", lambda device: 1000)
+    models = {name: GPT(c) for name, c in mqa_vs_mha.both_configs(tiny_shape).items()}
+    case = mqa_vs_mha.measure(models, 1, 20, 3, False)
+    assert "do not fit" in case["left_out"]
+    assert "times" not in case
+
+
+@pytest.mark.parametrize("multi_query", [True, False])
+def test_the_work_of_the_parts_is_that_of_a_decode_step(multi_query):
+    config, batch, context = tiny_config(multi_query=multi_query), 3, 20
+    parts = step_profile.work(config, batch, context, torch.float32)
+    whole = sum(part.bytes for part in parts.values())
+    least = decode_bytes(config, batch, range(context, context + 1), 4, torch.float32)
+    assert least < whole < 1.3 * least  # activations are the rest
+    empty = step_profile.work(config, 0, context, torch.float32)
+    norms = (4 * config.n_layer + 2) * config.n_embd * 4
+    assert sum(part.bytes for part in empty.values()) == weight_bytes(config, 4) - norms
+    # Products of a token: two operations per weight of a matrix, and the attention's.
+    qkv = config.n_embd + 2 * config.n_kv_head * config.head_dim
+    weights = 2 * (60 * qkv + 60 * 60 + 2 * 60 * 136) + 97 * 60
+    attention = 2 * 2 * (2 * 60 * context)
+    assert sum(part.flops for part in parts.values()) == batch * (2 * weights + attention)
+
+
+def test_a_part_takes_its_time_less_that_of_the_parts_inside():
+    times = iter([0, 1, 2, 3, 5, 9])
+    timer = step_profile.PartTimer(lambda: next(times))
+    with timer.part("outer"):
+        with timer.part("inner"):  # 1 to 2
+            pass
+        with timer.part("inner"):  # 3 to 5
+            pass
+    assert timer.seconds == {"inner": 3, "outer": 6}
+
+
+def test_a_part_is_limited_by_what_takes_longer():
+    ceilings = Ceilings(read_gb_per_s=2, copy_gb_per_s=1, matmul_tflops=0.001)
+    work = {"a": step_profile.Work(2_000_000_000, 5), "b": step_profile.Work(8, 3_000_000_000)}
+    a, b = step_profile.table({"b": 6.0, "a": 2.0}, work, ceilings)[::-1]
+    assert (a["least_seconds"], a["limited_by"], a["of_roofline"]) == (1, "memory", 0.5)
+    assert (b["least_seconds"], b["limited_by"], b["of_roofline"]) == (3, "arithmetic", 0.5)
+    assert (a["share"], b["share"]) == (0.25, 0.75)
+
+
+@pytest.mark.parametrize("measure", ["timer", "profiler"])
+def test_every_part_of_the_model_is_measured_and_the_logits_stay_the_same(measure):
+    config = tiny_config()
+    model = random_model(config, torch.float32, torch.device("cpu"))
+    ids = random_ids(config, 2, 9)
+    with torch.inference_mode():
+        before = model(ids)
+    cache = KVCache(config, 2, 20, dtype=torch.float32)
+    if measure == "timer":
+        timer = step_profile.PartTimer(lambda: 0.0)
+        step = step_profile.name_parts(model, cache, timer.part)
+        names = step_profile.timed_parts(step, timer, 2).keys()
+    else:
+        step = step_profile.name_parts(model, cache, step_profile.profiler_part)
+        clock = step_profile.Clock(torch.device("cpu"))
+        found = step_profile.profiled(step, clock, 2)
+        names = {part for part, _ in found}
+        assert {name for part, name in found if part == "mlp.c_fc"} >= {"aten::addmm", "Python"}
+        assert all(seconds >= 0 for seconds in found.values())
+    assert names == step_profile.work(config, 2, 20, torch.float32).keys()
+    with torch.inference_mode():
+        assert torch.equal(model(ids), before)
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("one_thread", [True, False])
+def test_a_profile_is_written_as_json_and_drawn(tiny_shape, tmp_path: Path, one_thread):
+    output = tmp_path / "result.json"
+    options = ["--shape", tiny_shape, "--device", "cpu", "--context", "20", "--repeats", "2"]
+    step_profile.main([*options, "--output", str(output), *["--one-thread"] * one_thread])
+    figures = json.loads(output.read_text())["figures"]
+    assert sum(part["share"] for part in figures["parts"]) == pytest.approx(1)
+    assert bool(figures["operators"]) != one_thread
+    assert output.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_the_answers_in_the_readme_are_those_of_the_results():
+    folder = Path(mqa_vs_mha.__file__).parent
+    text = " ".join((folder / "README.md").read_text().split())
+
+    found = json.loads((folder / "results/mqa_vs_mha_tiny_starcoder_py_cpu.json").read_text())
+    figures = found["figures"]
+    ratios = {(c["batch"], c["context"]): c["ratio"] for c in figures["cases"]}
+    for case in ((1, 256), (1, 4096), (8, 4096)):
+        assert f"{ratios[case]['median']:.2f} times" in text
+    rows = figures["largest_batch"]["rows"]["4096"]
+    assert f"{rows['MQA']} rows of 4,096 tokens fit into 16 GB instead of {rows['MHA']}." in text
+    away = [q / ratio["median"] - 1 for ratio in ratios.values() for q in ratio["quartiles"]]
+    assert max(map(abs, away)) < 0.02
+
+    found = json.loads((folder / "results/step_profile_tiny_starcoder_py_cpu.json").read_text())
+    parts = {part["part"]: part for part in found["figures"]["parts"]}
+    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "lm_head")
+    linear = [parts.pop(name) for name in names]
+    attention = parts.pop("attention")["share"]
+    assert f"**Answer:** {sum(part['share'] for part in linear):.0%} of the step is" in text
+    reached = [part["of_roofline"] for part in linear]
+    assert f"at {min(reached):.0%} to {max(reached):.0%} of the bandwidth" in text
+    assert f"attention takes {attention:.0%}" in text
+    assert f"calls them, {sum(part['share'] for part in parts.values()):.0%}." in text
+    step = found["figures"]["step_seconds"]
+    assert f"takes {step['undivided'] / step['least']:.2f} times the least possible" in text
