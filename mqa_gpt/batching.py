@@ -50,7 +50,7 @@ class _Places:
     """The rows under way, in the first places of one cache that lasts for the whole run."""
 
     def __init__(self, model: GPT, count: int, length: int, sampling: Sampling) -> None:
-        self._cache = KVCache(model.config, count, length, dtype=model.dtype, device=model.device)
+        self._cache = KVCache.of(model, count, length)
         self._device = model.device
         self._seen: Tensor | None = None
         if sampling.repetition_penalty != 1:
@@ -186,13 +186,7 @@ def _prefilled(
     begun = 0
     while begun < len(prompts):
         group = prompts[begun : begun + ceil(places.free / n)]
-        cache = KVCache(
-            model.config,
-            len(group),
-            max(map(len, group)),
-            dtype=model.dtype,
-            device=model.device,
-        )
+        cache = KVCache.of(model, len(group), max(map(len, group)))
         logits = prefill(model, cache, group, chunk).float()  # (B, V)
         for i, prompt in enumerate(group):
             for index in range((begun + i) * n, (begun + i + 1) * n):

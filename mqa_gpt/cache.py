@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mqa_gpt.config import GPTConfig
+from mqa_gpt.errors import InputError
+
+if TYPE_CHECKING:
+    from mqa_gpt.model import GPT
 
 
 class KVCache:
@@ -18,8 +23,13 @@ class KVCache:
     hides them until later tokens overwrite them. `limit` announces the rows' ends before such a
     prefill, `set_lengths` puts them there behind it (see `generate.prefill`).
 
+    As int8 a cache takes about half the memory of 16 bits, and is an approximation: each K and each
+    V of a head is kept as integers from -127 to 127 and a float32 scale, max |.| / 127. `append`
+    makes floats of one layer at a time.
+
     Attributes:
         kv: (L, B, max_length, G, 2D), K and V of a head side by side, as `c_attn` produces them.
+        scales: (L, B, max_length, G, 2) float32, of K and of V; None unless `kv` is int8.
         lengths: (B,) int64 on the cache's device: the tokens that each row holds.
         end: the longest row's length, known on the host without asking the device.
 
@@ -27,7 +37,7 @@ class KVCache:
         config: the model's config; the cache takes its layers, key/value heads and head dim.
         batch_size: B, rows.
         max_length: slots per row; 2 * L * B * max_length * G * D elements are allocated at once.
-        dtype, device: where and how to store; torch's defaults if None.
+        dtype, device: where and how to store; torch's defaults if None. The model's dtype or int8.
 
     Raises:
         ValueError: `max_length` exceeds the model's context, or a size is not positive.
@@ -49,15 +59,21 @@ class KVCache:
                 f"max_length is {max_length}: it must be from 1 to the model's context of "
                 f"{config.n_positions}"
             )
-        self.kv = torch.zeros(
-            (config.n_layer, batch_size, max_length, config.n_kv_head, 2 * config.head_dim),
-            dtype=dtype,
-            device=device,
-        )
+        shape = (config.n_layer, batch_size, max_length, config.n_kv_head)
+        self.kv = torch.zeros((*shape, 2 * config.head_dim), dtype=dtype, device=device)
+        self.scales: Tensor | None = None
+        if dtype == torch.int8:
+            self.scales = torch.zeros((*shape, 2), device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.end = 0
         self._ragged = False
         self._limits: Tensor | None = None  # (B,) int64 while a padded prefill runs
+
+    @classmethod
+    def of(cls, model: GPT, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache for a model, where it is and of its `cache_dtype`."""
+        dtype = model.cache_dtype or model.dtype
+        return cls(model.config, batch_size, max_length, dtype=dtype, device=model.device)
 
     @property
     def batch_size(self) -> int:
@@ -90,8 +106,8 @@ class KVCache:
             kv: (B, T, G, 2D), K and V side by side.
 
         Returns:
-            (B, S, G, 2D): a view of the layer's slots up to the longest row's new end. `advance`
-            moves the ends themselves, once all layers are written.
+            (B, S, G, 2D): the layer's slots up to the longest row's new end; a view, unless the
+            cache is int8. `advance` moves the ends themselves, once all layers are written.
 
         Raises:
             ValueError: `kv` needs gradients, or is not of the cache's batch size, dtype or device.
@@ -101,25 +117,37 @@ class KVCache:
                 "a cache is for inference: run the model under torch.inference_mode() or "
                 "torch.no_grad()"
             )
-        held = self.kv
-        if (len(kv), kv.dtype, kv.device) != (self.batch_size, held.dtype, held.device):
+        held = kv.dtype if self.scales is not None else self.kv.dtype
+        if (len(kv), kv.dtype, kv.device) != (self.batch_size, held, self.kv.device):
             raise ValueError(
                 f"the model gives {len(kv)} rows of {kv.dtype} on {kv.device}, but the cache is "
-                f"made for {self.batch_size} of {held.dtype} on {held.device}"
+                f"made for {self.batch_size} of {held} on {self.kv.device}"
             )
         T = kv.shape[1]
-        slots = self.kv[layer]  # (B, max_length, G, 2D)
         if self._limits is not None:
             positions = self.end + torch.arange(T, device=kv.device)  # (T,)
             is_padding = positions >= self._limits[:, None]  # (B, T)
             kv = kv.masked_fill(is_padding[..., None, None], 0)
+        if self.scales is None:
+            self._write(self.kv[layer], kv)
+            return self.kv[layer, :, : self.end + T]
+        integers, scales = quantize_kv(kv)  # (B, T, G, 2D), (B, T, G, 2)
+        self._write(self.kv[layer], integers)
+        self._write(self.scales[layer], scales)
+        held_slots = slice(0, self.end + T)
+        return dequantize_kv(
+            self.kv[layer, :, held_slots], self.scales[layer, :, held_slots], kv.dtype
+        )
+
+    def _write(self, slots: Tensor, values: Tensor) -> None:
+        """values (B, T, ...) behind each row's end of slots (B, max_length, ...)."""
+        T = values.shape[1]
         if self._ragged:
-            rows = torch.arange(self.batch_size, device=kv.device)[:, None]  # (B, 1)
-            steps = torch.arange(T, device=kv.device)  # (T,)
-            slots[rows, self.lengths[:, None] + steps] = kv
+            rows = torch.arange(self.batch_size, device=slots.device)[:, None]  # (B, 1)
+            steps = torch.arange(T, device=slots.device)  # (T,)
+            slots[rows, self.lengths[:, None] + steps] = values
         else:
-            slots[:, self.end : self.end + T] = kv
-        return slots[:, : self.end + T]
+            slots[:, self.end : self.end + T] = values
 
     def advance(self, T: int) -> None:
         """Count the T positions that every layer has appended to every row."""
@@ -165,21 +193,19 @@ class KVCache:
         row holds now is for `view` to say.
         """
         width = other.max_length
-        self.kv[:, row, :width] = other.kv[:, other_row]
-        self.kv[:, row, width:] = 0
+        for own, its in ((self.kv, other.kv), (self.scales, other.scales)):
+            if own is not None and its is not None:
+                own[:, row, :width] = its[:, other_row]
+                own[:, row, width:] = 0
 
     def view(self, lengths: Sequence[int]) -> KVCache:
         """The first rows as a cache of their own, on the same memory, holding these many tokens.
 
         What is fed to the view is written here; the counts are the view's own.
         """
-        other = KVCache.__new__(KVCache)
-        other.kv = self.kv[:, : len(lengths)]
-        other.lengths = torch.tensor(lengths, device=self.kv.device)
-        other.end = max(lengths)
-        other._ragged = min(lengths) != other.end
-        other._limits = None
-        return other
+        count = len(lengths)
+        scales = None if self.scales is None else self.scales[:, :count]
+        return self._with(self.kv[:, :count], scales, lengths)
 
     def select(self, rows: Sequence[int]) -> KVCache:
         """A new cache whose row i is a copy of this one's row `rows[i]`.
@@ -190,10 +216,16 @@ class KVCache:
         if not rows:
             raise ValueError("rows is empty: a cache needs at least one row")
         index = torch.tensor(rows, device=self.kv.device)
+        scales = None if self.scales is None else self.scales.index_select(1, index)
+        lengths = self.lengths[index].tolist()
+        return self._with(self.kv.index_select(1, index), scales, lengths)
+
+    @staticmethod
+    def _with(kv: Tensor, scales: Tensor | None, lengths: Sequence[int]) -> KVCache:
+        """A cache of this memory, whose rows hold so many tokens."""
         other = KVCache.__new__(KVCache)
-        other.kv = self.kv.index_select(1, index)
-        other.lengths = self.lengths.index_select(0, index)
-        lengths = other.lengths.tolist()
+        other.kv, other.scales = kv, scales
+        other.lengths = torch.tensor(lengths, device=kv.device)
         other.end = max(lengths)
         other._ragged = min(lengths) != other.end
         other._limits = None
@@ -210,7 +242,7 @@ class StaticCache(KVCache):
     """
 
     def __init__(self, cache: KVCache) -> None:
-        self.kv, self.lengths = cache.kv, cache.lengths
+        self.kv, self.scales, self.lengths = cache.kv, None, cache.lengths
         self.end = cache.max_length
         self._ragged, self._limits = True, None
         self._rows = torch.arange(self.batch_size, device=self.kv.device)  # (B,)
@@ -229,3 +261,28 @@ class StaticCache(KVCache):
     def advance(self, T: int) -> None:
         """Count the token that every layer has appended to every row."""
         self.lengths += T
+
+
+def as_cache_dtype(name: str | None) -> torch.dtype | None:
+    """What "int8" names, or None for the model's own dtype.
+
+    Raises:
+        InputError: anything else.
+    """
+    if name not in (None, "int8"):
+        raise InputError(f"cache_dtype is {name!r}: accepted are int8 and None, the model's own")
+    return None if name is None else torch.int8
+
+
+def quantize_kv(kv: Tensor) -> tuple[Tensor, Tensor]:
+    """kv (B, T, G, 2D) -> integers (B, T, G, 2D) int8 and scales (B, T, G, 2) float32."""
+    halves = kv.float().view(*kv.shape[:-1], 2, -1)  # (B, T, G, 2, D)
+    scales = halves.abs().amax(-1) / 127  # (B, T, G, 2)
+    divisors = torch.where(scales == 0, 1.0, scales)[..., None]
+    return (halves / divisors).round_().to(torch.int8).flatten(-2), scales
+
+
+def dequantize_kv(integers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """integers (B, S, G, 2D) int8 and scales (B, S, G, 2) -> (B, S, G, 2D) of this dtype."""
+    halves = integers.view(*scales.shape, -1) * scales[..., None]  # (B, S, G, 2, D)
+    return halves.flatten(-2).to(dtype)

@@ -161,6 +161,13 @@ Quantize = Annotated[
         help="Round the weights to 8 bits: less to read, so faster, and not quite the same.",
     ),
 ]
+CacheDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="int8",
+        help="Keep keys and values as 8 bits: half the memory of 16, and not quite the same.",
+    ),
+]
 PromptFile = Annotated[
     list[str] | None,
     typer.Option(
@@ -290,6 +297,7 @@ def generate(
     dtype: Dtype = None,
     backend: Backend = "auto",
     quantize: Quantize = None,
+    cache_dtype: CacheDtype = None,
     draft: Drafts = None,
     echo: Annotated[
         bool | None,
@@ -317,7 +325,7 @@ def generate(
       mqa-gpt generate 'class Stack:' --temperature 0.8 --top-p 0.95 --n 4 --json
     """
     texts = prompt_texts(prompts or [], file or [])
-    llm, load_seconds = _load(model, revision, device, dtype, backend, quantize)
+    llm, load_seconds = _load(model, revision, device, dtype, backend, quantize, cache_dtype)
     generation = llm.begin(
         texts,
         max_new_tokens,
@@ -387,6 +395,7 @@ def infill(
     dtype: Dtype = None,
     backend: Backend = "auto",
     quantize: Quantize = None,
+    cache_dtype: CacheDtype = None,
     draft: Drafts = None,
     whole: Annotated[
         bool,
@@ -410,7 +419,7 @@ def infill(
       mqa-gpt infill app.py --at 12:8 --whole > filled.py
     """
     before, after = split_hole(file, at, marker, prefix, suffix)
-    llm, load_seconds = _load(model, revision, device, dtype, backend, quantize)
+    llm, load_seconds = _load(model, revision, device, dtype, backend, quantize, cache_dtype)
     generation = llm.begin_infill(
         before,
         after,
@@ -467,6 +476,7 @@ def batch(
     dtype: Dtype = None,
     backend: Backend = "auto",
     quantize: Quantize = None,
+    cache_dtype: CacheDtype = None,
     as_json: Json = False,
 ) -> None:
     """Complete every prompt of a file.
@@ -486,7 +496,7 @@ def batch(
     items = read_items(file)
     results = read_results(output, items)
     waiting = [item for item in items if item.id not in results.ids]
-    llm, load_seconds = _load(model, revision, device, dtype, backend, quantize)
+    llm, load_seconds = _load(model, revision, device, dtype, backend, quantize, cache_dtype)
     generation = llm.begin_many(
         [item.prompt for item in waiting],
         max_new_tokens,
@@ -517,14 +527,16 @@ def verify(
     dtype: Dtype = None,
     backend: Backend = "auto",
     quantize: Quantize = None,
+    cache_dtype: CacheDtype = None,
     as_json: Json = False,
 ) -> None:
     """Compare a checkpoint with transformers, number by number.
 
     Logits at every position, then greedy tokens, for each PROMPT (- is standard input) or for a few
     built-in ones. In float32 all tokens must be equal; in 16 bit the logits' error may be twice
-    transformers' own. Exits with 1 if they are not, or it is larger. With --quantize it reports how
-    far the approximation is off. Needs transformers: pip install 'mqa-gpt[test]'.
+    transformers' own. Exits with 1 if they are not, or it is larger. With --quantize or
+    --cache-dtype it reports how far the approximation is off. Needs transformers:
+    pip install 'mqa-gpt[test]'.
 
     \b
     Examples:
@@ -539,6 +551,7 @@ def verify(
         dtype=dtype,
         backend=backend,
         quantize=quantize,
+        cache_dtype=cache_dtype,
         prompts=prompt_texts(prompts or [], file or []) if prompts or file else None,
         max_new_tokens=max_new_tokens,
     )
@@ -722,12 +735,19 @@ def _load(
     dtype: str | None,
     backend: str,
     quantize: str | None,
+    cache_dtype: str | None,
 ) -> tuple[LLM, float]:
     """The loaded checkpoint and the seconds that took."""
     begin = time.perf_counter()
     name = DEMO_DIR if model is None else model
     llm = LLM.load(
-        name, revision=revision, device=device, dtype=dtype, backend=backend, quantize=quantize
+        name,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        quantize=quantize,
+        cache_dtype=cache_dtype,
     )
     return llm, time.perf_counter() - begin
 

@@ -233,9 +233,11 @@ def can_replay(model: GPT) -> bool:
     """Whether decode steps of this model may be recorded and replayed.
 
     On a CUDA device they may, unless modules have hooks, which a replay leaves out, or are in
-    training mode, where dropout is to differ.
+    training mode, where dropout is to differ, or the cache is quantized.
     """
-    return model.device.type == "cuda" and not any(
+    if model.device.type != "cuda" or model.cache_dtype is not None:
+        return False
+    return not any(
         module.training or module._forward_hooks or module._forward_pre_hooks
         for module in model.modules()
     )

@@ -474,7 +474,7 @@ def _start(
     The last token is returned without being fed, so it needs no slot.
     """
     slots = min(max(map(len, prompts)) + spare - 1, model.config.n_positions)
-    cache = KVCache(model.config, len(prompts), slots, dtype=model.dtype, device=model.device)
+    cache = KVCache.of(model, len(prompts), slots)
     logits = prefill(model, cache, prompts, chunk).float()  # (B, V)
     if n > 1:
         cache = cache.select([i // n for i in range(len(prompts) * n)])

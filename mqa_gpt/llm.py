@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 
 from mqa_gpt.batching import stream_batched
+from mqa_gpt.cache import as_cache_dtype
 from mqa_gpt.checkpoint import DEMO_DIR, load_model, read_config
 from mqa_gpt.checks import is_int, shown
 from mqa_gpt.errors import PromptError
@@ -335,6 +336,7 @@ class LLM:
         dtype: torch.dtype | str | None = None,
         backend: str = "auto",
         quantize: str | None = None,
+        cache_dtype: str | None = None,
     ) -> LLM:
         """Load a checkpoint with its tokenizer, ready to generate.
 
@@ -344,14 +346,17 @@ class LLM:
         Args:
             name_or_dir: a folder or a name on the hub; None is the bundled demo checkpoint.
             revision, device, dtype, backend, quantize: see `mqa_gpt.checkpoint.load_model`.
+            cache_dtype: "int8" keeps keys and values as 8-bit integers, see `KVCache`.
 
         Raises:
             CheckpointError, ConfigError: the checkpoint cannot be had or used; says why.
         """
+        kept_as = as_cache_dtype(cache_dtype)
         folder = resolve(DEMO_DIR if name_or_dir is None else name_or_dir, revision)
         read_config(folder)  # a folder that is no checkpoint lacks more than a tokenizer
         tokenizer = Tokenizer.from_pretrained(folder)
         model = load_model(folder, device=device, dtype=dtype, backend=backend, quantize=quantize)
+        model.cache_dtype = kept_as
         if can_pack(model):
             pack(model)
         return cls(model, tokenizer)

@@ -44,8 +44,8 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int | None
 
 def cache_bytes(config: GPTConfig, dtype: torch.dtype, rows: int = 1, slots: int = 1) -> int:
     """Bytes of a `KVCache` with `slots` positions in each of `rows` rows."""
-    per_token = 2 * config.n_layer * config.n_kv_head * config.head_dim * dtype.itemsize
-    return rows * slots * per_token
+    of_a_head = config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)  # its scale
+    return rows * slots * 2 * config.n_layer * config.n_kv_head * of_a_head
 
 
 def require_cache_room(model: GPT, rows: int, slots: int) -> None:
@@ -54,7 +54,7 @@ def require_cache_room(model: GPT, rows: int, slots: int) -> None:
     Several rows are held twice for a moment: when one leaves, the others are copied.
     """
     copies = 1 if rows == 1 else 2
-    needed = copies * cache_bytes(model.config, model.dtype, rows, slots)
+    needed = copies * cache_bytes(model.config, model.cache_dtype or model.dtype, rows, slots)
     room = available_memory(model.device)
     if room is not None and needed > room:
         raise PromptError(

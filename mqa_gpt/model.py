@@ -144,6 +144,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, backend: str = "auto") -> None:
         super().__init__()
         self.config = config
+        self.cache_dtype: torch.dtype | None = None  # what `KVCache.of` makes; None: the model's
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:

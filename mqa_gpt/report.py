@@ -54,6 +54,7 @@ class Report:
     device: str
     backend: str
     quantize: str | None
+    cache_dtype: str | None
     reference: str
     rule: str
     logits_error: float
@@ -88,7 +89,8 @@ def format_report(report: Report) -> str:
     """The report as lines of text: a table of the prompts, then the two verdicts."""
     lines = [
         f"{report.model} in {report.dtype} on {report.device}, backend {report.backend}"
-        + ("" if report.quantize is None else f", quantized to {report.quantize}"),
+        + ("" if report.quantize is None else f", weights in {report.quantize}")
+        + ("" if report.cache_dtype is None else f", cache in {report.cache_dtype}"),
         f"against {report.reference}",
         "",
         f"{'prompt':32}  {'tokens':>6}  {'max error':>9}  {'relative':>9}  equal new tokens",
@@ -124,7 +126,7 @@ def format_report(report: Report) -> str:
     promise = (
         ""
         if report.tokens_must_be_equal
-        else (f", which {report.quantize or report.dtype} does not promise")
+        else (f", which {report.quantize or report.cache_dtype or report.dtype} does not promise")
     )
     lines.append(f"tokens  {tokens}  {equal} of {total} greedy tokens equal{promise}")
     return "\n".join(lines)

@@ -171,15 +171,8 @@ class DraftModel(Draft):
 
     def _cache_of(self, rows: Sequence[int]) -> KVCache:
         """The cache for these rows: new at first, then without those that are finished."""
-        config = self.model.config
         if self._cache is None:
-            self._cache = KVCache(
-                config,
-                len(rows),
-                config.n_positions,
-                dtype=self.model.dtype,
-                device=self.model.device,
-            )
+            self._cache = KVCache.of(self.model, len(rows), self.model.config.n_positions)
             self._held = [0] * len(rows)
         elif list(rows) != self._rows:
             kept = [self._rows.index(row) for row in rows]

@@ -12,8 +12,8 @@ What must hold depends on the precision:
                 far from transformers in float64 as transformers in float32 is; all tokens equal
     16 bit      our logits may be twice as far from transformers in float32 as transformers in the
                 same 16-bit type is; where tokens part is reported, but does not fail
-    8 bit       (`quantize`) is an approximation: how far logits, loss and tokens are from those of
-                the unquantized checkpoint is reported, and only NaN or infinity fails
+    8 bit       (`quantize`, `cache_dtype`) is an approximation: how far logits, loss and tokens are
+                from those of the checkpoint itself is reported, and only NaN or infinity fails
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mqa_gpt.cache import KVCache, as_cache_dtype
 from mqa_gpt.checkpoint import load_model, read_config
 from mqa_gpt.checks import is_int
 from mqa_gpt.config import GPTConfig
@@ -65,6 +66,7 @@ def verify(
     dtype: torch.dtype | str | None = None,
     backend: str = "auto",
     quantize: str | None = None,
+    cache_dtype: str | None = None,
     prompts: Sequence[str] | Sequence[Sequence[int]] | None = None,
     max_new_tokens: int = 64,
 ) -> Report:
@@ -76,6 +78,7 @@ def verify(
     Args:
         name_or_dir, revision, device, dtype, backend, quantize: see
             `mqa_gpt.checkpoint.load_model`; the reference is never quantized.
+        cache_dtype: see `LLM.load`. Then all our logits are computed token by token with the cache.
         prompts: texts or lists of token ids, whose loss is computed too; None takes a few pieces of
             code, or random ids where the checkpoint has no tokenizer.
         max_new_tokens: how many greedy tokens are compared per prompt; end tokens do not stop.
@@ -84,6 +87,8 @@ def verify(
         InputError: transformers is missing, or a version that cannot be the reference.
         CheckpointError, ConfigError, PromptError: see `load_model` and `generate`.
     """
+    kept_as = as_cache_dtype(cache_dtype)
+    approximate = quantize is not None or kept_as is not None
     transformers_version = require_transformers()
     folder = resolve(name_or_dir, revision)
     config = read_config(folder)
@@ -97,6 +102,7 @@ def verify(
     rows = _token_ids(config, tokenizer, prompts, folder, max_new_tokens)
 
     model = load_model(folder, device=device, dtype=dtype, backend=backend, quantize=quantize)
+    model.cache_dtype = kept_as
     model_dtype, model_device = model.dtype, model.device
     new_ids, logits = _ours(model, rows, max_new_tokens)
     del model
@@ -118,12 +124,12 @@ def verify(
 
     nearest = exact or expected
     limit: float | None
-    if exact is None or quantize is not None:
+    if exact is None or approximate:
         rule = "max |ours - transformers| over max |transformers|"
         largest = max(e.abs().max().item() for e in nearest)
         # A model whose logits are all 0 has no scale.
         error = _largest_difference(logits, nearest) / (largest or 1.0)
-        limit = FLOAT32_TOLERANCE if quantize is None else None
+        limit = None if approximate else FLOAT32_TOLERANCE
     else:
         name = str(exact_dtype).removeprefix("torch.")
         rule = f"distance from transformers in {name}; the limit is twice its own in this dtype"
@@ -135,13 +141,14 @@ def verify(
         device=str(model_device),
         backend=backend,
         quantize=quantize,
+        cache_dtype=cache_dtype,
         reference=f"transformers {transformers_version}, eager; {source}",
         rule=rule,
         logits_error=error,
         logits_limit=limit,
         loss=_loss(rows, logits),
         reference_loss=_loss(rows, nearest),
-        tokens_must_be_equal=quantize is None and model_dtype in (torch.float32, torch.float64),
+        tokens_must_be_equal=not approximate and model_dtype in (torch.float32, torch.float64),
         prompts=[
             _compare(tokenizer, *parts)
             for parts in zip(rows, new_ids, greedy, logits, nearest, strict=True)
@@ -219,7 +226,7 @@ def _ours(
     """
     if is_quantized(model.config) and can_pack(model):
         pack(model)
-    within = [model(torch.tensor([row], device=model.device))[0, :-1].cpu() for row in rows]
+    within = [_within(model, row).cpu() for row in rows]
     if can_pack(model):  # not yet packed
         pack(model)
     steps: list[Tensor] = []  # (B, V) or (B, 1, V)
@@ -229,6 +236,16 @@ def _ours(
     hook.remove()
     chosen_by = torch.stack([step.view(len(rows), -1) for step in steps], dim=1)  # (B, N, V)
     return new_ids, [torch.cat(parts) for parts in zip(within, chosen_by, strict=True)]
+
+
+def _within(model: GPT, row: list[int]) -> Tensor:
+    """Logits (positions, V) of all tokens of a prompt but the last."""
+    ids = torch.tensor([row], device=model.device)
+    if model.cache_dtype is None:
+        return model(ids)[0, :-1]
+    cache = KVCache.of(model, 1, len(row))  # token by token, or little would be read from it
+    steps = [model(ids[:, i : i + 1], cache=cache)[0] for i in range(len(row))]
+    return torch.cat(steps)[:-1]
 
 
 def _exact_dtype(config: GPTConfig, dtype: torch.dtype) -> torch.dtype | None:

@@ -195,8 +195,10 @@ def test_every_option_reaches_the_library(folder: str):
 
 def test_the_model_options_reach_the_library():
     options = {"revision": "main", "device": "cpu", "dtype": "float32", "backend": "sdpa"}
-    options |= {"quantize": "int8"}
-    flags = [part for key, value in options.items() for part in (f"--{key}", value)]
+    options |= {"quantize": "int8", "cache_dtype": "int8"}
+    flags = [
+        part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)
+    ]
     for command in ("generate", "infill"):
         with mock.patch.object(LLM, "load", side_effect=KeyboardInterrupt) as load:
             invoke(
@@ -526,6 +528,7 @@ def report(**changes: object) -> Report:
             "device": "cpu",
             "backend": "auto",
             "quantize": None,
+            "cache_dtype": None,
             "reference": "transformers",
             "rule": "",
             "logits_error": 1e-6,

@@ -35,6 +35,7 @@ def report(*prompts: PromptReport, **changes: object) -> Report:
         "device": "cpu",
         "backend": "sdpa",
         "quantize": None,
+        "cache_dtype": None,
         "reference": "transformers 5, eager; it read the checkpoint itself",
         "rule": "the rule in words",
         "logits_error": 1e-6,
@@ -126,7 +127,7 @@ def test_an_approximation_is_reported_without_a_limit_and_fails_only_with_nan():
     found = report(DIFFERENT, logits_error=0.02, **changes)
     assert found.passed
     text = format_report(found)
-    assert "quantized to int8" in text
+    assert "weights in int8" in text
     assert "logits  info  2.00e-02: the rule in words" in text
     assert text.endswith("greedy tokens equal, which int8 does not promise")
     broken = report(logits_error=NAN, **changes)
