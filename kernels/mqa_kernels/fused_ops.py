@@ -135,10 +135,11 @@ def norm_qkv_to_cache(
             f"slots is {slots.dtype} on {slots.device}: it must be {x.dtype} on {x.device}, and "
             "need no gradient"
         )
-    if lengths.dtype != torch.int64 or lengths.shape != (B,) or lengths.device != x.device:
+    right = lengths.dtype == torch.int64 and lengths.shape == (B,) and lengths.is_contiguous()
+    if not right or lengths.device != x.device:
         raise ValueError(
             f"lengths is {lengths.dtype} {tuple(lengths.shape)} on {lengths.device}: it must be "
-            f"int64 ({B},) on {x.device}"
+            f"int64 ({B},), contiguous, on {x.device}"
         )
     return norm_qkv_to_cache_op(x, norm_weight, norm_bias, eps, weight, bias, slots, lengths)
 

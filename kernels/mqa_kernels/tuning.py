@@ -87,9 +87,9 @@ class LinearTiles(NamedTuple):
     warps: int
 
     def options(self) -> dict[str, int]:
-        """As a kernel's keyword arguments."""
+        """As a kernel's keyword arguments; with 128 registers two programs fit a multiprocessor."""
         options = self._asdict()
-        return options | {"num_warps": options.pop("warps")}
+        return options | {"num_warps": options.pop("warps"), "maxnreg": 128}
 
 
 @functools.cache
@@ -106,14 +106,15 @@ def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int) -> LinearTiles:
     BLOCK_N = 16 if R == 1 or N < 4096 else 32 if N < 8192 else 64
     SHARES = 128 // BLOCK_N
     if dtype == torch.float32:  # no tensor cores: a thread holds a whole BLOCK_K of its rows
-        BLOCK_K = {1: 64, 8: 32, 16: 16}[ROWS]
+        BLOCK_K = 16 if ROWS == 16 else 32
     elif R == 1:
         BLOCK_K = 256 if K <= 2048 else 128
     else:
         BLOCK_K = 64
     BLOCK_K = min(BLOCK_K, max(triton.next_power_of_2(triton.cdiv(K, SHARES)), 16))
     CHUNK = min(triton.next_power_of_2(K), 4096 // ROWS)
-    return LinearTiles(ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, 3 if R == 1 else 4, 8)
+    STAGES = 3 if BLOCK_K >= 128 else 4
+    return LinearTiles(ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, STAGES, 8)
 
 
 def choose_block(parts: int) -> int:
