@@ -319,7 +319,7 @@ class TestRefusals:
             norm_qkv_to_cache(*inputs, slots.repeat(1, 1, 1, 2)[..., ::2], lengths)
         with pytest.raises(ValueError, match="lengths is torch"):
             norm_qkv_to_cache(*inputs, slots, lengths.int())
-        with pytest.raises(ValueError, match="lengths is .* contiguous"):
+        with pytest.raises(ValueError, match=r"lengths is .* contiguous"):
             norm_qkv_to_cache(*inputs, slots, lengths[:1].expand(2))
 
     def test_a_cpu_without_the_interpreter(self, monkeypatch):
