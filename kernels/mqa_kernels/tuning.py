@@ -86,10 +86,15 @@ class LinearTiles(NamedTuple):
     STAGES: int
     warps: int
 
-    def options(self) -> dict[str, int]:
-        """As a kernel's keyword arguments; with 128 registers two programs fit a multiprocessor."""
+    def options(self) -> dict[str, int | None]:
+        """As a kernel's keyword arguments.
+
+        One row needs fewer than 128 registers, with which two programs fit a multiprocessor. The
+        limit says so to the compiler, which on sm_100 would spill to make room for a third.
+        """
         options = self._asdict()
-        return options | {"num_warps": options.pop("warps"), "maxnreg": 128}
+        options["num_warps"] = options.pop("warps")
+        return options | {"maxnreg": 128 if self.ROWS == 1 else None}
 
 
 @functools.cache
