@@ -159,7 +159,7 @@ def test_every_warp_of_a_fused_kernel_has_a_product_and_every_wide_gpu_programs(
             for N, K in ((C, C), (C + 256, C), (4 * C, C), (C, 4 * C), (49_152, C)):
                 tiles = tuning.linear_tiles(dtype, R, N, K)
                 assert R <= tiles.ROWS <= 16
-                assert tiles.warps == tiles.BLOCK_N // 16 * tiles.SHARES
+                assert tiles.num_warps == tiles.BLOCK_N // 16 * tiles.SHARES
                 assert triton.cdiv(N, tiles.BLOCK_N) >= min(128, N // 16)
 
 

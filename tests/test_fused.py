@@ -204,7 +204,17 @@ class TestArgmax:
         values[21] = values[5] = values[40] = 2.0
         assert self.pick(values) == (5, 2.0)
         assert self.pick([-1.5] * 50) == (0, -1.5)
-        assert self.pick([-4.0, -0.0, 0.0, -0.0]) == (1, 0.0)
+
+    def test_minus_zero_ties_with_zero(self):
+        weight = torch.full((20, 16), -4.0, device=DEVICE, dtype=torch.float16)
+        weight[1], weight[2] = -6e-8, 0  # times 0.01, -6e-10 rounds to -0 in float16
+        norm_bias = torch.zeros(16, device=DEVICE, dtype=torch.float16)
+        norm_bias[0] = 0.01
+        norm = torch.zeros_like(norm_bias), norm_bias, EPS
+        x = torch.randn(1, 16).to(DEVICE, torch.float16)
+        assert norm_lm_head(x, *norm, weight).signbit()[0, :3].tolist() == [True, True, False]
+        ids, values = norm_argmax(x, *norm, weight)
+        assert (ids.item(), values.item()) == (1, 0.0)
 
     def test_negative_logits_are_ordered(self):
         assert self.pick([-5.0, -1e-30, -2.0, -1e30] * 10) == (1, pytest.approx(-1e-30))
@@ -319,6 +329,8 @@ class TestRefusals:
             norm_qkv_to_cache(*inputs, slots.repeat(1, 1, 1, 2)[..., ::2], lengths)
         with pytest.raises(ValueError, match="lengths is torch"):
             norm_qkv_to_cache(*inputs, slots, lengths.int())
+        with pytest.raises(ValueError, match=r"lengths is .* contiguous"):
+            norm_qkv_to_cache(*inputs, slots, lengths[:1].expand(2))
 
     def test_a_cpu_without_the_interpreter(self, monkeypatch):
         monkeypatch.setattr("mqa_kernels.launch.INTERPRETED", False)

@@ -135,10 +135,11 @@ def norm_qkv_to_cache(
             f"slots is {slots.dtype} on {slots.device}: it must be {x.dtype} on {x.device}, and "
             "need no gradient"
         )
-    if lengths.dtype != torch.int64 or lengths.shape != (B,) or lengths.device != x.device:
+    right = lengths.dtype == torch.int64 and lengths.shape == (B,) and lengths.is_contiguous()
+    if not right or lengths.device != x.device:
         raise ValueError(
             f"lengths is {lengths.dtype} {tuple(lengths.shape)} on {lengths.device}: it must be "
-            f"int64 ({B},) on {x.device}"
+            f"int64 ({B},), contiguous, on {x.device}"
         )
     return norm_qkv_to_cache_op(x, norm_weight, norm_bias, eps, weight, bias, slots, lengths)
 
@@ -175,7 +176,7 @@ def _linear(
     with torch.cuda.device_of(x):
         linear_kernel[(triton.cdiv(N, tiles.BLOCK_N),)](
             x, norm_weight, norm_bias, weight, bias, residual, out, eps, R, N,
-            K=K, ACTIVATION=activation, **tiles.options(), **options,
+            K=K, ACTIVATION=activation, **tiles._asdict(), **options,
         )  # fmt: skip
     return out
 
@@ -198,7 +199,7 @@ def _norm_qkv_to_cache(
         qkv_kernel[(triton.cdiv(N, tiles.BLOCK_N),)](
             x, norm_weight, norm_bias, weight, bias, slots, lengths, q,
             eps, R, R // B, N, max_length, *slots.stride()[:3],
-            K=K, QUERY=K // G, D=D, **tiles.options(), **options,
+            K=K, QUERY=K // G, D=D, **tiles._asdict(), **options,
         )  # fmt: skip
     return q
 
@@ -214,7 +215,7 @@ def _norm_argmax(
     with torch.cuda.device_of(x):
         argmax_kernel[(parts,)](
             x, norm_weight, norm_bias, weight, best, eps, R, N,
-            K=K, **tiles.options(), **options,
+            K=K, **tiles._asdict(), **options,
         )  # fmt: skip
         choose_kernel[(R,)](best, ids, values, parts, BLOCK=choose_block(parts), **options)
     return ids, values

@@ -89,12 +89,8 @@ class LinearTiles(NamedTuple):
     BLOCK_K: int
     CHUNK: int
     STAGES: int
-    warps: int
-
-    def options(self) -> dict[str, int]:
-        """As a kernel's keyword arguments."""
-        options = self._asdict()
-        return options | {"num_warps": options.pop("warps")}
+    num_warps: int
+    maxnreg: int | None  # registers per thread; None leaves them to the compiler
 
 
 @functools.cache
@@ -106,19 +102,24 @@ def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int) -> LinearTiles:
     at least 128 programs for N from 2048 on, so K is not split among programs: whoever joins them
     would have to wait once more. One row with K up to 2048 is read in a single step, which is all
     under way before x is there.
+
+    The smallest tiles need fewer than 128 registers, with which two programs fit a multiprocessor.
+    The limit says so to the compiler, which would else spill to make room for a third.
     """
     ROWS = 1 if R == 1 else 8 if R <= 8 else 16
     BLOCK_N = 16 if R == 1 or N < 4096 else 32 if N < 8192 else 64
     SHARES = 128 // BLOCK_N
     if dtype == torch.float32:  # no tensor cores: a thread holds a whole BLOCK_K of its rows
-        BLOCK_K = {1: 64, 8: 32, 16: 16}[ROWS]
+        BLOCK_K = 32 if R == 1 else 16
     elif R == 1:
         BLOCK_K = 256 if K <= 2048 else 128
     else:
         BLOCK_K = 64
     BLOCK_K = min(BLOCK_K, max(triton.next_power_of_2(triton.cdiv(K, SHARES)), 16))
     CHUNK = min(triton.next_power_of_2(K), 4096 // ROWS)
-    return LinearTiles(ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, 3 if R == 1 else 4, 8)
+    STAGES = 3 if BLOCK_K >= 128 else 4
+    maxnreg = 128 if BLOCK_N == 16 and (R == 1 or dtype != torch.float32) else None
+    return LinearTiles(ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, STAGES, 8, maxnreg)
 
 
 def choose_block(parts: int) -> int:
