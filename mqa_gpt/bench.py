@@ -212,6 +212,7 @@ def benchmark(
     tests = plan(prompt_lengths, new_lengths, batches)
     if not is_int(repeats) or repeats < 1:
         raise InputError(f"the repeats are {shown(repeats)}: they must be an integer of at least 1")
+    compare = list(dict.fromkeys(compare))
     require_peers(compare)
     gpt = _load(shape, model, revision, device, dtype, backend, tests, compare)
     with tempfile.TemporaryDirectory() as folder:
@@ -456,7 +457,8 @@ def _result(
     if test.is_prefill:
         tflops = _ratio(prefill_flops(model.config, batch, test.tokens) / 1e12, median)
     is_peer = contender.name != OURS
-    ratios = [_ratio(theirs, mine) for theirs, mine in zip(own, times(OURS), strict=True)]
+    pairs = zip(own, times(OURS), strict=True)
+    ratios = [theirs / mine for theirs, mine in pairs if min(theirs, mine) > 0]
     return Result(
         test=test.name,
         batch=batch,
@@ -469,7 +471,7 @@ def _result(
         mbu=None if gb_per_s is None else gb_per_s / ceilings.gb_per_s,
         tflops=tflops,
         mfu=None if tflops is None else tflops / ceilings.matmul_tflops,
-        ours_faster=statistics.median(ratios) if is_peer else None,
+        ours_faster=statistics.median(ratios or [math.nan]) if is_peer else None,
         same_tokens=(
             written[contender.name, test.request] == written[OURS, test.request]
             if is_peer

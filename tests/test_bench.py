@@ -24,6 +24,7 @@ from mqa_gpt import GPT, KVCache, bench, peers
 from mqa_gpt.bench import benchmark, decode_bytes, prefill_flops, random_model, weight_bytes
 from mqa_gpt.bench_report import Report
 from mqa_gpt.cli import app
+from mqa_gpt.cli_output import print_json
 from mqa_gpt.errors import InputError
 from tests.helpers import random_ids, tiny_config
 
@@ -240,18 +241,29 @@ def test_a_shape_gets_random_weights_in_the_dtype_asked_for_and_no_zeros():
         assert model(random_ids(config, 2, 9)).isfinite().all()
 
 
-def test_noise_that_makes_decoding_take_no_time_is_not_a_number(folder):
+def test_noise_that_makes_decoding_take_no_time_is_not_a_number(folder, monkeypatch, capsys):
+    contender = peers.Contender("other", lambda ids, count: [[0] * count for _ in ids], 4)
+    peer = peers.Peer(lambda folder, model: iter([contender]), (), 1)
+    monkeypatch.setitem(peers.PEERS, "other", peer)
+    # Ours and theirs of pp8, tg4 and pp8+tg4, then the probes: our pair is below our prefill once.
+    rounds = [[3, 1, 1, 1, 2, 5, 1, 1, 1], [1, 1, 1, 1, 3, 9, 1, 1, 1]]
     report = benchmark(
         model=folder,
         prompt_lengths=[8],
         new_lengths=[4],
-        repeats=1,
-        clock=clock_of([3, 1, 2, 1, 1, 1]),
+        repeats=2,
+        compare=["other", "other"],
+        clock=clock_of([seconds for one in rounds for seconds in one]),
     )
-    behind = report.results[-1]
-    assert math.isnan(behind.median)
-    assert math.isnan(behind.stdev)
+    ours, theirs = report.results[-2:]
+    assert ours.seconds == [-1, 2]
+    assert math.isnan(ours.mean)
+    assert math.isnan(ours.stdev)
+    assert theirs.seconds == [4, 8]
+    assert theirs.ours_faster == 4  # of the second round
     assert "nan" in report.to_markdown()
+    print_json(report.to_dict())
+    assert json.loads(capsys.readouterr().out)["results"][-2]["mean"] is None
 
 
 # ----------------------------------------------------------------------------------------- printing
