@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shlex
 import statistics
@@ -73,6 +74,14 @@ def write_result(
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {path}", file=sys.stderr)
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is here; says so if not."""
+    found = importlib.util.find_spec("matplotlib") is not None
+    if not found:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+    return found
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from clock import Clock
-from measure import RESULTS, interleaved, open_plot, write_result
+from measure import RESULTS, can_plot, interleaved, open_plot, write_result
 
 from mqa_gpt import GPT, GPTConfig, KVCache
 from mqa_gpt.bench import random_model
@@ -202,7 +202,8 @@ def main(arguments: list[str] | None = None) -> None:
     write_result(output, __doc__.split("\n")[0], options, figures)
     title = f"One key/value head (MQA) or one per query head (MHA): {options.shape}, "
     title += f"{options.dtype}, {place}{', one thread' if options.one_thread else ''}"
-    plot(figures, title, output.with_suffix(".png"))
+    if can_plot():
+        plot(figures, title, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":

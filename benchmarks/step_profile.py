@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 from clock import Clock
-from measure import RESULTS, open_plot, write_result
+from measure import RESULTS, can_plot, open_plot, write_result
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mqa_gpt import GPT, GPTConfig, KVCache
@@ -334,12 +334,10 @@ def main(arguments: list[str] | None = None) -> None:
     output = options.output or RESULTS / f"step_profile_{options.shape}_{place}.json"
     write_result(output, __doc__.split("\n")[0], options, figures)
     threads = ", one thread" if options.one_thread else ""
-    plot(
-        parts,
-        f"One decode step of {options.shape}, {options.dtype}, {place}{threads}\n"
-        f"batch {options.batch}, context {options.context}",
-        output.with_suffix(".png"),
-    )
+    title = f"One decode step of {options.shape}, {options.dtype}, {place}{threads}\n"
+    title += f"batch {options.batch}, context {options.context}"
+    if can_plot():
+        plot(parts, title, output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
