@@ -142,6 +142,30 @@ def test_select_copies_rows_in_the_order_asked_for() -> None:
     assert cache.lengths.tolist() == [2, 4, 3]
 
 
+def test_a_row_is_copied_with_zeros_where_the_other_cache_has_no_slots() -> None:
+    cache, other = KVCache(CONFIG, 3, 6), KVCache(CONFIG, 2, 4)
+    cache.kv.fill_(torch.nan)
+    fill(other, 4, 1.0)
+    cache.copy_row(1, other, 1)
+    assert slots(cache, 0, 1) == [101, 102, 103, 104, 0, 0]
+    assert slots(cache, 1, 1) == [111, 112, 113, 114, 0, 0]
+    assert cache.kv[:, [0, 2]].isnan().all()  # the other rows are as they were
+    cache.copy_row(0, cache, 1)
+    assert slots(cache, 1, 0) == [111, 112, 113, 114, 0, 0]
+
+
+def test_a_view_is_the_first_rows_on_the_same_memory() -> None:
+    cache = KVCache(CONFIG, 3, 6)
+    fill(cache, 4, 1.0)
+    view = cache.view([2, 3])
+    assert (view.batch_size, view.end, view.start.tolist()) == (2, 3, [2, 3])
+    fill(view, 1, 51.0)
+    assert slots(cache, 0, 0) == [1, 2, 51, 4, 0, 0]
+    assert slots(cache, 1, 1) == [111, 112, 113, 161, 0, 0]
+    assert slots(cache, 0, 2) == [201, 202, 203, 204, 0, 0]
+    assert cache.view([4, 4]).start == 4
+
+
 def test_rows_that_agree_once_others_are_left_out_share_one_start_again() -> None:
     cache = KVCache(CONFIG, 3, 6)
     fill(cache, 4, 1.0)

@@ -298,7 +298,8 @@ def test_a_completion_is_given_once_it_and_all_before_it_are_finished():
         given += completions
         assert generation.stats.finished_rows in (len(given), len(given) + 1)
     assert [completion.text for completion in given] == ["hello"] * 5
-    assert generation.completions == []  # given away, so that a long run does not keep them
+    assert generation.completions == []
+    assert not generation._rows  # given away, so that a long run does not fill the memory
     assert (generation.stats.rows, generation.stats.new_tokens) == (5, 30)
 
 
