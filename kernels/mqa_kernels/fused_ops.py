@@ -203,7 +203,8 @@ def _linear(
 ) -> Tensor:
     (R, K), N = x.shape, len(weight)
     out = x.new_empty((R, N))
-    tiles, options = linear_tiles(x.dtype, R, N, K), launch.overlap(x.device)
+    tiles = linear_tiles(x.dtype, R, N, K, weight_scale is not None)
+    options = launch.overlap(x.device)
     with torch.cuda.device_of(x):
         linear_kernel[(triton.cdiv(N, tiles.BLOCK_N),)](
             x, norm_weight, norm_bias, weight, weight_scale, bias, residual, out, eps, R, N,
@@ -226,7 +227,8 @@ def _norm_qkv_to_cache(
     (R, K), N = x.shape, len(weight)
     B, max_length, G, D = *slots.shape[:3], slots.shape[3] // 2
     q = x.new_empty((B, R // B, K // D, D))
-    tiles, options = linear_tiles(x.dtype, R, N, K), launch.overlap(x.device)
+    tiles = linear_tiles(x.dtype, R, N, K, weight_scale is not None)
+    options = launch.overlap(x.device)
     with torch.cuda.device_of(x):
         qkv_kernel[(triton.cdiv(N, tiles.BLOCK_N),)](
             x, norm_weight, norm_bias, weight, weight_scale, bias, slots, lengths, q,
@@ -245,7 +247,8 @@ def _norm_argmax(
     weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     (R, K), N = x.shape, len(weight)
-    tiles, options = linear_tiles(x.dtype, R, N, K), launch.overlap(x.device)
+    tiles = linear_tiles(x.dtype, R, N, K, weight_scale is not None)
+    options = launch.overlap(x.device)
     parts = triton.cdiv(N, tiles.BLOCK_N)
     best = x.new_empty((R, parts), dtype=torch.int64)
     ids, values = x.new_empty(R, dtype=torch.int64), x.new_empty(R, dtype=torch.float32)

@@ -93,7 +93,7 @@ class LinearTiles(NamedTuple):
 
 
 @functools.cache
-def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int) -> LinearTiles:
+def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int, int8: bool = False) -> LinearTiles:
     """Tiles of a product of R rows with a weight (N, K), for 8 warps.
 
     Each program normalises all rows for itself, so a large BLOCK_N saves work where there are
@@ -101,19 +101,24 @@ def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int) -> LinearTiles:
     at least 128 programs for N from 2048 on, so K is not split among programs: whoever joins them
     would have to wait once more. One row with K up to 2048 is read in a single step, which is all
     under way before x is there.
+
+    Each 8-bit weight is converted, which must be done once: a share for every warp, as Triton gives
+    each whole shares. A step along K is 16 KiB of them (32 if it is the only one).
     """
     ROWS = 1 if R == 1 else 8 if R <= 8 else 16
     BLOCK_N = 16 if R == 1 or N < 4096 else 32 if N < 8192 else 64
-    SHARES = 128 // BLOCK_N
+    SHARES = 8 if int8 else 128 // BLOCK_N
     if dtype == torch.float32:  # no tensor cores: a thread holds a whole BLOCK_K of its rows
         BLOCK_K = {1: 64, 8: 32, 16: 16}[ROWS]
     elif R == 1:
         BLOCK_K = 256 if K <= 2048 else 128
     else:
-        BLOCK_K = 64
-    BLOCK_K = min(BLOCK_K, max(triton.next_power_of_2(triton.cdiv(K, SHARES)), 16))
+        BLOCK_K = 2048 // BLOCK_N if int8 else 64
+    # At most four steps of a short row are enough, and no product has fewer columns than these.
+    steps, least = 4 if int8 and R > 1 else 1, 32 if int8 else 16
+    BLOCK_K = min(BLOCK_K, max(triton.next_power_of_2(triton.cdiv(K, steps * SHARES)), least))
     CHUNK = min(triton.next_power_of_2(K), 4096 // ROWS)
-    return LinearTiles(ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, 3 if R == 1 else 4, 8)
+    return LinearTiles(ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, 3 if R == 1 and not int8 else 4, 8)
 
 
 def choose_block(parts: int) -> int:
