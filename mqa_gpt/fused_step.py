@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mqa_gpt.attention import HAS_TRITON, auto_attention
 from mqa_gpt.cache import StaticCache
 from mqa_gpt.model import GPT, MLP, Block, MultiQueryAttention, Transformer
+from mqa_gpt.quantization import Int8Embedding, Int8Linear
 
 MOST_ROWS = 16  # of the kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,6 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN_MODULES = (
     *(GPT, Transformer, Block, MultiQueryAttention, MLP),
     *(nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout),
+    *(Int8Embedding, Int8Linear),
 )
 
 
@@ -59,14 +61,18 @@ def fused_hidden(model: GPT, ids: Tensor, cache: StaticCache) -> Tensor:
     x = transformer.wte(ids[:, 0]) + transformer.wpe(lengths)  # (B, C)
     for layer, block in enumerate(_blocks(model)):
         attn, mlp, slots = block.attn, block.mlp, cache.kv[layer]  # (B, max_length, G, 2D)
+        weight, scale = _weight(attn.c_attn)
         q = norm_qkv_to_cache(
-            x, *_norm(block.ln_1), attn.c_attn.weight, attn.c_attn.bias, slots, lengths
+            x, *_norm(block.ln_1), weight, attn.c_attn.bias, slots, lengths, scale
         )  # (B, 1, H, D)
         k, v = slots.chunk(2, dim=-1)  # (B, max_length, G, D) each
         y = attention(q, k, v, lengths, attn.scale)  # (B, 1, H, D)
-        x = linear_residual(y.flatten(1), attn.c_proj.weight, attn.c_proj.bias, x)  # (B, C)
-        h = norm_linear(x, *_norm(block.ln_2), mlp.c_fc.weight, mlp.c_fc.bias, activation)  # (B, F)
-        x = linear_residual(h, mlp.c_proj.weight, mlp.c_proj.bias, x)  # (B, C)
+        weight, scale = _weight(attn.c_proj)
+        x = linear_residual(y.flatten(1), weight, attn.c_proj.bias, x, scale)  # (B, C)
+        weight, scale = _weight(mlp.c_fc)
+        h = norm_linear(x, *_norm(block.ln_2), weight, mlp.c_fc.bias, activation, scale)  # (B, F)
+        weight, scale = _weight(mlp.c_proj)
+        x = linear_residual(h, weight, mlp.c_proj.bias, x, scale)  # (B, C)
     cache.advance(1)
     return x
 
@@ -75,14 +81,14 @@ def fused_logits(model: GPT, x: Tensor) -> Tensor:
     """Logits (B, V) of what `fused_hidden` returned."""
     from mqa_kernels import norm_lm_head
 
-    return norm_lm_head(x, *_norm(model.transformer.ln_f), model.lm_head.weight)
+    return norm_lm_head(x, *_norm(model.transformer.ln_f), *_weight(model.lm_head))
 
 
 def fused_likeliest(model: GPT, x: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's likeliest token (B,) int64 and its logit (B,) float32, which is NaN if any is."""
     from mqa_kernels import norm_argmax
 
-    return norm_argmax(x, *_norm(model.transformer.ln_f), model.lm_head.weight)
+    return norm_argmax(x, *_norm(model.transformer.ln_f), *_weight(model.lm_head))
 
 
 def _blocks(model: GPT) -> Iterable[Block]:
@@ -91,3 +97,8 @@ def _blocks(model: GPT) -> Iterable[Block]:
 
 def _norm(norm: nn.LayerNorm) -> tuple[Tensor, Tensor, float]:
     return norm.weight, norm.bias, norm.eps
+
+
+def _weight(layer: nn.Linear | Int8Linear) -> tuple[Tensor, Tensor | None]:
+    """A layer's weight, and its rows' scales if it has 8 bits."""
+    return layer.weight, layer.weight_scale if isinstance(layer, Int8Linear) else None

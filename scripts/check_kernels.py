@@ -65,7 +65,7 @@ RESERVED = 1024  # bytes of shared memory per block, which are the system's
 TENSOR_MEMORY = 512  # columns, on sm_100
 HEADS = 32
 DTYPES = ("bfloat16", "float16", "float32")
-CALLS = ("train", "ragged", "dropout", "decode", "fused")
+CALLS = ("train", "ragged", "dropout", "decode", "fused", "fused_int8")
 WIDTHS = (2048, 4096)  # of StarCoderBase-1B and 7B, whose head dim is 128
 WITHOUT_PRODUCT = ("combine_kernel", "choose_kernel")
 
@@ -154,6 +154,7 @@ def all_cases() -> Iterator[Case]:
             yield Case(arch, "float32", D, 1, "dropout")
         for dtype in ("bfloat16", "float32"):
             yield Case(arch, dtype, 128, 1, "fused")
+            yield Case(arch, dtype, 128, 1, "fused_int8")
     for D in (16, 32, 96):
         yield Case(90, "bfloat16", D, 1, "train")
         yield Case(90, "bfloat16", D, 1, "decode")
@@ -190,7 +191,7 @@ def compile_case(case: Case) -> list[Usage]:
         patch("mqa_kernels.forward.multiprocessors", return_value=count),
         patch("mqa_kernels.backward.multiprocessors", return_value=count),
     ):
-        if case.call == "fused":
+        if case.call in ("fused", "fused_int8"):
             call_fused(case)
         else:
             call_attention(case)
@@ -218,22 +219,29 @@ def call_attention(case: Case) -> None:
 def call_fused(case: Case) -> None:
     """What a step of decoding launches besides attention, for every padding of its rows."""
     D, G, V = case.D, case.G, 49_152
+    dtype = getattr(torch, case.dtype)
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=getattr(torch, case.dtype))
+        return torch.empty(shape, dtype=dtype)
+
+    def weight(N: int, K: int) -> Tensor:
+        return torch.empty(N, K, dtype=torch.int8 if case.call == "fused_int8" else dtype)
+
+    def scale(N: int) -> Tensor | None:
+        return torch.empty(N) if case.call == "fused_int8" else None
 
     for C in WIDTHS:
         norm = empty(C), empty(C), 1e-5
         for R in (1, 8, 16):
             x, wide, kv = empty(R, C), empty(R, 4 * C), 2 * G * D
             lengths, slots = torch.zeros(R, dtype=torch.int64), empty(R, 8192, G, 2 * D)
-            norm_qkv_to_cache(x, *norm, empty(C + kv, C), empty(C + kv), slots, lengths)
-            linear_residual(x, empty(C, C), empty(C), x)
-            norm_linear(
-                x, *norm, empty(4 * C, C), empty(4 * C), "gelu_tanh" if C == 2048 else "gelu"
-            )
-            linear_residual(wide, empty(C, 4 * C), empty(C), x)
-            norm_argmax(x, *norm, empty(V, C))
+            qkv = weight(C + kv, C), empty(C + kv)
+            norm_qkv_to_cache(x, *norm, *qkv, slots, lengths, scale(C + kv))
+            linear_residual(x, weight(C, C), empty(C), x, scale(C))
+            gelu = "gelu_tanh" if C == 2048 else "gelu"
+            norm_linear(x, *norm, weight(4 * C, C), empty(4 * C), gelu, scale(4 * C))
+            linear_residual(wide, weight(C, 4 * C), empty(C), x, scale(C))
+            norm_argmax(x, *norm, weight(V, C), scale(V))
 
 
 def projection(

@@ -20,6 +20,7 @@ from mqa_gpt.decode_graph import Decoder, Replay, decode_step
 from mqa_gpt.fused_step import can_fuse
 from mqa_gpt.generate import PREFILL_CHUNK, Token, prefill, stream_plain, stream_replayed
 from mqa_gpt.memory import available_memory, cache_bytes
+from mqa_gpt.quantization import is_quantized, quantize
 from mqa_gpt.sampling import GREEDY, Sampling
 
 Row = dict[str, Any]
@@ -55,6 +56,7 @@ class ModelPlan(NamedTuple):
     Attributes:
         configs: name -> config.
         decode: of every model.
+        int8: the same with 8-bit weights; each is in `decode` too.
         loops: where to measure the loops of `generate` too, which read the prompts first.
         new_tokens: of these loops.
         tokens: configs and numbers of prompts to compare the loops' tokens with; few prompts have
@@ -66,6 +68,7 @@ class ModelPlan(NamedTuple):
 
     configs: dict[str, GPTConfig]
     decode: tuple[Size, ...]
+    int8: tuple[Size, ...]
     loops: tuple[Size, ...]
     new_tokens: int
     tokens: tuple[tuple[GPTConfig, int], ...]
@@ -80,6 +83,7 @@ def gpu_model_plan() -> ModelPlan:
     return ModelPlan(
         configs={name: GPTConfig.official(name) for name in names},
         decode=tuple(Size(batch, 1024) for batch in (1, 32, 8, 128, 256)),
+        int8=(Size(1, 1024), Size(8, 1024)),
         loops=(Size(1, 1024), Size(32, 1024), Size(8, 1024)),
         new_tokens=64,
         tokens=((SMALL, 5), (SMALL, 40), (replace(SMALL, multi_query=False), 5)),
@@ -102,6 +106,7 @@ def cpu_model_plan() -> ModelPlan:
     return ModelPlan(
         configs={"tiny": config},
         decode=sizes,
+        int8=sizes[:1],
         loops=sizes[1:],
         new_tokens=5,
         tokens=((config, 2),),
@@ -119,15 +124,18 @@ class Models:
         self._config: GPTConfig | None = None
         self._model: GPT | None = None
 
-    def get(self, config: GPTConfig) -> GPT:
-        """A model in bfloat16, in eval mode."""
-        if self._model is None or config != self._config:
-            self._model = None  # two may not fit
+    def get(self, config: GPTConfig, int8: bool = False) -> GPT:
+        """A model in bfloat16, in eval mode, its weights in 8 bits if wanted."""
+        model = self._model
+        if model is None or config != self._config or (is_quantized(model.config) and not int8):
+            self._model = model = None  # two may not fit
             with self._clock.device:
-                self._model = GPT(config).bfloat16().eval()
-            self._clock.release()  # the float32 weights
+                self._model = model = GPT(config).bfloat16().eval()
             self._config = config
-        return self._model
+        if int8 and not is_quantized(model.config):
+            quantize(model)
+        self._clock.release()  # the weights that these were made from
+        return model
 
 
 def token_cases(clock: Clock, plan: ModelPlan) -> Iterator[tuple[Row, Measure]]:
@@ -162,6 +170,12 @@ def decode_cases(clock: Clock, plan: ModelPlan, repeats: int) -> Iterator[tuple[
                     yield {"loops": loops, "new_tokens": plan.new_tokens}
 
             yield {"model": name, "case": size._asdict()}, measure
+        for size in plan.int8:
+
+            def measure_int8(config: GPTConfig = config, size: Size = size) -> Iterator[Row]:
+                yield measure_steps(clock, models.get(config, int8=True), size, repeats)
+
+            yield {"model": name, "case": size._asdict() | {"weights": "int8"}}, measure_int8
 
 
 def prefill_cases(clock: Clock, plan: ModelPlan, repeats: int) -> Iterator[tuple[Row, Measure]]:
@@ -298,10 +312,11 @@ def step_bytes(model: GPT, size: Size) -> int:
     Of the embeddings of tokens and positions a step reads a few rows, but all of the `lm_head`,
     which may be the same weight.
     """
-    names = {"transformer.wpe.weight"}
+    seldom = [model.transformer.wpe.weight]
     if not model.config.tie_word_embeddings:
-        names.add("transformer.wte.weight")
-    weights = sum(p.nbytes for name, p in model.named_parameters() if name not in names)
+        seldom += model.transformer.wte.state_dict().values()
+    tensors = [*model.parameters(), *model.buffers()]  # 8-bit weights are buffers
+    weights = sum(x.nbytes for x in tensors) - sum(x.nbytes for x in seldom)
     return weights + cache_bytes(model.config, model.dtype, size.batch, size.context)
 
 

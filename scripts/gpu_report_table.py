@@ -8,6 +8,7 @@ from typing import Any
 Row = dict[str, Any]
 
 OURS = "mqa_kernels"
+INT8 = " weights=int8"  # at the end of a case
 
 
 def failures(report: Row) -> list[str]:
@@ -171,15 +172,23 @@ def token_lines(rows: list[Row], ceilings: Row) -> Iterator[str]:
 
 
 def step_lines(rows: list[Row], ceilings: Row) -> Iterator[str]:
-    """Decoding: the rate, its share of the memory's bandwidth (MBU), and the loops."""
+    """Decoding: the rate, its share of the memory's bandwidth (MBU), and the loops.
+
+    Of 8-bit weights also how much faster they are than the model's own 16 bits, which come before.
+    """
+    rates: dict[str, float] = {}
     for row in rows:
-        text = f"{row['model']} {case_text(row)}"
+        text = case = f"{row['model']} {case_text(row)}"
         if "refused" in row:
             yield f"{text}: {row['refused']}"
         elif "seconds_per_step" in row:
             seconds = row["seconds_per_step"]
+            rates[case] = row["tokens_per_s"]
             text += f": {row['tokens_per_s']:8.1f} tok/s, {seconds['replayed'] * 1e6:.0f} us a step"
             text += of_ceiling(row["gb_per_s"], ceilings.get("copy_gb_per_s"))
+            own = rates.get(case.removesuffix(INT8))
+            if case.endswith(INT8) and own is not None:
+                text += f" ({row['gb_per_s']:.0f} GB/s), {rates[case] / own:.2f} x bfloat16"
             text += f"; {seconds['called'] / seconds['replayed']:.2f} x as fast as called"
             if "modules" in seconds:
                 text += f", {seconds['modules'] / seconds['replayed']:.2f} x as modules replayed"

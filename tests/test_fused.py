@@ -47,6 +47,17 @@ def norm_inputs(dtype, R, C, N, seed=0):
     return [*made[:3], EPS, *made[3:]], [*wide[:3], EPS, *wide[3:]]
 
 
+def int8_weight(N, K, seed=1):
+    """An int8 weight (N, K) and its rows' scales (N,), and the same with scales in float64.
+
+    All integers to 127 occur, and the rows are of very different sizes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-127, 128, (N, K), generator=generator).to(DEVICE, torch.int8)
+    scale = torch.logspace(-4, -2, N, device=DEVICE)[torch.randperm(N, generator=generator)]
+    return (weight, scale), (weight, scale.double())
+
+
 def assert_as_exact(ours, plain, exact):
     """FlashAttention's rule: at most twice the error of plain PyTorch in the same dtype."""
     assert ours.dtype == plain.dtype
@@ -85,6 +96,72 @@ def test_linear_residual_is_as_exact_as_plain_pytorch(shape, dtype):
     inputs, wide = randoms(dtype, (R, K), (N, K), (N,), (R, N))
     ours, plain = linear_residual(*inputs), reference.linear_residual(*inputs)
     assert_as_exact(ours, plain, reference.linear_residual(*wide))
+
+
+class TestInt8Weights:
+    """Beside plain PyTorch with the weights that the integers stand for, rounded to the dtype."""
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(1, 80, 70), (3, 51, 33), (16, 768, 65)], ids=str)
+    def test_norm_linear_is_as_exact(self, shape, dtype):
+        _, C, N = shape
+        (*norm, _, bias), (*wide_norm, _, wide_bias) = norm_inputs(dtype, *shape)
+        (weight, scale), (_, wide_scale) = int8_weight(N, C)
+        inputs = *norm, weight, bias, "gelu", scale
+        exact = reference.norm_linear(*wide_norm, weight, wide_bias, "gelu", wide_scale)
+        assert_as_exact(norm_linear(*inputs), reference.norm_linear(*inputs), exact)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(1, 2100, 20), (3, 51, 33), (16, 80, 70)], ids=str)
+    def test_linear_residual_is_as_exact(self, shape, dtype):
+        R, K, N = shape
+        inputs, wide = randoms(dtype, (R, K), (N,), (R, N))
+        (weight, scale), (_, wide_scale) = int8_weight(N, K)
+        x, bias, residual = inputs
+        ours = linear_residual(x, weight, bias, residual, scale)
+        plain = reference.linear_residual(x, weight, bias, residual, scale)
+        x, bias, residual = wide
+        exact = reference.linear_residual(x, weight, bias, residual, wide_scale)
+        assert_as_exact(ours, plain, exact)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_queries_keys_and_values_are_as_exact(self, dtype):
+        (*norm, _, bias), (*wide_norm, _, wide_bias) = norm_inputs(dtype, 6, 60, 180)
+        (weight, scale), (_, wide_scale) = int8_weight(180, 60)
+        lengths = torch.tensor([0, 5], device=DEVICE)
+        ours, plain, exact = (
+            torch.zeros(2, 9, 3, 40, dtype=kind, device=DEVICE)
+            for kind in (dtype, dtype, torch.float64)
+        )
+        assert_as_exact(
+            norm_qkv_to_cache(*norm, weight, bias, ours, lengths, scale),
+            reference.norm_qkv_to_cache(*norm, weight, bias, plain, lengths, scale),
+            reference.norm_qkv_to_cache(*wide_norm, weight, wide_bias, exact, lengths, wide_scale),
+        )
+        assert_as_exact(ours, plain, exact)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_the_argmax_is_that_of_the_logits(self, dtype):
+        (*norm, _, _), _ = norm_inputs(dtype, 3, 51, 130)
+        weight = int8_weight(130, 51)[0]
+        ids, values = norm_argmax(*norm, *weight)
+        logits = norm_lm_head(*norm, *weight)
+        assert torch.equal(ids, logits.argmax(-1))
+        assert torch.equal(values, logits.amax(-1).float())
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_every_integer_is_itself(self, dtype):
+        integers = torch.arange(-128, 128, device=DEVICE).to(torch.int8)
+        weight, scale = (
+            integers[:, None].expand(-1, 16).contiguous(),
+            torch.ones(256, device=DEVICE),
+        )
+        x = torch.zeros(1, 16, dtype=dtype, device=DEVICE)
+        x[0, 3] = 1
+        out = linear_residual(
+            x, weight, None, torch.zeros_like(weight[None, :, 0], dtype=dtype), scale
+        )
+        assert torch.equal(out[0], integers.to(dtype))
 
 
 @pytest.mark.parametrize("block", [16, 32, 64])
@@ -255,6 +332,7 @@ class TestOperators:
         ops = torch.ops.mqa_kernels
         torch.library.opcheck(ops.norm_linear, (*inputs, "gelu"))
         torch.library.opcheck(ops.norm_argmax, tuple(inputs[:5]))
+        torch.library.opcheck(ops.norm_argmax, (*inputs[:4], *int8_weight(80, 48)[0]))
         residual = torch.randn(4, 80, device=DEVICE)
         torch.library.opcheck(ops.linear_residual, (inputs[0], *inputs[4:], residual))
         slots = torch.zeros(2, 5, 1, 32, device=DEVICE)
@@ -312,6 +390,18 @@ class TestRefusals:
         inputs[position] = change(inputs[position])
         with pytest.raises(ValueError, match=message):
             norm_linear(*inputs)
+
+    def test_integers_without_scales_and_scales_without_integers(self):
+        *norm, floats, bias = self.inputs()
+        integers, scale = int8_weight(80, 48)[0]
+        with pytest.raises(ValueError, match=r"weight is torch\.int8 and weight_scale None"):
+            norm_linear(*norm, integers, bias)
+        with pytest.raises(ValueError, match="no other weight takes any"):
+            norm_linear(*norm, floats, bias, weight_scale=scale)
+        with pytest.raises(ValueError, match=r"weight_scale is torch.float16 \(80,\)"):
+            norm_argmax(*norm, integers, scale.half())
+        with pytest.raises(ValueError, match=r"weight_scale is torch.float32 \(79,\)"):
+            linear_residual(norm[0], integers, bias, torch.zeros(2, 80, device=DEVICE), scale[1:])
 
     def test_a_residual_of_another_shape(self):
         x, _, _, _, weight, bias = self.inputs()

@@ -16,6 +16,7 @@ from mqa_gpt.cache import StaticCache
 from mqa_gpt.decode_graph import Decoder
 from mqa_gpt.fused_step import can_fuse, fused_hidden, fused_likeliest, fused_logits
 from mqa_gpt.generate import generate, prefill, stream_replayed
+from mqa_gpt.quantization import quantize
 from mqa_gpt.sampling import GREEDY, Sampling
 from tests.helpers import (
     error,
@@ -95,6 +96,25 @@ def test_low_precision_is_as_close_to_float32_as_the_modules_are(dtype):
     assert error(ours, exact) <= 2 * error(plain, exact)
 
 
+@pytest.mark.parametrize("config", CONFIGS[1:], ids=["mha", "relu"])
+def test_8_bit_weights_give_the_logits_and_cache_of_their_modules(config):
+    model, steps = model_of(config), random_steps(config)
+    quantize(model)
+    for ours, expected in zip(fused_steps(model, steps), plain_steps(model, steps), strict=True):
+        assert relative_error(ours, expected) <= 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_8_bit_weights_in_low_precision_are_as_close_to_float32_as_their_modules_are(dtype):
+    model, steps = model_of(CONFIGS[0], dtype), random_steps(CONFIGS[0])[:1]
+    quantize(model)
+    exact, _ = plain_steps(copy.deepcopy(model).float(), steps)
+    ours, _ = fused_steps(model, steps)
+    plain, _ = plain_steps(model, steps)
+    assert ours.dtype == dtype
+    assert error(ours, exact) <= 2 * error(plain, exact)
+
+
 @torch.inference_mode()
 def test_the_likeliest_token_is_the_logits_argmax():
     model = model_of(CONFIGS[0])
@@ -132,6 +152,13 @@ def test_tokens_are_the_plain_loop_s(fused, sampling, options):
     config = CONFIGS[0]
     check_same_tokens(model_of(config), random_prompts(config, [5, 2]), 4, sampling, **options)
     assert fused
+
+
+def test_tokens_of_8_bit_weights_are_the_plain_loop_s(fused):
+    model = model_of(CONFIGS[0])
+    quantize(model)
+    check_same_tokens(model, random_prompts(CONFIGS[0], [5, 1, 2]), 4, GREEDY)
+    assert len(fused) == 3
 
 
 def test_log_probabilities_come_with_the_tokens(fused):
@@ -187,6 +214,8 @@ def test_it_is_taken_for_few_rows_of_untouched_modules_on_a_gpu():
     assert can_fuse(on_gpu, 16)
     assert not can_fuse(on_gpu, 17)
     assert not can_fuse(model, 1)  # on the CPU
+    quantize(model)
+    assert can_fuse(on_gpu, 16)
     model.transformer.h[1].attn.attend = reference_attention
     assert not can_fuse(on_gpu, 1)
     model.set_backend("auto")

@@ -32,6 +32,7 @@ from gpu_report_sections import TUNED, cpu_plan, gpu_plan
 from judge import exact_attention, find_truth, plain_attention
 
 from mqa_gpt import GPT, GPTConfig
+from mqa_gpt.quantization import quantize
 from mqa_kernels import attention
 from scripts import gpu_report
 from scripts.gpu_report_table import failures, print_table
@@ -144,9 +145,11 @@ def test_both_loops_say_the_same(run):
 
 
 def test_decoding_is_timed_by_steps_and_by_whole_generations(run):
-    one, two, loops = rows(run, "model_decode")
-    assert [row["case"]["batch"] for row in (one, two, loops)] == [1, 2, 2]
-    for row in (one, two):
+    one, two, loops, int8 = rows(run, "model_decode")
+    assert [row["case"]["batch"] for row in (one, two, loops, int8)] == [1, 2, 2, 1]
+    assert int8["case"] == one["case"] | {"weights": "int8"}
+    assert int8["bytes_per_step"] < 0.7 * one["bytes_per_step"]
+    for row in (one, two, int8):
         seconds = row["seconds_per_step"]
         assert set(seconds) == {"replayed", "called"}
         assert row["tokens_per_s"] == pytest.approx(row["case"]["batch"] / seconds["replayed"])
@@ -154,6 +157,7 @@ def test_decoding_is_timed_by_steps_and_by_whole_generations(run):
         assert loop["tokens_per_s"] > 0
         assert loop["first_token_seconds"] > 0
     assert "x the plain loop" in run[1]
+    assert "x bfloat16" in run[1]
 
 
 def test_prefill_and_the_kernels_of_a_step_are_measured(run):
@@ -370,6 +374,8 @@ def test_on_a_gpu_it_times_sequences_to_16k_and_batches_to_256():
     assert {tuning.kernel for tuning in plan.autotune} == set(TUNED)
     model = plan.model
     assert {size.batch for size in model.decode} == {1, 8, 32, 128, 256}
+    assert {size.batch for size in model.int8} == {1, 8}
+    assert set(model.int8) < set(model.decode)
     assert set(model.configs) == set(model.heads) == {"starcoderbase-1b", "starcoderbase-7b"}
     assert {(name, dtype) for name, _, dtype, _ in plan.parity} == {
         (f"starcoderbase-{size}b", dtype) for size in (1, 7) for dtype in ("float32", "bfloat16")
@@ -397,6 +403,12 @@ def test_a_model_s_bytes_and_operations_are_counted_as_by_hand():
     products = 2 * T * 42 * layer + 2 * C * 49152
     assert prefill_flops(model, T) == products + 42 * 4 * C * T * (T + 1) // 2
 
+    # Of 8-bit weights one byte each, and four for each row; two for the other 1-D parameters.
+    quantize(model)
+    rows = 42 * (C + 2 * D + C + F + C) + 49152
+    small = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 1)
+    assert step_bytes(model, Size(1, 0)) == 42 * layer + 49152 * C + 4 * rows + 2 * small
+
 
 def test_a_cache_that_does_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr("gpu_report_model.available_memory", lambda device: 10_000)
@@ -423,14 +435,16 @@ def test_the_table_has_a_line_for_everything(capsys):
         {"contender": "efficient, enable_gqa", "refused": "no"},
     ]
     case = {"model": "1b", "case": {"batch": 8, "context": 1024}}
+    figures = {
+        "seconds_per_step": {"replayed": 0.001, "called": 0.003},
+        "recording_seconds": 0.02,
+        "tokens_per_s": 8000.0,
+        "gb_per_s": 3000.0,
+    }
+    int8 = {"model": "1b", "case": case["case"] | {"weights": "int8"}}
     model_rows = [
-        case
-        | {
-            "seconds_per_step": {"replayed": 0.001, "called": 0.003},
-            "recording_seconds": 0.02,
-            "tokens_per_s": 8000.0,
-            "gb_per_s": 3000.0,
-        },
+        case | figures,
+        int8 | figures | {"tokens_per_s": 13600.0, "gb_per_s": 2600.0},
         case | {"refused": "its cache takes too much"},
     ]
     sections = {
@@ -447,5 +461,6 @@ def test_the_table_has_a_line_for_everything(capsys):
     assert "no time for 1: B 1   T 8192" in shown
     assert "1b batch=8 context=1024:   8000.0 tok/s, 1000 us a step, 0.75 of ceiling" in shown
     assert "3.00 x as fast as called; recorded in 20 ms" in shown
+    assert "0.65 of ceiling (2600 GB/s), 1.70 x bfloat16" in shown
     assert "its cache takes too much" in shown
     assert "nothing failed" in shown

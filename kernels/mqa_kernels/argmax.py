@@ -43,7 +43,7 @@ def value_and_index(ranked):
 
 @triton.jit(do_not_specialize=["R"])
 def argmax_kernel(
-    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, best_ptr, eps, R, N,
+    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale_ptr, best_ptr, eps, R, N,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     SHARES: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -57,14 +57,15 @@ def argmax_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = columns(0, SHARES, BLOCK_K)
     gain, offset = load_vector(norm_weight_ptr, k, K), load_vector(norm_bias_ptr, k, K)
+    scale = load_vector(scale_ptr, n, N, 1.0)  # (BLOCK_N,)
     weight = load_weight(weight_ptr, n, k, N, K)
     await_inputs(OVERLAP)
 
     logits = products(
-        weight, gain, offset, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, eps, n, R, N,
-        K, ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, STAGES,
+        weight, scale, gain, offset, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr,
+        eps, n, R, N, K, ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, STAGES,
     )  # fmt: skip
-    logits = narrow(logits, weight_ptr.dtype.element_ty).to(tl.float32)  # (BLOCK_N, ROWS)
+    logits = narrow(logits, x_ptr.dtype.element_ty).to(tl.float32)  # (BLOCK_N, ROWS)
     lowest = tl.full([1], -(2**63), tl.int64)
     ranked = tl.where((n < N)[:, None], rank(logits, n[:, None]), lowest)
     rows = tl.arange(0, ROWS)

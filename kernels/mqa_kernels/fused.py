@@ -51,16 +51,16 @@ def load_weight(weight_ptr, n, k, N, K: tl.constexpr):
     return tl.load(
         weight_ptr + n.to(tl.int64)[None, :, None] * K + k[:, None, :],
         mask=(n < N)[None, :, None] & (k < K)[:, None, :],
-        other=0.0,
+        other=0,
         eviction_policy="evict_first",  # each weight is read once; x is read by every program
     )
 
 
 @triton.jit
-def load_vector(vector_ptr, at, size):
-    """Elements `at` of a vector in float32; zeros beyond its end, and where there is no vector."""
+def load_vector(vector_ptr, at, size, ABSENT: tl.constexpr = 0.0):
+    """Elements `at` of a vector in float32; zeros beyond its end, ABSENT if there is no vector."""
     if vector_ptr is None:
-        values = tl.zeros(at.shape, tl.float32)
+        values = tl.full(at.shape, ABSENT, tl.float32)
     else:
         values = tl.load(vector_ptr + at, mask=at < size, other=0.0).to(tl.float32)
     return values
@@ -109,17 +109,20 @@ def add_products(
     )  # (SHARES, ROWS, BLOCK_K)
     if NORM:
         x = (x.to(tl.float32) - mean[None, :, None]) * rstd[None, :, None]
-        x = narrow(x * gain[:, None, :] + offset[:, None, :], weight.dtype)
+        x = narrow(x * gain[:, None, :] + offset[:, None, :], x_ptr.dtype.element_ty)
+    if weight.dtype == tl.int8:
+        weight = narrow(weight.to(tl.float32), x.dtype)
     return dot(weight, tl.permute(x, (0, 2, 1)), acc)
 
 
 @triton.jit
 def products(
-    weight, gain, offset, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, eps, n, R, N,
-    K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    weight, scale, gain, offset, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr,
+    eps, n, R, N, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     SHARES: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Outputs n of every row, (BLOCK_N, ROWS) float32, given the first step's weights."""
+    """Outputs n of every row, (BLOCK_N, ROWS) float32, given the first step's weights and n's
+    scales."""
     NORM: tl.constexpr = norm_weight_ptr is not None
     mean, rstd = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     if NORM:
@@ -132,7 +135,7 @@ def products(
         weight = load_weight(weight_ptr, n, k, N, K)
         gain, offset = load_vector(norm_weight_ptr, k, K), load_vector(norm_bias_ptr, k, K)
         acc = add_products(acc, weight, gain, offset, mean, rstd, x_ptr, k, R, K, ROWS, NORM)
-    return tl.sum(acc, 0)
+    return tl.sum(acc, 0) * scale[:, None]
 
 
 @triton.jit
@@ -149,7 +152,8 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["R"])
 def linear_kernel(
-    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, eps, R, N,
+    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr,
+    eps, R, N,
     K: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     SHARES: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -162,7 +166,7 @@ def linear_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = columns(0, SHARES, BLOCK_K)
     gain, offset = load_vector(norm_weight_ptr, k, K), load_vector(norm_bias_ptr, k, K)
-    bias = load_vector(bias_ptr, n, N)  # (BLOCK_N,)
+    scale, bias = load_vector(scale_ptr, n, N, 1.0), load_vector(bias_ptr, n, N)  # (BLOCK_N,)
     weight = load_weight(weight_ptr, n, k, N, K)
     await_inputs(OVERLAP)
 
@@ -172,8 +176,8 @@ def linear_kernel(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     out = products(
-        weight, gain, offset, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, eps, n, R, N,
-        K, ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, STAGES,
+        weight, scale, gain, offset, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr,
+        eps, n, R, N, K, ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, STAGES,
     )  # fmt: skip
     out = activate(out + bias[:, None], ACTIVATION)
     if residual_ptr is not None:
@@ -183,8 +187,8 @@ def linear_kernel(
 
 @triton.jit(do_not_specialize=["R", "T"])
 def qkv_kernel(
-    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, slots_ptr, lengths_ptr, q_ptr,
-    eps, R, T, N, max_length, stride_b, stride_s, stride_g,
+    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale_ptr, bias_ptr,
+    slots_ptr, lengths_ptr, q_ptr, eps, R, T, N, max_length, stride_b, stride_s, stride_g,
     K: tl.constexpr, QUERY: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SHARES: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
@@ -198,7 +202,7 @@ def qkv_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = columns(0, SHARES, BLOCK_K)
     gain, offset = load_vector(norm_weight_ptr, k, K), load_vector(norm_bias_ptr, k, K)
-    bias = load_vector(bias_ptr, n, N)  # (BLOCK_N,)
+    scale, bias = load_vector(scale_ptr, n, N, 1.0), load_vector(bias_ptr, n, N)  # (BLOCK_N,)
     weight = load_weight(weight_ptr, n, k, N, K)
     await_inputs(OVERLAP)
 
@@ -206,8 +210,8 @@ def qkv_kernel(
     b = rows // T
     positions = tl.load(lengths_ptr + b, mask=rows < R, other=-1) + rows % T  # (ROWS,) int64
     out = products(
-        weight, gain, offset, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, eps, n, R, N,
-        K, ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, STAGES,
+        weight, scale, gain, offset, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr,
+        eps, n, R, N, K, ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, STAGES,
     )  # fmt: skip
     out = narrow(out + bias[:, None], q_ptr.dtype.element_ty)  # (BLOCK_N, ROWS)
 

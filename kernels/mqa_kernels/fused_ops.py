@@ -23,6 +23,7 @@ def norm_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     activation: str = "none",
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """activation(layer_norm(x) @ weight.T + bias) for few rows, in one launch.
 
@@ -38,6 +39,8 @@ def norm_linear(
         weight: (N, C) contiguous, as `nn.Linear` holds it.
         bias: (N,) or None.
         activation: "none", "relu", "gelu" (exact) or "gelu_tanh".
+        weight_scale: (N,) float32 for a weight of int8, each of whose rows it multiplies; else
+            None. Here and below, only the weight is int8: x keeps its dtype.
 
     Returns:
         (R, N) in x's dtype.
@@ -50,21 +53,31 @@ def norm_linear(
         raise ValueError(
             f"activation is {activation!r}: it must be one of {', '.join(ACTIVATIONS)}"
         )
-    C, N = check_rows(x, weight)
+    C, N = check_rows(x, weight, weight_scale)
     check_all(x, {"norm_weight": (norm_weight, (C,)), "norm_bias": (norm_bias, (C,))})
     check_all(x, {"bias": (bias, (N,))})
-    return norm_linear_op(x, norm_weight, norm_bias, eps, weight, bias, activation)
+    return norm_linear_op(x, norm_weight, norm_bias, eps, weight, bias, activation, weight_scale)
 
 
 def norm_lm_head(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """Logits (R, V) of layer_norm(x) for the vocabulary's weight (V, C): `norm_linear`, no bias."""
-    return norm_linear(x, norm_weight, norm_bias, eps, weight)
+    return norm_linear(x, norm_weight, norm_bias, eps, weight, weight_scale=weight_scale)
 
 
 def norm_argmax(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The largest logit of each row of `norm_lm_head`, without writing the logits.
 
@@ -72,23 +85,30 @@ def norm_argmax(
         ids (R,) int64, the lowest of those that share the largest logit, and that logit (R,)
         float32. NaN counts as the largest: what is not finite is seen by looking at the logit.
     """
-    C, _ = check_rows(x, weight)
+    C, _ = check_rows(x, weight, weight_scale)
     check_all(x, {"norm_weight": (norm_weight, (C,)), "norm_bias": (norm_bias, (C,))})
-    return norm_argmax_op(x, norm_weight, norm_bias, eps, weight)
+    return norm_argmax_op(x, norm_weight, norm_bias, eps, weight, weight_scale)
 
 
-def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight_scale: Tensor | None = None,
+) -> Tensor:
     """x @ weight.T + bias + residual for few rows, in one launch.
 
     Args:
         x: (R, K) contiguous; weight: (N, K); bias: (N,) or None; residual: (R, N) contiguous.
+        weight_scale: as in `norm_linear`.
 
     Returns:
         (R, N) in x's dtype.
     """
-    _, N = check_rows(x, weight)
+    _, N = check_rows(x, weight, weight_scale)
     check_all(x, {"bias": (bias, (N,)), "residual": (residual, (len(x), N))})
-    return linear_residual_op(x, weight, bias, residual)
+    return linear_residual_op(x, weight, bias, residual, weight_scale)
 
 
 def norm_qkv_to_cache(
@@ -100,6 +120,7 @@ def norm_qkv_to_cache(
     bias: Tensor | None,
     slots: Tensor,
     lengths: Tensor,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """Queries of layer_norm(x), whose keys and values go straight into one layer's cache.
 
@@ -112,11 +133,12 @@ def norm_qkv_to_cache(
         slots: (B, max_length, G, 2D), K and V of a head side by side; written at positions
             lengths[b] to lengths[b] + T - 1 of each row. What is behind max_length is not written.
         lengths: (B,) int64 on the device: the tokens that each row holds before.
+        weight_scale: as in `norm_linear`.
 
     Returns:
         q (B, T, H, D) in x's dtype.
     """
-    C, N = check_rows(x, weight)
+    C, N = check_rows(x, weight, weight_scale)
     if slots.ndim != 4 or slots.shape[3] % 2 or slots.stride(3) != 1:
         raise ValueError(
             f"slots has shape {tuple(slots.shape)} and strides {slots.stride()}: it must be "
@@ -141,7 +163,9 @@ def norm_qkv_to_cache(
             f"lengths is {lengths.dtype} {tuple(lengths.shape)} on {lengths.device}: it must be "
             f"int64 ({B},), contiguous, on {x.device}"
         )
-    return norm_qkv_to_cache_op(x, norm_weight, norm_bias, eps, weight, bias, slots, lengths)
+    return norm_qkv_to_cache_op(
+        x, norm_weight, norm_bias, eps, weight, bias, slots, lengths, weight_scale
+    )
 
 
 def _norm_linear(
@@ -152,12 +176,19 @@ def _norm_linear(
     weight: Tensor,
     bias: Tensor | None,
     activation: str,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
-    return _linear(x, norm_weight, norm_bias, eps, weight, bias, None, activation)
+    return _linear(x, norm_weight, norm_bias, eps, weight, weight_scale, bias, None, activation)
 
 
-def _linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    return _linear(x, None, None, 0.0, weight, bias, residual, "none")
+def _linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight_scale: Tensor | None = None,
+) -> Tensor:
+    return _linear(x, None, None, 0.0, weight, weight_scale, bias, residual, "none")
 
 
 def _linear(
@@ -166,16 +197,18 @@ def _linear(
     norm_bias: Tensor | None,
     eps: float,
     weight: Tensor,
+    weight_scale: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str,
 ) -> Tensor:
     (R, K), N = x.shape, len(weight)
     out = x.new_empty((R, N))
-    tiles, options = linear_tiles(x.dtype, R, N, K), launch.overlap(x.device)
+    tiles = linear_tiles(x.dtype, R, N, K, weight_scale is not None)
+    options = launch.overlap(x.device)
     with torch.cuda.device_of(x):
         linear_kernel[(triton.cdiv(N, tiles.BLOCK_N),)](
-            x, norm_weight, norm_bias, weight, bias, residual, out, eps, R, N,
+            x, norm_weight, norm_bias, weight, weight_scale, bias, residual, out, eps, R, N,
             K=K, ACTIVATION=activation, **tiles._asdict(), **options,
         )  # fmt: skip
     return out
@@ -190,14 +223,16 @@ def _norm_qkv_to_cache(
     bias: Tensor | None,
     slots: Tensor,
     lengths: Tensor,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     (R, K), N = x.shape, len(weight)
     B, max_length, G, D = *slots.shape[:3], slots.shape[3] // 2
     q = x.new_empty((B, R // B, K // D, D))
-    tiles, options = linear_tiles(x.dtype, R, N, K), launch.overlap(x.device)
+    tiles = linear_tiles(x.dtype, R, N, K, weight_scale is not None)
+    options = launch.overlap(x.device)
     with torch.cuda.device_of(x):
         qkv_kernel[(triton.cdiv(N, tiles.BLOCK_N),)](
-            x, norm_weight, norm_bias, weight, bias, slots, lengths, q,
+            x, norm_weight, norm_bias, weight, weight_scale, bias, slots, lengths, q,
             eps, R, R // B, N, max_length, *slots.stride()[:3],
             K=K, QUERY=K // G, D=D, **tiles._asdict(), **options,
         )  # fmt: skip
@@ -205,16 +240,22 @@ def _norm_qkv_to_cache(
 
 
 def _norm_argmax(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     (R, K), N = x.shape, len(weight)
-    tiles, options = linear_tiles(x.dtype, R, N, K), launch.overlap(x.device)
+    tiles = linear_tiles(x.dtype, R, N, K, weight_scale is not None)
+    options = launch.overlap(x.device)
     parts = triton.cdiv(N, tiles.BLOCK_N)
     best = x.new_empty((R, parts), dtype=torch.int64)
     ids, values = x.new_empty(R, dtype=torch.int64), x.new_empty(R, dtype=torch.float32)
     with torch.cuda.device_of(x):
         argmax_kernel[(parts,)](
-            x, norm_weight, norm_bias, weight, best, eps, R, N,
+            x, norm_weight, norm_bias, weight, weight_scale, best, eps, R, N,
             K=K, **tiles._asdict(), **options,
         )  # fmt: skip
         choose_kernel[(R,)](best, ids, values, parts, BLOCK=choose_block(parts), **options)
@@ -232,22 +273,22 @@ norm_argmax_op = torch.library.custom_op("mqa_kernels::norm_argmax", _norm_argma
 
 
 @norm_linear_op.register_fake
-def _(x, norm_weight, norm_bias, eps, weight, bias, activation):
+def _(x, norm_weight, norm_bias, eps, weight, bias, activation, weight_scale=None):
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 @linear_residual_op.register_fake
-def _(x, weight, bias, residual):
+def _(x, weight, bias, residual, weight_scale=None):
     return torch.empty_like(residual)
 
 
 @norm_qkv_to_cache_op.register_fake
-def _(x, norm_weight, norm_bias, eps, weight, bias, slots, lengths):
+def _(x, norm_weight, norm_bias, eps, weight, bias, slots, lengths, weight_scale=None):
     B, D = slots.shape[0], slots.shape[3] // 2
     return x.new_empty((B, x.shape[0] // B, x.shape[1] // D, D))
 
 
 @norm_argmax_op.register_fake
-def _(x, norm_weight, norm_bias, eps, weight):
+def _(x, norm_weight, norm_bias, eps, weight, weight_scale=None):
     R = x.shape[0]
     return x.new_empty(R, dtype=torch.int64), x.new_empty(R, dtype=torch.float32)

@@ -92,8 +92,11 @@ def check_inputs(
             )
 
 
-def check_rows(x: Tensor, weight: Tensor) -> tuple[int, int]:
-    """K and N of x (R, K) and weight (N, K); ValueError where they do not fit the kernels."""
+def check_rows(x: Tensor, weight: Tensor, weight_scale: Tensor | None) -> tuple[int, int]:
+    """K and N of x (R, K) and weight (N, K); ValueError where they do not fit the kernels.
+
+    The weight is of x's dtype, or of int8 with a scale (N,) float32.
+    """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}: x must be (R, K) and "
@@ -110,19 +113,36 @@ def check_rows(x: Tensor, weight: Tensor) -> tuple[int, int]:
             f"x is on {x.device}: the kernels run on a CUDA device (or, for tests, on the CPU "
             "with TRITON_INTERPRET=1)"
         )
-    check_all(x, {"x": (x, tuple(x.shape)), "weight": (weight, tuple(weight.shape))})
+    if (weight.dtype == torch.int8) != (weight_scale is not None):
+        raise ValueError(
+            f"weight is {weight.dtype} and weight_scale "
+            f"{None if weight_scale is None else weight_scale.dtype}: an int8 weight needs its "
+            "rows' scales, and no other weight takes any"
+        )
+    check_all(x, {"x": (x, tuple(x.shape))})
+    check_all(
+        x,
+        {"weight": (weight, tuple(weight.shape))},
+        x.dtype if weight_scale is None else torch.int8,
+    )
+    check_all(x, {"weight_scale": (weight_scale, (len(weight),))}, torch.float32)
     return x.shape[1], weight.shape[0]
 
 
-def check_all(x: Tensor, expected: dict[str, tuple[Tensor | None, tuple[int, ...]]]) -> None:
-    """ValueError unless each tensor is None or has its shape, x's dtype and x's device."""
+def check_all(
+    x: Tensor,
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """ValueError unless each tensor is None or has its shape, x's device, and x's or this dtype."""
+    dtype = dtype or x.dtype
     for name, (tensor, shape) in expected.items():
         if tensor is None:
             continue
-        if tensor.shape != shape or tensor.dtype != x.dtype or tensor.device != x.device:
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != x.device:
             raise ValueError(
                 f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}: it must be "
-                f"{x.dtype} {shape} on {x.device}"
+                f"{dtype} {shape} on {x.device}"
             )
         if not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}: it must be contiguous")

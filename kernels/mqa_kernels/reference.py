@@ -61,6 +61,11 @@ def attention_backward(
     return dq, dk, dv
 
 
+def dequantized(weight: Tensor, weight_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What an int8 weight (N, K) and its rows' scales (N,) stand for; a weight without them."""
+    return weight if weight_scale is None else (weight * weight_scale[:, None]).to(dtype)
+
+
 def norm_linear(
     x: Tensor,
     norm_weight: Tensor,
@@ -69,9 +74,11 @@ def norm_linear(
     weight: Tensor,
     bias: Tensor | None = None,
     activation: str = "none",
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """activation(layer_norm(x (R, C)) @ weight.T + bias), (R, N)."""
-    x = F.linear(F.layer_norm(x, x.shape[1:], norm_weight, norm_bias, eps), weight, bias)
+    x = F.layer_norm(x, x.shape[1:], norm_weight, norm_bias, eps)
+    x = F.linear(x, dequantized(weight, weight_scale, x.dtype), bias)
     if activation == "relu":
         return F.relu(x)
     if activation == "none":
@@ -80,16 +87,29 @@ def norm_linear(
 
 
 def norm_argmax(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The largest of each row's logits: its index (R,), the lowest among equals, and itself."""
-    logits = norm_linear(x, norm_weight, norm_bias, eps, weight)  # (R, V)
+    logits = norm_linear(
+        x, norm_weight, norm_bias, eps, weight, weight_scale=weight_scale
+    )  # (R, V)
     return logits.argmax(-1), logits.amax(-1)
 
 
-def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight_scale: Tensor | None = None,
+) -> Tensor:
     """x (R, K) @ weight.T + bias + residual, (R, N)."""
-    return F.linear(x, weight, bias) + residual
+    return F.linear(x, dequantized(weight, weight_scale, x.dtype), bias) + residual
 
 
 def norm_qkv_to_cache(
@@ -101,11 +121,12 @@ def norm_qkv_to_cache(
     bias: Tensor | None,
     slots: Tensor,
     lengths: Tensor,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """q (B, T, H, D) of layer_norm(x (B * T, C)); K and V go to slots (B, max_length, G, 2D)."""
     B, max_length, G, D = *slots.shape[:3], slots.shape[3] // 2
     T, R = len(x) // B, x.shape[1] // (G * D)
-    qkv = norm_linear(x, norm_weight, norm_bias, eps, weight, bias)
+    qkv = norm_linear(x, norm_weight, norm_bias, eps, weight, bias, "none", weight_scale)
     qkv = qkv.view(B, T, G, (R + 2) * D)  # of each key/value head its queries, K and V
     for b, length in enumerate(lengths.tolist()):
         for t in range(T):

@@ -94,7 +94,7 @@ class LinearTiles(NamedTuple):
 
 
 @functools.cache
-def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int) -> LinearTiles:
+def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int, int8: bool = False) -> LinearTiles:
     """Tiles of a product of R rows with a weight (N, K), for 8 warps.
 
     Each program normalises all rows for itself, so a large BLOCK_N saves work where there are
@@ -105,21 +105,26 @@ def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int) -> LinearTiles:
 
     The smallest tiles need fewer than 128 registers, with which two programs fit a multiprocessor.
     The limit says so to the compiler, which would else spill to make room for a third.
+
+    Each 8-bit weight is converted, which must be done once: a share for every warp, as Triton gives
+    each whole shares. A step along K is 16 KiB of them (32 if it is the only one).
     """
     ROWS = 1 if R == 1 else 8 if R <= 8 else 16
     BLOCK_N = 16 if R == 1 or N < 4096 else 32 if N < 8192 else 64
-    SHARES = 128 // BLOCK_N
+    SHARES = 8 if int8 else 128 // BLOCK_N
     if dtype == torch.float32:  # no tensor cores: a thread holds a whole BLOCK_K of its rows
-        BLOCK_K = 32 if R == 1 else 16
+        BLOCK_K = (32 if R == 1 else 16) * (2 if int8 and R <= 8 else 1)
     elif R == 1:
         BLOCK_K = 256 if K <= 2048 else 128
     else:
-        BLOCK_K = 64
-    BLOCK_K = min(BLOCK_K, max(triton.next_power_of_2(triton.cdiv(K, SHARES)), 16))
+        BLOCK_K = 2048 // BLOCK_N if int8 else 64
+    # At most four steps of a short row are enough, and no product has fewer columns than these.
+    steps, least = 4 if int8 and R > 1 else 1, 32 if int8 else 16
+    BLOCK_K = min(BLOCK_K, max(triton.next_power_of_2(triton.cdiv(K, steps * SHARES)), least))
     CHUNK = min(triton.next_power_of_2(K), 4096 // ROWS)
-    STAGES = 3 if BLOCK_K >= 128 else 4
-    maxnreg = 128 if BLOCK_N == 16 and (R == 1 or dtype != torch.float32) else None
-    return LinearTiles(ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, STAGES, 8, maxnreg)
+    STAGES = 3 if BLOCK_K >= 128 and not int8 else 4
+    limited = BLOCK_N == 16 and not int8 and (R == 1 or dtype != torch.float32)
+    return LinearTiles(ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, STAGES, 8, 128 if limited else None)
 
 
 def choose_block(parts: int) -> int:
