@@ -8,7 +8,9 @@ Rounding moves a weight by at most s / 2, and what the model computes by a littl
 
 `quantize` makes this of a loaded model, `GPT.from_pretrained(..., quantize="int8")` of a checkpoint
 while it is read. Saved like any model, such a checkpoint loads here, and not in transformers. The
-layers below are the definition and run anywhere; on a CPU `mqa_gpt.packing` makes them fast.
+layers below are the definition and run anywhere; on a CPU `mqa_gpt.packing` makes them fast. On a
+CUDA device the kernels of `mqa_gpt.fused_step` read the integers as they are, where steps have few
+rows; with many rows the product takes longer than making floats of the weights, as the layers do.
 """
 
 from __future__ import annotations
