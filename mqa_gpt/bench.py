@@ -218,7 +218,7 @@ def benchmark(
     with tempfile.TemporaryDirectory() as folder:
         if compare:
             gpt.save_pretrained(folder)
-        if quantize is not None and not is_quantized(gpt.config):
+        if quantize is not None and not is_quantized(gpt):
             quantize_model(gpt)
         if can_pack(gpt):
             pack(gpt)

@@ -34,7 +34,15 @@ from mqa_gpt.hub import resolve
 from mqa_gpt.memory import available_memory, cache_bytes
 from mqa_gpt.model import GPT
 from mqa_gpt.packing import packing_bytes
-from mqa_gpt.quantization import check_method, is_quantized, quantize_rows, tie_head
+from mqa_gpt.quantization import (
+    CONFIG_ENTRY,
+    CONFIG_KEY,
+    check_method,
+    is_quantized,
+    quantize_rows,
+    says_quantized,
+    tie_head,
+)
 from mqa_gpt.quantization import quantize as quantize_model
 from mqa_gpt.weight_files import (
     INDEX_FILE,
@@ -129,11 +137,11 @@ def load_model(
     stored = _by_parameter_name(folder, stored_tensors(folder), config)
     chosen_dtype = wanted_dtype or _widest_dtype(stored.values())
     model = empty_model(config).to(chosen_dtype)
-    if is_quantized(config):
+    if says_quantized(config):
         quantize_model(model)
     wanted = _weights(model)
     parts = _match(folder, config, wanted, stored)
-    if quantize is not None and not is_quantized(config):
+    if quantize is not None and not is_quantized(model):
         quantize_model(model)
     final = _weights(model)
     new_scales = final.keys() - wanted.keys()
@@ -322,8 +330,10 @@ def _require_memory(
     cpu = torch.device("cpu")
 
     def needed(dtype: torch.dtype, place: torch.device) -> int:
-        weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-        weights += sum(buffer.nbytes for buffer in model.buffers())  # 8-bit weights, their scales
+        weights = sum(
+            p.numel() * (dtype.itemsize if p.is_floating_point() else 1) for p in model.parameters()
+        )
+        weights += sum(buffer.nbytes for buffer in model.buffers())  # the scales of 8-bit weights
         return weights + max(spare, packing_bytes(model, dtype, place))
 
     def fits(dtype: torch.dtype, place: torch.device) -> bool:
@@ -422,6 +432,10 @@ def save_model(
     values = model.config.to_dict()
     for stale in ("torch_dtype", "transformers_weights"):  # the older name; another weights file
         values.pop(stale, None)
+    if is_quantized(model):
+        values[CONFIG_KEY] = CONFIG_ENTRY
+    elif says_quantized(model.config):  # a plain model that was made with the config of another
+        del values[CONFIG_KEY]
     values["dtype"] = str(model.dtype).removeprefix("torch.")
 
     # On the same disk as what it becomes. pathlib would raise where the folder may not be seen.

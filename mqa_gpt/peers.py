@@ -55,7 +55,7 @@ class Peer(NamedTuple):
 
 def ours(model: GPT) -> Contender:
     """This implementation."""
-    itemsize = 1 if is_quantized(model.config) else model.dtype.itemsize
+    itemsize = 1 if is_quantized(model) else model.dtype.itemsize
     return Contender(OURS, lambda prompts, n: generate(model, prompts, n), itemsize)
 
 

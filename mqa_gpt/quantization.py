@@ -8,12 +8,13 @@ Rounding moves a weight by at most s / 2, and what the model computes by a littl
 
 `quantize` makes this of a loaded model, `GPT.from_pretrained(..., quantize="int8")` of a checkpoint
 while it is read. Saved like any model, such a checkpoint loads here, and not in transformers. The
-layers below are the definition and run anywhere; on a CPU `mqa_gpt.packing` makes them fast.
+layers below are the definition and run anywhere; on a CPU `mqa_gpt.packing` makes them fast. On a
+CUDA device the kernels of `mqa_gpt.fused_step` read the integers as they are, where steps have few
+rows; with many rows the product takes longer than making floats of the weights, as the layers do.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,9 +30,11 @@ if TYPE_CHECKING:
 
 METHODS = ("int8",)
 
-# In `config.json`, under the key that transformers uses for its own methods.
+# In `config.json`, under the key that transformers uses for its own methods. Without their
+# "quant_method" it refuses the checkpoint; with a name that it does not know, it would take the
+# integers for the weights.
 CONFIG_KEY = "quantization_config"
-CONFIG_ENTRY = {"quant_method": "mqa-gpt-int8"}
+CONFIG_ENTRY = {"mqa_gpt": "int8"}
 
 
 def check_method(method: str | None) -> None:
@@ -40,9 +43,14 @@ def check_method(method: str | None) -> None:
         raise InputError(f"quantize is {method!r}: accepted are {', '.join(METHODS)} and None")
 
 
-def is_quantized(config: GPTConfig) -> bool:
-    """Whether a config is that of a model which `quantize` made."""
+def says_quantized(config: GPTConfig) -> bool:
+    """Whether a config is that of a saved 8-bit model."""
     return config.extra.get(CONFIG_KEY) == CONFIG_ENTRY
+
+
+def is_quantized(model: GPT) -> bool:
+    """Whether `quantize` has been at this model."""
+    return isinstance(model.transformer.wte, Int8Embedding)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,7 +66,26 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / divisor).round_().to(torch.int8), scale
 
 
-class Int8Linear(nn.Module):
+class _Int8(nn.Module):
+    """A weight of 8-bit integers with a float32 scale for each row, whatever dtype a model gets."""
+
+    weight_scale: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        integers, scale = quantize_rows(weight)
+        # A parameter, so that one which two layers share stays shared when the model is moved.
+        self.weight = nn.Parameter(integers, requires_grad=False)
+        self.register_buffer("weight_scale", scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> _Int8:
+        scale = self.weight_scale
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        self.weight_scale = scale.to(self.weight.device)  # as exact as before `model.to(dtype)`
+        return self
+
+
+class Int8Linear(_Int8):
     """`nn.Linear` with 8-bit weights, computed as the product with the weights s q.
 
     Attributes:
@@ -67,14 +94,8 @@ class Int8Linear(nn.Module):
         bias: (N,) in the model's dtype, or None.
     """
 
-    weight: Tensor
-    weight_scale: Tensor
-
     def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight, scale = quantize_rows(linear.weight)
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale)
+        super().__init__(linear.weight)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +106,7 @@ class Int8Linear(nn.Module):
         return F.linear(x, weight, self.bias)
 
 
-class Int8Embedding(nn.Module):
+class Int8Embedding(_Int8):
     """`nn.Embedding` with 8-bit weights.
 
     Attributes:
@@ -94,14 +115,8 @@ class Int8Embedding(nn.Module):
         dtype: of what it gives.
     """
 
-    weight: Tensor
-    weight_scale: Tensor
-
     def __init__(self, embedding: nn.Embedding) -> None:
-        super().__init__()
-        weight, scale = quantize_rows(embedding.weight)
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale)
+        super().__init__(embedding.weight)
         self.dtype = embedding.weight.dtype
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -111,7 +126,7 @@ class Int8Embedding(nn.Module):
         return (rows * self.weight_scale[ids][..., None]).to(self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Int8Embedding:
-        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._apply(fn, *args, **kwargs)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # `model.to(dtype)` means this too
         return self
 
@@ -120,7 +135,12 @@ def quantize(model: GPT) -> None:
     """Replace a model's linear layers and token embedding by their 8-bit forms, one by one.
 
     The plain weights are given up. A head that is tied to the embedding stays so.
+
+    Raises:
+        ValueError: they are 8-bit already.
     """
+    if is_quantized(model):
+        raise ValueError("the model's weights are 8-bit integers already")
     transformer = model.transformer
     tied = model.lm_head.weight is transformer.wte.weight
     transformer.set_submodule("wte", Int8Embedding(transformer.wte))
@@ -130,8 +150,6 @@ def quantize(model: GPT) -> None:
         model.set_submodule(name, Int8Linear(cast(nn.Linear, model.get_submodule(name))))
     if tied:
         tie_head(model)
-    extra = model.config.extra | {CONFIG_KEY: CONFIG_ENTRY}
-    model.config = dataclasses.replace(model.config, extra=extra)
 
 
 def tie_head(model: GPT) -> None:

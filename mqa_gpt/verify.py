@@ -42,7 +42,7 @@ from mqa_gpt.generate import check_request, generate
 from mqa_gpt.hub import resolve
 from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack
-from mqa_gpt.quantization import is_quantized
+from mqa_gpt.quantization import is_quantized, says_quantized
 from mqa_gpt.report import Divergence, PromptReport, Report
 from mqa_gpt.tokenizer import Tokenizer
 
@@ -92,7 +92,7 @@ def verify(
     transformers_version = require_transformers()
     folder = resolve(name_or_dir, revision)
     config = read_config(folder)
-    if is_quantized(config):
+    if says_quantized(config):
         raise InputError(
             f"{folder} holds 8-bit weights, which transformers does not read: verify the "
             "checkpoint that they were made from, with quantize='int8' (--quantize int8)"
@@ -224,7 +224,7 @@ def _ours(
     on, are what `generate` chose by, with the weights packed as `LLM` packs them. 8-bit weights
     are packed for both, since that rounds once more.
     """
-    if is_quantized(model.config) and can_pack(model):
+    if is_quantized(model) and can_pack(model):
         pack(model)
     within = [_within(model, row).cpu() for row in rows]
     if can_pack(model):  # not yet packed

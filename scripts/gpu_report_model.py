@@ -127,12 +127,12 @@ class Models:
     def get(self, config: GPTConfig, int8: bool = False) -> GPT:
         """A model in bfloat16, in eval mode, its weights in 8 bits if wanted."""
         model = self._model
-        if model is None or config != self._config or (is_quantized(model.config) and not int8):
+        if model is None or config != self._config or (is_quantized(model) and not int8):
             self._model = model = None  # two may not fit
             with self._clock.device:
                 self._model = model = GPT(config).bfloat16().eval()
             self._config = config
-        if int8 and not is_quantized(model.config):
+        if int8 and not is_quantized(model):
             quantize(model)
         self._clock.release()  # the weights that these were made from
         return model

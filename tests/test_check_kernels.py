@@ -100,7 +100,8 @@ def test_every_common_configuration_is_compiled_for_every_gpu_and_once():
             for D in (64, 80, 128, 256):
                 for call in ("train", "decode"):
                     assert Case(arch, dtype, D, 1, call) in cases
-            assert Case(arch, dtype, 128, 1, "fused") in cases
+            for call in ("fused", "fused_int8"):
+                assert Case(arch, dtype, 128, 1, call) in cases
         for D in (64, 128, 256):
             for call in ("ragged", "dropout"):
                 assert Case(arch, "bfloat16", D, 1, call) in cases
@@ -161,6 +162,10 @@ def test_every_warp_of_a_fused_kernel_has_a_product_and_every_wide_gpu_programs(
                 assert R <= tiles.ROWS <= 16
                 assert tiles.num_warps == tiles.BLOCK_N // 16 * tiles.SHARES
                 assert triton.cdiv(N, tiles.BLOCK_N) >= min(128, N // 16)
+                int8 = tuning.linear_tiles(dtype, R, N, K, int8=True)
+                assert (int8.ROWS, int8.BLOCK_N) == (tiles.ROWS, tiles.BLOCK_N)
+                if dtype != torch.float32:  # each weight is converted by one warp
+                    assert int8.warps == int8.SHARES
 
 
 def test_a_spill_fails_the_check_and_is_in_the_table(

@@ -2,18 +2,26 @@
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import GPTBigCodeForCausalLM
 
 from mqa_gpt import GPT, LLM, generate, packing
 from mqa_gpt.checkpoint import DEMO_DIR
 from mqa_gpt.errors import CheckpointError, InputError
 from mqa_gpt.packing import PackedInt8Linear, can_pack, pack
-from mqa_gpt.quantization import Int8Linear, quantize, quantize_rows
+from mqa_gpt.quantization import (
+    CONFIG_ENTRY,
+    CONFIG_KEY,
+    Int8Linear,
+    quantize,
+    quantize_rows,
+)
 from mqa_gpt.verify import verify
 from tests.helpers import (
     our_model,
@@ -106,10 +114,35 @@ def test_a_head_is_tied_as_before(tmp_path: Path, tied: bool):
         assert (checked.lm_head.weight_scale is checked.transformer.wte.weight_scale) == tied
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_another_dtype_leaves_integers_and_scales_as_they_are(dtype, tmp_path: Path):
+    model = tiny_model()
+    quantize(model)
+    before = {n: t.clone() for n, t in model.state_dict().items() if n.endswith("_scale")}
+    model.to(dtype)
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in before.items())
+    assert model.lm_head.weight.dtype == torch.int8
+    ids = random_ids(model.config, 1, 3)
+    assert model.transformer.wte(ids).dtype == model(ids).dtype == dtype
+    model.save_pretrained(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path)
+    assert loaded.dtype == dtype
+    assert all(torch.equal(loaded.state_dict()[n], t) for n, t in model.state_dict().items())
+
+
+def test_a_model_that_is_moved_keeps_its_head_tied(tmp_path: Path):
+    model = tiny_model()
+    quantize(model)
+    model._apply(lambda tensor: tensor.clone())  # what moving does to each tensor
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model.save_pretrained(tmp_path)
+
+
 def test_nothing_large_is_left_in_floats():
     model = tiny_model()
     quantize(model)
-    assert {n for n, p in model.named_parameters() if p.ndim > 1} == {"transformer.wpe.weight"}
+    floats = {n for n, p in model.named_parameters() if p.is_floating_point() and p.ndim > 1}
+    assert floats == {"transformer.wpe.weight"}
 
 
 # ------------------------------------------------------------------------------------- computation
@@ -229,14 +262,35 @@ def test_the_file_is_about_a_quarter_of_float32s(tmp_path: Path):
 
 
 def test_floats_where_the_config_says_8_bits_are_refused_by_name(tmp_path: Path):
-    model = tiny_model()
-    quantize(model)
-    config = model.config
-    plain = tiny_model()
-    plain.config = config
-    plain.save_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {CONFIG_KEY: CONFIG_ENTRY}))
     with pytest.raises(CheckpointError, match=r"c_attn\.weight has the dtype F32: only I8"):
         GPT.from_pretrained(tmp_path)
+
+
+def test_a_plain_model_with_the_config_of_an_8_bit_one_is_saved_as_what_it_is(tmp_path: Path):
+    model = tiny_model()
+    quantize(model)
+    model.save_pretrained(tmp_path / "8")
+    plain = GPT(GPT.from_pretrained(tmp_path / "8").config)
+    plain.save_pretrained(tmp_path / "plain")
+    assert torch.equal(GPT.from_pretrained(tmp_path / "plain").lm_head.weight, plain.lm_head.weight)
+
+
+def test_transformers_refuses_8_bits_instead_of_taking_them_for_weights(tmp_path: Path):
+    model = tiny_model()
+    quantize(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="quant_method"):
+        GPTBigCodeForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_model_is_quantized_once():
+    model = tiny_model()
+    quantize(model)
+    with pytest.raises(ValueError, match="8-bit integers already"):
+        quantize(model)
 
 
 def test_an_unknown_way_to_quantize_is_refused():

@@ -12,6 +12,9 @@ warp multiplies its own; their sums are added at the end, in a fixed order.
 
 From sm_90 on, a kernel may start while its predecessor still runs (programmatic dependent launch).
 It then loads its first tile of weights, and waits before it touches what other kernels write.
+
+Weights may be int8, with a scale for each row. They become x's dtype just before the product, which
+is exact, and the scale multiplies the row's sum.
 """
 
 from __future__ import annotations

@@ -106,25 +106,31 @@ def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int, int8: bool = False)
     The smallest tiles need fewer than 128 registers, with which two programs fit a multiprocessor.
     The limit says so to the compiler, which would else spill to make room for a third.
 
-    Each 8-bit weight is converted, which must be done once: a share for every warp, as Triton gives
-    each whole shares. A step along K is 16 KiB of them (32 if it is the only one).
+    8-bit weights are converted, each by one warp. Triton gives a warp whole shares, so there is one
+    for each. Several rows meet them in steps of 16 KiB, at least four of them along K.
     """
     ROWS = 1 if R == 1 else 8 if R <= 8 else 16
     BLOCK_N = 16 if R == 1 or N < 4096 else 32 if N < 8192 else 64
-    SHARES = 8 if int8 else 128 // BLOCK_N
+    SHARES = 128 // BLOCK_N
     if dtype == torch.float32:  # no tensor cores: a thread holds a whole BLOCK_K of its rows
-        BLOCK_K = (32 if R == 1 else 16) * (2 if int8 and R <= 8 else 1)
+        BLOCK_K = {1: 64, 8: 32, 16: 16}[ROWS] if int8 else 32 if R == 1 else 16
     elif R == 1:
         BLOCK_K = 256 if K <= 2048 else 128
+    elif int8:
+        SHARES = 8
+        BLOCK_K = min(2048 // BLOCK_N, triton.next_power_of_2(triton.cdiv(K, 4 * SHARES)))
     else:
-        BLOCK_K = 2048 // BLOCK_N if int8 else 64
-    # At most four steps of a short row are enough, and no product has fewer columns than these.
-    steps, least = 4 if int8 and R > 1 else 1, 32 if int8 else 16
-    BLOCK_K = min(BLOCK_K, max(triton.next_power_of_2(triton.cdiv(K, steps * SHARES)), least))
+        BLOCK_K = 64
+    BLOCK_K = min(BLOCK_K, triton.next_power_of_2(triton.cdiv(K, SHARES)))
+    BLOCK_K = max(BLOCK_K, 32 if int8 else 16)  # what fills a product's registers
     CHUNK = min(triton.next_power_of_2(K), 4096 // ROWS)
     STAGES = 3 if BLOCK_K >= 128 and not int8 else 4
-    limited = BLOCK_N == 16 and not int8 and (R == 1 or dtype != torch.float32)
-    return LinearTiles(ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, STAGES, 8, 128 if limited else None)
+    maxnreg = None
+    if BLOCK_N == 16 and not int8 and (R == 1 or dtype != torch.float32):
+        maxnreg = 128
+    elif BLOCK_N == 64 and int8 and dtype != torch.float32:
+        maxnreg = 168  # left alone, the compiler spills to keep to 128 here
+    return LinearTiles(ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, STAGES, 8, maxnreg)
 
 
 def choose_block(parts: int) -> int:
