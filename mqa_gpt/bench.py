@@ -215,6 +215,11 @@ def benchmark(
     compare = list(dict.fromkeys(compare))
     require_peers(compare)
     gpt = _load(shape, model, revision, device, dtype, backend, tests, compare)
+    if compare and is_quantized(gpt):
+        raise InputError(
+            f"{model} holds 8-bit weights, which {' and '.join(compare)} cannot read: compare the "
+            "checkpoint that they were made from, with quantize='int8' (--quantize int8)"
+        )
     with tempfile.TemporaryDirectory() as folder:
         if compare:
             gpt.save_pretrained(folder)

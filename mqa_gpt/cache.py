@@ -25,7 +25,8 @@ class KVCache:
 
     As int8 a cache takes about half the memory of 16 bits, and is an approximation: each K and each
     V of a head is kept as integers from -127 to 127 and a float32 scale, max |.| / 127. `append`
-    makes floats of one layer at a time.
+    makes floats of one layer at a time. As rounding jumps where the last bit of a number differs, a
+    row in a batch may differ from its solo run by more than the rounding of floats.
 
     Attributes:
         kv: (L, B, max_length, G, 2D), K and V of a head side by side, as `c_attn` produces them.
@@ -63,7 +64,7 @@ class KVCache:
         self.kv = torch.zeros((*shape, 2 * config.head_dim), dtype=dtype, device=device)
         self.scales: Tensor | None = None
         if dtype == torch.int8:
-            self.scales = torch.zeros((*shape, 2), device=device)
+            self.scales = torch.zeros((*shape, 2), dtype=torch.float32, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.end = 0
         self._ragged = False

@@ -340,12 +340,20 @@ def _require_memory(
         room = available_memory(place)
         return room is None or needed(dtype, place) <= room
 
+    def fits_as_int8(place: torch.device) -> bool:
+        room = available_memory(place)
+        large = [p.numel() for p in model.parameters() if p.ndim == 2]
+        # A byte each, and for a while the largest twice in float32.
+        return room is not None and sum(large) + 8 * max(large) <= room
+
     if fits(dtype, device):
         return
     advice = "it needs a device with more memory"
     if dtype.itemsize > 2 and fits(torch.bfloat16, device):
         smaller = needed(torch.bfloat16, device)
         advice = f"dtype='bfloat16' takes {smaller / 1e9:.2f} GB and would fit"
+    elif not is_quantized(model) and fits_as_int8(device):
+        advice = "quantize='int8' would fit"
     elif device != cpu and fits(dtype, cpu):
         advice = "device='cpu' has room for it"
     per_token = cache_bytes(model.config, dtype)
@@ -396,6 +404,8 @@ def save_model(
     model: GPT, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB"
 ) -> None:
     """Write `config.json` and the weights so that transformers loads them back bit for bit.
+
+    8-bit weights (`mqa_gpt.quantization`) load here only; transformers refuses them.
 
     Everything is written and synced under a temporary name first. A folder that does not exist
     appears complete, in one step. In one that exists, the files are moved into place with the one

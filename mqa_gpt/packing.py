@@ -80,7 +80,7 @@ class PackedInt8Linear(_Packed):
         self.bias = None if linear.bias is None else linear.bias.detach().float()
         self._packed = torch.ops.onednn.qlinear_prepack(linear.weight, None)
         self._scale = linear.weight_scale / self.largest  # (N,)
-        self._middle = torch.tensor(self.largest + 1.5)
+        self._middle = torch.tensor(self.largest + 1.5, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N) in the dtype of x, without gradients."""

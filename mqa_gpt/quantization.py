@@ -57,7 +57,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (N, K) -> integers (N, K) int8 and their scales (N,) float32."""
     if weight.is_meta:  # for what is below torch would import a compiler: two seconds
         integers = torch.empty(weight.shape, dtype=torch.int8, device="meta")
-        return integers, torch.empty(len(weight), device="meta")
+        return integers, torch.empty(len(weight), dtype=torch.float32, device="meta")
     weight = weight.detach().float()
     # Without `abs`, which would be one more copy of the weights.
     scale = torch.maximum(weight.amax(1), -weight.amin(1)) / 127  # (N,)

@@ -36,6 +36,7 @@ from mqa_gpt.cache import KVCache, as_cache_dtype
 from mqa_gpt.checkpoint import load_model, read_config
 from mqa_gpt.checks import is_int
 from mqa_gpt.config import GPTConfig
+from mqa_gpt.decode_graph import can_replay
 from mqa_gpt.environment import version
 from mqa_gpt.errors import InputError, PromptError
 from mqa_gpt.generate import check_request, generate
@@ -104,7 +105,7 @@ def verify(
     model = load_model(folder, device=device, dtype=dtype, backend=backend, quantize=quantize)
     model.cache_dtype = kept_as
     model_dtype, model_device = model.dtype, model.device
-    new_ids, logits = _ours(model, rows, max_new_tokens)
+    new_ids, logits, replayed = _ours(model, rows, max_new_tokens)
     del model
 
     # The last token is only compared; nothing is computed from it.
@@ -151,7 +152,7 @@ def verify(
         tokens_must_be_equal=not approximate and model_dtype in (torch.float32, torch.float64),
         prompts=[
             _compare(tokenizer, *parts)
-            for parts in zip(rows, new_ids, greedy, logits, nearest, strict=True)
+            for parts in zip(rows, replayed, greedy, logits, nearest, strict=True)
         ],
     )
 
@@ -217,8 +218,9 @@ def _token_ids(
 @torch.inference_mode()
 def _ours(
     model: GPT, rows: list[list[int]], max_new_tokens: int
-) -> tuple[list[list[int]], list[Tensor]]:
-    """Our new tokens, and per row the logits of each position as (positions, V) on the CPU.
+) -> tuple[list[list[int]], list[Tensor], list[list[int]]]:
+    """Our new tokens, and per row the logits of each position as (positions, V) on the CPU; and the
+    new tokens as users get them, which on a CUDA device are another path's.
 
     Those within the prompt are a plain forward pass's; the others, from the prompt's last position
     on, are what `generate` chose by, with the weights packed as `LLM` packs them. 8-bit weights
@@ -234,8 +236,11 @@ def _ours(
     # One piece of prefill, so that lm_head runs once per step.
     new_ids = generate(model, rows, max_new_tokens, prefill_chunk=model.config.n_positions)
     hook.remove()
+    # A hook keeps `generate` from replaying recorded steps and from the fused kernels.
+    replayed = generate(model, rows, max_new_tokens) if can_replay(model) else new_ids
     chosen_by = torch.stack([step.view(len(rows), -1) for step in steps], dim=1)  # (B, N, V)
-    return new_ids, [torch.cat(parts) for parts in zip(within, chosen_by, strict=True)]
+    logits = [torch.cat(parts) for parts in zip(within, chosen_by, strict=True)]
+    return new_ids, logits, replayed
 
 
 def _within(model: GPT, row: list[int]) -> Tensor:

@@ -403,3 +403,11 @@ def test_8_bit_weights_count_a_byte_each_and_peers_get_the_weights_as_they_were(
     assert own.gb_per_s * own.seconds[0] < 0.5 * before.gb_per_s * before.seconds[0]
     assert theirs.contender == "transformers"
     assert "float32 with int8 weights" in rounded.to_markdown()
+
+
+def test_peers_are_not_given_8_bit_weights_that_they_cannot_read(folder, tmp_path):
+    GPT.from_pretrained(folder, quantize="int8").save_pretrained(tmp_path / "8")
+    with pytest.raises(InputError, match="holds 8-bit weights, which transformers cannot read"):
+        benchmark(
+            model=tmp_path / "8", prompt_lengths=[], new_lengths=[2], compare=["transformers"]
+        )

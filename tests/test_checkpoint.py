@@ -724,8 +724,12 @@ def test_a_model_that_does_not_fit_is_refused_with_numbers_and_a_way_out(
     available(2 * elements)
     assert load_model(folder, device="cpu", dtype="bfloat16")
     available(2 * elements - 1)
-    with pytest.raises(CheckpointError, match=r"on cpu: it needs a device with more memory"):
+    with pytest.raises(CheckpointError, match=r"on cpu: quantize='int8' would fit"):
         load_model(folder, device="cpu", dtype="bfloat16")
+    available(elements)
+    for quantize in (None, "int8"):
+        with pytest.raises(CheckpointError, match=r"on cpu: it needs a device with more memory"):
+            load_model(folder, device="cpu", dtype="bfloat16", quantize=quantize)
     available(None)
     assert load_model(folder, device="cpu")
 

@@ -275,8 +275,8 @@ def test_logits_that_are_not_numbers_fail(folder: Path, monkeypatch: pytest.Monk
     ours = mqa_gpt.verify._ours
 
     def with_nan(*args: object) -> object:
-        ids, logits = ours(*args)
-        return ids, [logits[0], logits[1] * float("nan"), *logits[2:]]
+        ids, logits, replayed = ours(*args)
+        return ids, [logits[0], logits[1] * float("nan"), *logits[2:]], replayed
 
     monkeypatch.setattr(mqa_gpt.verify, "_ours", with_nan)
     report = verify(folder, prompts=PROMPTS, max_new_tokens=4)
@@ -398,3 +398,17 @@ def test_an_8_bit_cache_is_reported_and_claims_nothing():
     assert 1e-4 < report.logits_error < 0.05
     assert all(min(prompt.absolute_error) > 1e-3 for prompt in report.prompts)  # prompts too
     assert report.loss != report.reference_loss
+
+
+def test_the_tokens_compared_are_those_of_the_path_that_users_get(monkeypatch):
+    """On a CUDA device `generate` replays recorded steps, unless a hook watches the logits."""
+    watched = mqa_gpt.verify.generate
+
+    def generate(model, rows, count, **options):
+        new_ids = watched(model, rows, count, **options)
+        return new_ids if options else [[(id_ + 1) % 5 for id_ in row] for row in new_ids]
+
+    monkeypatch.setattr(mqa_gpt.verify, "generate", generate)
+    assert verify(DEMO_DIR, dtype="float32", max_new_tokens=4).passed
+    monkeypatch.setattr(mqa_gpt.verify, "can_replay", lambda model: True)
+    assert not verify(DEMO_DIR, dtype="float32", max_new_tokens=4).tokens_passed
