@@ -107,10 +107,13 @@ def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int, int8: bool = False)
     The limit says so to the compiler, which would else spill to make room for a third.
 
     8-bit weights are converted, each by one warp. Triton gives a warp whole shares, so there is one
-    for each. Several rows meet them in steps of 16 KiB, at least four of them along K.
+    for each. Several rows meet them in steps of 16 KiB, at least four of them along K, and in tiles
+    of 32 at most: with 64 some compilers spill.
     """
     ROWS = 1 if R == 1 else 8 if R <= 8 else 16
-    BLOCK_N = 16 if R == 1 or N < 4096 else 32 if N < 8192 else 64
+    BLOCK_N = 16 if R == 1 or N < 4096 else 32 if N < 8192 or int8 else 64
+    if int8 and dtype == torch.float32:
+        BLOCK_N = 16
     SHARES = 128 // BLOCK_N
     if dtype == torch.float32:  # no tensor cores: a thread holds a whole BLOCK_K of its rows
         BLOCK_K = {1: 64, 8: 32, 16: 16}[ROWS] if int8 else 32 if R == 1 else 16
@@ -122,14 +125,15 @@ def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int, int8: bool = False)
     else:
         BLOCK_K = 64
     BLOCK_K = min(BLOCK_K, triton.next_power_of_2(triton.cdiv(K, SHARES)))
-    BLOCK_K = max(BLOCK_K, 32 if int8 else 16)  # what fills a product's registers
+    # What fills a tensor core's registers.
+    BLOCK_K = max(BLOCK_K, 32 if int8 and dtype != torch.float32 else 16)
     CHUNK = min(triton.next_power_of_2(K), 4096 // ROWS)
-    STAGES = 3 if BLOCK_K >= 128 and not int8 else 4
+    STAGES = 3 if BLOCK_K >= 128 or (int8 and R == 1) else 4
     maxnreg = None
-    if BLOCK_N == 16 and not int8 and (R == 1 or dtype != torch.float32):
+    if int8 and BLOCK_N == 32:
+        maxnreg = 168  # else some compilers spill to keep to 80 or 128
+    elif BLOCK_N == 16 and not int8 and (R == 1 or dtype != torch.float32):
         maxnreg = 128
-    elif BLOCK_N == 64 and int8 and dtype != torch.float32:
-        maxnreg = 168  # left alone, the compiler spills to keep to 128 here
     return LinearTiles(ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, STAGES, 8, maxnreg)
 
 
