@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 from mqa_gpt import inspection
 from mqa_gpt.bench import benchmark
 from mqa_gpt.checkpoint import DEMO_DIR
-from mqa_gpt.cli_batch import read_items, read_results, run_batch
+from mqa_gpt.cli_batch import open_output, read_items, read_results, run_batch
 from mqa_gpt.cli_input import MARKER, numbers, prompt_texts, split_hole, unescape
 from mqa_gpt.cli_output import (
     note,
@@ -494,26 +494,30 @@ def batch(
       mqa-gpt batch prompts.jsonl --output results.jsonl --max-new-tokens 128
     """
     items = read_items(file)
-    results = read_results(output, items)
-    waiting = [item for item in items if item.id not in results.ids]
-    llm, load_seconds = _load(model, revision, device, dtype, backend, quantize, cache_dtype)
-    generation = llm.begin_many(
-        [item.prompt for item in waiting],
-        max_new_tokens,
-        names=[item.name for item in waiting],
-        batch_size=batch_size,
-        special_tokens=not no_special_tokens,
-        mode=mode,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        n=n,
-        stop=[unescape(text) for text in stop or []],
-    )
-    run_batch(llm, generation, waiting, results, model, load_seconds, as_json)
+    with open_output(output, file) as opened:
+        results = read_results(opened, output, items)
+        waiting = [item for item in items if item.id not in results.ids]
+        if not waiting:
+            run_batch(None, [], results, model, "cpu", 0.0, as_json)
+            return
+        llm, load_seconds = _load(model, revision, device, dtype, backend, quantize, cache_dtype)
+        generation = llm.begin_many(
+            [item.prompt for item in waiting],
+            max_new_tokens,
+            names=[item.name for item in waiting],
+            batch_size=batch_size,
+            special_tokens=not no_special_tokens,
+            mode=mode,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            n=n,
+            stop=[unescape(text) for text in stop or []],
+        )
+        run_batch(generation, waiting, results, model, llm.model.device, load_seconds, as_json)
 
 
 @app.command()
