@@ -49,20 +49,28 @@ class Item(NamedTuple):
         return f"line {self.line} (id {shown(self.id)})"
 
 
+class Found(NamedTuple):
+    """What is asked of an earlier result: where it is, and how it came about."""
+
+    line: int
+    completions: int
+    prompt_tokens: object
+
+
 class Results(NamedTuple):
     """An output as it was found.
 
     Attributes:
         file: to add to.
         path: its path.
-        ids: of the results it holds.
+        found: the results it holds, by their ids.
         torn: bytes at its end that are a half-written line.
         lacks_newline: its last line is whole but for the newline.
     """
 
     file: BinaryIO
     path: str
-    ids: frozenset[int | str]
+    found: dict[int | str, Found]
     torn: int
     lacks_newline: bool
 
@@ -176,7 +184,7 @@ def read_results(file: BinaryIO, path: str, items: Sequence[Item]) -> Results:
     if last and not torn:
         lines.append(last)
     known = {item.id for item in items}
-    found: dict[int | str, int] = {}
+    found: dict[int | str, Found] = {}
     for number, line in enumerate(lines, 1):
         where = f"line {number} of {name}"
         entry = _parse(line.decode(errors="replace"), where)
@@ -184,20 +192,42 @@ def read_results(file: BinaryIO, path: str, items: Sequence[Item]) -> Results:
         if not isinstance(entry.get("completions"), list):
             raise InputError(f"{where} is not a result of this command: name another file")
         if id_ in found:
-            raise InputError(f"{where} has the id {shown(id_)} of line {found[id_]}")
+            raise InputError(f"{where} has the id {shown(id_)} of line {found[id_].line}")
         if id_ not in known:
             raise InputError(
                 f"{where} has the id {shown(id_)}, which the input does not have: give each input "
                 "an output of its own"
             )
-        found[id_] = number
+        found[id_] = Found(number, len(entry["completions"]), entry.get("prompt_tokens"))
     return Results(
         file=file,
         path=path,
-        ids=frozenset(found),
+        found=found,
         torn=len(last) if torn else 0,
         lacks_newline=bool(last) and not torn,
     )
+
+
+def require_same(results: Results, items: Sequence[Item], lengths: Sequence[int], n: int) -> None:
+    """Raise InputError if a result that was found is of another prompt or of other options.
+
+    Args:
+        items: those whose results were found.
+        lengths: their prompts' tokens.
+        n: completions of each.
+    """
+    for item, length in zip(items, lengths, strict=True):
+        found = results.found[item.id]
+        if found.completions != n:
+            differs = f"{found.completions:,} completions where --n asks for {n:,}"
+        elif found.prompt_tokens != length:
+            differs = f"a prompt of {found.prompt_tokens} tokens where the input's has {length:,}"
+        else:
+            continue
+        raise InputError(
+            f"line {found.line} of the output {shown(results.path)} (id {shown(item.id)}) has "
+            f"{differs}: go on with the same input and options, or name another output"
+        )
 
 
 def _is_torn(last: bytes) -> bool:
@@ -256,7 +286,7 @@ def run_batch(
     except OSError as error:
         raise InputError(f"cannot write {results.path}: {error.strerror}") from error
 
-    before, total = len(results.ids), len(results.ids) + len(items)
+    before, total = len(results.found), len(results.found) + len(items)
     if as_json:
         counts = {"prompts": total, "found": before, "written": written}
         numbers = {"load_seconds": load_seconds} | dataclasses.asdict(stats)

@@ -44,12 +44,12 @@ def loaded(folder: str) -> LLM:
 
 
 @pytest.fixture
-def run(loaded: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def run(loaded: LLM, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The command line for `PROMPTS`, two at a time, into `out` of the test's folder."""
     monkeypatch.setattr(LLM, "load", lambda *args, **options: loaded)
     write_lines(tmp_path / "in", PROMPTS)
     files = [str(tmp_path / "in"), "--output", str(tmp_path / "out")]
-    return ["batch", *files, "--batch-size", "2", "--max-new-tokens", "12"]
+    return ["batch", *files, "-m", folder, "--batch-size", "2", "--max-new-tokens", "12"]
 
 
 def write_lines(path: Path, entries: list[Any]) -> None:
@@ -343,9 +343,37 @@ def test_a_refused_run_leaves_no_file_where_none_was_and_the_one_that_was(
         (tmp_path / "out").touch()
 
 
+@pytest.mark.parametrize("all_done", [True, False])
+def test_results_of_another_prompt_or_of_other_options_are_refused_before_the_model_is_loaded(
+    run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_done: bool
+):
+    invoke(*run)
+    whole = (tmp_path / "out").read_bytes()
+    if not all_done:
+        (tmp_path / "out").write_bytes(whole[: whole.rindex(b'{"id"') + 12])
+    before = (tmp_path / "out").read_bytes()
+    monkeypatch.setattr(LLM, "load", mock.Mock(side_effect=AssertionError))
+    where = f"line {{}} of the output {str(tmp_path / 'out')!r} (id {{}}) has "
+
+    message = refusal(*run, "--n", "2", "--temperature", "1")
+    assert message.startswith(
+        where.format(1, "'long'") + "1 completions where --n asks for 2: go on with the same"
+    )
+    for i, prompt in ((1, {"prompt": "uvwx"}), (4, {"prefix": "x", "suffix": "\n"})):
+        entries = [PROMPTS[j] if j != i else {"id": PROMPTS[i]["id"]} | prompt for j in range(6)]
+        write_lines(tmp_path / "in", entries)
+        old, new = (3, 4) if i == 1 else (8, 5)
+        assert refusal(*run).startswith(
+            where.format(i + 1, PROMPTS[i]["id"])
+            + f"a prompt of {old} tokens where the input's has {new}: go on with the same"
+        )
+    assert (tmp_path / "out").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("output", "says"),
     [
+        ("-", "the output is -: name a file"),
         (".", "is not a file"),
         (os.devnull, "is not a file"),
         ("no/such/folder/out", "is in a folder that does not exist"),
@@ -369,12 +397,17 @@ def test_a_full_disk_is_an_error_of_one_line_that_names_the_output(run: list[str
     [
         (["--batch-size", "0"], "batch_size is 0"),
         (["--n", "2"], "n is 2 but temperature is 0"),
-        (["--mode", "pms"], "psm, spm"),
+        (["--mode", "pms"], "mode is 'pms': accepted are psm, spm"),
         (["--stop", ""], "stop"),
     ],
 )
 def test_an_option_out_of_range_is_bad_input(run: list[str], flags: list[str], says: str):
     assert says in refusal(*run, *flags)
+
+
+def test_a_mode_that_there_is_not_is_bad_input_without_a_hole_too(run: list[str], tmp_path: Path):
+    write_lines(tmp_path / "in", PROMPTS[:2])
+    assert "mode is 'bogus'" in refusal(*run, "--mode", "bogus")
 
 
 def test_an_input_that_is_not_there_is_bad_input(run: list[str]):
