@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 from mqa_gpt import inspection
 from mqa_gpt.bench import benchmark
 from mqa_gpt.checkpoint import DEMO_DIR
-from mqa_gpt.cli_batch import read_items, read_results, run_batch
+from mqa_gpt.cli_batch import open_output, read_items, read_results, require_same, run_batch
 from mqa_gpt.cli_input import MARKER, numbers, prompt_texts, split_hole, unescape
 from mqa_gpt.cli_output import (
     note,
@@ -37,10 +37,12 @@ from mqa_gpt.cli_output import (
 )
 from mqa_gpt.environment import describe
 from mqa_gpt.errors import InputError
-from mqa_gpt.llm import BATCH_SIZE, LLM
+from mqa_gpt.hub import resolve
+from mqa_gpt.llm import BATCH_SIZE, LLM, encode_prompts
 from mqa_gpt.memory import is_out_of_memory
 from mqa_gpt.report import format_report
 from mqa_gpt.speculation import Draft, DraftModel, PromptLookup
+from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.verify import verify as verify_checkpoint
 
 CHECK_FAILED, BAD_INPUT, INTERRUPTED, READER_GONE = 1, 2, 130, 141
@@ -487,33 +489,53 @@ def batch(
     "text", "finish_reason" and "new_tokens".
 
     A command that was interrupted goes on where it was when it is given again: ids that the output
-    holds are skipped, and a line that was only half written is replaced.
+    holds are skipped, and a line that was only half written is replaced. Results of other prompts
+    or of another --n are refused; the other options must be the same, which nothing checks.
 
     \b
     Example:
       mqa-gpt batch prompts.jsonl --output results.jsonl --max-new-tokens 128
     """
     items = read_items(file)
-    results = read_results(output, items)
-    waiting = [item for item in items if item.id not in results.ids]
-    llm, load_seconds = _load(model, revision, device, dtype, backend, quantize, cache_dtype)
-    generation = llm.begin_many(
-        [item.prompt for item in waiting],
-        max_new_tokens,
-        names=[item.name for item in waiting],
-        batch_size=batch_size,
-        special_tokens=not no_special_tokens,
-        mode=mode,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        n=n,
-        stop=[unescape(text) for text in stop or []],
-    )
-    run_batch(llm, generation, waiting, results, model, load_seconds, as_json)
+    with open_output(output, file) as opened:
+        results = read_results(opened, output, items)
+        done = [item for item in items if item.id in results.found]
+        if done:
+            # The tokenizer alone, so that a model is loaded only if something is left to do.
+            tokenizer = Tokenizer.from_pretrained(
+                resolve(DEMO_DIR if model is None else model, revision)
+            )
+            ids = encode_prompts(
+                tokenizer,
+                [item.prompt for item in done],
+                [item.name for item in done],
+                special_tokens=not no_special_tokens,
+                mode=mode,
+            )
+            # An empty prompt is begun with one token.
+            require_same(results, done, [max(1, len(prompt)) for prompt in ids], n)
+        waiting = [item for item in items if item.id not in results.found]
+        if not waiting:
+            run_batch(None, [], results, model, "cpu", 0.0, as_json)
+            return
+        llm, load_seconds = _load(model, revision, device, dtype, backend, quantize, cache_dtype)
+        generation = llm.begin_many(
+            [item.prompt for item in waiting],
+            max_new_tokens,
+            names=[item.name for item in waiting],
+            batch_size=batch_size,
+            special_tokens=not no_special_tokens,
+            mode=mode,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            n=n,
+            stop=[unescape(text) for text in stop or []],
+        )
+        run_batch(generation, waiting, results, model, llm.model.device, load_seconds, as_json)
 
 
 @app.command()

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mqa_gpt.checks import is_int, shown
@@ -21,7 +24,12 @@ from mqa_gpt.cli_input import name_of, read_text
 from mqa_gpt.cli_output import note, print_json
 from mqa_gpt.environment import peak_memory
 from mqa_gpt.errors import InputError
-from mqa_gpt.llm import LLM, Completion, Generation
+from mqa_gpt.llm import Completion, Generation, Stats
+
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs on one output are not kept apart
+    fcntl = None  # type: ignore[assignment]
 
 MAX_INPUT_BYTES = 100_000_000  # prompts are all held in memory, as text and as tokens
 
@@ -41,12 +49,38 @@ class Item(NamedTuple):
         return f"line {self.line} (id {shown(self.id)})"
 
 
-class Results(NamedTuple):
-    """An output as it was found: its path, the ids it holds, and the size of its whole lines."""
+class Found(NamedTuple):
+    """What is asked of an earlier result: where it is, and how it came about."""
 
-    path: Path
-    ids: frozenset[int | str]
-    size: int
+    line: int
+    completions: int
+    prompt_tokens: object
+
+
+class Results(NamedTuple):
+    """An output as it was found.
+
+    Attributes:
+        file: to add to.
+        path: its path.
+        found: the results it holds, by their ids.
+        torn: bytes at its end that are a half-written line.
+        lacks_newline: its last line is whole but for the newline.
+    """
+
+    file: BinaryIO
+    path: str
+    found: dict[int | str, Found]
+    torn: int
+    lacks_newline: bool
+
+    def mend(self) -> None:
+        """Make the file end with a whole line."""
+        if self.torn:
+            self.file.truncate(self.file.seek(0, os.SEEK_END) - self.torn)
+        if self.lacks_newline:
+            self.file.write(b"\n")
+            self.file.flush()
 
 
 def read_items(path: str) -> list[Item]:
@@ -77,98 +111,190 @@ def read_items(path: str) -> list[Item]:
     return list(items.values())
 
 
-def read_results(path: str, items: Sequence[Item]) -> Results:
+@contextmanager
+def open_output(path: str, input_path: str) -> Iterator[BinaryIO]:
+    """The output, made if it is not there, to read and to add to while no other run has it.
+
+    If it was made here and an error comes before the first result, it is taken away again.
+
+    Raises:
+        InputError: it cannot be written, is the input, or another run is writing it.
+    """
+    if path == "-":
+        raise InputError("the output is -: name a file, with which a later run can go on")
+    name, output = f"the output {shown(path)}", Path(path)
+    try:
+        existed = output.exists()
+        if existed and not output.is_file():
+            raise InputError(f"{name} is not a file")
+        if not output.parent.is_dir():
+            raise InputError(f"{name} is in a folder that does not exist: make it first")
+        if existed and input_path != "-" and output.samefile(input_path):
+            raise InputError(f"{name} is the input too: name another file")
+        file = output.open("ab+")
+    except OSError as error:
+        raise InputError(f"cannot write {name}: {error.strerror}") from error
+    except InputError:
+        raise
+    except ValueError as error:  # a lone surrogate or a NUL, which no file's name holds
+        raise InputError(f"cannot write {name}: {error}") from error
+
+    try:
+        if not _lock(file, output):
+            existed = True  # it is the other run's
+            raise InputError(f"another run is writing {name}: wait for its end or name another")
+        yield file
+    except BaseException:
+        if not existed and not file.seek(0, os.SEEK_END):
+            with suppress(OSError):  # Windows removes no open file
+                output.resolve().unlink()
+        raise
+    finally:
+        with suppress(OSError):  # what cannot be written was an error when it was flushed
+            file.close()
+
+
+def _lock(file: BinaryIO, path: Path) -> bool:
+    """Keep other runs away until the file is closed; False if another was first."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    # Whoever had it just before may have removed the file.
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def read_results(file: BinaryIO, path: str, items: Sequence[Item]) -> Results:
     """What an earlier run has left in the output; a half-written line at its end does not count.
 
     Raises:
         InputError: the file holds something else than results of these items, each once.
     """
     name = f"the output {shown(path)}"
+    file.seek(0)
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise InputError(f"{name} is not a file")
-        if not Path(path).parent.is_dir():
-            raise InputError(f"{name} is in a folder that does not exist: make it first")
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        data = b""
+        *lines, last = file.read().split(b"\n")
     except OSError as error:
         raise InputError(f"cannot read {name}: {error.strerror}") from error
-    except InputError:
-        raise
-    except ValueError as error:  # a lone surrogate or a NUL, which no file's name holds
-        raise InputError(f"cannot read {name}: {error}") from error
-
-    *lines, torn = data.split(b"\n")
-    # Never cut off what another program wrote.
-    if not torn.startswith(RESULT_BEGINS) and not RESULT_BEGINS.startswith(torn):
-        lines.append(torn)
+    torn = _is_torn(last)
+    if last and not torn:
+        lines.append(last)
     known = {item.id for item in items}
-    found: dict[int | str, int] = {}
+    found: dict[int | str, Found] = {}
     for number, line in enumerate(lines, 1):
         where = f"line {number} of {name}"
         entry = _parse(line.decode(errors="replace"), where)
         id_ = entry["id"]
-        if "completions" not in entry:
+        if not isinstance(entry.get("completions"), list):
             raise InputError(f"{where} is not a result of this command: name another file")
         if id_ in found:
-            raise InputError(f"{where} has the id {shown(id_)} of line {found[id_]}")
+            raise InputError(f"{where} has the id {shown(id_)} of line {found[id_].line}")
         if id_ not in known:
             raise InputError(
                 f"{where} has the id {shown(id_)}, which the input does not have: give each input "
                 "an output of its own"
             )
-        found[id_] = number
-    return Results(Path(path), frozenset(found), len(data) - len(torn))
+        found[id_] = Found(number, len(entry["completions"]), entry.get("prompt_tokens"))
+    return Results(
+        file=file,
+        path=path,
+        found=found,
+        torn=len(last) if torn else 0,
+        lacks_newline=bool(last) and not torn,
+    )
+
+
+def require_same(results: Results, items: Sequence[Item], lengths: Sequence[int], n: int) -> None:
+    """Raise InputError if a result that was found is of another prompt or of other options.
+
+    Args:
+        items: those whose results were found.
+        lengths: their prompts' tokens.
+        n: completions of each.
+    """
+    for item, length in zip(items, lengths, strict=True):
+        found = results.found[item.id]
+        if found.completions != n:
+            differs = f"{found.completions:,} completions where --n asks for {n:,}"
+        elif found.prompt_tokens != length:
+            differs = f"a prompt of {found.prompt_tokens} tokens where the input's has {length:,}"
+        else:
+            continue
+        raise InputError(
+            f"line {found.line} of the output {shown(results.path)} (id {shown(item.id)}) has "
+            f"{differs}: go on with the same input and options, or name another output"
+        )
+
+
+def _is_torn(last: bytes) -> bool:
+    """Whether what follows the last newline is the begin of a result, to be written anew.
+
+    A whole result lacks nothing but its newline, and what another program wrote is never cut off.
+    """
+    if not last or not (last.startswith(RESULT_BEGINS) or RESULT_BEGINS.startswith(last)):
+        return False
+    try:
+        json.loads(last)
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def run_batch(
-    llm: LLM,
-    generation: Generation,
+    generation: Generation | None,
     items: Sequence[Item],
     results: Results,
     model: str | None,
+    device: torch.device | str,
     load_seconds: float,
     as_json: bool,
 ) -> None:
     """Run a generation, add each item's result to the output, and sum up.
 
     Args:
+        generation: None if there is nothing to do.
         items: what the generation's prompts are.
         results: what the output holds already.
+        device: whose memory counts.
     """
-    stats, written, interrupted = generation.stats, 0, False
+    stats = Stats(rows=0, prompt_tokens=0) if generation is None else generation.stats
+    file, written, interrupted = results.file, 0, False
     try:
-        with results.path.open("ab") as file, _progress_bar(stats.rows) as bar:
-            file.truncate(results.size)
+        results.mend()
+        if generation is not None:
+            with _progress_bar(stats.rows) as bar:
 
-            def write_what_is_finished() -> None:
-                nonlocal written
-                for completions in generation.take():
-                    file.write(_line(items[written], completions))
-                    file.flush()
-                    written += 1
+                def write_what_is_finished() -> None:
+                    nonlocal written
+                    for completions in generation.take():
+                        file.write(_line(items[written], completions))
+                        file.flush()
+                        written += 1
 
-            for _ in generation:
+                for _ in generation:
+                    write_what_is_finished()
+                    bar.set_postfix_str(f"{stats.rate:,.1f} tok/s", refresh=False)
+                    bar.update(stats.finished_rows - bar.n)
                 write_what_is_finished()
-                bar.set_postfix_str(f"{stats.rate:,.1f} tok/s", refresh=False)
                 bar.update(stats.finished_rows - bar.n)
-            write_what_is_finished()
-            bar.update(stats.finished_rows - bar.n)
     except KeyboardInterrupt:
         interrupted = True
     except OSError as error:
         raise InputError(f"cannot write {results.path}: {error.strerror}") from error
 
-    before, total = len(results.ids), len(results.ids) + len(items)
+    before, total = len(results.found), len(results.found) + len(items)
     if as_json:
         counts = {"prompts": total, "found": before, "written": written}
         numbers = {"load_seconds": load_seconds} | dataclasses.asdict(stats)
         numbers |= {
             "tokens_per_second": stats.rate,
-            "peak_memory_bytes": peak_memory(llm.model.device),
+            "peak_memory_bytes": peak_memory(device),
         }
-        report = {"model": model or "demo", "output": str(results.path)} | counts
+        report = {"model": model or "demo", "output": results.path} | counts
         print_json(report | {"interrupted": interrupted, "stats": numbers})
     else:
         note(

@@ -104,6 +104,12 @@ def fim_transform(
     return prompt + tokenizer.encode(text[start:end], special_tokens=False)
 
 
+def check_mode(mode: str) -> None:
+    """Raise PromptError unless it is one of the two."""
+    if mode not in MODES:
+        raise PromptError(f"mode is {mode!r}: accepted are {', '.join(MODES)}")
+
+
 def _encode_sides(
     tokenizer: Tokenizer, prefix: str, suffix: str, mode: str
 ) -> tuple[FimTokens, list[int], list[int]]:
@@ -112,8 +118,7 @@ def _encode_sides(
             "this checkpoint cannot infill: its tokenizer has no fill-in-the-middle tokens such "
             "as <fim_prefix>; use one that was trained to, for example starcoderbase-1b"
         )
-    if mode not in MODES:
-        raise PromptError(f"mode is {mode!r}: accepted are {', '.join(MODES)}")
+    check_mode(mode)
     before = tokenizer.encode(prefix, special_tokens=False)
     after = tokenizer.encode(suffix, special_tokens=False)
     return tokenizer.fim, before, after

@@ -16,7 +16,7 @@ from mqa_gpt.cache import as_cache_dtype
 from mqa_gpt.checkpoint import DEMO_DIR, load_model, read_config
 from mqa_gpt.checks import is_int, shown
 from mqa_gpt.errors import PromptError
-from mqa_gpt.fim import infill_prompt, truncated_infill_prompt
+from mqa_gpt.fim import check_mode, infill_prompt, truncated_infill_prompt
 from mqa_gpt.generate import Token, check_request, stream_drafted, stream_tokens
 from mqa_gpt.hub import resolve
 from mqa_gpt.memory import require_cache_room
@@ -165,6 +165,33 @@ class _Row:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` with which `stop` begins."""
     return next((k for k in range(len(stop) - 1, 0, -1) if text.endswith(stop[:k])), 0)
+
+
+def encode_prompts(
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | tuple[str, str]],
+    names: Sequence[str],
+    *,
+    special_tokens: bool,
+    mode: str,
+) -> list[list[int]]:
+    """The ids of texts to continue and of pairs to infill, as `LLM.begin_many` takes them.
+
+    Raises:
+        PromptError: an unknown mode, or a prompt that cannot be encoded, which it names.
+        CheckpointError: a pair, where the tokenizer has no infilling tokens.
+    """
+    check_mode(mode)
+    ids = []
+    for name, prompt in zip(names, prompts, strict=True):
+        try:
+            if isinstance(prompt, tuple) and len(prompt) == 2:
+                ids.append(infill_prompt(tokenizer, *prompt, mode=mode))
+            else:
+                ids.append(tokenizer.encode(prompt, special_tokens=special_tokens))
+        except PromptError as error:
+            raise PromptError(f"{name}: {error}") from error
+    return ids
 
 
 class Generation:
@@ -577,15 +604,9 @@ class LLM:
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
             raise PromptError(f"prompts are {shown(prompts)}: they must be a list of texts")
         names = names or [f"prompt {i}" for i in range(len(prompts))]
-        ids = []
-        for name, prompt in zip(names, prompts, strict=True):
-            try:
-                if isinstance(prompt, tuple) and len(prompt) == 2:
-                    ids.append(infill_prompt(self.tokenizer, *prompt, mode=mode))
-                else:
-                    ids.append(self.tokenizer.encode(prompt, special_tokens=special_tokens))
-            except PromptError as error:
-                raise PromptError(f"{name}: {error}") from error
+        ids = encode_prompts(
+            self.tokenizer, prompts, names, special_tokens=special_tokens, mode=mode
+        )
         return Generation(
             self.model,
             self.tokenizer,

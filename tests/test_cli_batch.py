@@ -44,12 +44,12 @@ def loaded(folder: str) -> LLM:
 
 
 @pytest.fixture
-def run(loaded: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def run(loaded: LLM, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The command line for `PROMPTS`, two at a time, into `out` of the test's folder."""
     monkeypatch.setattr(LLM, "load", lambda *args, **options: loaded)
     write_lines(tmp_path / "in", PROMPTS)
     files = [str(tmp_path / "in"), "--output", str(tmp_path / "out")]
-    return ["batch", *files, "--batch-size", "2", "--max-new-tokens", "12"]
+    return ["batch", *files, "-m", folder, "--batch-size", "2", "--max-new-tokens", "12"]
 
 
 def write_lines(path: Path, entries: list[Any]) -> None:
@@ -101,14 +101,15 @@ def test_whatever_a_killed_run_has_left_the_next_one_completes_to_the_same_file(
     cuts = [0, 1, 9, ends[0] - 1, ends[0], ends[0] + 1, ends[2] - 20, ends[3], len(whole) - 1]
     for cut in [*cuts, len(whole)]:
         out.write_bytes(whole[:cut])
-        before = sum(end <= cut for end in ends)
+        before = sum(end - 1 <= cut for end in ends)  # a line without its newline is whole
         begin_many = mock.Mock(side_effect=loaded.begin_many)
         with mock.patch.object(loaded, "begin_many", begin_many):
             result = invoke(*run)
         assert out.read_bytes() == whole
         assert f"{before} were there, {6 - before} are new" in result.stderr
         # What was there is not computed again.
-        assert len(begin_many.call_args.args[0]) == 6 - before
+        calls = [len(call.args[0]) for call in begin_many.call_args_list]
+        assert calls == [6 - before] * (before < 6)
 
 
 def test_results_are_found_by_their_ids_wherever_they_are(run: list[str], tmp_path: Path):
@@ -263,6 +264,9 @@ def test_all_prompts_that_are_too_long_are_named_before_anything_is_written(
         ("print('important')\n", "line 1 of {} is not JSON"),
         ("important", "line 1 of {} is not JSON"),
         ('{"id": "long", "prompt": "0"}\n', "line 1 of {} is not a result of this command"),
+        ('{"id": "long", "prompt": "0"}', "line 1 of {} is not a result of this command"),
+        ('{"id": 7}', "line 1 of {} is not a result of this command"),
+        ('{"id": "b", "completions": []}', "line 1 of {} has the id 'b', which the input does"),
         ('{"id": "b", "completions": []}\n', "line 1 of {} has the id 'b', which the input does"),
         ('{"id": 7, "completions": []}\n' * 2, "line 2 of {} has the id 7 of line 1"),
         ('{"id": 7, "completions": []}\n\n', "line 2 of {} is not JSON"),
@@ -280,14 +284,96 @@ def test_an_output_that_holds_something_else_is_refused_and_left_alone(
 
 
 def test_the_input_is_not_taken_for_the_output(run: list[str], tmp_path: Path):
+    # As lines that are results and prompts at once, nothing else would tell them apart.
+    write_lines(tmp_path / "in", [{"id": 1, "prompt": "a", "completions": []}])
+    (tmp_path / "link").symlink_to(tmp_path / "in")
     before = (tmp_path / "in").read_bytes()
-    assert "is not a result of this command" in refusal(*run, "--output", run[1])
-    assert (tmp_path / "in").read_bytes() == before
+    for output in (run[1], str(tmp_path / "link")):
+        assert "is the input too" in refusal(*run, "--output", output)
+        assert (tmp_path / "in").read_bytes() == before
+
+
+def test_a_second_run_on_the_same_output_is_refused_while_the_first_goes_on(
+    run: list[str], loaded: LLM, tmp_path: Path
+):
+    refusals = []
+
+    def begin_many(*arguments: Any, **options: Any) -> Any:
+        size = (tmp_path / "out").stat().st_size
+        refusals.append(refusal(*run))
+        assert (tmp_path / "out").stat().st_size == size  # nothing of the first run's was removed
+        return LLM.begin_many(loaded, *arguments, **options)
+
+    with mock.patch.object(loaded, "begin_many", begin_many):
+        assert invoke(*run).exit_code == 0
+    assert len(refusals) == 1
+    assert refusals[0].startswith(f"another run is writing the output {str(tmp_path / 'out')!r}")
+    assert [entry["completions"][0]["text"] for entry in results(tmp_path / "out")] == TEXTS
+    assert "6 were there" in invoke(*run).stderr
+
+
+def test_two_runs_are_not_kept_apart_where_nothing_can_be_locked(
+    run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("mqa_gpt.cli_batch.fcntl", None)
+    assert invoke(*run).exit_code == 0
+    assert len(results(tmp_path / "out")) == 6
+
+
+def test_a_model_is_not_loaded_for_what_is_done_or_cannot_be_written(
+    run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    invoke(*run)
+    monkeypatch.setattr(LLM, "load", mock.Mock(side_effect=AssertionError))
+    assert "6 were there, 0 are new" in invoke(*run).stderr
+    denied = PermissionError(errno.EACCES, "Permission denied")
+    for output in ("out", "new"):
+        with mock.patch.object(Path, "open", side_effect=[(tmp_path / "in").open("rb"), denied]):
+            message = refusal(*run, "--output", str(tmp_path / output))
+        assert message == f"cannot write the output {str(tmp_path / output)!r}: Permission denied"
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_refused_run_leaves_no_file_where_none_was_and_the_one_that_was(
+    run: list[str], tmp_path: Path
+):
+    for existed in (False, True):
+        refusal(*run, "--batch-size", "0")
+        assert (tmp_path / "out").exists() == existed
+        (tmp_path / "out").touch()
+
+
+@pytest.mark.parametrize("all_done", [True, False])
+def test_results_of_another_prompt_or_of_other_options_are_refused_before_the_model_is_loaded(
+    run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_done: bool
+):
+    invoke(*run)
+    whole = (tmp_path / "out").read_bytes()
+    if not all_done:
+        (tmp_path / "out").write_bytes(whole[: whole.rindex(b'{"id"') + 12])
+    before = (tmp_path / "out").read_bytes()
+    monkeypatch.setattr(LLM, "load", mock.Mock(side_effect=AssertionError))
+    where = f"line {{}} of the output {str(tmp_path / 'out')!r} (id {{}}) has "
+
+    message = refusal(*run, "--n", "2", "--temperature", "1")
+    assert message.startswith(
+        where.format(1, "'long'") + "1 completions where --n asks for 2: go on with the same"
+    )
+    for i, prompt in ((1, {"prompt": "uvwx"}), (4, {"prefix": "x", "suffix": "\n"})):
+        entries = [PROMPTS[j] if j != i else {"id": PROMPTS[i]["id"]} | prompt for j in range(6)]
+        write_lines(tmp_path / "in", entries)
+        old, new = (3, 4) if i == 1 else (8, 5)
+        assert refusal(*run).startswith(
+            where.format(i + 1, PROMPTS[i]["id"])
+            + f"a prompt of {old} tokens where the input's has {new}: go on with the same"
+        )
+    assert (tmp_path / "out").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("output", "says"),
     [
+        ("-", "the output is -: name a file"),
         (".", "is not a file"),
         (os.devnull, "is not a file"),
         ("no/such/folder/out", "is in a folder that does not exist"),
@@ -311,12 +397,17 @@ def test_a_full_disk_is_an_error_of_one_line_that_names_the_output(run: list[str
     [
         (["--batch-size", "0"], "batch_size is 0"),
         (["--n", "2"], "n is 2 but temperature is 0"),
-        (["--mode", "pms"], "psm, spm"),
+        (["--mode", "pms"], "mode is 'pms': accepted are psm, spm"),
         (["--stop", ""], "stop"),
     ],
 )
 def test_an_option_out_of_range_is_bad_input(run: list[str], flags: list[str], says: str):
     assert says in refusal(*run, *flags)
+
+
+def test_a_mode_that_there_is_not_is_bad_input_without_a_hole_too(run: list[str], tmp_path: Path):
+    write_lines(tmp_path / "in", PROMPTS[:2])
+    assert "mode is 'bogus'" in refusal(*run, "--mode", "bogus")
 
 
 def test_an_input_that_is_not_there_is_bad_input(run: list[str]):
