@@ -14,7 +14,7 @@ model's weights, hooks and options that went into it.
 
 from __future__ import annotations
 
-import functools
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -191,42 +191,63 @@ class Replay:
 
     def __init__(self, action: Callable[[], None], device: torch.device) -> None:
         self._action, self._device = action, device
-        self._has_run = False
+        self._stream: Any = None  # of the thread that the first run was in
         self._graph: Any = None
 
     def __call__(self) -> None:
         """Start the action; the device is not waited for."""
         with torch.cuda.device(self._device):
-            if not self._has_run:
-                self._run()
-                return
             if self._graph is None:
-                self._graph = self._record()
+                with RECORDING:
+                    stream = RECORDING_STREAMS.on(self._device)
+                    # Another thread's cuBLAS handle and workspace would be made while recording.
+                    if self._stream is not stream:
+                        self._run(stream)
+                        return
+                    self._graph = self._record(stream)
             self._graph.replay()
 
-    def _run(self) -> None:
-        stream, caller_s = recording_stream(self._device), torch.cuda.current_stream()
+    def _run(self, stream: Any) -> None:
+        caller_s = torch.cuda.current_stream()
         stream.wait_stream(caller_s)
         with torch.cuda.stream(stream):
             self._action()
         caller_s.wait_stream(stream)
-        self._has_run = True
+        self._stream = stream
 
-    def _record(self) -> Any:
+    def _record(self, stream: Any) -> Any:
         graph = torch.cuda.CUDAGraph()
-        # Other threads of the program may go on using the device: "thread_local". The graph has a
-        # pool of memory of its own; one that is shared must not lose its last graph.
-        with torch.cuda.graph(
-            graph, stream=recording_stream(self._device), capture_error_mode="thread_local"
-        ):
+        # "thread_local": what may not be called while a graph is recorded, like allocating memory,
+        # is an error in this thread only, so others may go on with streams of their own. The graph
+        # has a pool of memory of its own; one that is shared must not lose its last graph.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._action()
         return graph
 
 
-@functools.cache
-def recording_stream(device: torch.device) -> Any:
-    """One for all graphs, because cuBLAS keeps a workspace for each stream that it has seen."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+class RecordingStreams(threading.local):
+    """Each thread's stream of recording on each device, made when it is first asked for.
+
+    One for all graphs of a thread, because cuBLAS keeps a workspace for each stream that it has
+    seen. Not one for all threads: what another thread starts on a stream in recording would become
+    part of the graph instead of running.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, Any] = {}
+
+    def on(self, device: torch.device) -> Any:
+        """The calling thread's stream on this device."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return self._streams[device]
+
+
+RECORDING_STREAMS = RecordingStreams()
+
+# PyTorch allows one recording at a time in a process. First runs wait for it too, because PyTorch
+# has few streams: after 32 it hands out the first one again.
+RECORDING = threading.Lock()
 
 
 def can_replay(model: GPT) -> bool:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
+from threading import Thread
 from typing import Any, ClassVar
-from unittest import mock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mqa_gpt import GPT, KVCache, decode_graph
-from mqa_gpt.decode_graph import Decoder, Replay, can_replay
+from mqa_gpt.decode_graph import Decoder, RecordingStreams, Replay, can_replay
 from mqa_gpt.generate import Token, generate, stream_plain, stream_replayed, stream_tokens
 from mqa_gpt.sampling import GREEDY, Sampling
 from tests.helpers import our_model, random_prompts, reference_model, tiny_config
@@ -90,12 +91,71 @@ class TapedGraph:
             self.tape.replay()
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TapedGraph]]:
-    """The graphs that are recorded from now on, on the CPU."""
+class FakeCuda:
+    """Stands for what `Replay` uses of `torch.cuda`, and writes down what is asked of it.
 
-    def record(graph: TapedGraph, *, stream: Any, capture_error_mode: str) -> Tape:
-        return graph.tape
+    Attributes:
+        events: what was asked, in order.
+        device, stream: the current ones.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        self.device: Any = None
+        self.stream: Any = FakeStream(self)
+
+    @contextmanager
+    def on_device(self, device: torch.device) -> Iterator[None]:
+        before, self.device = self.device, device
+        yield
+        self.device = before
+
+    @contextmanager
+    def on_stream(self, stream: FakeStream) -> Iterator[None]:
+        before, self.stream = self.stream, stream
+        yield
+        self.stream = before
+
+    @contextmanager
+    def record(self, graph: TapedGraph, **options: Any) -> Iterator[None]:
+        self.events.append(("record", self.device, options))
+        with graph.tape, self.on_stream(options["stream"]):
+            yield
+
+    def action(self) -> None:
+        """What a test may replay."""
+        self.events.append(("run", self.device, self.stream))
+
+
+class FakeStream:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self._cuda.events.append((self, "waits for", other))
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """What stands for `torch.cuda` during the test; there are no streams of recording yet."""
+    fake = FakeCuda()
+    for name, stub in (
+        ("device", fake.on_device),
+        ("stream", fake.on_stream),
+        ("current_stream", lambda: fake.stream),
+        ("Stream", lambda device: FakeStream(fake)),
+        ("CUDAGraph", TapedGraph),
+        ("graph", fake.record),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(decode_graph, "RECORDING_STREAMS", RecordingStreams())
+    monkeypatch.setattr(TapedGraph, "made", [])
+    return fake
+
+
+@pytest.fixture
+def graphs(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TapedGraph]]:
+    """The graphs that are recorded from now on, on the CPU."""
 
     def init(self: Decoder, model: GPT, *arguments: Any) -> None:
         plain_init(self, model, *arguments)
@@ -103,18 +163,81 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TapedGraph]]:
 
     plain_init = Decoder.__init__
     monkeypatch.setattr(Decoder, "__init__", init)
-    for name, stub in (
-        ("device", lambda device: nullcontext()),
-        ("stream", lambda stream: nullcontext()),
-        ("current_stream", mock.Mock),
-        ("CUDAGraph", TapedGraph),
-        ("graph", record),
-    ):
-        monkeypatch.setattr(torch.cuda, name, stub)
-    monkeypatch.setattr(TapedGraph, "made", [])
-    monkeypatch.setattr(decode_graph, "recording_stream", mock.Mock())
     yield TapedGraph.made
+    assert TapedGraph.made
     assert all(graph.replays > 1 for graph in TapedGraph.made)
+
+
+DEVICE = torch.device("cuda", 1)
+
+
+def test_the_first_run_is_ordinary_and_the_second_is_recorded_on_the_same_stream(cuda):
+    replay, caller_s = Replay(cuda.action, DEVICE), cuda.stream
+    replay()
+    recording_s = cuda.events[0][0]
+    assert recording_s is not caller_s
+    assert cuda.events == [
+        (recording_s, "waits for", caller_s),
+        ("run", DEVICE, recording_s),
+        (caller_s, "waits for", recording_s),
+    ]
+    cuda.events.clear()
+    replay()
+    replay()
+    options = {"stream": recording_s, "capture_error_mode": "thread_local"}
+    assert cuda.events == [("record", DEVICE, options), ("run", DEVICE, recording_s)]
+    assert [graph.replays for graph in TapedGraph.made] == [2]
+
+
+def in_a_thread(action: Callable[[], Any]) -> Any:
+    """What the action returns in a thread of its own."""
+    return ThreadPoolExecutor(1).submit(action).result(timeout=5)
+
+
+def test_threads_and_devices_have_streams_of_their_own(cuda):
+    streams = decode_graph.RECORDING_STREAMS
+    assert streams.on(DEVICE) is streams.on(torch.device("cuda", 1))
+    assert streams.on(DEVICE) is not streams.on(torch.device("cuda", 0))
+    assert streams.on(DEVICE) is not in_a_thread(lambda: streams.on(DEVICE))
+
+
+def test_a_thread_records_only_what_it_has_run(cuda):
+    """A generator may be asked for each of its tokens by another thread."""
+    replay = Replay(cuda.action, DEVICE)
+    replay()
+    in_a_thread(replay)
+    assert not TapedGraph.made
+    replay()
+    assert not TapedGraph.made
+    replay()
+    assert [graph.replays for graph in TapedGraph.made] == [1]
+
+
+@pytest.mark.parametrize("runs_before", [0, 1], ids=["first run", "recording"])
+def test_others_wait_for_a_first_run_and_a_recording_but_may_replay(cuda, runs_before):
+    """While one replay is at work, others are called in threads of their own."""
+    recorded, new = (Replay(cuda.action, DEVICE) for _ in range(2))
+    recorded()
+    recorded()
+    threads: list[Thread] = []
+    runs: list[bool] = []
+
+    def action() -> None:
+        if len(runs) == runs_before:
+            in_a_thread(recorded)
+            threads.append(Thread(target=new))
+            threads[0].start()
+            threads[0].join(0.1)
+            assert threads[0].is_alive()
+        runs.append(True)
+
+    replay = Replay(action, DEVICE)
+    for _ in range(runs_before + 1):
+        replay()
+    threads[0].join(20)
+    assert not threads[0].is_alive()
+    assert len(runs) == runs_before + 1
+    assert TapedGraph.made[0].replays == 2
 
 
 def check_same_tokens(model: GPT, *arguments: Any, **options: Any) -> list[Token]:
