@@ -163,9 +163,10 @@ def test_every_warp_of_a_fused_kernel_has_a_product_and_every_wide_gpu_programs(
                 assert tiles.num_warps == tiles.BLOCK_N // 16 * tiles.SHARES
                 assert triton.cdiv(N, tiles.BLOCK_N) >= min(128, N // 16)
                 int8 = tuning.linear_tiles(dtype, R, N, K, int8=True)
-                assert (int8.ROWS, int8.BLOCK_N) == (tiles.ROWS, tiles.BLOCK_N)
+                assert int8.ROWS == tiles.ROWS
+                assert int8.BLOCK_N <= tiles.BLOCK_N
                 if dtype != torch.float32:  # each weight is converted by one warp
-                    assert int8.warps == int8.SHARES
+                    assert int8.num_warps == int8.SHARES
 
 
 def test_a_spill_fails_the_check_and_is_in_the_table(
