@@ -151,3 +151,14 @@ def _triton_attention(device: torch.device) -> Attention:
             "'reference' or 'auto'"
         )
     return cast(Attention, attention)
+
+
+def is_own(attend: Attention) -> bool:
+    """Whether it is one of this project's, which `select_attention` gives."""
+    if attend in (reference_attention, sdpa_attention, auto_attention):
+        return True
+    if not HAS_TRITON:
+        return False
+    from mqa_kernels import attention
+
+    return attend is attention

@@ -8,7 +8,7 @@ do not influence each other, so each row's tokens are those of its solo run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mqa_gpt.cache import KVCache
-from mqa_gpt.generate import PREFILL_CHUNK, Token, _choose, _draws, _reports, prefill
+from mqa_gpt.generate import PREFILL_CHUNK, Token, _draws, _reports, _require_finite, prefill
 from mqa_gpt.model import GPT
-from mqa_gpt.sampling import GREEDY, Sampling
+from mqa_gpt.sampling import GREEDY, Sampling, choose
 
 # Free places are filled once they are this share of all. A prefill interrupts the decoding of all
 # rows for at least one reading of the weights, about a step, so it should start several prompts;
@@ -32,6 +32,7 @@ class _Row:
     """A continuation under way.
 
     Attributes:
+        name: what messages call its prompt.
         index: which one; prompt i's sample j is i * n + j.
         length: tokens of prompt and output.
         draws: the numbers that decide what is drawn, one per new token; none if greedy.
@@ -39,6 +40,7 @@ class _Row:
         newest: the last of them.
     """
 
+    name: str
     index: int
     length: int
     draws: list[float]
@@ -99,7 +101,9 @@ class _Places:
         if not sampling.greedy:
             numbers = [row.draws[row.count] for row in rows]
             u = torch.tensor(numbers, dtype=torch.float64, device=self._device)  # (B,)
-        chosen = _choose(logits, sampling, seen, u)
+        chosen, are_finite = choose(logits, sampling, seen, u)  # (B,), (B,)
+        for row, is_finite in zip(rows, are_finite.tolist(), strict=True):
+            _require_finite(is_finite, row.name)
         if seen is not None:
             seen.scatter_(1, chosen[:, None], True)
         for row, id_ in zip(rows, chosen.tolist(), strict=True):
@@ -117,13 +121,15 @@ def stream_batched(
     n: int = 1,
     should_stop: Callable[[Token], bool] = lambda token: False,
     logprobs: int | None = None,
+    names: Sequence[str] | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> Iterator[Token]:
     """The tokens of `stream_tokens`, with at most `batch_size` rows under way at a time.
 
     Prompts are begun in their order, and a prompt's samples share one prefill. The cache has
     `batch_size` rows as long as the longest prompt and its new tokens, however many prompts wait.
-    Arguments are those of `stream_tokens`; each row's tokens come in order.
+    Arguments are those of `stream_tokens`, and what messages call the prompts if not "prompt 0",
+    "prompt 1", ...; each row's tokens come in order.
     """
     if not prompts or max_new_tokens == 0:
         return
@@ -131,7 +137,8 @@ def stream_batched(
     with torch.inference_mode():
         length = max(map(len, prompts)) + max_new_tokens - 1  # the last token is never fed
         places = _Places(model, batch_size, length, sampling)
-    waiting = _prefilled(model, prompts, max_new_tokens, sampling, n, prefill_chunk, places)
+    names = names or [f"prompt {i}" for i in range(len(prompts))]
+    waiting = _prefilled(model, prompts, names, max_new_tokens, sampling, n, prefill_chunk, places)
 
     def next_tokens(begin: int, logits: Tensor) -> Iterator[Token]:
         """Choose for the rows from place `begin` on; those that end give up their places."""
@@ -162,6 +169,7 @@ def stream_batched(
             if not first:
                 break
             yield from next_tokens(begin, torch.cat(first))
+            del first, logits
         if not places.rows:
             return
         with torch.inference_mode():
@@ -172,6 +180,7 @@ def stream_batched(
 def _prefilled(
     model: GPT,
     prompts: list[list[int]],
+    names: Sequence[str],
     max_new_tokens: int,
     sampling: Sampling,
     n: int,
@@ -181,7 +190,8 @@ def _prefilled(
     """Give one row after the other a place, and its logits (1, V) to whoever asks for the next.
 
     Prompts for as many places as are free are read together; those samples of the last one that
-    found none wait with its keys and values.
+    found none wait with its keys and values. These are freed with the last one that needs them:
+    the places are decoded while this waits to be asked again.
     """
     begun = 0
     while begun < len(prompts):
@@ -193,6 +203,11 @@ def _prefilled(
                 draws: list[float] = []
                 if not sampling.greedy:
                     draws = _draws(sampling, [index], n, max_new_tokens, model.device)[0].tolist()
-                places.add(_Row(index, len(prompt), draws), prompt, cache, i)
-                yield logits[i : i + 1]
+                row = _Row(names[begun + i], index, len(prompt), draws)
+                places.add(row, prompt, cache, i)
+                first = logits[i : i + 1]
+                if index + 1 == (begun + len(group)) * n:
+                    del cache, logits
+                yield first
+                del first
         begun += len(group)

@@ -240,9 +240,14 @@ class StaticCache(KVCache):
     each row's one new token is written at `lengths`, and attention gets all slots, of which
     `lengths` tells it how many to see. Nobody counts the slots: whoever runs the steps has to know
     that there is room.
+
+    Raises:
+        ValueError: the other cache is int8.
     """
 
     def __init__(self, cache: KVCache) -> None:
+        if cache.scales is not None:
+            raise ValueError("the cache is int8: a static cache holds the model's own dtype only")
         self.kv, self.scales, self.lengths = cache.kv, None, cache.lengths
         self.end = cache.max_length
         self._ragged, self._limits = True, None

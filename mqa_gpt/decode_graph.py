@@ -20,11 +20,19 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all
 
+from mqa_gpt.attention import is_own
 from mqa_gpt.cache import KVCache, StaticCache
-from mqa_gpt.fused_step import can_fuse, fused_hidden, fused_likeliest, fused_logits
-from mqa_gpt.model import GPT
+from mqa_gpt.fused_step import (
+    PLAIN_MODULES,
+    can_fuse,
+    fused_hidden,
+    fused_likeliest,
+    fused_logits,
+)
+from mqa_gpt.model import GPT, MultiQueryAttention
 from mqa_gpt.sampling import Sampling, choose, is_finite, log_probabilities
 
 
@@ -253,12 +261,21 @@ RECORDING = threading.Lock()
 def can_replay(model: GPT) -> bool:
     """Whether decode steps of this model may be recorded and replayed.
 
-    On a CUDA device they may, unless modules have hooks, which a replay leaves out, or are in
-    training mode, where dropout is to differ, or the cache is quantized.
+    On a CUDA device they may, unless its cache is quantized, or somebody has put Python code of
+    their own into the step, which a replay would leave out: hooks, modules of other types, a
+    `forward` or `attend` of a module's own. In training mode dropout is to differ at every step.
     """
     if model.device.type != "cuda" or model.cache_dtype is not None:
         return False
-    return not any(
-        module.training or module._forward_hooks or module._forward_pre_hooks
-        for module in model.modules()
-    )
+    if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
+        return False
+    return all(_is_plain(module) for module in model.modules())
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is a module of ours as we made it, in eval mode."""
+    if type(module) not in PLAIN_MODULES or "forward" in vars(module):
+        return False
+    if isinstance(module, MultiQueryAttention) and not is_own(module.attend):
+        return False
+    return not (module.training or module._forward_hooks or module._forward_pre_hooks)

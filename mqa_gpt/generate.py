@@ -516,11 +516,13 @@ def _choose(logits: Tensor, sampling: Sampling, seen: Tensor | None, u: Tensor |
     return chosen
 
 
-def _require_finite(are_finite: bool) -> None:
+def _require_finite(are_finite: bool, name: str | None = None) -> None:
+    """Raise FloatingPointError unless they are, with a prompt's name where it is known."""
     if not are_finite:
         raise FloatingPointError(
-            "the model's logits are not finite: the weights hold NaN or infinity (see "
-            "`mqa-gpt inspect --check-finite`) or overflow in the model's dtype; try float32"
+            f"{'' if name is None else f'{name}: '}the model's logits are not finite: the weights "
+            "hold NaN or infinity (see `mqa-gpt inspect --check-finite`) or overflow in the "
+            "model's dtype; try float32"
         )
 
 

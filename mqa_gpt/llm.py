@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from os import PathLike
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -236,7 +237,9 @@ class Generation:
         # Before any row: a number that cannot fit would take all memory for them already.
         at_once = count if batch_size is None else min(batch_size, count)
         longest = max(map(len, prompts), default=0)
-        require_cache_room(model, at_once, longest + max_new_tokens)
+        # Prompts that begin together are read into a cache of their own.
+        copied = None if batch_size is None else ceil(at_once / n) * longest
+        require_cache_room(model, at_once, longest + max_new_tokens, copied)
         # A control token leaves no text in which its name could be found.
         named = [id_ for text in stops if (id_ := tokenizer.control_id(text)) is not None]
         end_ids = {*model.config.end_token_ids, *end_of_text, *named}
@@ -251,7 +254,7 @@ class Generation:
         if draft is not None:
             stream = partial(stream_drafted, draft=draft)
         elif batch_size is not None:
-            stream = partial(stream_batched, batch_size=batch_size)
+            stream = partial(stream_batched, batch_size=batch_size, names=names)
         self._tokens: Iterator[Token] = stream(
             model,
             prompts,

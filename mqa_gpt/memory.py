@@ -48,13 +48,18 @@ def cache_bytes(config: GPTConfig, dtype: torch.dtype, rows: int = 1, slots: int
     return rows * slots * 2 * config.n_layer * config.n_kv_head * of_a_head
 
 
-def require_cache_room(model: GPT, rows: int, slots: int) -> None:
+def require_cache_room(model: GPT, rows: int, slots: int, copied: int | None = None) -> None:
     """Raise PromptError if the model's device cannot hold what generation needs for its cache.
 
-    Several rows are held twice for a moment: when one leaves, the others are copied.
+    Args:
+        rows, slots: size of the cache.
+        copied: slots, of all rows together, that are held twice for a moment. By default those of
+            several rows: when one leaves, the others are copied.
     """
-    copies = 1 if rows == 1 else 2
-    needed = copies * cache_bytes(model.config, model.cache_dtype or model.dtype, rows, slots)
+    if copied is None:
+        copied = 0 if rows == 1 else rows * slots
+    dtype = model.cache_dtype or model.dtype
+    needed = cache_bytes(model.config, dtype, slots=rows * slots + copied)
     room = available_memory(model.device)
     if room is not None and needed > room:
         raise PromptError(

@@ -96,6 +96,7 @@ class Int8Linear(_Int8):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.weight)
+        self.train(linear.training)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,6 +118,7 @@ class Int8Embedding(_Int8):
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__(embedding.weight)
+        self.train(embedding.training)
         self.dtype = embedding.weight.dtype
 
     def forward(self, ids: Tensor) -> Tensor:

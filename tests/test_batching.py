@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -210,8 +211,50 @@ def test_logits_that_are_not_numbers_are_an_error(model: GPT) -> None:
     broken = our_model(reference_model(CONFIG), CONFIG)
     with torch.no_grad():
         broken.transformer.ln_f.bias[3] = torch.nan
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(FloatingPointError, match=r"^prompt 0: .* not finite"):
         list(stream_batched(broken, [[1, 2]], 4, 2))
+
+
+def test_the_prompt_whose_logits_are_not_numbers_is_named(model: GPT) -> None:
+    broken = our_model(reference_model(CONFIG), CONFIG)
+    with torch.no_grad():
+        broken.transformer.wte.weight[7] = torch.nan
+        broken.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+    prompts, rows = [[1, 2], [3], [4, 7, 5], [6]], []
+    tokens = stream_batched(broken, prompts, 2, 2, names=["a", "b", "third", "d"])
+    with pytest.raises(FloatingPointError, match=r"^third: .* not finite"):
+        rows.extend(token.row for token in tokens)
+    assert sorted(rows) == [0, 0, 1, 1]  # what was before is not lost
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_cache_that_prompts_are_read_into_is_freed_before_the_places_are_decoded(
+    model: GPT, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    made: list[weakref.ref[KVCache]] = []
+
+    class Recorded(KVCache):
+        @classmethod
+        def of(cls, *args: Any) -> KVCache:
+            cache = super().of(*args)
+            made.append(weakref.ref(cache))
+            return cache
+
+    alive = []
+
+    def count(module: GPT, args: tuple[torch.Tensor]) -> None:
+        if args[0].shape[1] == 1:
+            alive.append(sum(cache() is not None for cache in made))
+
+    monkeypatch.setattr(batching, "KVCache", Recorded)
+    hook = model.register_forward_pre_hook(count)
+    try:
+        sampling = Sampling(temperature=1.0, seed=0)
+        list(stream_batched(model, [[5] * 9, [6] * 4, [7] * 3], 4, 2, sampling, n=n))
+    finally:
+        hook.remove()
+    assert len(made) == (3 if n == 1 else 4)
+    assert set(alive) == {1}
 
 
 def test_the_consumer_is_not_in_inference_mode(model: GPT) -> None:

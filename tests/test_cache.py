@@ -246,6 +246,11 @@ def test_a_static_cache_selects_rows_and_takes_one_token_at_a_time() -> None:
         static.require_room(2)
 
 
+def test_a_static_cache_does_not_take_over_an_int8_one() -> None:
+    with pytest.raises(ValueError, match="the cache is int8"):
+        StaticCache(KVCache(CONFIG, 2, 6, dtype=torch.int8))
+
+
 # ------------------------------------------------------------------------------------------- int8
 
 

@@ -22,8 +22,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mqa_gpt import GPT, KVCache, decode_graph
+from mqa_gpt.attention import reference_attention, sdpa_attention
 from mqa_gpt.decode_graph import Decoder, RecordingStreams, Replay, can_replay
 from mqa_gpt.generate import Token, generate, stream_plain, stream_replayed, stream_tokens
+from mqa_gpt.quantization import quantize
 from mqa_gpt.sampling import GREEDY, Sampling
 from tests.helpers import our_model, random_prompts, reference_model, tiny_config
 
@@ -467,17 +469,65 @@ class OnGpu:
         return getattr(self._model, name)
 
 
-def test_hooks_and_dropout_are_not_replayed(model):
-    on_gpu = OnGpu(model)
+@pytest.fixture
+def on_gpu() -> OnGpu:
+    """A new model that may be replayed."""
+    on_gpu = OnGpu(our_model(reference_model(CONFIG), CONFIG))
     assert can_replay(on_gpu)
-    for register in ("register_forward_hook", "register_forward_pre_hook"):
-        hook = getattr(model.transformer.h[1].mlp, register)(lambda *call: None)
+    return on_gpu
+
+
+def test_hooks_are_not_replayed(on_gpu):
+    mlp, modules = on_gpu.transformer.h[1].mlp, torch.nn.modules.module
+    for register in (
+        mlp.register_forward_hook,
+        mlp.register_forward_pre_hook,
+        modules.register_module_forward_hook,
+        modules.register_module_forward_pre_hook,
+    ):
+        hook = register(lambda *call: None)
         assert not can_replay(on_gpu)
         hook.remove()
-    model.transformer.h[0].train()
+        assert can_replay(on_gpu)
+
+
+def test_dropout_is_not_replayed(on_gpu):
+    on_gpu.transformer.h[0].mlp.dropout.train()
     assert not can_replay(on_gpu)
-    model.eval()
+
+
+def test_a_quantized_cache_is_not_replayed_but_quantized_weights_are(on_gpu):
+    quantize(on_gpu._model)
     assert can_replay(on_gpu)
+    on_gpu._model.cache_dtype = torch.int8
+    assert not can_replay(on_gpu)
+
+
+@pytest.mark.parametrize("attend", [reference_attention, sdpa_attention, "triton"])
+def test_every_attention_of_our_own_is_replayed(on_gpu, attend):
+    if attend == "triton":
+        attend = pytest.importorskip("mqa_kernels").attention
+    on_gpu.transformer.h[1].attn.attend = attend
+    assert can_replay(on_gpu)
+
+
+def test_python_code_of_others_is_not_replayed(on_gpu):
+    class Wrapped(torch.nn.Linear):
+        """What adapters do."""
+
+    def wrapped(*arguments: Any) -> Tensor:
+        return sdpa_attention(*arguments)
+
+    block = on_gpu.transformer.h[1]
+    block.attn.attend = wrapped
+    assert not can_replay(on_gpu)
+    on_gpu.set_backend("sdpa")
+    c_fc, block.mlp.c_fc = block.mlp.c_fc, Wrapped(60, 136).eval()
+    assert not can_replay(on_gpu)
+    block.mlp.c_fc = c_fc
+    assert can_replay(on_gpu)
+    block.mlp.forward = block.mlp.forward
+    assert not can_replay(on_gpu)
 
 
 @needs_gpu

@@ -313,15 +313,23 @@ def test_many_completions_before_an_interrupt_are_those_that_were_not_given_yet(
 
 def test_many_prompts_take_the_memory_of_those_under_way(llm, monkeypatch):
     config, room = llm.model.config, 20
-    needed = 2 * cache_bytes(config, torch.float32, 4, room)
-    monkeypatch.setattr(memory, "available_memory", lambda device: needed)
     prompts = ["a" * (room - 5)] * 9
-    with pytest.raises(PromptError, match="9 completions of 20 tokens need"):
-        llm.generate(prompts, 5)
-    assert len(list(llm.generate_many(prompts, 5, batch_size=4))) == 9
-    with pytest.raises(PromptError, match="5 completions of 20 tokens need"):
-        llm.generate_many(prompts, 5, batch_size=5)
-    # However many samples: those that wait take nothing.
+
+    def has_slots(slots):
+        needed = cache_bytes(config, torch.float32, 1, slots)
+        monkeypatch.setattr(memory, "available_memory", lambda device: needed)
+
+    for rows in (1, 4):
+        # Places, and a cache for the prompts that are read together.
+        has_slots(rows * room + rows * (room - 5))
+        with pytest.raises(PromptError, match="9 completions of 20 tokens need"):
+            llm.generate(prompts, 5)
+        assert len(list(llm.generate_many(prompts, 5, batch_size=rows))) == 9
+        has_slots(rows * room + rows * (room - 5) - 1)
+        with pytest.raises(PromptError, match=f"{rows} completions of 20 tokens need"):
+            llm.generate_many(prompts, 5, batch_size=rows)
+    # However many samples: those that wait take nothing, and those of a prompt share one reading.
+    has_slots(4 * room + room - 5)
     next(llm.begin_many(prompts, 5, batch_size=4, n=10**12, temperature=1.0).__iter__())
 
 
