@@ -498,6 +498,7 @@ def test_dropout_is_not_replayed(on_gpu):
 
 def test_a_quantized_cache_is_not_replayed_but_quantized_weights_are(on_gpu):
     quantize(on_gpu._model)
+    on_gpu._model.eval()
     assert can_replay(on_gpu)
     on_gpu._model.cache_dtype = torch.int8
     assert not can_replay(on_gpu)
