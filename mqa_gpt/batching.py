@@ -124,7 +124,7 @@ def stream_batched(
     names: Sequence[str] | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> Iterator[Token]:
-    """The tokens of `stream_tokens`, with at most `batch_size` rows under way at a time.
+    """What `stream_tokens` does, with at most `batch_size` rows under way at a time.
 
     Prompts are begun in their order, and a prompt's samples share one prefill. The cache has
     `batch_size` rows as long as the longest prompt and its new tokens, however many prompts wait.

@@ -333,7 +333,11 @@ def stream_replayed(
     logprobs: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> Iterator[Token]:
-    """The tokens of `stream_plain` from steps that are all alike; see `mqa_gpt.decode_graph`.
+    """What `stream_plain` does, by steps that are all alike; see `mqa_gpt.decode_graph`.
+
+    The tokens are those of `stream_plain` too, except at near ties: fused kernels sum and round in
+    another order, so where two tokens are about equally good, above all in 16 bits, the other one
+    may be chosen.
 
     A step is started before anybody looks at the tokens of the one before, so that a GPU need not
     wait for its host. Rows that have ended are noticed one step late, and what they still generate
