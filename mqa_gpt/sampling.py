@@ -139,8 +139,8 @@ def choose(
         u: as in `draw`; None takes the most likely token.
 
     Returns:
-        (B,) int64, and (B,) bool: false where a row has NaN or +inf among its logits, or nothing but
-        -inf, so that its token means nothing. Single -inf only rule tokens out.
+        (B,) int64, and (B,) bool: false where a row has NaN or +inf among its logits, or nothing
+        but -inf, so that its token means nothing. Single -inf only rule tokens out.
     """
     filtered = filter_logits(logits, sampling, seen)  # (B, V)
     highest, likeliest = filtered.max(-1)  # (B,), (B,)
