@@ -10,8 +10,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine did at most, medians: bytes per second that a matrix-vector product read
-    and that a copy read and wrote, and operations per second of a matrix product.
+    """What this machine did at most, medians: bytes per second that a sum read and that a copy
+    read and wrote, and operations per second of a matrix product.
     """
 
     read_gb_per_s: float

@@ -60,7 +60,7 @@ def describe() -> dict[str, Any]:
         "versions": versions,
         "system": platform.platform(),
         "cpu": {
-            "name": _cpu_name(),
+            "name": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
@@ -96,7 +96,7 @@ def peak_memory(device: torch.device | str = "cpu") -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The processor's product name, where the system gives one."""
     try:
         text = Path("/proc/cpuinfo").read_text()

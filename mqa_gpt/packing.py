@@ -6,9 +6,10 @@ oneDNN's blocked layout, in which the weights of one vector instruction lie side
 
 8-bit weights (`mqa_gpt.quantization`) are packed too, for oneDNN's products of 8-bit integers.
 
-With AVX-512 the plain layout is read at full speed too by a product with one or two rows, and a
-packed layer is slower there, though faster from about four rows on. A single prompt being the
-common case, only the head is packed then, which gains from the third row and loses nothing before.
+On Intel's processors with AVX-512 the plain layout is read at full speed too by a product with one
+or two rows, and a packed layer is slower there, though faster from about four rows on. A single
+prompt being the common case, only the head is packed then, which gains from the third row and loses
+nothing before. `benchmarks/cpu_products.py` shows how it is on a processor.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mqa_gpt.environment import cpu_name
 from mqa_gpt.quantization import Int8Linear
 
 UNPACKED = "load the model with GPT.from_pretrained, which leaves its weights as they are"
@@ -58,7 +60,9 @@ class PackedLinear(_Packed):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N), without gradients."""
         self._refuse_gradients(x)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(
+            x, self._packed, self.bias, "none", [], ""
+        )
 
 
 class PackedInt8Linear(_Packed):
@@ -85,17 +89,17 @@ class PackedInt8Linear(_Packed):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N) in the dtype of x, without gradients."""
         self._refuse_gradients(x)
-        rows = x.reshape(-1, x.shape[-1]).float()  # (R, K)
-        top = rows.abs().amax(1, keepdim=True)  # (R, 1), is t times `largest`
+        rows = x.float()
+        top = rows.abs().amax(-1, keepdim=True)  # (..., 1), is t times `largest`
         # oneDNN is fast for rows of unsigned integers only: zero stands in the middle of them. The
         # conversion cuts off, hence the half. A row of zeros gives any integers, and 0 times those.
-        integers = torch.add(self._middle, rows / top, alpha=self.largest).to(torch.uint8)  # (R, K)
-        y = torch.ops.onednn.qlinear_pointwise(
-            integers, 1.0, self.largest + 1, self._packed, self._scale, None, None,
+        integers = torch.addcdiv(self._middle, rows, top, value=self.largest)  # (..., K)
+        y = torch.ops.onednn.qlinear_pointwise.default(
+            integers.to(torch.uint8), 1.0, self.largest + 1, self._packed, self._scale, None, None,
             1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
-        y = y * top if self.bias is None else torch.addcmul(self.bias, y, top)  # (R, N)
-        return y.to(x.dtype).view(*x.shape[:-1], -1)
+        y = y * top if self.bias is None else torch.addcmul(self.bias, y, top)  # (..., N)
+        return y.to(x.dtype)
 
 
 def can_pack(module: nn.Module) -> bool:
@@ -119,9 +123,14 @@ def packing_bytes(module: nn.Module, dtype: torch.dtype, device: torch.device) -
     )
 
 
-def has_avx512() -> bool:
-    """Whether torch computes with AVX-512 here."""
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+def reads_plain_layout_fast() -> bool:
+    """Whether one row's product with a plain float32 weight runs at the speed of memory here.
+
+    It does where MKL, Intel's own library, computes with AVX-512, which it does on Intel's
+    processors only.
+    """
+    has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return has_avx512 and "intel" in cpu_name().lower()
 
 
 def has_vnni() -> bool:
@@ -159,9 +168,9 @@ def _has_operators(device: torch.device, namespace: Any, names: tuple[str, ...])
 def pack(module: nn.Module) -> None:
     """Replace the linear layers inside `module` by their packed forms, one after the other.
 
-    All of them, or in float32 with AVX-512 only `lm_head`. Their plain weights are given up, so the
-    model can no longer be trained or saved. A weight that something else holds too, as the
-    embedding holds that of a tied `lm_head`, stays there as well.
+    All of them, or in float32 only `lm_head` where `reads_plain_layout_fast`. Their plain weights
+    are given up, so the model can no longer be trained or saved. A weight that something else holds
+    too, as the embedding holds that of a tied `lm_head`, stays there as well.
 
     Raises:
         ValueError: `can_pack` is false.
@@ -170,10 +179,11 @@ def pack(module: nn.Module) -> None:
         raise ValueError(
             "only float32 and 8-bit models on a CPU, with a torch that has oneDNN, can be packed"
         )
+    head_only = reads_plain_layout_fast()
     # By name, because a list of the layers would keep all their weights to the end.
     forms = {name: _form(layer) for name, layer in module.named_modules()}
     for name, form in forms.items():
-        if form is None or (form is PackedLinear and has_avx512() and name != "lm_head"):
+        if form is None or (form is PackedLinear and head_only and name != "lm_head"):
             continue
         module.set_submodule(name, form(cast(Any, module.get_submodule(name))))
     # What is left (embeddings, LayerNorms) cannot be trained through packed weights.

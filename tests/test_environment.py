@@ -100,7 +100,7 @@ def test_the_processor_has_a_name_on_every_system(
         return cpuinfo
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    assert environment._cpu_name() == name
+    assert environment.cpu_name() == name
 
 
 @LINUX

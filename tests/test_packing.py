@@ -9,6 +9,9 @@ from torch import nn
 
 from mqa_gpt import GPT, generate, packing
 from mqa_gpt.packing import PackedLinear, can_pack, pack
+
+# Before any test replaces it.
+from mqa_gpt.packing import reads_plain_layout_fast as asked_of_the_processor
 from tests.helpers import (
     our_model,
     random_ids,
@@ -24,9 +27,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=[False, True], ids=["avx2", "avx512"], autouse=True)
-def avx512(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(packing, "has_avx512", lambda: request.param)
+@pytest.fixture(params=[False, True], ids=["slow plain", "fast plain"], autouse=True)
+def plain_is_fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(packing, "reads_plain_layout_fast", lambda: request.param)
     return request.param
 
 
@@ -69,13 +72,30 @@ def test_a_packed_model_runs_without_asking_for_no_gradients():
     assert relative_error(model(ids), expected) < 1e-5
 
 
-def test_every_linear_layer_is_packed_or_with_avx512_the_head(avx512):
+def test_every_linear_layer_is_packed_or_where_the_plain_layout_is_fast_the_head(plain_is_fast):
     plain, packed = packed_model()
     layers = {n for n, m in packed.named_modules() if isinstance(m, PackedLinear)}
     linear = {n for n, m in plain.named_modules() if isinstance(m, nn.Linear)}
-    assert layers == ({"lm_head"} if avx512 else linear)
+    assert layers == ({"lm_head"} if plain_is_fast else linear)
     left = {n for n, m in packed.named_modules() if isinstance(m, nn.Linear)}
     assert left == linear - layers
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "is_fast"),
+    [
+        ("Intel(R) Xeon(R) Platinum 8481C", "AVX512", True),
+        ("Intel(R) Xeon(R) Platinum 8481C", "AVX2", False),
+        ("AMD EPYC 9B45", "AVX512", False),
+        ("aarch64", "DEFAULT", False),
+    ],
+)
+def test_the_plain_layout_is_fast_on_processors_that_mkl_has_avx512_for(
+    monkeypatch, name, capability, is_fast
+):
+    monkeypatch.setattr(packing, "cpu_name", lambda: name)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert asked_of_the_processor() == is_fast
 
 
 def test_the_embedding_of_a_tied_head_stays_plain():
@@ -84,7 +104,7 @@ def test_the_embedding_of_a_tied_head_stays_plain():
 
 
 def test_a_plain_weight_is_given_up_before_the_next_is_packed(monkeypatch):
-    monkeypatch.setattr(packing, "has_avx512", lambda: False)
+    monkeypatch.setattr(packing, "reads_plain_layout_fast", lambda: False)
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
     weights = [weakref.ref(layer.weight) for layer in model]
     alive: list[int] = []
