@@ -10,13 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import ceil
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mqa_gpt.cache import KVCache
-from mqa_gpt.generate import PREFILL_CHUNK, Token, _draws, _reports, _require_finite, prefill
+from mqa_gpt.decode import (
+    PREFILL_CHUNK,
+    Report,
+    Token,
+    draw_numbers,
+    prefill,
+    report_rows,
+    reports_of,
+    require_finite,
+)
+from mqa_gpt.decode_graph import FEW_ROWS, Decoder, can_replay
 from mqa_gpt.model import GPT
 from mqa_gpt.sampling import GREEDY, Sampling, choose
 
@@ -25,6 +37,9 @@ from mqa_gpt.sampling import GREEDY, Sampling, choose
 # but while places wait for it, steps are only partly used. With rows of L tokens, m places filled
 # at a time cost 1/m + m L / (2 B^2) steps per prompt: least at m = B sqrt(2 / L), B / 8 for 128.
 SHARE_TO_FILL = 1 / 8
+
+
+Results = list[tuple[int, int, Report]]  # place, new token, what is reported of it
 
 
 @dataclass
@@ -48,17 +63,34 @@ class _Row:
     newest: int = -1
 
 
+class _Request(NamedTuple):
+    """What is asked of all rows; see `stream_batched`."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    n: int
+    logprobs: int | None
+    prefill_chunk: int
+
+    def draws(self, index: int, device: torch.device) -> list[float]:
+        """The numbers that decide a continuation's draws; none if greedy."""
+        if self.sampling.greedy:
+            return []
+        return draw_numbers(self.sampling, [index], self.n, self.max_new_tokens, device)[0].tolist()
+
+
 class _Places:
     """The rows under way, in the first places of one cache that lasts for the whole run."""
 
-    def __init__(self, model: GPT, count: int, length: int, sampling: Sampling) -> None:
+    def __init__(self, model: GPT, count: int, length: int, request: _Request) -> None:
+        self._model, self._request = model, request
         self._cache = KVCache.of(model, count, length)
-        self._device = model.device
         self._seen: Tensor | None = None
-        if sampling.repetition_penalty != 1:
+        if request.sampling.repetition_penalty != 1:
             shape = (count, model.config.vocab_size)
             self._seen = torch.zeros(shape, dtype=torch.bool, device=model.device)
-        self.rows: list[_Row] = []
+        self._first: Tensor | None = None  # logits of the rows that were added last
+        self.rows: dict[int, _Row] = {}
 
     @property
     def free(self) -> int:
@@ -72,43 +104,118 @@ class _Places:
         if self._seen is not None:
             self._seen[place] = False
             self._seen[place, prompt] = True
-        self.rows.append(row)
+        self.rows[place] = row
 
-    def remove(self, place: int) -> None:
-        """Drop a row; the last one takes its place, so that the places in use are the first."""
-        moved = self.rows.pop()
-        if place < len(self.rows):
-            self.rows[place] = moved
-            self._cache.copy_row(place, self._cache, len(self.rows))
-            if self._seen is not None:
-                self._seen[place] = self._seen[len(self.rows)]
+    def begin(self, logits: Tensor) -> None:
+        """Take the logits (n, V) float32 behind the prompts of the n rows that were added last."""
+        self._first = logits
 
-    @property
-    def cache(self) -> KVCache:
-        """What the rows hold: everything but their newest token, which is yet to be fed."""
-        return self._cache.view([row.length - 1 for row in self.rows])
-
-    @property
-    def newest(self) -> Tensor:
-        """(B, 1) int64: each row's newest token."""
-        return torch.tensor([[row.newest] for row in self.rows], device=self._device)
-
-    def choose(self, begin: int, logits: Tensor, sampling: Sampling) -> Tensor:
-        """The next tokens of the rows from place `begin` on, (B,), from their logits (B, V)."""
-        rows = self.rows[begin:]
-        seen = None if self._seen is None else self._seen[begin : len(self.rows)]  # (B, V)
+    def advance(self) -> Results:
+        """One more token of the rows that were added last, or else of all rows."""
+        logits, self._first = self._first, None
+        if logits is None:
+            lengths = [row.length - 1 for row in self.rows.values()]  # the newest is yet to be fed
+            newest = [[row.newest] for row in self.rows.values()]
+            ids = torch.tensor(newest, device=self._model.device)  # (B, 1)
+            logits = self._model(ids, cache=self._cache.view(lengths))[:, 0].float()  # (B, V)
+        places = range(len(self.rows) - len(logits), len(self.rows))
+        rows = [self.rows[place] for place in places]
+        seen = None if self._seen is None else self._seen[places.start : places.stop]  # (B, V)
         u = None
-        if not sampling.greedy:
+        if not self._request.sampling.greedy:
             numbers = [row.draws[row.count] for row in rows]
-            u = torch.tensor(numbers, dtype=torch.float64, device=self._device)  # (B,)
-        chosen, are_finite = choose(logits, sampling, seen, u)  # (B,), (B,)
+            u = torch.tensor(numbers, dtype=torch.float64, device=logits.device)  # (B,)
+        chosen, are_finite = choose(logits, self._request.sampling, seen, u)  # (B,), (B,)
         for row, is_finite in zip(rows, are_finite.tolist(), strict=True):
-            _require_finite(is_finite, row.name)
+            require_finite(is_finite, row.name)
         if seen is not None:
             seen.scatter_(1, chosen[:, None], True)
-        for row, id_ in zip(rows, chosen.tolist(), strict=True):
-            row.newest, row.length, row.count = id_, row.length + 1, row.count + 1
-        return chosen
+        reports = reports_of(logits, chosen, self._request.logprobs)
+        return list(zip(places, chosen.tolist(), reports, strict=True))
+
+    def remove(self, finished: list[int], *, are_more: bool) -> None:
+        """Drop these rows; others move into their places, so that those in use are the first.
+
+        Args:
+            are_more: whether prompts are waiting, which makes no difference here.
+        """
+        for place in reversed(finished):  # so that the last row is never a finished one
+            last = len(self.rows) - 1
+            moved = self.rows.pop(last)
+            if place < last:
+                self.rows[place] = moved
+                self._cache.copy_row(place, self._cache, last)
+                if self._seen is not None:
+                    self._seen[place] = self._seen[last]
+
+
+class _ReplayedPlaces:
+    """The same by steps that are recorded and replayed (`mqa_gpt.decode_graph`).
+
+    A step computes all places, with a row or without, and is started before anybody looks at the
+    tokens of the one before. So a row that has ended computes one token more, for which its place
+    has a slot more; and an empty place writes to the slots from 0 on until it gets a row, or is
+    told to begin at 0 again. No row takes more than `max_new_tokens` steps to end and have all
+    empty places told so, and each place has as many slots.
+    """
+
+    def __init__(self, model: GPT, count: int, length: int, request: _Request) -> None:
+        device, sampling = model.device, request.sampling
+        cache = KVCache.of(model, count, length + 1)
+        seen = draws = None
+        if sampling.repetition_penalty != 1:
+            shape = (count, model.config.vocab_size)
+            seen = torch.zeros(shape, dtype=torch.bool, device=device)
+        if not sampling.greedy:
+            shape = (count, request.max_new_tokens + 1)
+            draws = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._request = request
+        self._decoder = Decoder.new(model, cache, sampling, seen, draws, request.logprobs)
+        self._added: list[int] = []
+        self.rows: dict[int, _Row] = {}
+
+    @property
+    def _count(self) -> int:
+        return self._decoder.state.cache.batch_size
+
+    @property
+    def free(self) -> int:
+        """Places without a row."""
+        return self._count - len(self.rows)
+
+    def add(self, row: _Row, prompt: list[int], cache: KVCache, cache_row: int) -> None:
+        """Give a place to a row whose prompt stands in a row of another cache."""
+        place = next(place for place in range(self._count) if place not in self.rows)
+        self._decoder.state.begin(place, prompt, row.draws, cache, cache_row)
+        self.rows[place] = row
+        self._added.append(place)
+
+    def begin(self, logits: Tensor) -> None:
+        """Choose first tokens by the logits (n, V) float32 of the n rows that were added last."""
+        self._decoder.choose(logits, self._added)
+        self._added = []
+
+    def advance(self) -> Results:
+        """The newest token of every row; the step that makes the next ones is under way then."""
+        results = self._decoder.fetch()
+        if any(row.count + 1 < self._request.max_new_tokens for row in self.rows.values()):
+            self._decoder.run()
+        ids, *lists = results()
+        reports: list[Report] = report_rows(*lists) if lists else [(None, ())] * len(ids)
+        for place, row in self.rows.items():
+            require_finite(ids[place] >= 0, row.name)
+        return [(place, ids[place], reports[place]) for place in self.rows]
+
+    def remove(self, finished: list[int], *, are_more: bool) -> None:
+        """Drop these rows. Where no prompts are waiting, so are places when half are empty."""
+        for place in finished:
+            del self.rows[place]
+        kept = sorted(self.rows)
+        if kept and not are_more and self._count > FEW_ROWS and len(kept) <= self._count // 2:
+            self._decoder = self._decoder.select(kept)
+            self.rows = {i: self.rows[place] for i, place in enumerate(kept)}
+        elif finished:
+            self._decoder.state.end([i for i in range(self._count) if i not in self.rows])
 
 
 def stream_batched(
@@ -134,21 +241,31 @@ def stream_batched(
     if not prompts or max_new_tokens == 0:
         return
     batch_size = min(batch_size, len(prompts) * n)
+    request = _Request(max_new_tokens, sampling, n, logprobs, prefill_chunk)
     with torch.inference_mode():
         length = max(map(len, prompts)) + max_new_tokens - 1  # the last token is never fed
-        places = _Places(model, batch_size, length, sampling)
+        kind = _ReplayedPlaces if can_replay(model) else _Places
+        places: _Places | _ReplayedPlaces = kind(model, batch_size, length, request)
     names = names or [f"prompt {i}" for i in range(len(prompts))]
-    waiting = _prefilled(model, prompts, names, max_new_tokens, sampling, n, prefill_chunk, places)
+    waiting = _prefilled(model, prompts, names, request, places)
+    left = len(prompts) * n  # rows that have no place yet
 
-    def next_tokens(begin: int, logits: Tensor) -> Iterator[Token]:
-        """Choose for the rows from place `begin` on; those that end give up their places."""
+    while True:
+        if left and (not places.rows or places.free >= SHARE_TO_FILL * batch_size):
+            with torch.inference_mode():
+                added = list(islice(waiting, places.free))  # (1, V) each
+                left -= len(added)
+                places.begin(torch.cat(added))
+                del added
+        if not places.rows:
+            return
         with torch.inference_mode():
-            chosen = places.choose(begin, logits, sampling)
-            reports = _reports(logits, chosen, logprobs)
+            results = places.advance()
         finished = []
-        for place, report in enumerate(reports, begin):
+        for place, id_, report in results:
             row = places.rows[place]
-            token = Token(row.index, row.newest, None, *report)
+            row.newest, row.length, row.count = id_, row.length + 1, row.count + 1
+            token = Token(row.index, id_, None, *report)
             if should_stop(token):
                 token = token._replace(finished="stop")
             elif row.count == max_new_tokens:
@@ -157,35 +274,15 @@ def stream_batched(
                 finished.append(place)
             yield token
         with torch.inference_mode():
-            for place in reversed(finished):  # so that the last row is never a finished one
-                places.remove(place)
-
-    while True:
-        while not places.rows or places.free >= SHARE_TO_FILL * batch_size:
-            begin, first = len(places.rows), []
-            with torch.inference_mode():
-                while places.free and (logits := next(waiting, None)) is not None:
-                    first.append(logits)
-            if not first:
-                break
-            yield from next_tokens(begin, torch.cat(first))
-            del first, logits
-        if not places.rows:
-            return
-        with torch.inference_mode():
-            logits = model(places.newest, cache=places.cache)[:, 0].float()  # (B, V)
-        yield from next_tokens(0, logits)
+            places.remove(finished, are_more=left > 0)
 
 
 def _prefilled(
     model: GPT,
     prompts: list[list[int]],
     names: Sequence[str],
-    max_new_tokens: int,
-    sampling: Sampling,
-    n: int,
-    chunk: int,
-    places: _Places,
+    request: _Request,
+    places: _Places | _ReplayedPlaces,
 ) -> Iterator[Tensor]:
     """Give one row after the other a place, and its logits (1, V) to whoever asks for the next.
 
@@ -193,17 +290,14 @@ def _prefilled(
     found none wait with its keys and values. These are freed with the last one that needs them:
     the places are decoded while this waits to be asked again.
     """
-    begun = 0
+    n, begun = request.n, 0
     while begun < len(prompts):
         group = prompts[begun : begun + ceil(places.free / n)]
         cache = KVCache.of(model, len(group), max(map(len, group)))
-        logits = prefill(model, cache, group, chunk).float()  # (B, V)
+        logits = prefill(model, cache, group, request.prefill_chunk).float()  # (B, V)
         for i, prompt in enumerate(group):
             for index in range((begun + i) * n, (begun + i + 1) * n):
-                draws: list[float] = []
-                if not sampling.greedy:
-                    draws = _draws(sampling, [index], n, max_new_tokens, model.device)[0].tolist()
-                row = _Row(names[begun + i], index, len(prompt), draws)
+                row = _Row(names[begun + i], index, len(prompt), request.draws(index, model.device))
                 places.add(row, prompt, cache, i)
                 first = logits[i : i + 1]
                 if index + 1 == (begun + len(group)) * n:

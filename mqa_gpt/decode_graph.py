@@ -14,8 +14,7 @@ model's weights, hooks and options that went into it.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,6 +24,17 @@ from torch.nn.modules import module as hooks_of_all
 
 from mqa_gpt.attention import is_own
 from mqa_gpt.cache import KVCache, StaticCache
+from mqa_gpt.cuda_graph import Replay
+from mqa_gpt.decode import (
+    PREFILL_CHUNK,
+    Report,
+    Token,
+    draw_numbers,
+    prefill_samples,
+    report_rows,
+    require_finite,
+    tokens_seen,
+)
 from mqa_gpt.fused_step import (
     PLAIN_MODULES,
     can_fuse,
@@ -33,7 +43,11 @@ from mqa_gpt.fused_step import (
     fused_logits,
 )
 from mqa_gpt.model import GPT, MultiQueryAttention
-from mqa_gpt.sampling import Sampling, choose, is_finite, log_probabilities
+from mqa_gpt.sampling import GREEDY, Sampling, choose, is_finite, log_probabilities
+
+# Rows up to which finished ones stay in a batch that is replayed: they cost less than recording the
+# step anew, since it takes the time of reading the weights either way.
+FEW_ROWS = 16
 
 
 class DecodeState(NamedTuple):
@@ -42,7 +56,7 @@ class DecodeState(NamedTuple):
     Attributes:
         cache: what the rows hold; not the newest tokens yet.
         ids: (B, 1) int64, the newest tokens.
-        position: (1,) int64, which of the draws comes next.
+        position: (B, 1) int64, which of its draws comes next for each row.
         draws: (B, N) float64, the numbers that decide each row's N tokens; None if greedy.
         seen: (B, V) bool, the tokens that the rows hold; None without a repetition penalty.
         chosen: (B,) int64, for the host: `ids`, or -1 where the logits were not finite.
@@ -59,16 +73,55 @@ class DecodeState(NamedTuple):
 
     def select(self, rows: Sequence[int]) -> DecodeState:
         """A copy of these rows of the batch."""
+        cache = StaticCache(self.cache.select(rows))
+        return self.copy_rows(rows)._replace(cache=cache)
+
+    def copy_rows(self, rows: Sequence[int]) -> DecodeState:
+        """These rows of everything but the cache."""
         index = torch.tensor(rows, device=self.ids.device)
+        return self._map(lambda x: x[index])
+
+    def write_rows(self, rows: Sequence[int], others: DecodeState) -> None:
+        """The inverse of `copy_rows`: make these rows those of `others`, but for the cache."""
+        index = torch.tensor(rows, device=self.ids.device)
+        for own, new in zip(self._tensors, others._tensors, strict=True):
+            own[index] = new
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        tensors = (self.ids, self.position, self.draws, self.seen, self.chosen, *self.reports)
+        return [tensor for tensor in tensors if tensor is not None]
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> DecodeState:
+        """With `fn` of every tensor outside the cache."""
         return DecodeState(
-            StaticCache(self.cache.select(rows)),
-            self.ids[index],
-            self.position,
-            None if self.draws is None else self.draws[index],
-            None if self.seen is None else self.seen[index],
-            self.chosen[index],
-            tuple(report[index] for report in self.reports),
+            self.cache,
+            fn(self.ids),
+            fn(self.position),
+            None if self.draws is None else fn(self.draws),
+            None if self.seen is None else fn(self.seen),
+            fn(self.chosen),
+            tuple(map(fn, self.reports)),
         )
+
+    def begin(
+        self, row: int, prompt: list[int], draws: list[float], cache: KVCache, cache_row: int
+    ) -> None:
+        """Make `row` one whose prompt stands in a row of another cache, with these draws."""
+        self.cache.copy_row(row, cache, cache_row)
+        self.cache.lengths[row] = len(prompt)
+        self.position[row] = 0
+        if self.draws is not None:
+            self.draws[row, : len(draws)] = torch.tensor(draws, dtype=torch.float64)
+        if self.seen is not None:
+            self.seen[row] = False
+            self.seen[row, prompt] = True
+
+    def end(self, rows: Sequence[int]) -> None:
+        """Let these rows hold nothing; what a step computes of them is of no interest any more."""
+        index = torch.tensor(rows, device=self.ids.device)
+        self.cache.lengths[index] = 0
+        self.position[index] = 0
 
 
 def decode_step(model: GPT, state: DecodeState, sampling: Sampling) -> None:
@@ -91,7 +144,7 @@ def choose_next(logits: Tensor, state: DecodeState, sampling: Sampling) -> None:
     """Choose each row's next token by logits (B, V) float32."""
     u = None
     if state.draws is not None:
-        u = state.draws.index_select(1, state.position)[:, 0]  # (B,)
+        u = state.draws.gather(1, state.position)[:, 0]  # (B,)
         state.position.add_(1)
     take(*choose(logits, sampling, state.seen, u), state)
     if state.reports:
@@ -144,7 +197,7 @@ class Decoder:
         state = DecodeState(
             StaticCache(cache),
             ids,
-            torch.zeros_like(ids[0]),
+            torch.zeros_like(ids),
             draws,
             seen,
             ids[:, 0].clone(),
@@ -152,9 +205,14 @@ class Decoder:
         )
         return cls(model, state, sampling)
 
-    def choose(self, logits: Tensor) -> None:
-        """Choose the first tokens by the prefill's logits (B, V) float32."""
-        choose_next(logits, self.state, self._sampling)
+    def choose(self, logits: Tensor, rows: Sequence[int] | None = None) -> None:
+        """Choose the first tokens by the prefill's logits (B, V) float32, of all rows or these."""
+        if rows is None:
+            choose_next(logits, self.state, self._sampling)
+            return
+        some = self.state.copy_rows(rows)
+        choose_next(logits, some, self._sampling)
+        self.state.write_rows(rows, some)
 
     def run(self) -> None:
         """Start one step; a CUDA device is not waited for."""
@@ -190,74 +248,6 @@ class Decoder:
         return wait
 
 
-class Replay:
-    """An action that does the same every time, as a CUDA graph from its second run on.
-
-    The first run is an ordinary one, on the stream of recording: kernels are compiled and
-    workspaces made by it, which must not happen while a graph is recorded.
-    """
-
-    def __init__(self, action: Callable[[], None], device: torch.device) -> None:
-        self._action, self._device = action, device
-        self._stream: Any = None  # of the thread that the first run was in
-        self._graph: Any = None
-
-    def __call__(self) -> None:
-        """Start the action; the device is not waited for."""
-        with torch.cuda.device(self._device):
-            if self._graph is None:
-                with RECORDING:
-                    stream = RECORDING_STREAMS.on(self._device)
-                    # Another thread's cuBLAS handle and workspace would be made while recording.
-                    if self._stream is not stream:
-                        self._run(stream)
-                        return
-                    self._graph = self._record(stream)
-            self._graph.replay()
-
-    def _run(self, stream: Any) -> None:
-        caller_s = torch.cuda.current_stream()
-        stream.wait_stream(caller_s)
-        with torch.cuda.stream(stream):
-            self._action()
-        caller_s.wait_stream(stream)
-        self._stream = stream
-
-    def _record(self, stream: Any) -> Any:
-        graph = torch.cuda.CUDAGraph()
-        # "thread_local": what may not be called while a graph is recorded, like allocating memory,
-        # is an error in this thread only, so others may go on with streams of their own. The graph
-        # has a pool of memory of its own; one that is shared must not lose its last graph.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            self._action()
-        return graph
-
-
-class RecordingStreams(threading.local):
-    """Each thread's stream of recording on each device, made when it is first asked for.
-
-    One for all graphs of a thread, because cuBLAS keeps a workspace for each stream that it has
-    seen. Not one for all threads: what another thread starts on a stream in recording would become
-    part of the graph instead of running.
-    """
-
-    def __init__(self) -> None:
-        self._streams: dict[torch.device, Any] = {}
-
-    def on(self, device: torch.device) -> Any:
-        """The calling thread's stream on this device."""
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        return self._streams[device]
-
-
-RECORDING_STREAMS = RecordingStreams()
-
-# PyTorch allows one recording at a time in a process. First runs wait for it too, because PyTorch
-# has few streams: after 32 it hands out the first one again.
-RECORDING = threading.Lock()
-
-
 def can_replay(model: GPT) -> bool:
     """Whether decode steps of this model may be recorded and replayed.
 
@@ -279,3 +269,83 @@ def _is_plain(module: nn.Module) -> bool:
     if isinstance(module, MultiQueryAttention) and not is_own(module.attend):
         return False
     return not (module.training or module._forward_hooks or module._forward_pre_hooks)
+
+
+def stream_replayed(
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    *,
+    n: int = 1,
+    should_stop: Callable[[Token], bool] = lambda token: False,
+    logprobs: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Iterator[Token]:
+    """What `stream_plain` does, by steps that are all alike; see `mqa_gpt.decode_graph`.
+
+    The tokens are those of `stream_plain` too, except at near ties: fused kernels sum and round in
+    another order, so where two tokens are about equally good, above all in 16 bits, the other one
+    may be chosen.
+
+    A step is started before anybody looks at the tokens of the one before, so that a GPU need not
+    wait for its host. Rows that have ended are noticed one step late, and what they still generate
+    is dropped; they leave the batch when that halves it.
+    """
+    if not prompts or max_new_tokens == 0:
+        return
+    with torch.inference_mode():
+        rows = list(range(len(prompts) * n))
+        decoder = _decoder(model, prompts, max_new_tokens, sampling, n, logprobs, prefill_chunk)
+    unfinished = set(rows)
+
+    for step in range(max_new_tokens):
+        is_last = step == max_new_tokens - 1
+        with torch.inference_mode():
+            results = decoder.fetch()
+            if not is_last:
+                decoder.run()
+            ids, *lists = results()
+        reports: list[Report] = [(None, ())] * len(ids) if logprobs is None else report_rows(*lists)
+        require_finite(
+            all(id_ >= 0 for row, id_ in zip(rows, ids, strict=True) if row in unfinished)
+        )
+        for row, id_, report in zip(rows, ids, reports, strict=True):
+            if row not in unfinished:
+                continue
+            token = Token(row, id_, None, *report)
+            if should_stop(token):
+                token = token._replace(finished="stop")
+            elif is_last:
+                token = token._replace(finished="length")
+            if token.finished:
+                unfinished.remove(row)
+            yield token
+        if not unfinished:
+            return
+
+        if len(rows) > FEW_ROWS and len(unfinished) <= len(rows) // 2:
+            with torch.inference_mode():
+                kept = [i for i, row in enumerate(rows) if row in unfinished]
+                rows, decoder = [rows[i] for i in kept], decoder.select(kept)
+
+
+def _decoder(
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    n: int,
+    logprobs: int | None,
+    chunk: int,
+) -> Decoder:
+    """The decoder that goes on behind the prompts, their first tokens chosen."""
+    cache, logits = prefill_samples(model, prompts, max_new_tokens, n, chunk)
+    seen = tokens_seen(prompts, n, logits) if sampling.repetition_penalty != 1 else None
+    rows = list(range(len(logits)))
+    draws = (
+        None if sampling.greedy else draw_numbers(sampling, rows, n, max_new_tokens, model.device)
+    )
+    decoder = Decoder.new(model, cache, sampling, seen, draws, logprobs)
+    decoder.choose(logits)
+    return decoder

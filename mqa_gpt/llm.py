@@ -16,15 +16,16 @@ from mqa_gpt.batching import stream_batched
 from mqa_gpt.cache import as_cache_dtype
 from mqa_gpt.checkpoint import DEMO_DIR, load_model, read_config
 from mqa_gpt.checks import is_int, shown
+from mqa_gpt.decode import Token
 from mqa_gpt.errors import PromptError
 from mqa_gpt.fim import check_mode, infill_prompt, truncated_infill_prompt
-from mqa_gpt.generate import Token, check_request, stream_drafted, stream_tokens
+from mqa_gpt.generate import check_request, stream_tokens
 from mqa_gpt.hub import resolve
 from mqa_gpt.memory import require_cache_room
 from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack
 from mqa_gpt.sampling import Sampling
-from mqa_gpt.speculation import Draft, check_draft
+from mqa_gpt.speculation import Draft, check_draft, stream_drafted
 from mqa_gpt.tokenizer import StreamDecoder, Tokenizer
 
 BATCH_SIZE = 16  # rows under way at a time, where there are many prompts

@@ -11,20 +11,30 @@ and of one random number per position (`sampling.draw`). So the output is the pl
 token, and with that its distribution. What is left is rounding: a step over several tokens sums in
 another order than a step over one, which can tip a choice between equals.
 
-The loop is `generate.stream_drafted`; a draft is handed to `generate` or `LLM.generate`.
+The loop is `stream_drafted`; a draft is handed to `generate` or `LLM.generate`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from mqa_gpt.cache import KVCache
 from mqa_gpt.checks import shown
 from mqa_gpt.config import GPTConfig
+from mqa_gpt.decode import (
+    PREFILL_CHUNK,
+    Token,
+    choose_finite,
+    draw_numbers,
+    prefill_samples,
+    reports_of,
+    tokens_seen,
+)
 from mqa_gpt.errors import PromptError
 from mqa_gpt.model import GPT
+from mqa_gpt.sampling import GREEDY, Sampling
 
 FIRST, MOST = 4, 16  # tokens drafted at the beginning, and at most
 LONGEST_PAUSE = 64  # steps
@@ -193,3 +203,94 @@ def check_draft(draft: object, config: GPTConfig) -> None:
             f"the draft model has {draft.model.config.vocab_size} tokens and the model has "
             f"{config.vocab_size}: they must have the same tokenizer"
         )
+
+
+def stream_drafted(
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    draft: Draft,
+    sampling: Sampling = GREEDY,
+    *,
+    n: int = 1,
+    should_stop: Callable[[Token], bool] = lambda token: False,
+    logprobs: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Iterator[Token]:
+    """The tokens of `stream_tokens` in fewer steps, each of which reads a draft too.
+
+    See `mqa_gpt.speculation`. Rows get on at different speeds; each row's tokens come in order.
+    """
+    if not prompts or max_new_tokens == 0:
+        return
+    draft.begin()
+    with torch.inference_mode():
+        rows = list(range(len(prompts) * n))
+        cache, logits = prefill_samples(model, prompts, max_new_tokens + MOST, n, prefill_chunk)
+        seen = tokens_seen(prompts, n, logits) if sampling.repetition_penalty != 1 else None
+        draws = (
+            None
+            if sampling.greedy
+            else draw_numbers(sampling, rows, n, max_new_tokens, model.device)
+        )
+    texts = [list(prompts[row // n]) for row in rows]  # prompts and new tokens
+    counts = [0] * len(rows)  # of new tokens
+    guesses: list[list[int]] = [[] for _ in rows]
+    logits = logits[:, None]  # (B, T, V): behind each row's newest token and behind its guesses
+
+    while True:
+        # One position of the step after the other: a row is undecided while all its guesses so far
+        # were what the model chose, since only then the logits behind them are its own.
+        unfinished, undecided = set(range(len(rows))), list(range(len(rows)))
+        accepted = 0
+        for position in range(logits.shape[1]):
+            with torch.inference_mode():
+                # Finished rows are computed along, and have no draws left.
+                at = [min(count, max_new_tokens - 1) for count in counts]
+                u = None if draws is None else draws[range(len(rows)), at]  # (B,)
+                chosen = choose_finite(logits[:, position], sampling, seen, u)
+                reports = reports_of(logits[:, position], chosen, logprobs)
+                if seen is not None:
+                    seen[undecided, chosen[undecided]] = True
+            ids = chosen.tolist()
+            agreeing = []
+            for i in undecided:
+                texts[i].append(ids[i])
+                counts[i] += 1
+                token = Token(rows[i], ids[i], None, *reports[i])
+                if should_stop(token):
+                    token = token._replace(finished="stop")
+                elif counts[i] == max_new_tokens:
+                    token = token._replace(finished="length")
+                agrees = position < len(guesses[i]) and guesses[i][position] == ids[i]
+                accepted += agrees
+                if token.finished:
+                    unfinished.remove(i)
+                elif agrees:
+                    agreeing.append(i)
+                yield token
+            undecided = agreeing
+            if not undecided:
+                break
+        draft.record(sum(map(len, guesses)), accepted)
+        if not unfinished:
+            return
+
+        with torch.inference_mode():
+            # The cache keeps what was agreed on: all tokens but the newest.
+            cache.set_lengths([len(text) - 1 for text in texts])
+            if len(unfinished) < len(rows):
+                kept = sorted(unfinished)
+                cache = cache.select(kept)
+                rows, texts = [rows[i] for i in kept], [texts[i] for i in kept]
+                counts = [counts[i] for i in kept]
+                seen = None if seen is None else seen[kept]
+                draws = None if draws is None else draws[kept]
+            most = min(draft.next_count(), cache.max_length - cache.end - 1)
+            guesses = draft.propose(rows, texts, most) if most > 0 else [[] for _ in rows]
+            width = max(map(len, guesses))
+            feed = [
+                text[-1:] + guess + [0] * (width - len(guess))
+                for text, guess in zip(texts, guesses, strict=True)
+            ]
+            logits = model(torch.tensor(feed, device=model.device), cache=cache).float()

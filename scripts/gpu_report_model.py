@@ -16,9 +16,10 @@ from clock import Clock
 from torch.profiler import ProfilerActivity, profile
 
 from mqa_gpt import GPT, GPTConfig, KVCache
-from mqa_gpt.decode_graph import Decoder, Replay, decode_step
+from mqa_gpt.cuda_graph import Replay
+from mqa_gpt.decode import PREFILL_CHUNK, Token, prefill, stream_plain
+from mqa_gpt.decode_graph import Decoder, decode_step, stream_replayed
 from mqa_gpt.fused_step import can_fuse
-from mqa_gpt.generate import PREFILL_CHUNK, Token, prefill, stream_plain, stream_replayed
 from mqa_gpt.memory import available_memory, cache_bytes
 from mqa_gpt.quantization import is_quantized, quantize
 from mqa_gpt.sampling import GREEDY, Sampling

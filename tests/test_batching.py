@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 
 from mqa_gpt import GPT, KVCache, batching
 from mqa_gpt.batching import stream_batched
-from mqa_gpt.generate import Token, stream_tokens
+from mqa_gpt.decode import Token
+from mqa_gpt.decode_graph import Decoder, DecodeState
+from mqa_gpt.generate import stream_tokens
 from mqa_gpt.sampling import Sampling
+from tests.fake_cuda import TapedGraph
 from tests.helpers import our_model, random_prompts, reference_model, tiny_config
 
 CONFIG = tiny_config()
@@ -56,8 +60,12 @@ def shapes_fed(model: GPT, tokens: Any) -> list[tuple[int, ...]]:
     return shapes
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
-@pytest.mark.parametrize(
+def replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let steps be recorded and replayed, as on a CUDA device."""
+    monkeypatch.setattr(batching, "can_replay", lambda model: True)
+
+
+SAMPLINGS = pytest.mark.parametrize(
     ("options", "n"),
     [
         ({}, 1),
@@ -67,6 +75,10 @@ def shapes_fed(model: GPT, tokens: Any) -> list[tuple[int, ...]]:
     ],
     ids=["greedy", "penalty", "sampled", "sampled-penalty"],
 )
+
+
+@SAMPLINGS
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
 def test_every_row_has_the_tokens_and_the_end_of_its_solo_run(
     model: GPT, batch_size: int, options: dict[str, Any], n: int
 ) -> None:
@@ -75,6 +87,96 @@ def test_every_row_has_the_tokens_and_the_end_of_its_solo_run(
     assert len({len(row) for row in expected.values()}) > 3
     stream = stream_batched(model, PROMPTS, NEW_TOKENS, batch_size, sampling, n=n, should_stop=ends)
     assert rows_of(stream) == expected
+
+
+@SAMPLINGS
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+def test_steps_that_are_replayed_give_the_tokens_and_ends_of_solo_runs(
+    model: GPT,
+    graphs: list[TapedGraph],
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+    options: dict[str, Any],
+    n: int,
+) -> None:
+    replayed(monkeypatch)
+    sampling = Sampling(**options)
+    stream = stream_batched(model, PROMPTS, NEW_TOKENS, batch_size, sampling, n=n, should_stop=ends)
+    assert rows_of(stream) == solo_runs(model, sampling, n)
+    assert len(graphs) == (2 if batch_size == 100 and n > 1 else 1)
+
+
+def test_one_recording_lasts_until_half_of_the_places_are_empty_and_no_prompt_waits(
+    model: GPT, graphs: list[TapedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replayed(monkeypatch)
+    monkeypatch.setattr(batching, "FEW_ROWS", 2)
+    expected = solo_runs(model, Sampling())
+    sizes = []
+    init = Decoder.__init__
+
+    def record(self: Decoder, model: GPT, state: DecodeState, sampling: Sampling) -> None:
+        sizes.append(len(state.ids))
+        init(self, model, state, sampling)
+
+    monkeypatch.setattr(Decoder, "__init__", record)
+    assert rows_of(stream_batched(model, PROMPTS, NEW_TOKENS, 8, should_stop=ends)) == expected
+    assert sizes[0] == 8
+    assert all(b <= a // 2 for a, b in pairwise(sizes))
+
+
+def test_an_empty_place_may_wait_as_long_as_the_others_last(
+    model: GPT, graphs: list[TapedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of one token leave a place empty for as many steps as there are slots, twice."""
+    replayed(monkeypatch)
+    monkeypatch.setattr(batching, "SHARE_TO_FILL", 0.6)  # one of two places has to wait
+    lengths = [24, 1, 24, 24, 1]
+
+    def is_done(token: Token) -> bool:
+        counts[token.row] += 1
+        return counts[token.row] == lengths[token.row]
+
+    prompts = [[7], [8], [9], [10], [11]]
+    counts = [0] * len(lengths)
+    expected = rows_of(stream_tokens(model, prompts, 24, should_stop=is_done))
+    counts = [0] * len(lengths)
+    assert rows_of(stream_batched(model, prompts, 24, 2, should_stop=is_done)) == expected
+    assert counts == lengths
+
+
+def test_the_longest_row_may_fill_the_context_and_end_before_others(
+    model: GPT, graphs: list[TapedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replayed(monkeypatch)
+    monkeypatch.setattr(batching, "SHARE_TO_FILL", 0.1)
+    counts = {1: 0}
+
+    def is_done(token: Token) -> bool:  # the third prompt begins while the first is under way
+        counts[1] += token.row == 1
+        return token.row == 1 and counts[1] == 3
+
+    prompts = [*random_prompts(CONFIG, [CONFIG.n_positions - 20]), [1], [2]]
+    expected = rows_of(stream_tokens(model, prompts, 20, should_stop=is_done))
+    counts[1] = 0
+    assert rows_of(stream_batched(model, prompts, 20, 2, should_stop=is_done)) == expected
+
+
+def test_a_replayed_step_is_started_before_its_tokens_are_looked_at(
+    model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replayed(monkeypatch)
+    events = []
+    run = Decoder.run
+
+    def recorded(self: Decoder) -> None:
+        events.append("run")
+        run(self)
+
+    monkeypatch.setattr(Decoder, "run", recorded)
+    for token in stream_batched(model, [[1, 2], [3]], 3, 2):
+        events.append(token.row)
+    assert events == ["run", 0, 1, "run", 0, 1, 0, 1]
 
 
 def test_multi_head_caches_are_shared_out_too() -> None:
@@ -123,8 +225,8 @@ def test_nothing_of_a_place_s_former_owner_reaches_the_next(
     class PoisonedPlaces(batching._Places):
         """A NaN in every slot of a place that is given up."""
 
-        def remove(self, place: int) -> None:
-            super().remove(place)
+        def remove(self, finished: list[int], *, are_more: bool) -> None:
+            super().remove(finished, are_more=are_more)
             self._cache.kv[:, len(self.rows) :] = torch.nan
 
     model = our_model(reference_model(CONFIG), CONFIG, backend)
@@ -215,7 +317,11 @@ def test_logits_that_are_not_numbers_are_an_error(model: GPT) -> None:
         list(stream_batched(broken, [[1, 2]], 4, 2))
 
 
-def test_the_prompt_whose_logits_are_not_numbers_is_named(model: GPT) -> None:
+@pytest.mark.parametrize("is_replayed", [False, True])
+def test_the_prompt_whose_logits_are_not_numbers_is_named(
+    model: GPT, monkeypatch: pytest.MonkeyPatch, is_replayed: bool
+) -> None:
+    monkeypatch.setattr(batching, "can_replay", lambda model: is_replayed)
     broken = our_model(reference_model(CONFIG), CONFIG)
     with torch.no_grad():
         broken.transformer.wte.weight[7] = torch.nan

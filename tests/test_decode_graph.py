@@ -1,7 +1,6 @@
 """The decode step that can be replayed: the tokens of the plain loop, and why a replay gives them.
 
-Without a GPU the step is called instead of replayed. What a CUDA graph would do to it is imitated:
-the step's operations are written down once and from then on repeated with the same arguments.
+Without a GPU the step is called instead of replayed, or `tests.fake_cuda` replays it.
 """
 
 from __future__ import annotations
@@ -10,23 +9,23 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
 from threading import Thread
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mqa_gpt import GPT, KVCache, decode_graph
+from mqa_gpt import GPT, KVCache, cuda_graph, decode_graph
 from mqa_gpt.attention import reference_attention, sdpa_attention
-from mqa_gpt.decode_graph import Decoder, RecordingStreams, Replay, can_replay
-from mqa_gpt.generate import Token, generate, stream_plain, stream_replayed, stream_tokens
+from mqa_gpt.cuda_graph import Replay
+from mqa_gpt.decode import Token, stream_plain
+from mqa_gpt.decode_graph import Decoder, can_replay, stream_replayed
+from mqa_gpt.generate import generate, stream_tokens
 from mqa_gpt.quantization import quantize
 from mqa_gpt.sampling import GREEDY, Sampling
+from tests.fake_cuda import Tape, TapedGraph
 from tests.helpers import our_model, random_prompts, reference_model, tiny_config
 
 GENERATE = sys.modules["mqa_gpt.generate"]  # `mqa_gpt.generate` is the function
@@ -43,131 +42,6 @@ needs_gpu = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def model() -> GPT:
     return our_model(reference_model(CONFIG), CONFIG)
-
-
-class Tape(TorchDispatchMode):
-    """Writes down operations as they run, to repeat them as a CUDA graph would.
-
-    Each has the arguments that it had: the same numbers, and the same tensors or what the same
-    operation before it made this time.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.operations.append((func, args, kwargs or {}, out))
-        return out
-
-    def replay(self) -> None:
-        made: dict[int, Any] = {}
-        for func, args, kwargs, before in self.operations:
-            args, kwargs = tree_map(partial(current, made), (args, kwargs))
-            now = func(*args, **kwargs)
-            made |= {id(a): b for a, b in zip(tree_leaves(before), tree_leaves(now), strict=True)}
-
-
-def current(made: dict[int, Any], x: Any) -> Any:
-    return made.get(id(x), x)
-
-
-class TapedGraph:
-    """Stands for `torch.cuda.CUDAGraph`; what is recorded runs then, and not at the first replay.
-
-    CUDA does it the other way round, which comes to the same.
-    """
-
-    made: ClassVar[list[TapedGraph]] = []
-
-    def __init__(self) -> None:
-        TapedGraph.made.append(self)
-        self.tape, self.replays = Tape(), 0
-
-    def replay(self) -> None:
-        self.replays += 1
-        if self.replays > 1:
-            self.tape.replay()
-
-
-class FakeCuda:
-    """Stands for what `Replay` uses of `torch.cuda`, and writes down what is asked of it.
-
-    Attributes:
-        events: what was asked, in order.
-        device, stream: the current ones.
-    """
-
-    def __init__(self) -> None:
-        self.events: list[Any] = []
-        self.device: Any = None
-        self.stream: Any = FakeStream(self)
-
-    @contextmanager
-    def on_device(self, device: torch.device) -> Iterator[None]:
-        before, self.device = self.device, device
-        yield
-        self.device = before
-
-    @contextmanager
-    def on_stream(self, stream: FakeStream) -> Iterator[None]:
-        before, self.stream = self.stream, stream
-        yield
-        self.stream = before
-
-    @contextmanager
-    def record(self, graph: TapedGraph, **options: Any) -> Iterator[None]:
-        self.events.append(("record", self.device, options))
-        with graph.tape, self.on_stream(options["stream"]):
-            yield
-
-    def action(self) -> None:
-        """What a test may replay."""
-        self.events.append(("run", self.device, self.stream))
-
-
-class FakeStream:
-    def __init__(self, cuda: FakeCuda) -> None:
-        self._cuda = cuda
-
-    def wait_stream(self, other: FakeStream) -> None:
-        self._cuda.events.append((self, "waits for", other))
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    """What stands for `torch.cuda` during the test; there are no streams of recording yet."""
-    fake = FakeCuda()
-    for name, stub in (
-        ("device", fake.on_device),
-        ("stream", fake.on_stream),
-        ("current_stream", lambda: fake.stream),
-        ("Stream", lambda device: FakeStream(fake)),
-        ("CUDAGraph", TapedGraph),
-        ("graph", fake.record),
-    ):
-        monkeypatch.setattr(torch.cuda, name, stub)
-    monkeypatch.setattr(decode_graph, "RECORDING_STREAMS", RecordingStreams())
-    monkeypatch.setattr(TapedGraph, "made", [])
-    return fake
-
-
-@pytest.fixture
-def graphs(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TapedGraph]]:
-    """The graphs that are recorded from now on, on the CPU."""
-
-    def init(self: Decoder, model: GPT, *arguments: Any) -> None:
-        plain_init(self, model, *arguments)
-        self._run = Replay(self._run, model.device)
-
-    plain_init = Decoder.__init__
-    monkeypatch.setattr(Decoder, "__init__", init)
-    yield TapedGraph.made
-    assert TapedGraph.made
-    assert all(graph.replays > 1 for graph in TapedGraph.made)
 
 
 DEVICE = torch.device("cuda", 1)
@@ -197,7 +71,7 @@ def in_a_thread(action: Callable[[], Any]) -> Any:
 
 
 def test_threads_and_devices_have_streams_of_their_own(cuda):
-    streams = decode_graph.RECORDING_STREAMS
+    streams = cuda_graph.RECORDING_STREAMS
     assert streams.on(DEVICE) is streams.on(torch.device("cuda", 1))
     assert streams.on(DEVICE) is not streams.on(torch.device("cuda", 0))
     assert streams.on(DEVICE) is not in_a_thread(lambda: streams.on(DEVICE))
@@ -298,7 +172,7 @@ def test_rows_that_have_ended_stay_and_do_not_show(model, graphs):
 
 
 def test_rows_leave_when_half_have_ended(model, graphs, monkeypatch):
-    monkeypatch.setattr(GENERATE, "FEW_ROWS", 2)
+    monkeypatch.setattr(decode_graph, "FEW_ROWS", 2)
 
     def should_stop(token: Token) -> bool:
         ended[token.row] += 1
@@ -564,7 +438,7 @@ def stream_called(*arguments: Any, **options: Any) -> Iterator[Token]:
 
 @needs_gpu
 def test_a_graph_follows_rows_that_leave(monkeypatch):
-    monkeypatch.setattr(GENERATE, "FEW_ROWS", 2)
+    monkeypatch.setattr(decode_graph, "FEW_ROWS", 2)
     model = our_model(reference_model(CONFIG), CONFIG).cuda()
 
     def should_stop(token: Token) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from mqa_gpt import GPT, LLM, DraftModel, PromptError, PromptLookup, generate
-from mqa_gpt.generate import check_request, stream_drafted, stream_tokens
+from mqa_gpt.generate import check_request, stream_tokens
 from mqa_gpt.sampling import Sampling
-from mqa_gpt.speculation import FIRST, LONGEST_PAUSE, MOST, Draft
+from mqa_gpt.speculation import FIRST, LONGEST_PAUSE, MOST, Draft, stream_drafted
 from tests.helpers import our_model, reference_model, tiny_config
 
 PROMPTS = [[5, 9, 33, 2, 7, 5, 9], [8], [4, 4, 17, 60, 61]]

@@ -10,15 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mqa_kernels.fused import (
-    await_inputs,
-    columns,
-    let_next_start,
-    load_vector,
-    load_weight,
-    products,
-)
-from mqa_kernels.tiles import narrow
+from mqa_kernels.fused import columns, load_vector, load_weight, products
+from mqa_kernels.tiles import await_inputs, let_next_start, narrow
 
 
 @triton.jit

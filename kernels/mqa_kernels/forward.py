@@ -12,15 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mqa_kernels import launch
 from mqa_kernels.launch import check_inputs, multiprocessors
 from mqa_kernels.tiles import (
     LOG2E,
+    await_inputs,
     count_of_new,
     count_of_padding,
     dot,
     dropout_keeps,
     first_position,
     group_offset,
+    let_next_start,
     load_rows,
     load_seed,
     narrow,
@@ -68,13 +71,15 @@ def forward_kernel(
     stride_vb, stride_vs, stride_vg,
     G: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PADDED_D: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One tile of M folded rows against its keys, or against one of several shares of them.
 
     Grid: (row tiles, B * G, shares). Writes out (shares, B, T, H, D) and lse (shares, B, T, H), the
     natural logarithm of each row's sum of exponentials; -inf and zeros where it saw no key.
     """
+    let_next_start(OVERLAP)
+    await_inputs(OVERLAP)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first: they end together
     b, g = tl.program_id(1) // G, tl.program_id(1) % G
     split = tl.program_id(2)
@@ -154,12 +159,14 @@ def forward_kernel(
 @triton.jit
 def combine_kernel(
     parts_ptr, lses_ptr, out_ptr, lse_ptr, rows, shares,
-    D: tl.constexpr, PADDED_D: tl.constexpr, PADDED_SHARES: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, PADDED_SHARES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Join the partial results of one row: a mean weighted by their sums of exponentials.
 
     Grid: (B * T * H,). parts (shares, rows, D) float32, lses (shares, rows).
     """
+    let_next_start(OVERLAP)
+    await_inputs(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     splits, channels = tl.arange(0, PADDED_SHARES), tl.arange(0, PADDED_D)
     at = splits.to(tl.int64) * rows + row
@@ -211,19 +218,20 @@ def forward(
     if shares > 1:
         parts = torch.empty((shares, B, T, H, D), dtype=torch.float32, device=q.device)
         lses = torch.empty((shares, B, T, H), dtype=torch.float32, device=q.device)
+    overlap = launch.overlap(q.device)
     with torch.cuda.device_of(q):
         forward_kernel[(row_tiles, B * G, shares)](
             q, k, v, parts, lses, start, lengths, left_padding, seed,
             offset, B, T, S, scale * LOG2E.value, dropout_p,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             G=G, R=H // G, D=D, M=tiles.M, N=tiles.N, PADDED_D=triton.next_power_of_2(max(D, 16)),
-            DROPOUT=dropout, num_warps=tiles.warps, num_stages=tiles.stages,
+            DROPOUT=dropout, num_warps=tiles.warps, num_stages=tiles.stages, **overlap,
         )  # fmt: skip
         if shares > 1:
             combine_kernel[(B * T * H,)](
                 parts, lses, out, lse, B * T * H, shares,
                 D=D, PADDED_D=triton.next_power_of_2(D),
                 PADDED_SHARES=triton.next_power_of_2(shares),
-                num_warps=combine_warps(D, shares),
+                num_warps=combine_warps(D, shares), **overlap,
             )  # fmt: skip
     return out, lse

@@ -22,24 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mqa_kernels.tiles import dot, narrow
-
-
-@triton.jit
-def let_next_start(OVERLAP: tl.constexpr):
-    """Allow the next kernel's programs onto the device once all of this one's are there."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-
-
-@triton.jit
-def await_inputs(OVERLAP: tl.constexpr):
-    """Wait until all that earlier kernels write is written: x, residual, cache and lengths.
-
-    Only weights may be read before. Nothing may be written before, as others may still read it.
-    """
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
+from mqa_kernels.tiles import await_inputs, dot, let_next_start, narrow
 
 
 @triton.jit

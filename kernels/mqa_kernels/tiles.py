@@ -1,4 +1,4 @@
-"""What the kernels share: folded rows, loads at the edges, the matrix product, dropout."""
+"""What the kernels share: starting early, folded rows, loads at the edges, products, dropout."""
 
 from __future__ import annotations
 
@@ -12,6 +12,23 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 # The interpreter gets two things wrong about bfloat16, and no others: products, and rounding, which
 # it does towards zero.
 INTERPRETED: tl.constexpr = tl.constexpr(launch.INTERPRETED)
+
+
+@triton.jit
+def let_next_start(OVERLAP: tl.constexpr):
+    """Allow the next kernel's programs onto the device once all of this one's are there."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def await_inputs(OVERLAP: tl.constexpr):
+    """Wait until all that earlier kernels write is written: x, residual, cache and lengths.
+
+    Only weights may be read before. Nothing may be written before, as others may still read it.
+    """
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

@@ -1,0 +1,146 @@
+"""CUDA graphs without a GPU: the fixtures `cuda` and `graphs`.
+
+What a graph would do to a step is imitated: the step's operations are written down once, and from
+then on repeated with the same arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from mqa_gpt import GPT, cuda_graph
+from mqa_gpt.cuda_graph import RecordingStreams, Replay
+from mqa_gpt.decode_graph import Decoder
+
+
+class Tape(TorchDispatchMode):
+    """Writes down operations as they run, to repeat them as a CUDA graph would.
+
+    Each has the arguments that it had: the same numbers, and the same tensors or what the same
+    operation before it made this time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        made: dict[int, Any] = {}
+        for func, args, kwargs, before in self.operations:
+            args, kwargs = tree_map(partial(current, made), (args, kwargs))
+            now = func(*args, **kwargs)
+            made |= {id(a): b for a, b in zip(tree_leaves(before), tree_leaves(now), strict=True)}
+
+
+def current(made: dict[int, Any], x: Any) -> Any:
+    return made.get(id(x), x)
+
+
+class TapedGraph:
+    """Stands for `torch.cuda.CUDAGraph`; what is recorded runs then, and not at the first replay.
+
+    CUDA does it the other way round, which comes to the same.
+    """
+
+    made: ClassVar[list[TapedGraph]] = []
+
+    def __init__(self) -> None:
+        TapedGraph.made.append(self)
+        self.tape, self.replays = Tape(), 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        if self.replays > 1:
+            self.tape.replay()
+
+
+class FakeCuda:
+    """Stands for what `Replay` uses of `torch.cuda`, and writes down what is asked of it.
+
+    Attributes:
+        events: what was asked, in order.
+        device, stream: the current ones.
+    """
+
+    def __init__(self) -> None:
+        self.events: list[Any] = []
+        self.device: Any = None
+        self.stream: Any = FakeStream(self)
+
+    @contextmanager
+    def on_device(self, device: torch.device) -> Iterator[None]:
+        before, self.device = self.device, device
+        yield
+        self.device = before
+
+    @contextmanager
+    def on_stream(self, stream: FakeStream) -> Iterator[None]:
+        before, self.stream = self.stream, stream
+        yield
+        self.stream = before
+
+    @contextmanager
+    def record(self, graph: TapedGraph, **options: Any) -> Iterator[None]:
+        self.events.append(("record", self.device, options))
+        with graph.tape, self.on_stream(options["stream"]):
+            yield
+
+    def action(self) -> None:
+        """What a test may replay."""
+        self.events.append(("run", self.device, self.stream))
+
+
+class FakeStream:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
+
+    def wait_stream(self, other: FakeStream) -> None:
+        self._cuda.events.append((self, "waits for", other))
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """What stands for `torch.cuda` during the test; there are no streams of recording yet."""
+    fake = FakeCuda()
+    for name, stub in (
+        ("device", fake.on_device),
+        ("stream", fake.on_stream),
+        ("current_stream", lambda: fake.stream),
+        ("Stream", lambda device: FakeStream(fake)),
+        ("CUDAGraph", TapedGraph),
+        ("graph", fake.record),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(cuda_graph, "RECORDING_STREAMS", RecordingStreams())
+    monkeypatch.setattr(TapedGraph, "made", [])
+    return fake
+
+
+@pytest.fixture
+def graphs(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TapedGraph]]:
+    """The graphs that are recorded from now on, on the CPU."""
+
+    def init(self: Decoder, model: GPT, *arguments: Any) -> None:
+        plain_init(self, model, *arguments)
+        self._run = Replay(self._run, model.device)
+
+    plain_init = Decoder.__init__
+    monkeypatch.setattr(Decoder, "__init__", init)
+    yield TapedGraph.made
+    assert TapedGraph.made
+    assert all(graph.replays > 1 for graph in TapedGraph.made)
