@@ -33,7 +33,7 @@ from mqa_gpt.errors import CheckpointError, ConfigError, InputError
 from mqa_gpt.hub import resolve
 from mqa_gpt.memory import available_memory, cache_bytes
 from mqa_gpt.model import GPT
-from mqa_gpt.packing import packing_bytes
+from mqa_gpt.packing import can_pack, pack, packed_names, packing_bytes
 from mqa_gpt.quantization import (
     CONFIG_ENTRY,
     CONFIG_KEY,
@@ -105,6 +105,7 @@ def load_model(
     device: torch.device | str | None = None,
     backend: str = "auto",
     quantize: str | None = None,
+    packed: bool = False,
 ) -> GPT:
     """Load a checkpoint; the model is in evaluation mode.
 
@@ -121,6 +122,8 @@ def load_model(
         backend: attention backend (see `mqa_gpt.attention`).
         quantize: "int8" makes the weights 8-bit integers as they are read (see
             `mqa_gpt.quantization`); those of a checkpoint that was saved so are, in any case.
+        packed: pack the weights for speed where `mqa_gpt.packing` can, straight from the mapped
+            files. Such a model cannot be trained, edited or saved.
 
     Raises:
         CheckpointError: a checkpoint that is missing, damaged, or not what its config describes,
@@ -151,6 +154,8 @@ def load_model(
     if config.tie_word_embeddings and WTE in stored and LM_HEAD in stored:
         _require_equal(folder, stored[WTE], stored[LM_HEAD], chosen_dtype)
 
+    # What is packed, or rounded at once, needs no copy of its own.
+    from_file = {f"{name}.weight" for name in packed_names(model, chosen_dtype, chosen_device)}
     state = {}
     total = sum(tensor.numel() for tensor in wanted.values())
     with tqdm(
@@ -159,15 +164,19 @@ def load_model(
     ) as bar:  # fmt: skip
         for name, tensor in wanted.items():
             if f"{name}_scale" in new_scales:
-                weight = _read(parts[name], tensor.shape, torch.float32, chosen_device)
+                weight = _read(parts[name], tensor.shape, torch.float32, chosen_device, True)
                 state[name], state[f"{name}_scale"] = quantize_rows(weight)
             else:
-                state[name] = _read(parts[name], tensor.shape, tensor.dtype, chosen_device)
+                mapped = packed and name in from_file
+                state[name] = _read(parts[name], tensor.shape, tensor.dtype, chosen_device, mapped)
             bar.update(tensor.numel())
     model.load_state_dict(state, assign=True, strict=False)  # a tied head has no entry of its own
+    del state  # it would hold all plain weights while they are packed
     if config.tie_word_embeddings:
         tie_head(model)
     model.set_backend(backend)
+    if packed and can_pack(model):
+        pack(model)
     return model.eval()
 
 
@@ -385,8 +394,19 @@ def _require_equal(
             )
 
 
-def _read(parts: Parts, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One weight from its stored parts, which follow each other in its first dimension."""
+def _read(
+    parts: Parts, shape: torch.Size, dtype: torch.dtype, device: torch.device, mapped: bool = False
+) -> Tensor:
+    """One weight from its stored parts, which follow each other in its first dimension.
+
+    With `mapped` it may be the file's own memory, for whoever does not keep it: a file that changes
+    would change it too.
+    """
+    if mapped and device.type == "cpu" and len(parts) == 1 and not parts[0][1]:
+        with opened(parts[0][0].file) as handle:
+            stored: Tensor = handle.get_tensor(parts[0][0].name)
+        if stored.dtype == dtype:
+            return stored
     weight = torch.empty(shape, dtype=dtype, device=device)
     first = 0
     for tensor, transposed in parts:

@@ -23,7 +23,6 @@ from mqa_gpt.generate import check_request, stream_tokens
 from mqa_gpt.hub import resolve
 from mqa_gpt.memory import require_cache_room
 from mqa_gpt.model import GPT
-from mqa_gpt.packing import can_pack, pack
 from mqa_gpt.sampling import Sampling
 from mqa_gpt.speculation import Draft, check_draft, stream_drafted
 from mqa_gpt.tokenizer import StreamDecoder, Tokenizer
@@ -386,10 +385,10 @@ class LLM:
         folder = resolve(DEMO_DIR if name_or_dir is None else name_or_dir, revision)
         read_config(folder)  # a folder that is no checkpoint lacks more than a tokenizer
         tokenizer = Tokenizer.from_pretrained(folder)
-        model = load_model(folder, device=device, dtype=dtype, backend=backend, quantize=quantize)
+        model = load_model(
+            folder, device=device, dtype=dtype, backend=backend, quantize=quantize, packed=True
+        )
         model.cache_dtype = kept_as
-        if can_pack(model):
-            pack(model)
         return cls(model, tokenizer)
 
     @overload

@@ -104,7 +104,24 @@ class PackedInt8Linear(_Packed):
 
 def can_pack(module: nn.Module) -> bool:
     """Whether `pack` has anything to do: float32 or 8 bits, on a CPU, with a torch for it."""
-    return any(_form(layer) is not None for layer in module.modules())
+    return any(
+        _has_int8_products(layer.weight.device)
+        if isinstance(layer, Int8Linear)
+        else isinstance(layer, nn.Linear) and _has_products(layer.weight.dtype, layer.weight.device)
+        for layer in module.modules()
+    )
+
+
+def packed_names(module: nn.Module, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """The layers that `pack` replaces, by name, if `module` is of this dtype and there."""
+    plain, int8 = _has_products(dtype, device), _has_int8_products(device)
+    head_only = reads_plain_layout_fast()
+    return [
+        name
+        for name, layer in module.named_modules()
+        if (int8 and isinstance(layer, Int8Linear))
+        or (plain and isinstance(layer, nn.Linear) and (name == "lm_head" or not head_only))
+    ]
 
 
 def packing_bytes(module: nn.Module, dtype: torch.dtype, device: torch.device) -> int:
@@ -112,12 +129,11 @@ def packing_bytes(module: nn.Module, dtype: torch.dtype, device: torch.device) -
 
     One layer at a time has its weight twice: plain and packed. A tied head, the last, keeps both.
     """
-    plain, int8 = _has_products(dtype, device), _has_int8_products(device)
+    layers = [module.get_submodule(name) for name in packed_names(module, dtype, device)]
     return max(
         (
             layer.weight.numel() * (1 if isinstance(layer, Int8Linear) else dtype.itemsize)
-            for layer in module.modules()
-            if (plain and isinstance(layer, nn.Linear)) or (int8 and isinstance(layer, Int8Linear))
+            for layer in cast(list[nn.Linear | Int8Linear], layers)
         ),
         default=0,
     )
@@ -138,13 +154,10 @@ def has_vnni() -> bool:
     return torch.cpu._is_vnni_supported()
 
 
-def _form(layer: nn.Module) -> type[PackedLinear | PackedInt8Linear] | None:
-    """The packed form of a layer, if it has one here."""
-    if isinstance(layer, Int8Linear) and _has_int8_products(layer.weight.device):
-        return PackedInt8Linear
-    if isinstance(layer, nn.Linear) and _has_products(layer.weight.dtype, layer.weight.device):
-        return PackedLinear
-    return None
+def _packed(layer: nn.Module) -> PackedLinear | PackedInt8Linear:
+    if isinstance(layer, Int8Linear):
+        return PackedInt8Linear(layer)
+    return PackedLinear(cast(nn.Linear, layer))
 
 
 def _has_products(dtype: torch.dtype, device: torch.device) -> bool:
@@ -179,12 +192,9 @@ def pack(module: nn.Module) -> None:
         raise ValueError(
             "only float32 and 8-bit models on a CPU, with a torch that has oneDNN, can be packed"
         )
-    head_only = reads_plain_layout_fast()
+    dtype, device = next((weight.dtype, weight.device) for weight in module.parameters())
     # By name, because a list of the layers would keep all their weights to the end.
-    forms = {name: _form(layer) for name, layer in module.named_modules()}
-    for name, form in forms.items():
-        if form is None or (form is PackedLinear and head_only and name != "lm_head"):
-            continue
-        module.set_submodule(name, form(cast(Any, module.get_submodule(name))))
+    for name in packed_names(module, dtype, device):
+        module.set_submodule(name, _packed(module.get_submodule(name)))
     # What is left (embeddings, LayerNorms) cannot be trained through packed weights.
     module.requires_grad_(False)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GPTBigCodeForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from mqa_gpt import GPT, CheckpointError, ConfigError, GPTConfig, checkpoint, weight_files
+from mqa_gpt import GPT, CheckpointError, ConfigError, GPTConfig, checkpoint, packing, weight_files
 from mqa_gpt.checkpoint import load_model, read_config, save_model
 from mqa_gpt.errors import InputError
 from mqa_gpt.packing import can_pack, packing_bytes
@@ -801,15 +801,19 @@ from pathlib import Path
 from mqa_gpt.checkpoint import load_model
 from mqa_gpt.packing import pack
 
-def held():  # without the pages of mapped files
-    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+def held(kind="RssAnon"):  # without the pages of mapped files
+    return 1024 * int(re.search(kind + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
 pack(load_model(sys.argv[1]))
 before = held()
 model = load_model(sys.argv[2], dtype="float32")
 loaded = held()
 pack(model)
-print(loaded - before, held() - before)
+packed = held()
+del model
+mapped = held("RssFile")
+model = load_model(sys.argv[2], dtype="float32", packed=True)
+print(loaded - before, packed - before, held() - before, held("RssFile") - mapped)
 """
 
 
@@ -827,12 +831,36 @@ def test_packing_takes_what_is_counted_for_it(
         text=True,
         check=True,
     )
-    loaded, packed = map(int, result.stdout.split())
+    loaded, packed, at_once, mapped = map(int, result.stdout.split())
     weights = 4 * sum(parameter.numel() for parameter in large.parameters())
     counted = packing_bytes(large, torch.float32, torch.device("cpu"))
     assert counted == 4 * large.lm_head.weight.numel()
     assert loaded == pytest.approx(weights, abs=4e6)
     assert packed == pytest.approx(weights + counted, abs=4e6)
+    assert at_once < weights + counted + 4e6
+    assert mapped < 4e6  # nothing of the file is left in the model
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("fast_plain", [False, True])
+def test_a_packed_model_does_not_follow_the_file_that_it_was_read_from(
+    tmp_path: Path,
+    reference: GPTBigCodeForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+    quantize: str | None,
+    fast_plain: bool,
+) -> None:
+    monkeypatch.setattr(packing, "reads_plain_layout_fast", lambda: fast_plain)
+    file = write(tmp_path / "model", weights_of(reference), tiny_config()) / WEIGHTS
+    model = load_model(tmp_path / "model", quantize=quantize, packed=True)
+    ids = random_ids(model.config, 2, 9)
+    with torch.inference_mode():
+        expected = model(ids)
+        with file.open("r+b") as stream:  # in place: the same inode, and so the same mapping
+            size = file.stat().st_size
+            stream.seek(size // 20)
+            stream.write(bytes(size - size // 20))
+        assert torch.equal(model(ids), expected)
 
 
 # ------------------------------------------------------------------------------------------ saving
