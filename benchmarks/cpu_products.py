@@ -145,7 +145,7 @@ def size(text: str) -> tuple[int, int]:
     return K, N
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--sizes", nargs="+", default=["768x3072", "768x49152", "2048x8192"], help="K x N"
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--megabytes", type=int, default=200, help="of copies per contender")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/cpu_products.json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if not can_pack(nn.Linear(1, 1)):
         parser.exit(message="this PyTorch has no packed products on this machine\n")
 

@@ -1,9 +1,9 @@
 """The `batch` command: prompts from one file of JSON Lines, their completions into another.
 
 A result is written as soon as it and all before it are finished. So the output lines up with the
-input, and a run that was killed and begun anew leaves the same file as one that was not. Writing
-each result at once would save little: a row lasts for at most `max_new_tokens` steps, and so does
-the wait for it.
+input, and in float32 a run that was killed and begun anew leaves the same file as one that was not
+(in 16 bits a choice between near equals may depend on the rows beside it). Writing each result at
+once would save little: a row lasts for at most `max_new_tokens` steps, and so does the wait for it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,10 @@ def read_items(path: str) -> list[Item]:
         InputError: a file or line that cannot be used, or an id that comes twice.
     """
     items: dict[int | str, Item] = {}
-    for number, line in enumerate(read_text(path, MAX_INPUT_BYTES).split("\n"), 1):
+    text = read_text(path, MAX_INPUT_BYTES).removeprefix(
+        "\ufeff"
+    )  # which Windows begins files with
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         where = f"line {number} of {name_of(path)}"

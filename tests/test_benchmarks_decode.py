@@ -6,7 +6,9 @@ import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import cpu_products
 import mqa_vs_mha
 import pytest
 import step_profile
@@ -229,3 +231,73 @@ def test_the_answers_in_the_readme_are_those_of_the_results():
     assert f"calls them, {sum(part['share'] for part in parts.values()):.0%}." in text
     step = found["figures"]["step_seconds"]
     assert f"takes {step['undivided'] / step['least']:.2f} times the least possible" in text
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    folder = Path(mqa_vs_mha.__file__).parent
+    text = (folder / "README.md").read_text()
+
+    def results(name: str) -> Any:
+        return json.loads((folder / f"results/{name}.json").read_text())
+
+    for title, machine in (("AMD EPYC", "epyc"), ("Intel Xeon", "avx512")):
+        median = {
+            (name, result["contender"], result["test"], result["batch"]): result["median"]
+            for name in ("float32", "int8")
+            for result in results(f"bench_tiny_starcoder_py_{name}_{machine}")["results"]
+        }
+        columns = [("float32", "mqa-gpt"), ("int8", "mqa-gpt"), ("int8", "transformers")]
+        columns += [("int8", "ctranslate2 float32"), ("int8", "ctranslate2 int8")]
+        rows = [(test, batch) for batch in (1, 8) for test in ("pp128", "tg31 @ d128")]
+        expected = [[f"{median[*column, *row]:,.1f}" for column in columns] for row in rows]
+        assert cells_below(text, f"| {title} |", 1) == expected
+
+    ms = {
+        (product["K"], product["N"], product["rows"], product["product"]): product["ms"]
+        for product in results("cpu_products_epyc")["figures"]
+    }
+    sizes = [(768, 3072), (768, 49152), (2048, 8192)]
+    expected = [
+        [f"{ms[K, N, rows, name]:.2f}" for name in cpu_products.CONTENDERS]
+        for K, N in sizes
+        for rows in (1, 2, 8, 128)
+    ]
+    assert cells_below(text, "| K x N |", 2) == expected
+
+
+def cells_below(text: str, heading: str, labels: int) -> list[list[str]]:
+    """What a table holds below its heading, without the first columns."""
+    _, _, *lines = text[text.index(heading) :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.split("|")[1 + labels : -1]] for line in lines]
+
+
+def test_products_are_timed_and_what_is_not_there_is_said(tmp_path: Path, monkeypatch):
+    def absent(weight: torch.Tensor) -> cpu_products.Copy:
+        raise RuntimeError("not in this PyTorch")
+
+    monkeypatch.setitem(cpu_products.CONTENDERS, "absent", absent)
+    output = tmp_path / "products.json"
+    arguments = [
+        "--sizes",
+        "64x32",
+        "--rows",
+        "1",
+        "3",
+        "--repeats",
+        "2",
+        "--megabytes",
+        "1",
+        "--output",
+    ]
+    cpu_products.main([*arguments, str(output)])
+    figures = json.loads(output.read_text())["figures"]
+    timed = [row for row in figures if "ms" in row]
+    assert {"float32", "float32 packed"} <= {row["product"] for row in timed}
+    assert {(row["K"], row["N"]) for row in timed} == {(64, 32)}
+    assert {row["rows"] for row in timed} == {1, 3}
+    plain = next(row for row in timed if row["product"] == "float32")
+    assert plain["copies"] == 1_000_000 // (4 * 64 * 32)
+    assert plain["gb_per_s"] == pytest.approx(4 * 64 * 32 / plain["ms"] / 1e6)
+    assert [row for row in figures if row["product"] == "absent"] == [
+        {"K": 64, "N": 32, "product": "absent", "reason": "not in this PyTorch"}
+    ]

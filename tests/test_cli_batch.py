@@ -218,6 +218,11 @@ def test_the_input_may_be_standard_input_with_empty_lines(run: list[str], tmp_pa
     assert [item.line for item in read_items(str(tmp_path / "in"))] == [1, 2, 3, 4, 5, 6]
 
 
+def test_the_input_may_begin_with_a_byte_order_mark(tmp_path: Path):
+    (tmp_path / "in").write_text('{"id": 1, "prompt": "a"}\n', encoding="utf-8-sig")
+    assert [item.prompt for item in read_items(str(tmp_path / "in"))] == ["a"]
+
+
 # ------------------------------------------------------------------------------------ bad input
 
 
