@@ -161,12 +161,13 @@ def autotune_lines(rows: list[Row]) -> Iterator[str]:
 
 
 def token_lines(rows: list[Row], ceilings: Row) -> Iterator[str]:
-    """Where replayed and plain loop say the same."""
+    """Where replayed steps, of one batch or of many prompts, say what the plain loop does."""
     for row in rows:
         if "tokens" in row:
             yield (
                 f"{case_text(row)}, {'fused' if row['fused'] else 'modules'}: "
-                f"{row['tokens_equal']} of {row['tokens']} tokens equal, "
+                f"{row['tokens_equal']['replayed']} of {row['tokens']} tokens equal, batched "
+                f"{row['tokens_equal']['batched']}, "
                 f"{row['different_tokens']} different ones" + ("" if row["passed"] else "  FAILS")
             )
 
