@@ -22,9 +22,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from mqa_gpt.checks import is_int, shown
 from mqa_gpt.cli_input import name_of, read_text
 from mqa_gpt.cli_output import note, print_json
+from mqa_gpt.completion import Completion, Generation, Stats
 from mqa_gpt.environment import peak_memory
 from mqa_gpt.errors import InputError
-from mqa_gpt.llm import Completion, Generation, Stats
 
 try:
     import fcntl

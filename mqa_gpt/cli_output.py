@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mqa_gpt.completion import Completion, Generation
 from mqa_gpt.environment import peak_memory
 from mqa_gpt.inspection import FileHash, Inspection, NonFinite, TensorInfo
-from mqa_gpt.llm import LLM, Completion, Generation
+from mqa_gpt.llm import LLM
 
 
 def run(

@@ -231,8 +231,8 @@ class GPT(nn.Module):
     def save_pretrained(
         self, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB"
     ) -> None:
-        """Write a checkpoint that transformers loads; see `mqa_gpt.checkpoint.save_model`."""
-        from mqa_gpt.checkpoint import save_model
+        """Write a checkpoint that transformers loads; see `mqa_gpt.saving.save_model`."""
+        from mqa_gpt.saving import save_model
 
         save_model(self, folder, max_shard_size=max_shard_size)
 

@@ -240,7 +240,8 @@ def compare_tokens(clock: Clock, config: GPTConfig, count: int, sampling: Sampli
     ]
     found = {}
     batched = partial(stream_batched, batch_size=ceil(count / 2))
-    for name, loop in {**LOOPS, "batched": batched}.items():
+    loops: dict[str, Callable[..., Iterator[Token]]] = {**LOOPS, "batched": batched}
+    for name, loop in loops.items():
         counts = [0] * count
 
         def should_stop(token: Token, counts: list[int] = counts) -> bool:

@@ -3,18 +3,24 @@ compare the two; a tokenizer of bytes; data that is not part of the repository."
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
 import torch
+from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 from mqa_gpt import GPT, GPTConfig
 from mqa_gpt.generate import generate
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+Tensors = dict[str, Tensor]
 
 SPECIALS = ("<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>")
 
@@ -155,3 +161,29 @@ def error(ours: Tensor, reference: Tensor) -> float:
 def relative_error(ours: Tensor, reference: Tensor) -> float:
     """`error` over the largest reference value."""
     return error(ours, reference) / reference.double().abs().max().item()
+
+
+def write_checkpoint(folder: Path, tensors: Tensors, config: GPTConfig | dict[str, Any]) -> Path:
+    """A checkpoint with one file of weights."""
+    folder.mkdir(exist_ok=True)
+    values = config.to_dict() if isinstance(config, GPTConfig) else config
+    (folder / "config.json").write_text(json.dumps(values))
+    contiguous = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+def weights_of(reference: GPTBigCodeForCausalLM) -> Tensors:
+    """What transformers writes: without the tied head."""
+    tensors = dict(reference.state_dict())
+    if reference.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    return tensors
+
+
+def assert_same_weights(model: GPT, other: torch.nn.Module) -> None:
+    mine, its = model.state_dict(), other.state_dict()
+    assert mine.keys() == its.keys()
+    for name, tensor in mine.items():
+        assert tensor.dtype == its[name].dtype, name
+        assert torch.equal(tensor, its[name]), name

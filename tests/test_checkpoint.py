@@ -1,4 +1,4 @@
-"""Loading and saving, against what transformers writes and reads."""
+"""Loading, against what transformers writes."""
 
 from __future__ import annotations
 
@@ -13,30 +13,26 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 from transformers import GPTBigCodeForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from mqa_gpt import GPT, CheckpointError, ConfigError, GPTConfig, checkpoint, packing, weight_files
-from mqa_gpt.checkpoint import load_model, read_config, save_model
+from mqa_gpt.checkpoint import load_model, read_config
 from mqa_gpt.errors import InputError
 from mqa_gpt.packing import can_pack, packing_bytes
 from mqa_gpt.weight_files import stored_tensors
-from tests.helpers import our_model, random_ids, reference_model, tiny_config
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-Tensors = dict[str, Tensor]
-
-
-def write(folder: Path, tensors: Tensors, config: GPTConfig | dict[str, Any]) -> Path:
-    """A checkpoint with one file of weights."""
-    folder.mkdir(exist_ok=True)
-    values = config.to_dict() if isinstance(config, GPTConfig) else config
-    (folder / "config.json").write_text(json.dumps(values))
-    contiguous = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, folder / WEIGHTS, metadata={"format": "pt"})
-    return folder
+from tests.helpers import (
+    INDEX,
+    WEIGHTS,
+    Tensors,
+    assert_same_weights,
+    random_ids,
+    reference_model,
+    tiny_config,
+    weights_of,
+    write_checkpoint,
+)
 
 
 def write_sharded(folder: Path, shards: dict[str, Tensors], config: GPTConfig) -> Path:
@@ -57,22 +53,6 @@ def halves(tensors: Tensors) -> dict[str, Tensors]:
         "model-00001-of-00002.safetensors": {n: tensors[n] for n in names[::2]},
         "model-00002-of-00002.safetensors": {n: tensors[n] for n in names[1::2]},
     }
-
-
-def weights_of(reference: GPTBigCodeForCausalLM) -> Tensors:
-    """What transformers writes: without the tied head."""
-    tensors = dict(reference.state_dict())
-    if reference.config.tie_word_embeddings:
-        del tensors["lm_head.weight"]
-    return tensors
-
-
-def assert_same_weights(model: GPT, other: torch.nn.Module) -> None:
-    mine, its = model.state_dict(), other.state_dict()
-    assert mine.keys() == its.keys()
-    for name, tensor in mine.items():
-        assert tensor.dtype == its[name].dtype, name
-        assert torch.equal(tensor, its[name]), name
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +106,7 @@ def test_every_published_layout_gives_the_same_model(
     if sharded:
         write_sharded(tmp_path, halves(tensors), tiny_config())
     else:
-        write(tmp_path, tensors, tiny_config())
+        write_checkpoint(tmp_path, tensors, tiny_config())
     model = load_model(tmp_path)
     assert_same_weights(model, reference)
     assert model.lm_head.weight is model.transformer.wte.weight
@@ -184,7 +164,7 @@ def original_santacoder(config: GPTConfig) -> tuple[dict[str, Any], dict[str, Co
 def test_original_santacoder_computes_what_its_own_layers_compute(tmp_path: Path) -> None:
     config = tiny_config(n_inner=60)  # all linear weights but one square: shapes tell nothing
     values, layers, tensors = original_santacoder(config)
-    model = load_model(write(tmp_path, tensors, values))
+    model = load_model(write_checkpoint(tmp_path, tensors, values))
     x = torch.randn(2, 5, config.n_embd)
     with torch.no_grad():
         for i, block in enumerate(model.transformer.h):
@@ -206,7 +186,7 @@ def test_original_santacoder_computes_what_its_own_layers_compute(tmp_path: Path
 def test_original_santacoder_saved_again_is_a_checkpoint_of_transformers(tmp_path: Path) -> None:
     config = tiny_config()
     values, _, tensors = original_santacoder(config)
-    model = load_model(write(tmp_path / "old", tensors, values))
+    model = load_model(write_checkpoint(tmp_path / "old", tensors, values))
     model.save_pretrained(tmp_path / "new")
     theirs = GPTBigCodeForCausalLM.from_pretrained(tmp_path / "new")
     assert_same_weights(model, theirs)
@@ -220,7 +200,7 @@ def test_one_file_is_preferred_to_an_index_as_in_transformers(
 ) -> None:
     other = reference_model(tiny_config(), seed=1)
     write_sharded(tmp_path, halves(weights_of(other)), tiny_config())
-    write(tmp_path, weights_of(reference), tiny_config())
+    write_checkpoint(tmp_path, weights_of(reference), tiny_config())
     model = load_model(tmp_path)
     assert_same_weights(model, reference)
     assert_same_weights(model, GPTBigCodeForCausalLM.from_pretrained(tmp_path))
@@ -229,7 +209,7 @@ def test_one_file_is_preferred_to_an_index_as_in_transformers(
 def test_an_untied_head_is_its_own(tmp_path: Path) -> None:
     config = tiny_config(tie_word_embeddings=False)
     theirs = reference_model(config)
-    model = load_model(write(tmp_path, weights_of(theirs), config))
+    model = load_model(write_checkpoint(tmp_path, weights_of(theirs), config))
     assert_same_weights(model, theirs)
     assert not torch.equal(model.lm_head.weight, model.transformer.wte.weight)
 
@@ -240,8 +220,8 @@ def test_a_tied_checkpoint_with_two_different_matrices_is_refused(
     tensors = with_head_and_embedding(weights_of(reference))
     tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
     with pytest.raises(CheckpointError, match=r"different values.*tie_word_embeddings.*false"):
-        load_model(write(tmp_path, tensors, tiny_config()))
-    model = load_model(write(tmp_path, tensors, tiny_config(tie_word_embeddings=False)))
+        load_model(write_checkpoint(tmp_path, tensors, tiny_config()))
+    model = load_model(write_checkpoint(tmp_path, tensors, tiny_config(tie_word_embeddings=False)))
     assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
 
 
@@ -252,7 +232,7 @@ def test_nan_and_infinity_are_loaded_as_they_are(
     for name in ("transformer.wte.weight", "lm_head.weight"):
         tensors[name] = tensors[name].clone()
         tensors[name][0, :2] = torch.tensor([float("nan"), float("inf")])
-    model = load_model(write(tmp_path, tensors, tiny_config()))
+    model = load_model(write_checkpoint(tmp_path, tensors, tiny_config()))
     assert model.lm_head.weight[0, 0].isnan()
     assert model.lm_head.weight[0, 1].isinf()
 
@@ -269,7 +249,7 @@ def test_the_dtype_is_the_stored_one_or_the_one_asked_for(
     asked: torch.dtype | str | None,
 ) -> None:
     tensors = {name: tensor.to(stored) for name, tensor in weights_of(reference).items()}
-    model = load_model(write(tmp_path, tensors, tiny_config()), dtype=asked)
+    model = load_model(write_checkpoint(tmp_path, tensors, tiny_config()), dtype=asked)
     expected = getattr(torch, asked) if isinstance(asked, str) else asked or stored
     assert model.dtype == expected
     for name, parameter in model.named_parameters():
@@ -283,7 +263,7 @@ def test_tensors_of_several_dtypes_load_in_the_one_that_holds_them_all(
         name: tensor.to(torch.float16) if tensor.ndim == 2 else tensor.to(torch.bfloat16)
         for name, tensor in weights_of(reference).items()
     }
-    model = load_model(write(tmp_path, tensors, tiny_config()))
+    model = load_model(write_checkpoint(tmp_path, tensors, tiny_config()))
     assert model.dtype == torch.float32
     assert all(torch.equal(p, tensors[name].float()) for name, p in model.named_parameters())
 
@@ -315,7 +295,7 @@ def test_quantized_weights_are_refused_by_name(
     tensors[name] = torch.zeros_like(tensors[name]).to(dtype)
     config = tiny_config(quantization_config={"quant_method": "some"})
     with pytest.raises(CheckpointError) as caught:
-        load_model(write(tmp_path, tensors, config))
+        load_model(write_checkpoint(tmp_path, tensors, config))
     assert f"{name} has the dtype" in str(caught.value)
     assert "only F32, BF16, F16, F64 are read" in str(caught.value)
     assert "quantized" in str(caught.value)
@@ -393,7 +373,7 @@ def test_what_is_no_safetensors_file_is_called_what_it_is(
 def test_a_file_that_may_not_be_read_is_named(
     tmp_path: Path, reference: GPTBigCodeForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path, weights_of(reference), tiny_config())
+    write_checkpoint(tmp_path, weights_of(reference), tiny_config())
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -498,7 +478,7 @@ def test_missing_unexpected_and_misshaped_weights_are_listed_at_once(
     tensors["transformer.h.0.mlp.c_fc.bias"] = torch.zeros(0)
     tensors["transformer.h.2.ln_1.weight"] = torch.zeros(60)
     tensors["transformer.h.0.attn.rotary.inv_freq"] = torch.zeros(2)
-    assert set(problems_of(write(tmp_path, tensors, tiny_config()), monkeypatch)) == {
+    assert set(problems_of(write_checkpoint(tmp_path, tensors, tiny_config()), monkeypatch)) == {
         "transformer.ln_f.bias is missing",
         "transformer.h.0.mlp.c_fc.weight has the shape [60, 136] instead of [136, 60]",
         "transformer.h.0.mlp.c_fc.bias has the shape [0] instead of [136]",
@@ -514,7 +494,7 @@ def test_a_name_is_never_a_path_and_never_printed_raw(
     tmp_path: Path, reference: GPTBigCodeForCausalLM, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     tensors = weights_of(reference) | {name: torch.zeros(1)}
-    folder = write(tmp_path / "checkpoint", tensors, tiny_config())
+    folder = write_checkpoint(tmp_path / "checkpoint", tensors, tiny_config())
     before = sorted(tmp_path.rglob("*"))
     assert problems_of(folder, monkeypatch) == [f"{name!r} is unexpected"]
     assert sorted(tmp_path.rglob("*")) == before
@@ -526,7 +506,7 @@ def test_only_the_mask_buffers_are_skipped(
     names = ["transformer.h.x.attn.bias", "transformer.attn.bias", "transformer.h.0.attn.bias.x"]
     tensors = weights_of(reference) | {name: torch.zeros(1) for name in names}
     del tensors["transformer.h.0.attn.c_attn.bias"]
-    assert set(problems_of(write(tmp_path, tensors, tiny_config()), monkeypatch)) == {
+    assert set(problems_of(write_checkpoint(tmp_path, tensors, tiny_config()), monkeypatch)) == {
         "transformer.h.0.attn.c_attn.bias is missing",
         *(f"{name!r} is unexpected" for name in names),
     }
@@ -536,7 +516,7 @@ def test_the_same_weight_under_two_names_is_refused(
     tmp_path: Path, reference: GPTBigCodeForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = weights_of(reference) | {"ln_f.bias": torch.zeros(60)}
-    folder = write(tmp_path, tensors, tiny_config())
+    folder = write_checkpoint(tmp_path, tensors, tiny_config())
     assert problems_of(folder, monkeypatch) == [
         "'transformer.ln_f.bias' and 'ln_f.bias' are the same weight"
     ]
@@ -545,11 +525,13 @@ def test_the_same_weight_under_two_names_is_refused(
 def test_an_untied_config_needs_the_head(
     tmp_path: Path, reference: GPTBigCodeForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = write(tmp_path, weights_of(reference), tiny_config(tie_word_embeddings=False))
+    folder = write_checkpoint(
+        tmp_path, weights_of(reference), tiny_config(tie_word_embeddings=False)
+    )
     assert problems_of(folder, monkeypatch) == ["lm_head.weight is missing"]
-    folder = write(tmp_path, with_only_the_head(weights_of(reference)), tiny_config())
+    folder = write_checkpoint(tmp_path, with_only_the_head(weights_of(reference)), tiny_config())
     assert load_model(folder)
-    folder = write(
+    folder = write_checkpoint(
         tmp_path,
         with_only_the_head(weights_of(reference)),
         tiny_config(tie_word_embeddings=False),
@@ -561,7 +543,7 @@ def test_a_tied_head_must_have_the_shape_of_the_embedding(
     tmp_path: Path, reference: GPTBigCodeForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = weights_of(reference) | {"lm_head.weight": torch.zeros(96, 60)}
-    folder = write(tmp_path, tensors, tiny_config())
+    folder = write_checkpoint(tmp_path, tensors, tiny_config())
     assert problems_of(folder, monkeypatch) == [
         "lm_head.weight has the shape [96, 60] instead of [97, 60]"
     ]
@@ -571,7 +553,7 @@ def test_separate_queries_are_an_error_where_they_cannot_be_santacoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, _, tensors = original_santacoder(tiny_config())
-    folder = write(tmp_path, tensors, tiny_config(multi_query=False))
+    folder = write_checkpoint(tmp_path, tensors, tiny_config(multi_query=False))
     problems = problems_of(folder, monkeypatch)
     assert "transformer.h.0.attn.c_attn.weight is missing" in problems
     assert "'transformer.h.0.attn.q_attn.weight' is unexpected" in problems
@@ -581,7 +563,7 @@ def test_many_problems_are_counted(
     tmp_path: Path, reference: GPTBigCodeForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = weights_of(reference) | {f"x{i}": torch.zeros(1) for i in range(30)}
-    folder = write(tmp_path, tensors, tiny_config())
+    folder = write_checkpoint(tmp_path, tensors, tiny_config())
     problems = problems_of(folder, monkeypatch)
     assert len(problems) == 21
     assert problems[-1] == "... and 10 more"
@@ -590,7 +572,7 @@ def test_many_problems_are_counted(
 def test_a_config_of_absurd_depth_is_answered_at_once(
     tmp_path: Path, reference: GPTBigCodeForCausalLM
 ) -> None:
-    folder = write(tmp_path, weights_of(reference), tiny_config(n_layer=2**28))
+    folder = write_checkpoint(tmp_path, weights_of(reference), tiny_config(n_layer=2**28))
     with pytest.raises(CheckpointError, match=r"holds 28 weights, too few for the n_layer of 268"):
         load_model(folder)
 
@@ -603,7 +585,7 @@ def test_a_config_of_absurd_width_is_answered_without_allocating(
     key: str,
 ) -> None:
     config = tiny_config(**{key: 3 * 2**26})
-    assert problems_of(write(tmp_path, weights_of(reference), config), monkeypatch)
+    assert problems_of(write_checkpoint(tmp_path, weights_of(reference), config), monkeypatch)
 
 
 def test_a_missing_shard_and_keys_that_are_elsewhere_are_listed_at_once(
@@ -708,7 +690,7 @@ def test_stored_tensors_describes_what_is_there(
 def test_a_model_that_does_not_fit_is_refused_with_numbers_and_a_way_out(
     tmp_path: Path, reference: GPTBigCodeForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = write(tmp_path, weights_of(reference), tiny_config())
+    folder = write_checkpoint(tmp_path, weights_of(reference), tiny_config())
     elements = sum(tensor.numel() for tensor in weights_of(reference).values())
     device = torch.device("cpu")
     needed = 4 * elements + packing_bytes(reference, torch.float32, device)
@@ -780,7 +762,7 @@ def large() -> GPT:
 def test_loading_takes_the_model_and_its_largest_tensor_at_most(
     tmp_path: Path, reference: GPTBigCodeForCausalLM, large: GPT, dtype: str
 ) -> None:
-    write(tmp_path / "small", weights_of(reference), tiny_config())
+    write_checkpoint(tmp_path / "small", weights_of(reference), tiny_config())
     large.save_pretrained(tmp_path / "large", max_shard_size="80MB")
     elements = [parameter.numel() for parameter in large.parameters()]
     result = subprocess.run(
@@ -822,7 +804,7 @@ print(loaded - before, packed - before, held() - before, held("RssFile") - mappe
 def test_packing_takes_what_is_counted_for_it(
     tmp_path: Path, reference: GPTBigCodeForCausalLM, large: GPT
 ) -> None:
-    write(tmp_path / "small", weights_of(reference), tiny_config())
+    write_checkpoint(tmp_path / "small", weights_of(reference), tiny_config())
     large.save_pretrained(tmp_path / "large")
     result = subprocess.run(
         [sys.executable, "-c", MEASURE_PACKING, tmp_path / "small", tmp_path / "large"],
@@ -851,7 +833,7 @@ def test_a_packed_model_does_not_follow_the_file_that_it_was_read_from(
     fast_plain: bool,
 ) -> None:
     monkeypatch.setattr(packing, "reads_plain_layout_fast", lambda: fast_plain)
-    file = write(tmp_path / "model", weights_of(reference), tiny_config()) / WEIGHTS
+    file = write_checkpoint(tmp_path / "model", weights_of(reference), tiny_config()) / WEIGHTS
     model = load_model(tmp_path / "model", quantize=quantize, packed=True)
     ids = random_ids(model.config, 2, 9)
     with torch.inference_mode():
@@ -861,237 +843,3 @@ def test_a_packed_model_does_not_follow_the_file_that_it_was_read_from(
             stream.seek(size // 20)
             stream.write(bytes(size - size // 20))
         assert torch.equal(model(ids), expected)
-
-
-# ------------------------------------------------------------------------------------------ saving
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("multi_query", [True, False])
-@pytest.mark.parametrize("max_shard_size", ["5GB", 20_000])
-def test_what_is_saved_loads_in_transformers_bit_for_bit(
-    tmp_path: Path,
-    dtype: torch.dtype,
-    tied: bool,
-    multi_query: bool,
-    max_shard_size: int | str,
-) -> None:
-    config = tiny_config(tie_word_embeddings=tied, multi_query=multi_query)
-    model = our_model(reference_model(config).to(dtype), config)
-    model.save_pretrained(tmp_path / "new" / "folder", max_shard_size=max_shard_size)
-    folder = tmp_path / "new" / "folder"
-    theirs, report = GPTBigCodeForCausalLM.from_pretrained(
-        folder, dtype="auto", output_loading_info=True
-    )
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    assert theirs.dtype == dtype
-    assert_same_weights(model, theirs)
-    assert (theirs.lm_head.weight is theirs.transformer.wte.weight) == tied
-    assert_same_weights(load_model(folder), model)
-    assert read_config(folder).to_dict() == config.to_dict() | {"dtype": str(dtype)[6:]}
-
-    files = {file.name for file in folder.iterdir()}
-    if max_shard_size == "5GB":
-        assert files == {"config.json", WEIGHTS}
-        assert ("lm_head.weight" in load_file(folder / WEIGHTS)) == (not tied)
-    else:
-        index = json.loads((folder / INDEX).read_text())
-        assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
-        assert files == {"config.json", INDEX, *index["weight_map"].values()}
-        assert len(files) > 4
-
-
-def test_saved_files_can_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
-    config = tiny_config()
-    GPT(config).save_pretrained(tmp_path / "x", max_shard_size=50_000)
-    (tmp_path / "plain").write_text("")
-    mode = (tmp_path / "plain").stat().st_mode
-    assert all(file.stat().st_mode == mode for file in (tmp_path / "x").iterdir())
-
-
-def test_saving_a_loaded_model_keeps_the_keys_of_its_config(
-    tmp_path: Path, reference: GPTBigCodeForCausalLM
-) -> None:
-    values = tiny_config().to_dict() | {"inference_runner": 0, "torch_dtype": "float32"}
-    folder = write(tmp_path / "old", weights_of(reference), values)
-    load_model(folder, dtype="bfloat16").save_pretrained(tmp_path / "new")
-    written = json.loads((tmp_path / "new" / "config.json").read_text())
-    assert written["inference_runner"] == 0
-    assert written["dtype"] == "bfloat16"
-    assert "torch_dtype" not in written
-
-
-@pytest.mark.parametrize("before", ["5GB", 50_000, 20_000])
-@pytest.mark.parametrize("after", ["5GB", 50_000, 20_000])
-def test_saving_over_a_checkpoint_replaces_it_and_keeps_what_else_is_there(
-    tmp_path: Path, before: int | str, after: int | str
-) -> None:
-    config = tiny_config()
-    old, new = (our_model(reference_model(config, seed=i), config) for i in range(2))
-    old.save_pretrained(tmp_path, max_shard_size=before)
-    others = {"tokenizer.json": "{}", "model-card.safetensors.txt": "x", "notes/a.txt": "y"}
-    (tmp_path / "notes").mkdir()
-    for file, text in others.items():
-        (tmp_path / file).write_text(text)
-    new.save_pretrained(tmp_path, max_shard_size=after)
-
-    assert_same_weights(load_model(tmp_path), new)
-    assert_same_weights(new, GPTBigCodeForCausalLM.from_pretrained(tmp_path))
-    fresh = tmp_path.parent / "fresh"
-    new.save_pretrained(fresh, max_shard_size=after)
-    expected = {file.name for file in fresh.iterdir()} | {"tokenizer.json", "notes"}
-    assert {f.name for f in tmp_path.iterdir()} == expected | {"model-card.safetensors.txt"}
-    assert all((tmp_path / file).read_text() == text for file, text in others.items())
-
-
-def test_a_model_can_be_saved_to_where_it_came_from(
-    tmp_path: Path, reference: GPTBigCodeForCausalLM
-) -> None:
-    model = load_model(write(tmp_path, weights_of(reference), tiny_config()))
-    with torch.no_grad():
-        model.transformer.ln_f.bias += 1
-    model.save_pretrained(tmp_path)
-    assert_same_weights(load_model(tmp_path), model)
-
-
-@pytest.mark.parametrize("activation", ["relu", "gelu_pytorch_tanh"])
-@pytest.mark.parametrize(("before", "after"), [("5GB", "5GB"), (50_000, 50_000), (50_000, "5GB")])
-def test_a_saving_that_is_broken_off_leaves_the_old_or_the_new_model_or_a_clear_error(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    before: int | str,
-    after: int | str,
-    activation: str,
-) -> None:
-    configs = [tiny_config(activation_function=name) for name in ("relu", activation)]
-    old, new = (our_model(reference_model(c, seed=i), c) for i, c in enumerate(configs))
-    seen = set()
-    for moment in range(100):
-        folder = tmp_path / str(moment)
-        old.save_pretrained(folder, max_shard_size=before)
-        with monkeypatch.context() as patch:
-            left = moment
-
-            def killed_after(real: Callable[..., Any]) -> Callable[..., Any]:
-                def step(*args: Any, **kwargs: Any) -> Any:
-                    nonlocal left
-                    if left == 0:
-                        raise KeyboardInterrupt
-                    left -= 1
-                    return real(*args, **kwargs)
-
-                return step
-
-            patch.setattr(checkpoint, "save_file", killed_after(checkpoint.save_file))
-            patch.setattr(checkpoint, "_sync", killed_after(checkpoint._sync))
-            patch.setattr(Path, "replace", killed_after(Path.replace))
-            patch.setattr(Path, "unlink", killed_after(Path.unlink))
-            try:
-                new.save_pretrained(folder, max_shard_size=after)
-                finished = True
-            except KeyboardInterrupt:
-                finished = False
-        try:
-            model = load_model(folder)
-        except CheckpointError:
-            seen.add("error")
-            (rest,) = folder.glob(".saving-*")  # nothing is lost
-            for file in rest.iterdir():
-                file.rename(folder / file.name)
-            assert_same_weights(load_model(folder), new)
-        else:
-            is_new = torch.equal(model.lm_head.weight, new.lm_head.weight)
-            assert_same_weights(model, new if is_new else old)
-            assert model.config.activation_function == ("relu" if not is_new else activation)
-            seen.add("new" if is_new else "old")
-        if finished:
-            break
-    assert finished
-    assert {"old", "new"} <= seen
-    if after == "5GB" and activation == "relu":
-        assert seen == {"old", "new"}
-
-
-def test_a_saving_that_cannot_be_moved_into_place_says_where_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = tiny_config()
-    old, new = (our_model(reference_model(config, seed=i), config) for i in range(2))
-    old.save_pretrained(tmp_path, max_shard_size=50_000)
-    real, moved = Path.replace, []
-
-    def refused(self: Path, target: Path) -> Path:
-        moved.append(target)
-        if len(moved) == 3:
-            raise PermissionError(13, "Permission denied")
-        return real(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", refused)
-        with pytest.raises(CheckpointError, match=r"cannot be moved .*denied.*\.saving-"):
-            new.save_pretrained(tmp_path, max_shard_size=50_000)
-    (rest,) = tmp_path.glob(".saving-*")
-    for file in rest.iterdir():
-        file.rename(tmp_path / file.name)
-    assert_same_weights(load_model(tmp_path), new)
-
-
-def test_a_failed_saving_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config()
-    old, new = (our_model(reference_model(config, seed=i), config) for i in range(2))
-    old.save_pretrained(tmp_path / "x", max_shard_size=50_000)
-    before = {file.name: file.read_bytes() for file in (tmp_path / "x").iterdir()}
-    real, written = checkpoint.save_file, []
-
-    def full_disk(tensors: Tensors, file: Path, **kwargs: Any) -> None:
-        if written:
-            file.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        written.append(file)
-        real(tensors, file, **kwargs)
-
-    monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    for folder in (tmp_path / "x", tmp_path / "y"):
-        with pytest.raises(CheckpointError, match=r"cannot be written to .*No space left.*room"):
-            new.save_pretrained(folder, max_shard_size=50_000)
-    assert {file.name: file.read_bytes() for file in (tmp_path / "x").iterdir()} == before
-    assert [file.name for file in tmp_path.iterdir()] == ["x"]
-
-
-def test_a_file_in_the_way_of_the_folder_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "x").write_text("mine")
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        GPT(tiny_config()).save_pretrained(tmp_path / "x")
-    assert (tmp_path / "x").read_text() == "mine"
-
-
-def test_a_folder_that_may_not_be_seen_or_named_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    model = GPT(tiny_config())
-    with monkeypatch.context() as patch:  # permissions do not bind root, so they are played
-        patch.setattr(Path, "exists", refuse)
-        patch.setattr(Path, "mkdir", refuse)
-        with pytest.raises(CheckpointError, match=r"cannot be written to .*Permission denied"):
-            model.save_pretrained(tmp_path / "x")
-    with pytest.raises(CheckpointError, match=r"cannot be written to .*name too long"):
-        model.save_pretrained(tmp_path / ("x" * 300))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_head_that_was_untied_by_hand_is_not_lost_silently(tmp_path: Path) -> None:
-    model = GPT(tiny_config())
-    model.lm_head.weight = torch.nn.Parameter(torch.zeros(97, 60))
-    with pytest.raises(ValueError, match="use a config with tie_word_embeddings=False"):
-        save_model(model, tmp_path / "x")
-    assert not (tmp_path / "x").exists()
-
-
-def test_an_unreadable_shard_size_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="5 parsecs"):
-        GPT(tiny_config()).save_pretrained(tmp_path / "x", max_shard_size="5 parsecs")
