@@ -154,9 +154,9 @@ class _ReplayedPlaces:
 
     A step computes all places, with a row or without, and is started before anybody looks at the
     tokens of the one before. So a row that has ended computes one token more, for which its place
-    has a slot more; and an empty place writes to the slots from 0 on until it gets a row, or is
-    told to begin at 0 again. No row takes more than `max_new_tokens` steps to end and have all
-    empty places told so, and each place has as many slots.
+    has a slot more, and `draws` a number. An empty place writes to its slots from 0 on. Some row
+    ends every `max_new_tokens` steps at most, and then all empty places begin at 0 again, so that
+    they never come to the end of their slots.
     """
 
     def __init__(self, model: GPT, count: int, length: int, request: _Request) -> None:
@@ -212,8 +212,8 @@ class _ReplayedPlaces:
             del self.rows[place]
         kept = sorted(self.rows)
         if kept and not are_more and self._count > FEW_ROWS and len(kept) <= self._count // 2:
-            self._decoder = self._decoder.select(kept)
-            self.rows = {i: self.rows[place] for i, place in enumerate(kept)}
+            self._decoder, order = self._decoder.shrink(kept)
+            self.rows = {i: self.rows[place] for i, place in enumerate(order)}
         elif finished:
             self._decoder.state.end([i for i in range(self._count) if i not in self.rows])
 

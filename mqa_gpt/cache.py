@@ -21,7 +21,7 @@ class KVCache:
     A token's slot is its position, so there is no padding to skip. Rows of different lengths are
     filled together by right-padding: the padding's keys land behind the row's end, where causality
     hides them until later tokens overwrite them. `limit` announces the rows' ends before such a
-    prefill, `set_lengths` puts them there behind it (see `generate.prefill`).
+    prefill, `set_lengths` puts them there behind it (see `decode.prefill`).
 
     As int8 a cache takes about half the memory of 16 bits, and is an approximation: each K and each
     V of a head is kept as integers from -127 to 127 and a float32 scale, max |.| / 127. `append`
@@ -249,9 +249,19 @@ class StaticCache(KVCache):
         if cache.scales is not None:
             raise ValueError("the cache is int8: a static cache holds the model's own dtype only")
         self.kv, self.scales, self.lengths = cache.kv, None, cache.lengths
-        self.end = cache.max_length
+        self._set_up()
+
+    def _set_up(self) -> None:
+        self.end = self.max_length
         self._ragged, self._limits = True, None
         self._rows = torch.arange(self.batch_size, device=self.kv.device)  # (B,)
+
+    def first(self, count: int) -> StaticCache:
+        """The first rows, in the same memory, what they hold and how much of it included."""
+        other = StaticCache.__new__(StaticCache)
+        other.kv, other.scales, other.lengths = self.kv[:, :count], None, self.lengths[:count]
+        other._set_up()
+        return other
 
     def require_room(self, T: int) -> None:
         """Raise ValueError unless T is 1."""

@@ -90,9 +90,8 @@ def read_items(path: str) -> list[Item]:
         InputError: a file or line that cannot be used, or an id that comes twice.
     """
     items: dict[int | str, Item] = {}
-    text = read_text(path, MAX_INPUT_BYTES).removeprefix(
-        "\ufeff"
-    )  # which Windows begins files with
+    # What programs on Windows begin a file with is not part of it.
+    text = read_text(path, MAX_INPUT_BYTES).removeprefix("\ufeff")
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue

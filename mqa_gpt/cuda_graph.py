@@ -1,12 +1,13 @@
-"""Recorded work that a CUDA device repeats: `Replay`."""
+"""Recorded work that a CUDA device repeats, and lists that it gets without being waited for."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class Replay:
@@ -75,3 +76,13 @@ RECORDING_STREAMS = RecordingStreams()
 # PyTorch allows one recording at a time in a process. First runs wait for it too, because PyTorch
 # has few streams: after 32 it hands out the first one again.
 RECORDING = threading.Lock()
+
+
+def upload(
+    values: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """A list as a tensor on the device; a CUDA device is not waited for."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device)
+    # From other memory than pinned the copy would wait for all that was started before.
+    return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

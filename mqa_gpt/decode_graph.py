@@ -24,7 +24,7 @@ from torch.nn.modules import module as hooks_of_all
 
 from mqa_gpt.attention import is_own
 from mqa_gpt.cache import KVCache, StaticCache
-from mqa_gpt.cuda_graph import Replay
+from mqa_gpt.cuda_graph import Replay, upload
 from mqa_gpt.decode import (
     PREFILL_CHUNK,
     Report,
@@ -50,11 +50,10 @@ from mqa_gpt.sampling import GREEDY, Sampling, choose, is_finite, log_probabilit
 FEW_ROWS = 16
 
 
-class DecodeState(NamedTuple):
-    """All that a decode step reads and writes beside the weights, on the device.
+class RowState(NamedTuple):
+    """What choosing a token for each row reads and writes, on the device.
 
     Attributes:
-        cache: what the rows hold; not the newest tokens yet.
         ids: (B, 1) int64, the newest tokens.
         position: (B, 1) int64, which of its draws comes next for each row.
         draws: (B, N) float64, the numbers that decide each row's N tokens; None if greedy.
@@ -63,7 +62,6 @@ class DecodeState(NamedTuple):
         reports: what `log_probabilities` says of them; empty if nobody asks.
     """
 
-    cache: StaticCache
     ids: Tensor
     position: Tensor
     draws: Tensor | None
@@ -71,31 +69,23 @@ class DecodeState(NamedTuple):
     chosen: Tensor
     reports: tuple[Tensor, ...]
 
-    def select(self, rows: Sequence[int]) -> DecodeState:
-        """A copy of these rows of the batch."""
-        cache = StaticCache(self.cache.select(rows))
-        return self.copy_rows(rows)._replace(cache=cache)
-
-    def copy_rows(self, rows: Sequence[int]) -> DecodeState:
-        """These rows of everything but the cache."""
-        index = torch.tensor(rows, device=self.ids.device)
+    def copy(self, rows: Sequence[int]) -> RowState:
+        """A copy of these rows."""
+        index = upload(rows, self.ids.device)
         return self._map(lambda x: x[index])
 
-    def write_rows(self, rows: Sequence[int], others: DecodeState) -> None:
-        """The inverse of `copy_rows`: make these rows those of `others`, but for the cache."""
-        index = torch.tensor(rows, device=self.ids.device)
+    def first(self, count: int) -> RowState:
+        """The first rows, in the same memory."""
+        return self._map(lambda x: x[:count])
+
+    def write(self, rows: Sequence[int], others: RowState) -> None:
+        """Make these rows those of `others`."""
+        index = upload(rows, self.ids.device)
         for own, new in zip(self._tensors, others._tensors, strict=True):
             own[index] = new
 
-    @property
-    def _tensors(self) -> list[Tensor]:
-        tensors = (self.ids, self.position, self.draws, self.seen, self.chosen, *self.reports)
-        return [tensor for tensor in tensors if tensor is not None]
-
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> DecodeState:
-        """With `fn` of every tensor outside the cache."""
-        return DecodeState(
-            self.cache,
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> RowState:
+        return RowState(
             fn(self.ids),
             fn(self.position),
             None if self.draws is None else fn(self.draws),
@@ -104,62 +94,99 @@ class DecodeState(NamedTuple):
             tuple(map(fn, self.reports)),
         )
 
+    @property
+    def _tensors(self) -> list[Tensor]:
+        tensors = (self.ids, self.position, self.draws, self.seen, self.chosen, *self.reports)
+        return [tensor for tensor in tensors if tensor is not None]
+
+
+class DecodeState(NamedTuple):
+    """All that a decode step reads and writes beside the weights, on the device.
+
+    Attributes:
+        cache: what the rows hold; not the newest tokens yet.
+        rows: everything else.
+    """
+
+    cache: StaticCache
+    rows: RowState
+
     def begin(
         self, row: int, prompt: list[int], draws: list[float], cache: KVCache, cache_row: int
     ) -> None:
         """Make `row` one whose prompt stands in a row of another cache, with these draws."""
         self.cache.copy_row(row, cache, cache_row)
         self.cache.lengths[row] = len(prompt)
-        self.position[row] = 0
-        if self.draws is not None:
-            self.draws[row, : len(draws)] = torch.tensor(draws, dtype=torch.float64)
-        if self.seen is not None:
-            self.seen[row] = False
-            self.seen[row, prompt] = True
+        self.rows.position[row] = 0
+        device = self.cache.lengths.device
+        if self.rows.draws is not None:
+            self.rows.draws[row, : len(draws)] = upload(draws, device, torch.float64)
+        if self.rows.seen is not None:
+            self.rows.seen[row] = False
+            self.rows.seen[row, upload(prompt, device)] = True
 
     def end(self, rows: Sequence[int]) -> None:
         """Let these rows hold nothing; what a step computes of them is of no interest any more."""
-        index = torch.tensor(rows, device=self.ids.device)
+        index = upload(rows, self.cache.lengths.device)
         self.cache.lengths[index] = 0
-        self.position[index] = 0
+        self.rows.position[index] = 0
+
+    def shrink(self, kept: Sequence[int]) -> tuple[DecodeState, list[int]]:
+        """The state of these rows alone, as the first ones in the same memory.
+
+        Returns:
+            It, and which of the rows of before each of its rows is.
+        """
+        count = len(kept)
+        order = list(range(count))
+        empty = sorted(set(order).difference(kept))
+        moved = sorted(row for row in kept if row >= count)
+        for place, row in zip(empty, moved, strict=True):
+            self.cache.copy_row(place, self.cache, row)
+            self.cache.lengths[place] = self.cache.lengths[row]
+            order[place] = row
+        if moved:
+            self.rows.write(empty, self.rows.copy(moved))
+        return DecodeState(self.cache.first(count), self.rows.first(count)), order
 
 
 def decode_step(model: GPT, state: DecodeState, sampling: Sampling) -> None:
     """Feed each row's newest token and choose the next. The same work every time."""
-    logits = model(state.ids, cache=state.cache)[:, 0].float()  # (B, V)
-    choose_next(logits, state, sampling)
+    logits = model(state.rows.ids, cache=state.cache)[:, 0].float()  # (B, V)
+    choose_next(logits, state.rows, sampling)
 
 
 def fused_step(model: GPT, state: DecodeState, sampling: Sampling) -> None:
     """The same by fused kernels, where `can_fuse`."""
-    x = fused_hidden(model, state.ids, state.cache)  # (B, C)
-    if sampling.greedy and state.seen is None and not state.reports:
+    rows = state.rows
+    x = fused_hidden(model, rows.ids, state.cache)  # (B, C)
+    if sampling.greedy and rows.seen is None and not rows.reports:
         chosen, highest = fused_likeliest(model, x)  # (B,), (B,)
-        take(chosen, is_finite(highest), state)
+        take(chosen, is_finite(highest), rows)
     else:
-        choose_next(fused_logits(model, x).float(), state, sampling)
+        choose_next(fused_logits(model, x).float(), rows, sampling)
 
 
-def choose_next(logits: Tensor, state: DecodeState, sampling: Sampling) -> None:
+def choose_next(logits: Tensor, rows: RowState, sampling: Sampling) -> None:
     """Choose each row's next token by logits (B, V) float32."""
     u = None
-    if state.draws is not None:
-        u = state.draws.gather(1, state.position)[:, 0]  # (B,)
-        state.position.add_(1)
-    take(*choose(logits, sampling, state.seen, u), state)
-    if state.reports:
-        new = log_probabilities(logits, state.ids[:, 0], state.reports[1].shape[1])
-        for report, values in zip(state.reports, new, strict=True):
+    if rows.draws is not None:
+        u = rows.draws.gather(1, rows.position)[:, 0]  # (B,)
+        rows.position.add_(1)
+    take(*choose(logits, sampling, rows.seen, u), rows)
+    if rows.reports:
+        new = log_probabilities(logits, rows.ids[:, 0], rows.reports[1].shape[1])
+        for report, values in zip(rows.reports, new, strict=True):
             report.copy_(values)
 
 
-def take(chosen: Tensor, are_finite: Tensor, state: DecodeState) -> None:
+def take(chosen: Tensor, are_finite: Tensor, rows: RowState) -> None:
     """Make the tokens (B,) the newest, where the logits were finite: (B,) bool."""
-    state.chosen.copy_(chosen).masked_fill_(~are_finite, -1)
+    rows.chosen.copy_(chosen).masked_fill_(~are_finite, -1)
     # Until the host has noticed a -1, any token can be fed.
-    state.ids.copy_(state.chosen[:, None].clamp(min=0))
-    if state.seen is not None:
-        state.seen.scatter_(1, state.ids, True)
+    rows.ids.copy_(rows.chosen[:, None].clamp(min=0))
+    if rows.seen is not None:
+        rows.seen.scatter_(1, rows.ids, True)
 
 
 class Decoder:
@@ -167,7 +194,7 @@ class Decoder:
 
     def __init__(self, model: GPT, state: DecodeState, sampling: Sampling) -> None:
         self._model, self.state, self._sampling = model, state, sampling
-        step = fused_step if can_fuse(model, len(state.ids)) else decode_step
+        step = fused_step if can_fuse(model, state.cache.batch_size) else decode_step
         self._run: Callable[[], None] = partial(step, model, state, sampling)
         if model.device.type == "cuda":
             self._run = Replay(self._run, model.device)
@@ -185,7 +212,7 @@ class Decoder:
         """A decoder for the rows of a filled cache, which becomes the decoder's own.
 
         Args:
-            seen, draws: see `DecodeState`.
+            seen, draws: see `RowState`.
             logprobs: K, how many of the likeliest tokens to report, None for no reports at all.
         """
         B, device = cache.batch_size, model.device
@@ -194,33 +221,32 @@ class Decoder:
         if logprobs is not None:
             values = torch.zeros((B, logprobs), device=device)
             reports = (torch.zeros(B, device=device), torch.zeros_like(values).long(), values)
-        state = DecodeState(
-            StaticCache(cache),
-            ids,
-            torch.zeros_like(ids),
-            draws,
-            seen,
-            ids[:, 0].clone(),
-            reports,
-        )
-        return cls(model, state, sampling)
+        rows = RowState(ids, torch.zeros_like(ids), draws, seen, ids[:, 0].clone(), reports)
+        return cls(model, DecodeState(StaticCache(cache), rows), sampling)
 
     def choose(self, logits: Tensor, rows: Sequence[int] | None = None) -> None:
         """Choose the first tokens by the prefill's logits (B, V) float32, of all rows or these."""
         if rows is None:
-            choose_next(logits, self.state, self._sampling)
+            choose_next(logits, self.state.rows, self._sampling)
             return
-        some = self.state.copy_rows(rows)
+        some = self.state.rows.copy(rows)
         choose_next(logits, some, self._sampling)
-        self.state.write_rows(rows, some)
+        self.state.rows.write(rows, some)
 
     def run(self) -> None:
         """Start one step; a CUDA device is not waited for."""
         self._run()
 
-    def select(self, rows: Sequence[int]) -> Decoder:
-        """A decoder for some rows of the batch, behind all steps that were started."""
-        return Decoder(self._model, self.state.select(rows), self._sampling)
+    def shrink(self, kept: Sequence[int]) -> tuple[Decoder, list[int]]:
+        """A decoder for these rows of the batch, behind all steps that were started.
+
+        It takes over the memory of this one, which must not run again.
+
+        Returns:
+            It, and which of the rows of before each of its rows is.
+        """
+        state, order = self.state.shrink(kept)
+        return Decoder(self._model, state, self._sampling), order
 
     def fetch(self) -> Callable[[], list[list[Any]]]:
         """Begin to copy the newest `chosen` and `reports` to the host.
@@ -228,7 +254,7 @@ class Decoder:
         Returns:
             What waits for the copy, not for any step started since, and gives the lists.
         """
-        results = (self.state.chosen, *self.state.reports)
+        results = (self.state.rows.chosen, *self.state.rows.reports)
         if self._model.device.type != "cuda":
             copies = [result.clone() for result in results]
             return lambda: [copy.tolist() for copy in copies]
@@ -327,7 +353,8 @@ def stream_replayed(
         if len(rows) > FEW_ROWS and len(unfinished) <= len(rows) // 2:
             with torch.inference_mode():
                 kept = [i for i, row in enumerate(rows) if row in unfinished]
-                rows, decoder = [rows[i] for i in kept], decoder.select(kept)
+                decoder, order = decoder.shrink(kept)
+                rows = [rows[i] for i in order]
 
 
 def _decoder(

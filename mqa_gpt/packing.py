@@ -1,13 +1,14 @@
-"""Packed weights: what makes float32 inference on a CPU run at the speed of its memory.
+"""Packed weights: what brings float32 inference on a CPU closer to the speed of its memory.
 
 A matrix product with few rows reads each weight once and does little with it, so its time is the
-time to read the weights. The plain row-major layout keeps most CPUs from reading at full speed;
-oneDNN's blocked layout, in which the weights of one vector instruction lie side by side, does not.
+time to read the weights. With the plain row-major layout most CPUs read far below their speed; with
+oneDNN's blocked layout, in which the weights of one vector instruction lie side by side, they come
+close to it.
 
 8-bit weights (`mqa_gpt.quantization`) are packed too, for oneDNN's products of 8-bit integers.
 
-On Intel's processors with AVX-512 the plain layout is read at full speed too by a product with one
-or two rows, and a packed layer is slower there, though faster from about four rows on. A single
+On Intel's processors with AVX-512 a product with one or two rows reads the plain layout as fast,
+and a packed layer is slower there, though faster from about four rows on. A single
 prompt being the common case, only the head is packed then, which gains from the third row and loses
 nothing before. `benchmarks/cpu_products.py` shows how it is on a processor.
 """
@@ -103,24 +104,20 @@ class PackedInt8Linear(_Packed):
 
 
 def can_pack(module: nn.Module) -> bool:
-    """Whether `pack` has anything to do: float32 or 8 bits, on a CPU, with a torch for it."""
-    return any(
-        _has_int8_products(layer.weight.device)
-        if isinstance(layer, Int8Linear)
-        else isinstance(layer, nn.Linear) and _has_products(layer.weight.dtype, layer.weight.device)
-        for layer in module.modules()
-    )
+    """Whether `pack` can be called: float32 or 8 bits, on a CPU, with a torch for it."""
+    return any(_is_packable(layer) for layer in module.modules())
 
 
-def packed_names(module: nn.Module, dtype: torch.dtype, device: torch.device) -> list[str]:
-    """The layers that `pack` replaces, by name, if `module` is of this dtype and there."""
-    plain, int8 = _has_products(dtype, device), _has_int8_products(device)
+def packed_names(
+    module: nn.Module, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> list[str]:
+    """The layers that `pack` replaces, by name, or would if they were of this dtype and there."""
     head_only = reads_plain_layout_fast()
     return [
         name
         for name, layer in module.named_modules()
-        if (int8 and isinstance(layer, Int8Linear))
-        or (plain and isinstance(layer, nn.Linear) and (name == "lm_head" or not head_only))
+        if _is_packable(layer, dtype, device)
+        and (isinstance(layer, Int8Linear) or name == "lm_head" or not head_only)
     ]
 
 
@@ -140,7 +137,7 @@ def packing_bytes(module: nn.Module, dtype: torch.dtype, device: torch.device) -
 
 
 def reads_plain_layout_fast() -> bool:
-    """Whether one row's product with a plain float32 weight runs at the speed of memory here.
+    """Whether one row's product is as fast with a plain float32 weight as with a packed one here.
 
     It does where MKL, Intel's own library, computes with AVX-512, which it does on Intel's
     processors only.
@@ -154,7 +151,18 @@ def has_vnni() -> bool:
     return torch.cpu._is_vnni_supported()
 
 
-def _packed(layer: nn.Module) -> PackedLinear | PackedInt8Linear:
+def _is_packable(
+    layer: nn.Module, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> bool:
+    """Whether a layer has a packed form, by its own dtype and device or by these."""
+    if isinstance(layer, Int8Linear):
+        return _has_int8_products(device or layer.weight.device)
+    return isinstance(layer, nn.Linear) and _has_products(
+        dtype or layer.weight.dtype, device or layer.weight.device
+    )
+
+
+def _pack_layer(layer: nn.Module) -> PackedLinear | PackedInt8Linear:
     if isinstance(layer, Int8Linear):
         return PackedInt8Linear(layer)
     return PackedLinear(cast(nn.Linear, layer))
@@ -192,9 +200,8 @@ def pack(module: nn.Module) -> None:
         raise ValueError(
             "only float32 and 8-bit models on a CPU, with a torch that has oneDNN, can be packed"
         )
-    dtype, device = next((weight.dtype, weight.device) for weight in module.parameters())
     # By name, because a list of the layers would keep all their weights to the end.
-    for name in packed_names(module, dtype, device):
-        module.set_submodule(name, _packed(module.get_submodule(name)))
+    for name in packed_names(module):
+        module.set_submodule(name, _pack_layer(module.get_submodule(name)))
     # What is left (embeddings, LayerNorms) cannot be trained through packed weights.
     module.requires_grad_(False)

@@ -7,8 +7,8 @@ Calls `mqa_kernels.attention`, and what else a step of decoding launches, as use
 CPU, and has Triton compile what would be launched: tiles, types, what 16 divides and what becomes a
 constant are the launcher's own. Prints shared memory, registers, spills and tensor-core
 instructions of each kernel, and how many of its blocks fit on a multiprocessor. Fails where one
-does not compile, spills registers, does not fit into shared memory, or runs a 16-bit product
-without tensor cores.
+does not compile, spills registers, does not fit into shared memory, runs a 16-bit product without
+tensor cores, or does not wait for its predecessor where it should.
 """
 
 from __future__ import annotations
@@ -68,6 +68,14 @@ DTYPES = ("bfloat16", "float16", "float32")
 CALLS = ("train", "ragged", "dropout", "decode", "fused", "fused_int8")
 WIDTHS = (2048, 4096)  # of StarCoderBase-1B and 7B, whose head dim is 128
 WITHOUT_PRODUCT = ("combine_kernel", "choose_kernel")
+# Those that start before their predecessor ends, and so have to wait before they write anything;
+# the first two, whose inputs all come from it, before they read anything too.
+EARLY = (
+    *("forward_kernel", "combine_kernel"),
+    *("linear_kernel", "qkv_kernel", "argmax_kernel", "choose_kernel"),
+)
+READS = r"ld\.global|cp\.async|cp\.bulk"
+WRITES = r"st\.global|red\.global|atom\.global"
 
 
 class Case(NamedTuple):
@@ -92,6 +100,7 @@ class Usage(NamedTuple):
     spilled: int = 0  # bytes per thread
     blocks: int = 0  # that fit on a multiprocessor at the same time
     tensor_cores: str = ""  # their instructions
+    race: str = ""  # with the kernel before it
     error: str = ""
 
 
@@ -275,7 +284,22 @@ def examine(case: Case, kernel: str, tiles: str, compiled: triton.compiler.Compi
         spilled=spilled,
         blocks=blocks_that_fit(GPUS[case.arch], warps, registers, shared, tensor_memory),
         tensor_cores=", ".join(sorted(set(instructions))),
+        race=race_with_predecessor(kernel, compiled.asm["ptx"]) if case.arch >= 90 else "",
     )
+
+
+def race_with_predecessor(kernel: str, ptx: str) -> str:
+    """What a kernel that starts early does before it has waited, or nothing."""
+    if kernel not in EARLY:
+        return ""
+    before, wait, _ = ptx.partition("griddepcontrol.wait")
+    if not wait:
+        return "does not wait for the kernel before"
+    if re.search(WRITES, before):
+        return "writes before it waits"
+    if kernel in EARLY[:2] and re.search(READS, before):
+        return "reads before it waits"
+    return ""
 
 
 def blocks_that_fit(gpu: GPU, warps: int, registers: int, shared: int, tensor_memory: int) -> int:
@@ -316,6 +340,8 @@ def verdict(case: Case, usage: Usage) -> str:
     has_product = usage.kernel not in WITHOUT_PRODUCT
     if not usage.tensor_cores and case.dtype != "float32" and has_product:
         problems.append("no tensor cores")
+    if usage.race:
+        problems.append(usage.race)
     return "; ".join(problems)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_one_recording_lasts_until_half_of_the_places_are_empty_and_no_prompt_wa
     init = Decoder.__init__
 
     def record(self: Decoder, model: GPT, state: DecodeState, sampling: Sampling) -> None:
-        sizes.append(len(state.ids))
+        sizes.append(state.cache.batch_size)
         init(self, model, state, sampling)
 
     monkeypatch.setattr(Decoder, "__init__", record)
@@ -125,24 +126,81 @@ def test_one_recording_lasts_until_half_of_the_places_are_empty_and_no_prompt_wa
     assert all(b <= a // 2 for a, b in pairwise(sizes))
 
 
-def test_an_empty_place_may_wait_as_long_as_the_others_last(
+def test_an_empty_place_begins_anew_before_its_slots_are_full(
     model: GPT, graphs: list[TapedGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows of one token leave a place empty for as many steps as there are slots, twice."""
+    """The second row's place is empty from the first step to the last, twice as long as it is."""
     replayed(monkeypatch)
-    monkeypatch.setattr(batching, "SHARE_TO_FILL", 0.6)  # one of two places has to wait
-    lengths = [24, 1, 24, 24, 1]
+    lengths = [23, 1, *[24] * 15]
+    prompts = [[7 + i] for i in range(len(lengths))]
 
     def is_done(token: Token) -> bool:
         counts[token.row] += 1
         return counts[token.row] == lengths[token.row]
 
-    prompts = [[7], [8], [9], [10], [11]]
     counts = [0] * len(lengths)
     expected = rows_of(stream_tokens(model, prompts, 24, should_stop=is_done))
     counts = [0] * len(lengths)
-    assert rows_of(stream_batched(model, prompts, 24, 2, should_stop=is_done)) == expected
-    assert counts == lengths
+    assert rows_of(stream_batched(model, prompts, 24, 16, should_stop=is_done)) == expected
+
+
+def test_what_an_empty_place_computes_is_no_error(
+    graphs: list[TapedGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replayed(monkeypatch)
+    model = our_model(reference_model(CONFIG), CONFIG)
+    with torch.no_grad():
+        model.transformer.wpe.weight[12] = torch.nan  # where the second row would go on
+    lengths, counts = [8, 1], [0, 0]
+
+    def is_done(token: Token) -> bool:
+        counts[token.row] += 1
+        return counts[token.row] == lengths[token.row]
+
+    tokens = rows_of(stream_batched(model, [[5], [3] * 12], 20, 2, should_stop=is_done))
+    assert [len(tokens[row]) for row in (0, 1)] == lengths
+
+
+def test_places_stay_while_prompts_wait_for_them(
+    model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replayed(monkeypatch)
+    monkeypatch.setattr(batching, "FEW_ROWS", 2)
+    monkeypatch.setattr(batching, "SHARE_TO_FILL", 0.9)  # most places are empty before
+    begun: set[int] = set()
+    when_shrunk = []
+    shrink = Decoder.shrink
+
+    def record(self: Decoder, kept: Sequence[int]) -> tuple[Decoder, list[int]]:
+        when_shrunk.append(len(begun))
+        return shrink(self, kept)
+
+    def is_done(token: Token) -> bool:
+        begun.add(token.row)
+        counts[token.row] += 1
+        return counts[token.row] == 2 + token.row % 8
+
+    monkeypatch.setattr(Decoder, "shrink", record)
+    prompts = [[7 + i] for i in range(16)]
+    counts = [0] * 16
+    expected = rows_of(stream_tokens(model, prompts, 20, should_stop=is_done))
+    begun.clear()
+    counts = [0] * 16
+    assert rows_of(stream_batched(model, prompts, 20, 8, should_stop=is_done)) == expected
+    assert when_shrunk
+    assert set(when_shrunk) == {16}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+@SAMPLINGS
+def test_a_cuda_graph_gives_the_tokens_of_solo_runs(options: dict[str, Any], n: int) -> None:
+    model = our_model(reference_model(CONFIG), CONFIG).cuda()
+    sampling = Sampling(**options)
+    for batch_size in (2, 5, 100):
+        stream = stream_batched(
+            model, PROMPTS, NEW_TOKENS, batch_size, sampling, n=n, should_stop=ends
+        )
+        assert rows_of(stream) == solo_runs(model, sampling, n)
 
 
 def test_the_longest_row_may_fill_the_context_and_end_before_others(
@@ -196,7 +254,11 @@ def test_the_order_of_the_prompts_does_not_matter(model: GPT) -> None:
     assert {last - row: tokens for row, tokens in backwards.items()} == forwards
 
 
-def test_log_probabilities_are_those_of_the_plain_loop(model: GPT) -> None:
+@pytest.mark.parametrize("is_replayed", [False, True])
+def test_log_probabilities_are_those_of_the_plain_loop(
+    model: GPT, monkeypatch: pytest.MonkeyPatch, is_replayed: bool
+) -> None:
+    monkeypatch.setattr(batching, "can_replay", lambda model: is_replayed)
     plain, batched = (
         {(t.row, i): t for i, t in enumerate(sorted(tokens, key=lambda token: token.row))}
         for tokens in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,27 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
         rows = [(test, batch) for batch in (1, 8) for test in ("pp128", "tg31 @ d128")]
         expected = [[f"{median[*column, *row]:,.1f}" for column in columns] for row in rows]
         assert cells_below(text, f"| {title} |", 1) == expected
+
+    def faster(name: str, peer: str, batch: int) -> str:
+        (ratio,) = (
+            result["ours_faster"]
+            for result in results(f"bench_{name}_epyc")["results"]
+            if (result["contender"], result["test"], result["batch"])
+            == (peer, "tg31 @ d128", batch)
+        )
+        return f"{ratio:.2f}"
+
+    def both(name: str, peer: str) -> list[str]:
+        return [faster(name, peer, batch) for batch in (1, 8)]
+
+    answer = " ".join(text[text.index("**Answer:** on the EPYC") :].split())
+    assert re.findall(r"\d+\.\d\d", answer)[:10] == [
+        *both("tiny_starcoder_py_float32", "transformers"),
+        *both("tiny_starcoder_py_float32", "ctranslate2 float32"),
+        *both("tiny_starcoder_py_int8", "transformers"),
+        *both("tiny_starcoder_py_int8", "ctranslate2 int8"),
+        *both("starcoderbase-1b_int8", "ctranslate2 int8"),
+    ]
 
     ms = {
         (product["K"], product["N"], product["rows"], product["product"]): product["ms"]

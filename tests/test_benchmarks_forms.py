@@ -1,14 +1,15 @@
 """benchmarks/forward_forms.py: every form of the forward loop is right, or says why it is not."""
 
-import forward_forms
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="Triton is not available on this platform")
+
+import forward_forms
 from clock import Clock
 from contenders import Problem, make_inputs
 from forward_forms import Form, attend, described_attention, race
 from judge import find_truth
-
-pytest.importorskip("triton", reason="Triton is not available on this platform")
 
 from mqa_kernels.tuning import Tiles
 

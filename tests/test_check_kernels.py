@@ -16,7 +16,14 @@ pytest.importorskip("triton", reason="Triton is not available on this platform")
 
 import check_kernels
 import triton
-from check_kernels import Case, Usage, all_cases, resources, verdict
+from check_kernels import (
+    Case,
+    Usage,
+    all_cases,
+    race_with_predecessor,
+    resources,
+    verdict,
+)
 
 from mqa_kernels import tuning
 
@@ -53,6 +60,7 @@ def test_what_fits_is_no_problem():
         ({"shared": 232_449}, "232449 bytes of shared memory of 232448"),
         ({"tensor_memory": 513}, "513 columns of tensor memory of 512"),
         ({"tensor_cores": ""}, "no tensor cores"),
+        ({"race": "reads before it waits"}, "reads before it waits"),
         ({"error": "CompilationError: no"}, "CompilationError: no"),
         ({"spilled": 8, "tensor_cores": ""}, "8 bytes spilled; no tensor cores"),
     ],
@@ -207,3 +215,39 @@ def test_decoding_compiles_on_a_machine_without_gpu(tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"Triton {triton.__version__}: 2 kernels, 0 with a problem" in done.stdout
     assert "mma.sync" in done.stdout
+
+
+WAIT, LOAD, STORE = "griddepcontrol.wait;\n", "ld.global.b32 %r1, [%rd1];\n", "st.global.b32 x;\n"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "ptx", "race"),
+    [
+        ("forward_kernel", WAIT + LOAD + STORE, ""),
+        ("forward_kernel", LOAD + WAIT + STORE, "reads before it waits"),
+        ("combine_kernel", "cp.async.cg x;\n" + WAIT + STORE, "reads before it waits"),
+        ("linear_kernel", LOAD + WAIT + STORE, ""),  # weights, which nobody writes
+        ("linear_kernel", LOAD + STORE + WAIT, "writes before it waits"),
+        ("qkv_kernel", LOAD + STORE, "does not wait for the kernel before"),
+        ("dq_kernel", LOAD + STORE, ""),  # it does not start early
+    ],
+)
+def test_a_kernel_that_starts_early_waits_before_it_touches_what_others_write(kernel, ptx, race):
+    assert race_with_predecessor(kernel, ptx) == race
+
+
+@pytest.mark.parametrize("call", ["decode", "fused"])
+def test_every_kernel_of_a_decode_step_waits_on_hopper(call: str):
+    """Compiled for real, in a process of its own: here kernels are interpreted."""
+    program = (
+        "from check_kernels import *\n"
+        f"usages = compile_case(Case(90, 'bfloat16', 64, 1, {call!r}))\n"
+        "assert usages and not any(u.race or u.error for u in usages), usages\n"
+        "assert all(u.kernel in EARLY for u in usages), usages\n"
+    )
+    folders = ("scripts", "kernels", ".")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in folders),
+        "TRITON_INTERPRET": "0",
+    }
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)

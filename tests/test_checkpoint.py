@@ -823,6 +823,37 @@ def test_packing_takes_what_is_counted_for_it(
     assert mapped < 4e6  # nothing of the file is left in the model
 
 
+MEASURE_PEAK = """
+import sys
+from mqa_gpt.checkpoint import load_model
+from mqa_gpt.environment import peak_memory
+
+load_model(sys.argv[1], packed=True)
+before = peak_memory()
+load_model(sys.argv[2], packed=True)
+print(peak_memory() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts mapped pages as Linux does")
+@pytest.mark.skipif(not can_pack(torch.nn.Linear(1, 1)), reason="no packed oneDNN products here")
+def test_packing_while_loading_never_holds_all_weights_twice(
+    tmp_path: Path, reference: GPTBigCodeForCausalLM, large: GPT
+) -> None:
+    write_checkpoint(tmp_path / "small", weights_of(reference), tiny_config())
+    large.save_pretrained(tmp_path / "large")
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE_PEAK, tmp_path / "small", tmp_path / "large"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    weights = 4 * sum(parameter.numel() for parameter in large.parameters())
+    counted = packing_bytes(large, torch.float32, torch.device("cpu"))
+    assert int(result.stdout) < weights + counted + 16e6
+
+
 @pytest.mark.parametrize("quantize", [None, "int8"])
 @pytest.mark.parametrize("fast_plain", [False, True])
 def test_a_packed_model_does_not_follow_the_file_that_it_was_read_from(

@@ -128,6 +128,13 @@ def test_only_float32_is_packed(dtype):
         pack(model)
 
 
+def test_each_layer_is_packed_by_its_own_dtype(monkeypatch):
+    monkeypatch.setattr(packing, "reads_plain_layout_fast", lambda: False)
+    model = nn.Sequential(nn.Embedding(3, 8).bfloat16(), nn.Linear(8, 8), nn.Linear(8, 8).half())
+    pack(model)
+    assert [type(layer) for layer in model] == [nn.Embedding, PackedLinear, nn.Linear]
+
+
 def test_what_packed_weights_cannot_do_is_refused(tmp_path):
     _, packed = packed_model()
     refused = [

@@ -29,8 +29,9 @@ def norm_linear(
 
     Statistics and sums are float32; the normalised row is rounded to the model's dtype. This and
     the functions below are for inference: nothing is differentiable. On GPUs from sm_90 on they
-    start before the previous launch has ended and read weights at once, so that launch must not be
-    the one that writes the weights.
+    start before the previous launch has ended and read weights at once. So neither the launches of
+    this package directly before, one behind the other, nor the one before them may write the
+    weights.
 
     Args:
         x: (R, C) contiguous, R from 1 to 16, in float32, bfloat16 or float16.
