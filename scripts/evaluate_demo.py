@@ -16,6 +16,7 @@ import lzma
 import math
 import platform
 import random
+import sys
 import tokenize
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -30,6 +31,7 @@ from train_demo import LONG_BATCH, SHORT_BATCH, bits_per_byte
 
 from mqa_gpt import LLM
 from mqa_gpt.environment import describe
+from mqa_gpt.errors import InputError
 from mqa_gpt.fim import MODES, truncated_infill_prompt
 from mqa_gpt.generate import generate
 from mqa_gpt.inspection import inspect_checkpoint
@@ -51,15 +53,27 @@ class Signature(NamedTuple):
     text: str
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="the --out of train_demo.py")
     parser.add_argument("--device", help="default: the GPU if there is one")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    try:
+        evaluate(options.folder, options.device)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
-    llm = LLM.load(options.folder, device=options.device, dtype="float32")
+
+def evaluate(folder: Path, device: str | None) -> None:
+    """Measure the checkpoint of a run, and write figures and card into its folder."""
+    llm = LLM.load(folder, device=device, dtype="float32")
+    try:
+        training = json.loads((folder / "training.json").read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"{folder / 'training.json'} is not JSON: {error}") from error
     corpus = read_corpus()
-    training = json.loads((options.folder / "training.json").read_text("utf-8"))
     figures = {
         "command": "python scripts/train_demo.py --out RUN; python scripts/evaluate_demo.py RUN",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -67,15 +81,15 @@ def main() -> None:
         "python": platform.python_version(),
         "training_modules": len(corpus.training),
         "training_characters": sum(map(len, corpus.training.values())),
-        "parameters": sum(inspect_checkpoint(options.folder).parameters.values()),
+        "parameters": sum(inspect_checkpoint(folder).parameters.values()),
         "training": training,
         "compression": compare_with_xz(llm, corpus.held_out),
         "completion": complete_functions(llm, corpus.held_out),
         "infilling": fill_holes(llm, corpus.held_out),
     }
-    figures_path = options.folder / "figures.json"
+    figures_path = folder / "figures.json"
     figures_path.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
-    (options.folder / "README.md").write_text(card(llm, corpus, figures), "utf-8")
+    (folder / "README.md").write_text(card(llm, corpus, figures), "utf-8")
     print(json.dumps(figures, indent=2))
 
 
@@ -444,4 +458,4 @@ def card(llm: LLM, corpus: Corpus, figures: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,13 +15,13 @@ import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 import torch.nn.functional as F
 from demo_data import batches, read_corpus, train_tokenizer
@@ -29,7 +29,9 @@ from demo_start import start_from_induction
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from mqa_gpt.checkpoint import as_device
 from mqa_gpt.config import GPTConfig
+from mqa_gpt.errors import InputError
 from mqa_gpt.fim import infill_prompt
 from mqa_gpt.generate import generate
 from mqa_gpt.model import GPT
@@ -150,17 +152,38 @@ def write_atomically(path: Path, save: Callable[[Path], object]) -> None:
 
 def load_tokenizer(out: Path, texts: list[str], resume: bool) -> Tokenizer:
     """The run's tokenizer: the one it was started with, or a newly trained one."""
-    path = out / "tokenizer.json"
     if not resume:
         trained = train_tokenizer(texts, CONFIG.vocab_size)
-        write_atomically(path, lambda temporary: trained.save(str(temporary)))
-    return Tokenizer(tokenizers.Tokenizer.from_file(str(path)))
+        write_atomically(out / "tokenizer.json", lambda temporary: trained.save(str(temporary)))
+    return Tokenizer.from_pretrained(out)
+
+
+def load_state(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Put the weights and moments of an interrupted run in place, and return what else it knew."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=model.device, weights_only=True)
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+        if state.keys() != new_state().keys():
+            raise KeyError(*state)
+    except Exception as error:  # of a damaged file torch raises many kinds
+        raise InputError(
+            f"{path} is not the state of a run of this script: omit --resume to begin anew"
+        ) from error
+    return state
+
+
+def new_state() -> dict[str, Any]:
+    """Everything that is not a function of the seed and the number of steps taken."""
+    return {"step": 0, "seconds": [], "cpu_seconds": 0.0, "held_out": []}
 
 
 def train(out: Path, device: torch.device, steps: int, resume: bool) -> None:
     state_path = out / "state.pt"
     if resume and not state_path.exists():
-        raise SystemExit(f"{state_path} does not exist: there is no run to resume; omit --resume")
+        raise InputError(f"{state_path} does not exist: there is no run to resume; omit --resume")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is not a folder: name another for the run")
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(SEED)
     torch.set_flush_denormal(True)
@@ -174,12 +197,9 @@ def train(out: Path, device: torch.device, steps: int, resume: bool) -> None:
     start_from_induction(model)
     model.to(device)
     optimizer = make_optimizer(model)
-    # Everything that is not a function of the seed and the number of steps taken.
-    state: dict[str, Any] = {"step": 0, "seconds": [], "cpu_seconds": 0.0, "held_out": []}
-    if resume:
-        state = torch.load(state_path, map_location=device, weights_only=True)
-        model.load_state_dict(state.pop("model"))
-        optimizer.load_state_dict(state.pop("optimizer"))
+    state = load_state(state_path, model, optimizer) if resume else new_state()
+    if state["step"] > steps:
+        raise InputError(f"the run in {out} has taken {state['step']} steps: ask for more --steps")
     print(
         f"{len(texts)} training modules, {sum(map(len, texts)) / 1e6:.1f} million characters; "
         f"{len(subset)} held out; {sum(p.numel() for p in model.parameters()):,} parameters; "
@@ -240,16 +260,22 @@ def train(out: Path, device: torch.device, steps: int, resume: bool) -> None:
     print(f"checkpoint in {out}; next: python scripts/evaluate_demo.py {out}")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"default {STEPS}")
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's state.pt")
-    options = parser.parse_args()
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    train(options.out, torch.device(device), options.steps, options.resume)
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error(f"--steps is {options.steps}: it must be at least 1")
+    try:
+        train(options.out, as_device(options.device), options.steps, options.resume)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

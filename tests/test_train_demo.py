@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import GPTBigCodeForCausalLM
 
 from mqa_gpt import GPT, LLM, GPTConfig, Tokenizer
+from mqa_gpt.errors import InputError
 from scripts import evaluate_demo, train_demo
 from scripts.demo_data import Corpus, train_tokenizer
 from scripts.train_demo import PEAK_LR, WARMUP_STEPS, bits_per_byte, learning_rate, make_optimizer
@@ -103,17 +103,61 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_state(tmp_pa
 
 
 def test_resuming_where_nothing_was_begun_says_so(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"state\.pt does not exist: there is no run to resume"):
+    with pytest.raises(InputError, match=r"state\.pt does not exist: there is no run to resume"):
         run(tmp_path / "new", resume=True)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("state", [b"", b"garbage", {"step": 1}, [1]])
+def test_a_state_that_is_not_one_of_a_run_is_refused(tmp_path: Path, state: Any, capsys) -> None:
+    run(tmp_path)
+    if isinstance(state, bytes):
+        (tmp_path / "state.pt").write_bytes(state)
+    else:
+        torch.save(state, tmp_path / "state.pt")
+    assert train_demo.main(["--out", str(tmp_path), "--device", "cpu", "--resume"]) == 2
+    assert "state.pt is not the state of a run" in capsys.readouterr().err
+
+
+def test_a_run_cannot_be_resumed_for_fewer_steps_than_it_has_taken(tmp_path: Path, capsys) -> None:
+    run(tmp_path)
+    arguments = ["--out", str(tmp_path), "--device", "cpu", "--resume", "--steps", str(STEPS - 1)]
+    assert train_demo.main(arguments) == 2
+    assert f"has taken {STEPS} steps: ask for more --steps" in capsys.readouterr().err
+
+
+def test_what_cannot_be_trained_is_one_sentence(tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train_demo.main(["--out", str(tmp_path / "run"), "--steps", "0"])
+    assert ended.value.code == 2
+    assert "--steps is 0: it must be at least 1" in capsys.readouterr().err
+    assert train_demo.main(["--out", str(tmp_path / "run"), "--device", "nonsense"]) == 2
+    assert "device is 'nonsense'" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert train_demo.main(["--out", str(tmp_path / "file"), "--device", "cpu"]) == 2
+    assert "file is not a folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_holds_no_run_is_not_evaluated(tmp_path: Path, capsys) -> None:
+    assert evaluate_demo.main([str(tmp_path)]) == 2
+    assert "holds no config.json" in capsys.readouterr().err
+    run(tmp_path)
+    for text, problem in ((None, "No such file"), ("{", "is not JSON")):
+        (tmp_path / "training.json").unlink()
+        if text is not None:
+            (tmp_path / "training.json").write_text(text)
+        assert evaluate_demo.main([str(tmp_path), "--device", "cpu"]) == 2
+        assert problem in capsys.readouterr().err
+        (tmp_path / "training.json").touch()
+    assert not (tmp_path / "figures.json").exists()
 
 
 def test_a_finished_run_loads_here_and_in_transformers_and_gets_its_figures_and_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["train_demo.py", "--out", str(tmp_path), "--steps", str(STEPS), "--device", "cpu"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    train_demo.main()
+    arguments = ["--out", str(tmp_path), "--steps", str(STEPS), "--device", "cpu"]
+    assert train_demo.main(arguments) == 0
 
     ids = random_ids(CONFIG, 2, 50)
     reference = GPTBigCodeForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -126,8 +170,7 @@ def test_a_finished_run_loads_here_and_in_transformers_and_gets_its_figures_and_
     for name in ("FUNCTIONS", "HOLES", "FUNCTION_TOKENS", "HOLE_TOKENS"):
         monkeypatch.setattr(evaluate_demo, name, 4)
     monkeypatch.setattr(evaluate_demo, "HOLE_PROMPT_TOKENS", 64)
-    monkeypatch.setattr(sys, "argv", ["evaluate_demo.py", str(tmp_path), "--device", "cpu"])
-    evaluate_demo.main()
+    assert evaluate_demo.main([str(tmp_path), "--device", "cpu"]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     size = len(module("heap").encode())
     assert figures["training"]["held_out_parts_bits_per_byte"][-1][0] == STEPS
