@@ -6,12 +6,11 @@
 Needs a GPU. Every case times ours, every backend of scaled_dot_product_attention, FlexAttention and
 plain PyTorch in turn (contenders.py), and says which of them are as exact as they should be
 (judge.py); the tables show these only, each backend in its fastest form. Everything is written to
-`results/attention_<GPU>.json`, and plots beside it if matplotlib and pandas are installed.
+`out/attention_<GPU>.json`, and plots beside it if matplotlib and pandas are installed.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import math
 import os
@@ -36,8 +35,16 @@ from contenders import (
     measure_ceilings,
     measure_decode,
     measure_forward,
+    measured,
 )
-from measure import RESULTS, write_result
+from measure import (
+    make_parser,
+    positive,
+    refuse_bad_input,
+    replacing,
+    result_path,
+    write_result,
+)
 
 LINES = (OURS, *SDPA, FLEX, PLAIN)
 MEASURES = {"forward": measure_forward, "backward": measure_backward, "decode": measure_decode}
@@ -163,7 +170,8 @@ def plot(
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         triton.testing.perf_report(benchmark)(figure).run(save_path=folder)
-        path.write_bytes((Path(folder) / path.name).read_bytes())
+        with replacing(path) as part:
+            part.write_bytes((Path(folder) / path.name).read_bytes())
 
 
 def report(
@@ -184,11 +192,13 @@ def report(
         print("no plots: matplotlib and pandas are not installed", file=sys.stderr)
 
 
+@refuse_bad_input
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=MEASURES, default=list(MEASURES))
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/attention_*.json")
+    parser = make_parser(__doc__, "attention_*.json")
+    parser.add_argument(
+        "--only", nargs="+", choices=MEASURES, default=list(MEASURES), help="what to measure"
+    )
+    parser.add_argument("--repeats", type=positive, default=30, help="rounds of measurement")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks/attention.py needs a GPU: none is visible to PyTorch", file=sys.stderr)
@@ -196,7 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     os.environ.setdefault("MPLBACKEND", "Agg")  # plots go to files
     gpu = re.sub(r"\W+", "_", torch.cuda.get_device_name())
-    output = options.output or RESULTS / f"attention_{gpu}.json"
+    output = result_path(options.output, f"attention_{gpu}.json")
     clock = Clock(torch.device("cuda"))
     chosen = [chart for chart in charts() if chart.kind in options.only]
     ceilings = measure_ceilings(clock, options.repeats)
@@ -205,16 +215,18 @@ def main(arguments: list[str] | None = None) -> int:
     figures: dict[str, Any] = {"ceilings": ceilings}
     for (kind, problem), rows in results.items():
         figures.setdefault(kind, []).append({"problem": problem.describe(), "results": rows})
-    write_result(
+    status = write_result(
         output,
         __doc__.split("\n")[0],
         options,
         figures,
+        measured=any(map(measured, results.values())),
         dtype="bfloat16",
         timing="CUDA events around replays of CUDA graphs, L2 flushed, contenders in turn, medians",
     )
-    report(chosen, results, ceilings, output)
-    return 0
+    if status == 0:
+        report(chosen, results, ceilings, output)
+    return status
 
 
 if __name__ == "__main__":

@@ -18,17 +18,31 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, interleaved, write_result
+from measure import (
+    add_shape,
+    interleaved,
+    make_parser,
+    positive,
+    ratio,
+    refuse_bad_input,
+    require_context,
+    require_memory,
+    result_path,
+    several,
+    write_result,
+)
 from transformers import GenerationConfig, GPTBigCodeForCausalLM
 
 from mqa_gpt import GPT, LLM, GPTConfig, generate
+from mqa_gpt.bench import weight_bytes
 from mqa_gpt.checkpoint import DEMO_DIR
+from mqa_gpt.memory import cache_bytes
 
 COLD_START = {
     "mqa-gpt": """
@@ -58,7 +72,10 @@ def load_all(folder: str) -> tuple[dict[str, GPT], GPTBigCodeForCausalLM]:
 def decode_rates(
     ours: dict[str, GPT], theirs: GPTBigCodeForCausalLM, rows: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Prefill time and decode rate of all for one batch size, and ratios to transformers."""
+    """Prefill time and decode rate of all for one batch size, and ratios to transformers.
+
+    A rate is None where noise has made a whole generation as short as its first token.
+    """
     prompt = torch.randint(theirs.config.vocab_size, (rows, options.prompt))
     mask = torch.ones_like(prompt)
 
@@ -87,13 +104,31 @@ def decode_rates(
         first, whole = times[f"{name} first"]["median"], times[f"{name} all"]["median"]
         figures[name] = {
             "prefill_s": first,
-            "decode_tok_s": (options.new - 1) * rows / (whole - first),
+            "decode_tok_s": ratio((options.new - 1) * rows, whole - first),
         }
     reference = figures["transformers"]
     for name in ours:
-        figures[name]["decode_ratio"] = figures[name]["decode_tok_s"] / reference["decode_tok_s"]
-        figures[name]["prefill_ratio"] = reference["prefill_s"] / figures[name]["prefill_s"]
+        mine = figures[name]
+        mine["decode_ratio"] = ratio(mine["decode_tok_s"] or 0, reference["decode_tok_s"] or 0)
+        mine["prefill_ratio"] = reference["prefill_s"] / mine["prefill_s"]
     return figures
+
+
+def lines(rows: int, figures: dict[str, Any]) -> Iterator[str]:
+    """The table's lines for one batch size."""
+    for name in ("mqa-gpt", "mqa-gpt int8", "transformers"):
+        mine = figures[name]
+        decode = "not measurable: more --new or --repeats"
+        if mine["decode_tok_s"] is not None:
+            decode = f"{mine['decode_tok_s']:.1f}{shown_ratio(mine.get('decode_ratio', 1))}"
+        prefill = f"{mine['prefill_s']:.3f}{shown_ratio(mine.get('prefill_ratio', 1))}"
+        yield f"{rows:>5}  {name:12}{prefill:>22}{decode:>22}"
+    if not figures["same_tokens"]:
+        yield "       mqa-gpt in float32 gives OTHER TOKENS than transformers"
+
+
+def shown_ratio(value: float | None) -> str:
+    return f"{'-' if value is None else f'{value:.2f}':>8}"
 
 
 def cold_start(folder: str, prompt: list[int], repeats: int) -> dict[str, Any]:
@@ -117,51 +152,60 @@ def cold_start(folder: str, prompt: list[int], repeats: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", default="tiny_starcoder_py", help="an official shape")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--prompt", type=int, default=128, help="prompt tokens")
-    parser.add_argument("--new", type=int, default=32, help="new tokens")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--cold-repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/cpu_decode_*.json")
-    options = parser.parse_args()
+def require_room(options: argparse.Namespace) -> None:
+    """Raise InputError if the context is too short for what is asked, or the memory too small."""
+    config, dtype = GPTConfig.official(options.shape), torch.float32
+    require_context(config, options.prompt + options.new)
+    # In float32 here and in transformers, and in 8 bits; one layer's weights are there twice.
+    weights = 2.5 * weight_bytes(config, dtype.itemsize)
+    cache = cache_bytes(config, dtype, max(options.batch), options.prompt + options.new)
+    require_memory(weights + cache, torch.device("cpu"))
+
+
+@refuse_bad_input
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser(__doc__, "cpu_decode_*.json")
+    add_shape(parser)
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8], help="prompts at once")
+    parser.add_argument("--prompt", type=positive, default=128, help="tokens of a prompt")
+    parser.add_argument("--new", type=several, default=32, help="new tokens")
+    parser.add_argument("--repeats", type=positive, default=9, help="rounds of measurement")
+    parser.add_argument(
+        "--cold-repeats", type=positive, default=5, help="rounds of starting a process"
+    )
+    options = parser.parse_args(arguments)
+    output = result_path(options.output, f"cpu_decode_{options.shape}.json")
+    require_room(options)
 
     torch.manual_seed(0)
     figures: dict[str, Any] = {}
+    print(
+        f"{options.shape}, prompts of {options.prompt} tokens and {options.new} new ones; medians\n"
+        "ratios are to transformers: above 1 this is faster\n"
+        f"{'batch':>5}  {'':12}{'prefill, s   ratio':>22}{'decode, tok/s   ratio':>22}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
+        print("writing a checkpoint of random weights", file=sys.stderr)
         GPT(GPTConfig.official(options.shape)).save_pretrained(folder)
         shutil.copy(DEMO_DIR / "tokenizer.json", folder)  # any: the prompts are ids
+        print("loading it in float32 and 8 bits, and with transformers", file=sys.stderr)
         ours, theirs = load_all(folder)
         for rows in options.batch:
             figures[f"batch {rows}"] = decode_rates(ours, theirs, rows, options)
+            print("\n".join(lines(rows, figures[f"batch {rows}"])), flush=True)
         del ours, theirs
         prompt = torch.randint(1000, (options.prompt,)).tolist()
         figures["cold start"] = cold_start(folder, prompt, options.cold_repeats)
 
-    print(f"{options.shape}, {options.prompt} + {options.new} tokens, medians")
-    for rows in options.batch:
-        f = figures[f"batch {rows}"]
-        same = "transformers' tokens" if f["same_tokens"] else "OTHER TOKENS than transformers"
-        print(f"batch {rows}; mqa-gpt in float32 gives {same}")
-        for name in ("mqa-gpt", "mqa-gpt int8", "transformers"):
-            figure = f[name]
-            decode, prefill = figure.get("decode_ratio", 1), figure.get("prefill_ratio", 1)
-            print(
-                f"  {name:14}{figure['decode_tok_s']:>7.1f} tok/s{decode:>6.2f}"
-                f"   prefill{figure['prefill_s']:>7.3f} s{prefill:>6.2f}"
-            )
-    times = figures["cold start"]["times"]
-    a, b = times["mqa-gpt"]["median"], times["transformers"]["median"]
-    print(f"{'cold start':12}{a:>10.2f} s{b:>12.2f} s{figures['cold start']['ratio']:>8.2f}")
-    write_result(
-        options.output or RESULTS / f"cpu_decode_{options.shape}.json",
-        __doc__.split("\n")[0],
-        options,
-        figures,
+    cold = figures["cold start"]
+    ours_s, theirs_s = (cold["times"][name]["median"] for name in ("mqa-gpt", "transformers"))
+    print(
+        f"cold start: mqa-gpt {ours_s:.2f} s, transformers {theirs_s:.2f} s, "
+        f"ratio {cold['ratio']:.2f}"
     )
+    return write_result(output, __doc__.split("\n")[0], options, figures)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

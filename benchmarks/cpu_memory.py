@@ -8,7 +8,6 @@ which packs it, and generates 16 tokens. The weights are written shard by shard 
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -16,9 +15,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measure import RESULTS, write_result
+import torch
+from measure import (
+    add_shape,
+    make_parser,
+    refuse_bad_input,
+    require_memory,
+    result_path,
+    write_result,
+)
 
+from mqa_gpt import GPTConfig
+from mqa_gpt.bench import weight_bytes
 from mqa_gpt.checkpoint import DEMO_DIR
+from mqa_gpt.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,31 +60,49 @@ def run(code: str) -> str:
     ).stdout
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", default="starcoderbase-1b", help="an official shape")
-    parser.add_argument("--folder", type=Path, help="where to put the temporary checkpoint")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/cpu_memory_*.json")
-    options = parser.parse_args()
+def require_room(shape: str, folder: Path) -> None:
+    """Raise InputError if the shape's weights do not fit into memory, or not into the folder."""
+    needed = weight_bytes(GPTConfig.official(shape), torch.float32.itemsize)
+    require_memory(needed, torch.device("cpu"))
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"the checkpoint takes {needed / 1e9:,.1f} GB, but {free / 1e9:,.1f} GB are free in "
+            f"{folder}: name another --folder or a smaller --shape"
+        )
+
+
+@refuse_bad_input
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser(__doc__, "cpu_memory_*.json")
+    add_shape(parser, "starcoderbase-1b")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="where to put the temporary checkpoint",
+    )
+    options = parser.parse_args(arguments)
+    output = result_path(options.output, f"cpu_memory_{options.shape}.json")
+    if not options.folder.is_dir():
+        raise InputError(f"--folder {options.folder} is not a folder: make it first")
+    require_room(options.shape, options.folder)
+
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        print("writing a checkpoint of random weights", file=sys.stderr)
         run(WRITE.format(shape=options.shape, folder=folder))
         shutil.copy(DEMO_DIR / "tokenizer.json", folder)  # any: the prompt is ids
         files = sorted(Path(folder).glob("*.safetensors"))
         checkpoint_bytes = sum(file.stat().st_size for file in files)
+        print("loading it and decoding", file=sys.stderr)
         figures = json.loads(run(DECODE.format(folder=folder)).splitlines()[-1])
     figures = {"checkpoint_bytes": checkpoint_bytes, "files": len(files)} | figures
     print(f"{options.shape}, float32, {checkpoint_bytes / 1e9:.2f} GB in {len(files)} files")
     for stage, peak in figures["peak_bytes_after"].items():
         print(f"peak resident memory after {stage:9}{peak / 1e9:>8.2f} GB")
     print(f"load {figures['load_s']:.1f} s")
-    write_result(
-        options.output or RESULTS / f"cpu_memory_{options.shape}.json",
-        __doc__.split("\n")[0],
-        options,
-        figures,
-        dtype="float32",
-    )
+    return write_result(output, __doc__.split("\n")[0], options, figures, dtype="float32")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

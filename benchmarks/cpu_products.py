@@ -11,20 +11,31 @@ GB/s the weight's bytes over that. The answer decides what `mqa_gpt.packing` doe
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import RESULTS, interleaved, write_result
+from measure import (
+    interleaved,
+    make_parser,
+    positive,
+    refuse_bad_input,
+    require_memory,
+    result_path,
+    write_result,
+)
 from torch import Tensor, nn
 
+from mqa_gpt.checks import shown
 from mqa_gpt.packing import PackedInt8Linear, PackedLinear, can_pack
 from mqa_gpt.quantization import Int8Linear, quantize_rows
 
 INT4_GROUP = 32  # columns that share a scale
+INT8_STEP = 16  # columns that PyTorch's product with 8-bit weights reads at a time
+MOST_COPIES = 10_000  # beyond them a weight is so small that Python is all that is measured
 
 # One more copy of a weight (N, K): its bytes, and the product of x (R, K) float32 with it.
 Copy = tuple[int, Callable[[Tensor], Tensor]]
@@ -49,6 +60,9 @@ def packed_int8(weight: Tensor) -> Copy:
 
 
 def int8_weights_only(weight: Tensor) -> Copy:
+    K = weight.shape[1]
+    if K % INT8_STEP:  # PyTorch does not check, and reads and writes other memory
+        raise ValueError(f"K is {K}: it takes multiples of {INT8_STEP} only")
     integers, scale = quantize_rows(weight)
     scale = scale.bfloat16()
     return integers.nbytes, lambda x: torch._weight_int8pack_mm(x.bfloat16(), integers, scale)
@@ -81,9 +95,10 @@ def as_layer(weight: Tensor) -> nn.Linear:
 
 
 def copies(contender: Callable[[Tensor], Copy], weight: Tensor, total: int) -> list[Copy]:
-    """At least two, and as many as `total` bytes hold."""
+    """At least two, and as many as `total` bytes hold, within reason."""
     first = contender(weight)
-    return [first, *(contender(weight) for _ in range(max(1, total // first[0] - 1)))]
+    more = min(max(1, total // first[0] - 1), MOST_COPIES)
+    return [first, *(contender(weight) for _ in range(more))]
 
 
 def walk(held: list[Copy], x: Tensor) -> None:
@@ -91,8 +106,10 @@ def walk(held: list[Copy], x: Tensor) -> None:
         product(x)
 
 
-def measure(K: int, N: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row of figures for each contender and number of rows."""
+def measure(K: int, N: int, options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """A figure of each contender, for one number of rows after the other; then the reasons of those
+    that cannot do it.
+    """
     weight = 0.02 * torch.randn(N, K)
     held, bytes_, reasons = {}, {}, {}
     for name, contender in CONTENDERS.items():
@@ -100,77 +117,94 @@ def measure(K: int, N: int, options: argparse.Namespace) -> Iterator[dict[str, A
             held[name] = copies(contender, weight, options.megabytes * 1_000_000)
             bytes_[name] = held[name][0][0]
             walk(held[name][:1], torch.randn(1, K))
-        except (AttributeError, RuntimeError) as error:  # this PyTorch does not have it
+        # This PyTorch does not have it, or not for this size.
+        except (AttributeError, RuntimeError, ValueError) as error:
             held.pop(name, None)
             reasons[name] = str(error).splitlines()[0]
     for R in options.rows:
         x = torch.randn(R, K)
         actions = {name: partial(walk, copies_, x) for name, copies_ in held.items()}
         times = interleaved(actions, options.repeats, f"{K} x {N}, {R} rows")
-        for name, time in times.items():
-            seconds = time["median"] / len(held[name])
-            yield {
+        seconds = {name: time["median"] / len(held[name]) for name, time in times.items()}
+        yield [
+            {
                 "K": K,
                 "N": N,
                 "rows": R,
                 "product": name,
-                "ms": 1000 * seconds,
-                "gb_per_s": bytes_[name] / seconds / 1e9,
+                "ms": 1000 * seconds[name],
+                "gb_per_s": bytes_[name] / seconds[name] / 1e9,
                 "min_ms": 1000 * time["min"] / len(held[name]),
                 "max_ms": 1000 * time["max"] / len(held[name]),
                 "copies": len(held[name]),
             }
-    for name, reason in reasons.items():
-        yield {"K": K, "N": N, "product": name, "reason": reason}
+            for name, time in times.items()
+        ]
+    yield [{"K": K, "N": N, "product": name, "reason": reason} for name, reason in reasons.items()]
 
 
-def table(figures: list[dict[str, Any]]) -> Iterator[str]:
-    """Milliseconds, one line for each size and number of rows."""
-    names = list(CONTENDERS)
-    yield " | ".join(["  K x N, rows", *names])
-    timed = [row for row in figures if "ms" in row]
-    for K, N, R in dict.fromkeys((row["K"], row["N"], row["rows"]) for row in timed):
-        found = {
-            row["product"]: row["ms"]
-            for row in timed
-            if (row["K"], row["N"], row["rows"]) == (K, N, R)
-        }
-        cells = [f"{found[name]:.3f}" if name in found else "-" for name in names]
-        cells = [cell.rjust(len(name)) for cell, name in zip(cells, names, strict=True)]
-        yield " | ".join([f"{K} x {N}, {R}".rjust(13), *cells])
+def line(rows: list[dict[str, Any]]) -> str:
+    """Milliseconds of all contenders for one size and number of rows."""
+    found = {row["product"]: f"{row['ms']:.3f}" for row in rows}
+    cells = [found.get(name, "-").rjust(len(name)) for name in CONTENDERS]
+    case = "{K} x {N}, {rows}".format(**rows[0])
+    return " | ".join([case.rjust(18), *cells])
 
 
 def size(text: str) -> tuple[int, int]:
-    K, N = map(int, text.split("x"))
-    return K, N
+    """K and N of a text such as 768x3072; for argparse."""
+    K, found, N = text.partition("x")
+    if not found:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a size such as 768x3072")
+    return positive(K), positive(N)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def require_room(K: int, N: int, options: argparse.Namespace) -> None:
+    """Raise InputError if weight, rows and copies, of 4 bytes a number at most, do not fit."""
+    copies_bytes = max(2 * 4 * K * N, options.megabytes * 1_000_000)
+    needed = len(CONTENDERS) * copies_bytes + 3 * 4 * K * N + 3 * 4 * max(options.rows) * (K + N)
+    require_memory(needed, torch.device("cpu"))
+
+
+@refuse_bad_input
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser(__doc__, "cpu_products.json")
     parser.add_argument(
-        "--sizes", nargs="+", default=["768x3072", "768x49152", "2048x8192"], help="K x N"
+        "--sizes",
+        type=lambda text: "{}x{}".format(*size(text)),
+        nargs="+",
+        default=["768x3072", "768x49152", "2048x8192"],
+        metavar="KxN",
+        help="inputs times outputs of the weights",
     )
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16, 128])
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--megabytes", type=int, default=200, help="of copies per contender")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/cpu_products.json")
+    parser.add_argument(
+        "--rows", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 128], help="rows at once"
+    )
+    parser.add_argument("--repeats", type=positive, default=9, help="rounds of measurement")
+    parser.add_argument("--megabytes", type=positive, default=200, help="of copies per contender")
     options = parser.parse_args(arguments)
+    output = result_path(options.output, "cpu_products.json")
+    sizes = [size(text) for text in options.sizes]
+    for K, N in sizes:
+        require_room(K, N, options)
     if not can_pack(nn.Linear(1, 1)):
-        parser.exit(message="this PyTorch has no packed products on this machine\n")
+        parser.exit(1, "this PyTorch has no packed products on this machine\n")
 
     torch.manual_seed(0)
     figures: list[dict[str, Any]] = []
+    print(" | ".join(["K x N, rows; in ms", *CONTENDERS]))
     with torch.inference_mode():
-        for K, N in map(size, options.sizes):
-            figures += measure(K, N, options)
-    print("\n".join(table(figures)))
+        for K, N in sizes:
+            for rows in measure(K, N, options):
+                figures += rows
+                if rows and "ms" in rows[0]:
+                    print(line(rows), flush=True)
     for row in figures:
         if "reason" in row:
-            print(f"{row['product']}: {row['reason']}")
-    write_result(
-        options.output or RESULTS / "cpu_products.json", __doc__.split("\n")[0], options, figures
-    )
+            print("{K} x {N}, {product}: {reason}".format(**row))
+    measured = any("ms" in row for row in figures)
+    return write_result(output, __doc__.split("\n")[0], options, figures, measured=measured)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,10 +11,9 @@ Needs a GPU. Without one it compiles the forms for sm_90, and prints what they n
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,7 +23,15 @@ import triton.language as tl
 from clock import Clock
 from contenders import Attempt, Problem, Row, compete, make_inputs, measured
 from judge import find_truth
-from measure import RESULTS, write_result
+from measure import (
+    make_parser,
+    positive,
+    refuse_bad_input,
+    require_memory,
+    result_path,
+    within,
+    write_result,
+)
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -221,36 +228,37 @@ def compile_forms(problem: Problem, forms: tuple[Form, ...]) -> Iterator[dict[st
             yield row
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--output", type=Path, help="default: results/forward_forms_*.json")
+@refuse_bad_input
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser(__doc__, "forward_forms_*.json")
+    parser.add_argument("--batch", type=positive, default=2, help="sequences")
+    parser.add_argument("--length", type=positive, default=8192, help="tokens of each")
+    parser.add_argument("--heads", type=positive, default=32, help="query heads")
+    parser.add_argument("--head-dim", type=within(1, 256), default=128, help="numbers per head")
+    parser.add_argument("--repeats", type=positive, default=15, help="rounds of measurement")
     options = parser.parse_args(arguments)
+    has_gpu = torch.cuda.is_available()
+    where = f"sm_90_triton_{triton.__version__}"
+    if has_gpu:
+        where = torch.cuda.get_device_name().replace(" ", "_")
+    output = result_path(options.output, f"forward_forms_{where}.json")
     problem = Problem(
         options.batch, options.length, options.length, options.heads, options.head_dim
     )
-    if torch.cuda.is_available():
-        where = torch.cuda.get_device_name().replace(" ", "_")
+    inputs = problem.B * problem.T * (problem.H + 2) * problem.D * problem.dtype.itemsize
+    require_memory(inputs, torch.device("cuda" if has_gpu else "cpu"))
+    if has_gpu:
         rows = race(problem, Clock(torch.device("cuda")), FORMS, options.repeats)
         for row in sorted(rows, key=lambda row: -row.get("tflops", 0)):
             speed = f"{row['tflops']:.0f} TFLOP/s" if "tflops" in row else row["refused"]
             print(f"{row['contender']:40}{speed}{'' if row.get('right', True) else ', NOT RIGHT'}")
     else:
-        where = f"sm_90_triton_{triton.__version__}"
         print("no GPU: what the compiler makes of the forms for sm_90")
         rows = list(compile_forms(problem, FORMS))
         for row in rows:
             print(f"{row['form']:40}{needs(row)}{row['problem']}")
-    write_result(
-        options.output or RESULTS / f"forward_forms_{where}.json",
-        __doc__.split("\n")[0],
-        options,
-        rows,
-    )
+    ran = any("tflops" in row or "registers" in row for row in rows)
+    return write_result(output, __doc__.split("\n")[0], options, rows, measured=ran)
 
 
 def needs(row: Row) -> str:
@@ -262,4 +270,4 @@ def needs(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

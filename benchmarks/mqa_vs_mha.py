@@ -17,10 +17,10 @@ not show: on a machine that others use, several threads would mostly wait for on
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,11 +28,25 @@ from typing import Any
 
 import torch
 from clock import Clock
-from measure import RESULTS, can_plot, interleaved, open_plot, write_result
+from measure import (
+    add_shape,
+    can_plot,
+    interleaved,
+    make_parser,
+    open_plot,
+    positive,
+    refuse_bad_input,
+    require_context,
+    require_memory,
+    result_path,
+    several,
+    within,
+    write_result,
+)
 
 from mqa_gpt import GPT, GPTConfig, KVCache
 from mqa_gpt.bench import random_model
-from mqa_gpt.checkpoint import as_device, as_dtype
+from mqa_gpt.checkpoint import DTYPES, as_device, as_dtype
 from mqa_gpt.inspection import Inspection
 from mqa_gpt.memory import available_memory, cache_bytes
 from mqa_gpt.packing import can_pack, pack
@@ -139,41 +153,65 @@ def plot(figures: dict[str, Any], title: str, path: Path) -> None:
             axes.legend(fontsize=8)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", default="tiny_starcoder_py", help="an official shape")
+def show(case: dict[str, Any]) -> None:
+    """Print a line of the table."""
+    line = f"{case['batch']:>6}{case['context']:>9}"
+    if "left_out" in case:
+        print(f"{line}  {case['left_out']}", flush=True)
+        return
+    mqa, mha = (1000 * case["times"][name]["median"] for name in NAMES)
+    low, high = case["ratio"]["quartiles"]
+    line += f"{mqa:>10.1f}{mha:>10.1f}{case['ratio']['median']:>8.2f}"
+    print(f"{line}  {low:.2f} to {high:.2f}", flush=True)
+
+
+@refuse_bad_input
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser(__doc__, "mqa_vs_mha_*.json")
+    add_shape(parser)
     parser.add_argument("--device", help="default: the GPU if there is one")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 8])
-    parser.add_argument("--context", type=int, nargs="+", default=[256, 1024, 4096])
-    parser.add_argument("--memory-gb", type=float, default=16.0, help="for the largest batch")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[1, 2, 8], help="rows at once")
+    parser.add_argument(
+        "--context", type=positive, nargs="+", default=[256, 1024, 4096], help="tokens per row"
+    )
+    parser.add_argument(
+        "--memory-gb", type=within(0.001, 1e6), default=16.0, help="for the largest batch"
+    )
+    parser.add_argument("--repeats", type=several, default=15, help="rounds of measurement")
     parser.add_argument("--one-thread", action="store_true", help="for a CPU that others use")
     parser.add_argument("--note", help="kept with the result: what else this machine did")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/mqa_vs_mha_*.json")
     options = parser.parse_args(arguments)
 
     device, dtype = as_device(options.device), as_dtype(options.dtype)
+    place = (
+        re.sub(r"\W+", "_", torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
+    )
+    output = result_path(options.output, f"mqa_vs_mha_{options.shape}_{place}.json")
     if options.one_thread:
         if device.type != "cpu":
             parser.error("--one-thread is for a CPU: add --device cpu")
         torch.set_num_threads(1)
     configs = both_configs(options.shape)
+    require_context(configs["MQA"], max(options.context))
+    require_memory(sum(map(parameters, configs.values())) * dtype.itemsize, device)
     models = {name: random_model(config, dtype, device) for name, config in configs.items()}
     for model in models.values():
         if can_pack(model):
             pack(model)
+    print(f"{'batch':>6}{'context':>9}{'MQA, ms':>10}{'MHA, ms':>10}{'MHA/MQA':>8}  quartiles")
+    cases = []
+    for batch in options.batch:
+        for context in options.context:
+            cases.append(measure(models, batch, context, options.repeats, options.one_thread))
+            show(cases[-1])
     figures: dict[str, Any] = {
         "parameters": {name: parameters(config) for name, config in configs.items()},
         "n_inner": {name: config.inner_size for name, config in configs.items()},
         "cache_bytes_per_token": {
             name: cache_bytes(config, dtype) for name, config in configs.items()
         },
-        "cases": [
-            measure(models, batch, context, options.repeats, options.one_thread)
-            for batch in options.batch
-            for context in options.context
-        ],
+        "cases": cases,
         "largest_batch": {
             "memory_gb": options.memory_gb,
             "rows": {
@@ -185,26 +223,14 @@ def main(arguments: list[str] | None = None) -> None:
             },
         },
     }
-    print(f"{'batch':>6}{'context':>9}{'MQA, ms':>10}{'MHA, ms':>10}{'ratio':>8}  quartiles")
-    for case in figures["cases"]:
-        line = f"{case['batch']:>6}{case['context']:>9}"
-        if "left_out" in case:
-            print(f"{line}  {case['left_out']}")
-            continue
-        mqa, mha = (1000 * case["times"][name]["median"] for name in NAMES)
-        low, high = case["ratio"]["quartiles"]
-        ratio = case["ratio"]["median"]
-        print(f"{line}{mqa:>10.1f}{mha:>10.1f}{ratio:>8.2f}  {low:.2f} to {high:.2f}")
-    place = (
-        re.sub(r"\W+", "_", torch.cuda.get_device_name(device)) if Clock(device).has_gpu else "cpu"
-    )
-    output = options.output or RESULTS / f"mqa_vs_mha_{options.shape}_{place}.json"
-    write_result(output, __doc__.split("\n")[0], options, figures)
+    measured = any("times" in case for case in cases)
+    status = write_result(output, __doc__.split("\n")[0], options, figures, measured=measured)
     title = f"One key/value head (MQA) or one per query head (MHA): {options.shape}, "
     title += f"{options.dtype}, {place}{', one thread' if options.one_thread else ''}"
-    if can_plot():
+    if measured and can_plot():
         plot(figures, title, output.with_suffix(".png"))
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,21 +21,41 @@ import argparse
 import random
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, interleaved, write_result
+from measure import (
+    add_shape,
+    interleaved,
+    make_parser,
+    positive,
+    ratio,
+    refuse_bad_input,
+    require_context,
+    require_memory,
+    result_path,
+    several,
+    within,
+    write_result,
+)
 
 from mqa_gpt import GPT, LLM, GPTConfig, generate
+from mqa_gpt.bench import weight_bytes
+from mqa_gpt.checkpoint import DEMO_DIR, read_config
 from mqa_gpt.packing import pack
 from mqa_gpt.quantization import quantize
 from mqa_gpt.speculation import Draft, PromptLookup
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from demo_data import read_corpus
+from demo_data import HELD_OUT, read_corpus
+
+PIECE = slice(100, 400)  # of a held-out module's tokens: what is to be continued
+BEGINNING = 48  # of its tokens that are given once more where it is to be edited
+BETWEEN = "\n\n"  # the piece and its beginning anew: at most a token for each
 
 
 class Knowing(Draft):
@@ -77,19 +97,20 @@ def compare(
         options.repeats,
         label,
     )
-    first = times["first"]["median"]
+    first, plain_time, draft_time = (times[name]["median"] for name in ("first", "plain", "draft"))
     return {
         "same_tokens": same,
         "proposed": proposed,
         "accepted": accepted,
-        "speedup": (times["plain"]["median"] - first) / (times["draft"]["median"] - first),
+        "speedup": ratio(plain_time - first, draft_time - first),
         "times": times,
     }
 
 
-def by_agreement(options: argparse.Namespace) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
+def by_agreement(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The figures of each draft, by name."""
     for method in (None, "int8"):
+        print(f"{options.shape}: random weights in {method or 'float32'}", file=sys.stderr)
         torch.manual_seed(0)
         model = GPT(GPTConfig.official(options.shape)).eval()
         if method:
@@ -100,54 +121,86 @@ def by_agreement(options: argparse.Namespace) -> dict[str, Any]:
         text = prompt + generate(model, [prompt], options.new)[0]
         for agreement in options.agreement:
             draft = Knowing(text, agreement, vocabulary)
-            name = f"{method or 'float32'}, agreement {agreement}"
-            figures[name] = compare(model, prompt, draft, options, name)
-    return figures
+            name = f"{method or 'float32'}, agreement {agreement:g}"
+            yield name, compare(model, prompt, draft, options, name)
 
 
-def of_the_prompt(options: argparse.Namespace) -> dict[str, Any]:
+def of_the_prompt(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The figures of each task, by name, over all modules."""
     llm = LLM.load(dtype="float32")
-    figures: dict[str, Any] = {}
     for task in ("continue", "edit"):
         results = {}
-        for name, text in sorted(read_corpus().held_out.items())[: options.modules]:
-            ids = llm.tokenizer.encode(text, special_tokens=False)[100:400]
-            # A blank line between the piece and its beginning anew.
-            again = [*ids, *llm.tokenizer.encode("\n\n"), *ids[:48]]
+        for name, text in islice(sorted(read_corpus().held_out.items()), options.modules):
+            ids = llm.tokenizer.encode(text, special_tokens=False)[PIECE]
+            again = [*ids, *llm.tokenizer.encode(BETWEEN), *ids[:BEGINNING]]
             prompt = ids if task == "continue" else again
             label = f"{task} {name}"
             results[name] = compare(llm.model, prompt, PromptLookup(), options, label)
-        speedups = [result["speedup"] for result in results.values()]
-        figures[task] = {
-            "same_tokens": all(result["same_tokens"] for result in results.values()),
-            "proposed": sum(result["proposed"] for result in results.values()),
-            "accepted": sum(result["accepted"] for result in results.values()),
-            "speedup": statistics.median(speedups),
-            "speedup_range": [min(speedups), max(speedups)],
-            "modules": results,
-        }
-    return figures
+        speedups = [r["speedup"] for r in results.values() if r["speedup"] is not None]
+        yield (
+            task,
+            {
+                "same_tokens": all(result["same_tokens"] for result in results.values()),
+                "proposed": sum(result["proposed"] for result in results.values()),
+                "accepted": sum(result["accepted"] for result in results.values()),
+                "speedup": statistics.median(speedups) if speedups else None,
+                "speedup_range": [min(speedups), max(speedups)] if speedups else None,
+                "modules": results,
+            },
+        )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", default="tiny_starcoder_py", help="an official shape")
-    parser.add_argument("--agreement", type=float, nargs="+", default=[0, 0.3, 0.6, 0.8, 0.95])
-    parser.add_argument("--modules", type=int, default=8, help="held-out modules")
-    parser.add_argument("--prompt", type=int, default=128, help="prompt tokens, by agreement")
-    parser.add_argument("--new", type=int, default=96, help="new tokens")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULTS / "speculation_cpu.json")
-    options = parser.parse_args()
-    figures = {"by_agreement": by_agreement(options), "of_the_prompt": of_the_prompt(options)}
-    print(f"{'':34}{'accepted':>12}{'speed':>8}  same tokens")
-    for group in figures.values():
-        for name, figure in group.items():
-            of = f"{figure['accepted']} of {figure['proposed']}"
-            same = "yes" if figure["same_tokens"] else "NO"
-            print(f"{name:34}{of:>12}{figure['speedup']:>8.2f}  {same}")
-    write_result(options.output, __doc__.split("\n")[0], options, figures)
+def show(name: str, figure: dict[str, Any]) -> None:
+    """Print a line of the table."""
+    of = f"{figure['accepted']} of {figure['proposed']}"
+    same = "yes" if figure["same_tokens"] else "NO"
+    speed = "-" if figure["speedup"] is None else f"{figure['speedup']:.2f}"
+    late = "" if figure["speedup"] else "  not measurable: more --new or --repeats"
+    print(f"{name:34}{of:>12}{speed:>16}  {same}{late}", flush=True)
+
+
+def require_room(options: argparse.Namespace) -> None:
+    """Raise InputError if a context is too short for what is asked, or the memory too small."""
+    config = GPTConfig.official(options.shape)
+    require_context(config, options.prompt + options.new)
+    longest = PIECE.stop - PIECE.start + len(BETWEEN) + BEGINNING
+    require_context(read_config(DEMO_DIR), longest + options.new)
+    # Plain, and packed beside it.
+    require_memory(2 * weight_bytes(config, torch.float32.itemsize), torch.device("cpu"))
+
+
+@refuse_bad_input
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser(__doc__, "speculation_cpu.json")
+    add_shape(parser)
+    parser.add_argument(
+        "--agreement",
+        type=within(0.0, 1.0),
+        nargs="+",
+        default=[0, 0.3, 0.6, 0.8, 0.95],
+        help="how often a draft is right",
+    )
+    parser.add_argument(
+        "--modules", type=within(1, len(HELD_OUT)), default=8, help="held-out modules"
+    )
+    parser.add_argument("--prompt", type=positive, default=128, help="prompt tokens, by agreement")
+    parser.add_argument("--new", type=several, default=96, help="new tokens")
+    parser.add_argument("--repeats", type=positive, default=3, help="rounds of measurement")
+    options = parser.parse_args(arguments)
+    output = result_path(options.output, "speculation_cpu.json")
+    require_room(options)
+
+    figures: dict[str, dict[str, Any]] = {"by_agreement": {}, "of_the_prompt": {}}
+    print(f"{'draft':34}{'accepted':>12}{'times as fast':>16}  same tokens", flush=True)
+    for group, measured in (
+        ("by_agreement", by_agreement(options)),
+        ("of_the_prompt", of_the_prompt(options)),
+    ):
+        for name, figure in measured:
+            figures[group][name] = figure
+            show(name, figure)
+    return write_result(output, __doc__.split("\n")[0], options, figures)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

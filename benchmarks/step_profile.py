@@ -18,9 +18,9 @@ does not have: there are no operators then.
 
 from __future__ import annotations
 
-import argparse
 import re
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -31,13 +31,25 @@ from typing import Any, NamedTuple
 
 import torch
 from clock import Clock
-from measure import RESULTS, can_plot, open_plot, write_result
+from measure import (
+    add_shape,
+    can_plot,
+    make_parser,
+    open_plot,
+    positive,
+    refuse_bad_input,
+    require_context,
+    require_memory,
+    result_path,
+    several,
+    write_result,
+)
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mqa_gpt import GPT, GPTConfig, KVCache
-from mqa_gpt.bench import probes, random_model, reached, take_turns
+from mqa_gpt.bench import probes, random_model, reached, take_turns, weight_bytes
 from mqa_gpt.bench_report import Ceilings
-from mqa_gpt.checkpoint import as_device, as_dtype
+from mqa_gpt.checkpoint import DTYPES, as_device, as_dtype
 from mqa_gpt.memory import cache_bytes
 from mqa_gpt.packing import can_pack, pack
 
@@ -244,26 +256,33 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         axes.margins(x=0.35)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", default="tiny_starcoder_py", help="an official shape")
+@refuse_bad_input
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser(__doc__, "step_profile_*.json")
+    add_shape(parser)
     parser.add_argument("--device", help="default: the GPU if there is one")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    parser.add_argument("--batch", type=positive, default=1, help="rows at once")
+    parser.add_argument("--context", type=positive, default=1024, help="tokens per row")
+    parser.add_argument("--repeats", type=several, default=30, help="steps that are measured")
     parser.add_argument("--one-thread", action="store_true", help="for a CPU that others use")
     parser.add_argument("--note", help="kept with the result: what else this machine did")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/step_profile_*")
     options = parser.parse_args(arguments)
 
     device, dtype = as_device(options.device), as_dtype(options.dtype)
+    place = (
+        re.sub(r"\W+", "_", torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
+    )
+    output = result_path(options.output, f"step_profile_{options.shape}_{place}.json")
     if options.one_thread:
         if device.type != "cpu":
             parser.error("--one-thread is for a CPU: add --device cpu")
         torch.set_num_threads(1)
     clock = Clock(device)
     config = GPTConfig.official(options.shape)
+    require_context(config, options.context)
+    held = cache_bytes(config, dtype, options.batch, options.context)
+    require_memory(weight_bytes(config, dtype.itemsize) + held, device)
     model = random_model(config, dtype, device)
     if can_pack(model):
         pack(model)
@@ -328,17 +347,14 @@ def main(arguments: list[str] | None = None) -> None:
         f"\nstep {1000 * without:.1f} ms, sum of parts {1000 * whole:.1f} ms, at least "
         f"{1000 * least:.1f} ms; {ceilings.gb_per_s:.1f} GB/s, {ceilings.matmul_tflops:.3g} TFLOP/s"
     )
-    place = "cpu"
-    if clock.has_gpu:
-        place = re.sub(r"\W+", "_", torch.cuda.get_device_name(device))
-    output = options.output or RESULTS / f"step_profile_{options.shape}_{place}.json"
-    write_result(output, __doc__.split("\n")[0], options, figures)
+    status = write_result(output, __doc__.split("\n")[0], options, figures)
     threads = ", one thread" if options.one_thread else ""
     title = f"One decode step of {options.shape}, {options.dtype}, {place}{threads}\n"
     title += f"batch {options.batch}, context {options.context}"
     if can_plot():
         plot(parts, title, output.with_suffix(".png"))
+    return status
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
