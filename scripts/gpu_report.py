@@ -17,6 +17,7 @@ a check fails.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -58,16 +60,36 @@ SHARES = {
 GRACE = 60.0  # seconds beyond its share after which a section is taken to hang
 START = 600.0  # seconds that importing PyTorch may take
 PATIENCE = 10.0  # seconds that ending may take
+MOST_SECONDS = 24 * 3600
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(), help="folder of gpu_report.json")
-    parser.add_argument("--only", type=section_names, default=list(SHARES), metavar="A,B")
-    parser.add_argument("--budget", type=float, default=450, metavar="SECONDS")
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__.splitlines()[0]} Without a GPU it tries itself out in small."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(), help="folder of gpu_report.json (default: this one)"
+    )
+    parser.add_argument(
+        "--only",
+        type=section_names,
+        default=list(SHARES),
+        metavar="A,B",
+        help=f"which of the sections {', '.join(SHARES)} (default: all)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=seconds_of,
+        default=450,
+        metavar="SECONDS",
+        help="what does not fit into so many is skipped (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "gpu_report.json"
+    try:
+        prepare(path)
+    except OSError as error:
+        parser.error(f"--out: {path} cannot be written: {error.strerror}")
 
     sections: dict[str, Row] = {name: {"skipped": "not chosen"} for name in SHARES}
     report: Row = {
@@ -118,14 +140,41 @@ def section_names(text: str) -> list[str]:
     return [name for name in SHARES if name in names]
 
 
+def seconds_of(text: str) -> float:
+    """What --budget says."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= MOST_SECONDS:  # as NaN is not
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number of seconds above 0 and up to {MOST_SECONDS:,}"
+        )
+    return seconds
+
+
 def share(names: list[str], left: float) -> float:
     """Seconds of those left that the first of the sections still to run may take."""
     return max(0.0, left) * SHARES[names[0]] / sum(SHARES[name] for name in names)
 
 
+def prepare(path: Path) -> None:
+    """Make the report's folder; OSError if it cannot be written there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    new_file(path).touch()
+    new_file(path).unlink()
+
+
+def new_file(path: Path) -> Path:
+    """What is written before it takes the place of the file at `path`."""
+    return path.with_suffix(".new")
+
+
 def write(path: Path, report: Row) -> None:
     """Replace the file in one step, so that there is a whole one at any time."""
-    new = path.with_suffix(".new")
+    new = new_file(path)
     new.write_text(json.dumps(report, indent=1) + "\n")
     new.replace(path)
 
@@ -204,6 +253,14 @@ def serve(pipe: Connection) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":  # before Triton is imported
         os.environ["TRITON_INTERPRET"] = "1"
+        # The checks put NaN where kernels may not look. A kernel masks it after it has computed,
+        # which on a GPU nobody hears of, but the interpreter computes with NumPy, which warns.
+        warnings.filterwarnings(
+            "ignore",
+            r"invalid value encountered in (matmul|multiply)",
+            RuntimeWarning,
+            r"triton\.runtime\.interpreter",
+        )
     from clock import Clock
     from gpu_report_sections import SECTIONS, Context, cpu_plan, gpu_plan
 

@@ -67,15 +67,15 @@ def report_from(folder: Path, *arguments: str) -> subprocess.CompletedProcess[st
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """The report of one whole run from the command line, and what it printed."""
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, str]:
+    """The report of one whole run from the command line, and what it printed: both streams."""
     folder = tmp_path_factory.mktemp("report")
     result = report_from(folder)
     assert result.returncode == 0, result.stdout + result.stderr
-    return json.loads((folder / "gpu_report.json").read_text()), result.stdout
+    return json.loads((folder / "gpu_report.json").read_text()), result.stdout, result.stderr
 
 
-def rows(run: tuple[dict[str, Any], str], section: str) -> list[dict[str, Any]]:
+def rows(run: tuple[dict[str, Any], str, str], section: str) -> list[dict[str, Any]]:
     found = run[0]["sections"][section]
     assert found["error"] is None
     assert found["seconds"] > 0
@@ -83,12 +83,17 @@ def rows(run: tuple[dict[str, Any], str], section: str) -> list[dict[str, Any]]:
 
 
 def test_without_a_gpu_it_says_so_and_runs_everything_in_small(run):
-    report, shown = run
+    report, shown, _ = run
     assert report["device"] == "cpu"
     assert shown.startswith("no GPU: ")
     assert "nothing failed" in shown
     assert list(report["sections"]) == list(gpu_report.SHARES)
     assert not [row for name in report["sections"] for row in rows(run, name) if "skipped" in row]
+
+
+def test_what_the_interpreter_warns_of_is_kept_from_the_reader(run):
+    assert "numerics (at most" in run[2]
+    assert "RuntimeWarning" not in run[2]
 
 
 def test_it_says_where_it_ran(run):
@@ -192,6 +197,49 @@ def test_only_runs_what_is_chosen(tmp_path):
     chosen = [name for name, section in sections.items() if "rows" in section]
     assert chosen == ["environment", "ceilings"]
     assert sections["numerics"] == {"skipped": "not chosen"}
+
+
+@pytest.mark.parametrize("budget", ["nan", "inf", "-5", "0", "1e9", "soon"])
+def test_a_budget_that_is_no_time_is_refused(budget, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        gpu_report.main(["--out", str(tmp_path / "new"), "--budget", budget])
+    assert ended.value.code == 2
+    assert f"'{budget}' is not a number of seconds" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("obstacle", ["a file", "no space", "a folder of that name"])
+def test_a_report_that_cannot_be_written_is_refused_before_it_begins(
+    obstacle, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "report"
+    if obstacle == "a file":
+        folder.touch()
+    elif obstacle == "a folder of that name":
+        (folder / "gpu_report.json").mkdir(parents=True)
+    else:
+        folder.mkdir()
+
+        def full(path):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "touch", full)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(gpu_report, "Worker", None)  # nothing is started
+    with pytest.raises(SystemExit) as ended:
+        gpu_report.main(["--out", str(folder)])
+    assert ended.value.code == 2
+    assert "gpu_report.json cannot be written: " in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_help_lists_the_sections_and_says_what_is_done_without_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        gpu_report.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Without a GPU it tries itself out in small" in shown
+    assert ", ".join(gpu_report.SHARES) in shown
+    assert "(default: 450)" in shown
 
 
 def test_sections_that_do_not_exist_are_named(capsys):
