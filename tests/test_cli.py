@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 from unittest import mock
 
@@ -650,6 +651,37 @@ def start(folder: str, *arguments: str, **streams: object) -> subprocess.Popen[b
         stderr=subprocess.PIPE,
         **streams,
     )
+
+
+def ways_to_start() -> dict[str, list[str]]:
+    """What Python gets when the command is started by its name, and by the package's."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["mqa-gpt"].partition(":")
+    code = f"import sys; from {module} import {function}; sys.exit({function}())"
+    return {"mqa-gpt": ["-c", code], "python -m mqa_gpt": ["-m", "mqa_gpt"]}
+
+
+@pytest.mark.parametrize("name", ways_to_start())
+def test_ctrl_c_while_torch_is_imported_says_so_and_exits_with_130(name: str, tmp_path: Path):
+    (tmp_path / "torch.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
+    paths = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
+    process = subprocess.Popen(
+        [sys.executable, *ways_to_start()[name], "env"],
+        env=environment() | {"PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"begun\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == (b"", b"interrupted\n")
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("name", ways_to_start())
+def test_every_way_to_start_the_command_runs_it(name: str):
+    command = [sys.executable, *ways_to_start()[name], "--version"]
+    shown = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("mqa-gpt")
 
 
 def test_ctrl_c_keeps_what_was_written_and_exits_with_130(folder: str):
