@@ -147,8 +147,9 @@ def open_output(path: str, input_path: str) -> Iterator[BinaryIO]:
             raise InputError(f"another run is writing {name}: wait for its end or name another")
         yield file
     except BaseException:
-        if not existed and not file.seek(0, os.SEEK_END):
-            with suppress(OSError):  # Windows removes no open file
+        with suppress(OSError):  # Windows removes no open file
+            # Not by `seek`, which would write once more what a full disk has just refused.
+            if not existed and not os.fstat(file.fileno()).st_size:
                 output.resolve().unlink()
         raise
     finally:

@@ -397,6 +397,30 @@ def test_a_full_disk_is_an_error_of_one_line_that_names_the_output(run: list[str
         assert refusal(*run) == f"cannot write {tmp_path / 'out'}: No space left on device"
 
 
+@pytest.mark.parametrize("blocks", [0, 1])  # of 512 or 1,024 bytes
+def test_a_disk_that_is_full_keeps_whole_results_and_no_empty_file(
+    folder: str, tmp_path: Path, blocks: int
+):
+    write_lines(tmp_path / "in", [{"id": i, "prompt": "w"} for i in range(20)])
+    command = f"{sys.executable} -m mqa_gpt batch in -o out -m {folder}"
+    result = subprocess.run(
+        f"ulimit -f {blocks}; {command}",
+        shell=True,
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr == "error: cannot write out: File too large\n"
+    if blocks == 0:
+        assert not (tmp_path / "out").exists()
+    else:
+        *whole, _ = (tmp_path / "out").read_text().split("\n")
+        assert [json.loads(line)["id"] for line in whole] == list(range(len(whole)))
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
