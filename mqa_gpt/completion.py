@@ -237,6 +237,7 @@ class Generation:
         end_ids = {*model.config.end_token_ids, *end_of_text, *named}
         self._new_row = partial(_Row, tokenizer, end_ids, list(stops))
         self._rows: dict[int, _Row] = {}  # those begun
+        self._unfinished = [n if max_new_tokens else 0] * len(prompts)  # rows of each prompt
         self._taken = 0  # prompts whose rows were given away
         self._n, self._max_new_tokens = n, max_new_tokens
         self._prompt_tokens = [len(prompt) for prompt in prompts]
@@ -278,6 +279,7 @@ class Generation:
                 row.finish("length")
             if token.finished is not None:
                 self.stats.finished_rows += 1
+                self._unfinished[token.row // self._n] -= 1
             if piece := row.take():
                 yield token.row, piece
 
@@ -312,10 +314,8 @@ class Generation:
 
         Each is given once and then forgotten, so that a long run does not fill the memory.
         """
-        while self._taken < len(self._prompt_tokens):
+        while self._taken < len(self._prompt_tokens) and not self._unfinished[self._taken]:
             rows = range(self._taken * self._n, (self._taken + 1) * self._n)
-            if any(self._row(row).finish_reason == "interrupted" for row in rows):
-                return
             completions = [self._completion(row) for row in rows]
             for row in rows:
                 del self._rows[row]

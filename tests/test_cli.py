@@ -446,9 +446,15 @@ def test_a_prompt_may_come_from_a_pipe(folder: str, tmp_path: Path):
 def test_more_samples_than_the_memory_holds_are_refused_before_they_are_begun(
     folder: str, command: list[str], tokens: int
 ):
-    run = [*command, "-m", folder, "--temperature", "1", "--n", "1000000000000"]
-    message = refusal(*run, "--max-new-tokens", "9")
-    assert f"1,000,000,000,000 completions of {tokens} tokens need " in message
+    run = [*command, "-m", folder, "--temperature", "1", "--n", "100000"]
+    llm = LLM.load(folder)
+    with (
+        mock.patch.object(LLM, "load", return_value=llm),
+        mock.patch("mqa_gpt.memory.available_memory", return_value=1_000_000_000),
+    ):
+        message = refusal(*run, "--max-new-tokens", "9")
+    assert f"100,000 completions of {tokens} tokens need " in message
+    assert "at most 100,000 samples" in refusal(*run, "--n", "100001")
     assert str(CONTEXT) in refusal(*command, "-m", folder, "--max-new-tokens", "1000000000000")
 
 
