@@ -17,6 +17,7 @@ from mqa_gpt.fim import infill_prompt, truncated_infill_prompt
 from mqa_gpt.generate import check_request
 from mqa_gpt.hub import resolve
 from mqa_gpt.model import GPT
+from mqa_gpt.saving import save_model
 from mqa_gpt.tokenizer import Tokenizer
 
 BATCH_SIZE = 16  # rows under way at a time, where there are many prompts
@@ -49,8 +50,8 @@ class LLM:
     ) -> LLM:
         """Load a checkpoint with its tokenizer, ready to generate.
 
-        On a CPU, float32 and 8-bit weights are packed for speed (see `mqa_gpt.packing`). To train
-        or edit the model, take `LLM(GPT.from_pretrained(...), Tokenizer.from_pretrained(...))`.
+        On a CPU, float32 and 8-bit weights are packed for speed (see `mqa_gpt.packing`). To train,
+        edit or save a model, take `LLM(GPT.from_pretrained(...), Tokenizer.from_pretrained(...))`.
 
         Args:
             name_or_dir: a folder or a name on the hub; None is the bundled demo checkpoint.
@@ -69,6 +70,15 @@ class LLM:
         )
         model.cache_dtype = kept_as
         return cls(model, tokenizer)
+
+    def save(self, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+        """Write a checkpoint that `load` and transformers read, model and tokenizer.
+
+        Arguments, errors and what happens to a folder that exists are those of
+        `mqa_gpt.saving.save_model`. Packed weights, which `load` makes on a CPU, cannot be saved:
+        take `LLM(GPT.from_pretrained(...), Tokenizer.from_pretrained(...))`.
+        """
+        save_model(self.model, folder, tokenizer=self.tokenizer, max_shard_size=max_shard_size)
 
     @overload
     def generate(

@@ -45,7 +45,7 @@ from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack
 from mqa_gpt.quantization import is_quantized, says_quantized
 from mqa_gpt.report import Divergence, PromptReport, Report
-from mqa_gpt.tokenizer import Tokenizer
+from mqa_gpt.tokenizer import TOKENIZER_FILE, Tokenizer
 
 FLOAT32_TOLERANCE = 2e-5
 
@@ -98,7 +98,7 @@ def verify(
             f"{folder} holds 8-bit weights, which transformers does not read: verify the "
             "checkpoint that they were made from, with quantize='int8' (--quantize int8)"
         )
-    has_tokenizer = (folder / "tokenizer.json").is_file()
+    has_tokenizer = (folder / TOKENIZER_FILE).is_file()
     tokenizer = Tokenizer.from_pretrained(folder) if has_tokenizer else None
     rows = _token_ids(config, tokenizer, prompts, folder, max_new_tokens)
 

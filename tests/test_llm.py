@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+import transformers
 
 from mqa_gpt import (
     GPT,
@@ -18,6 +19,7 @@ from mqa_gpt import (
     memory,
 )
 from mqa_gpt.memory import cache_bytes
+from mqa_gpt.packing import can_pack
 from tests.helpers import SPECIALS, byte_tokenizer, our_model, reference_model, tiny_config
 
 
@@ -372,6 +374,36 @@ def test_no_prompts_and_no_new_tokens_are_nothing_to_do(llm):
 def test_unusable_input_among_many_is_named_before_the_model_runs(llm, prompts, options, words):
     with pytest.raises(PromptError, match=words):
         llm.generate_many(prompts, **options)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_what_is_saved_is_loaded_as_it_was_tokenizer_and_all(llm, tmp_path, quantize):
+    llm.save(tmp_path / "plain")
+    saved = LLM(
+        GPT.from_pretrained(tmp_path / "plain", quantize=quantize),
+        Tokenizer.from_pretrained(tmp_path / "plain"),
+    )
+    saved.save(tmp_path / "x", max_shard_size=50_000)
+    loaded = LLM.load(tmp_path / "x")
+    assert loaded.tokenizer.to_json() == llm.tokenizer.to_json()
+    assert loaded.generate("<fim_prefix>a", 9).prompt_tokens == 2
+    if quantize is None:
+        assert loaded.generate("ab", 9) == llm.generate("ab", 9)
+
+
+def test_what_is_saved_has_a_tokenizer_that_transformers_reads(llm, tmp_path):
+    llm.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "def f(x):\n\t<fim_prefix>\N{SNAKE}"
+    assert theirs(text).input_ids == llm.tokenizer.encode(text)
+
+
+@pytest.mark.skipif(not can_pack(torch.nn.Linear(1, 1)), reason="no packed oneDNN products here")
+def test_packed_weights_are_not_saved_and_leave_no_folder(llm, tmp_path):
+    llm.save(tmp_path / "plain")
+    with pytest.raises(RuntimeError, match="packed weights cannot be saved: load the model"):
+        LLM.load(tmp_path / "plain").save(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_demo_checkpoint_has_no_revisions():

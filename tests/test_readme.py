@@ -27,16 +27,20 @@ def help_texts() -> str:
     return "".join(CliRunner().invoke(app, [*run, "--help"]).stdout for run in runs)
 
 
-def test_the_python_examples_run_on_the_demo_checkpoint(
+def test_the_python_examples_run_on_the_demo_checkpoint_each_by_itself(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)  # one of them saves
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names: dict[str, object] = {}
     for block in blocks:
         if "bigcode/" not in block:  # which would be downloaded
-            exec(block, names)
+            exec(block, {})
     assert len(capsys.readouterr().out) > 100
+
+    (command,) = (command for command in commands(README) if "--model demo-int8" in command)
+    result = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert result.exit_code == 0
+    assert result.stdout.strip()
 
 
 @pytest.mark.parametrize("command", [*commands(README), *commands(help_texts())])
