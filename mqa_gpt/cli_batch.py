@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -100,6 +101,9 @@ def read_items(path: str) -> list[Item]:
         id_, keys = entry["id"], {"prompt", "prefix", "suffix"} & entry.keys()
         if id_ in items:
             raise InputError(f"{where} has the id {shown(id_)} of line {items[id_].line}")
+        for key in sorted(keys):
+            if not isinstance(entry[key], str):
+                raise InputError(f"{where} has the {key} {shown(entry[key])}: it must be a text")
         if keys == {"prompt"}:
             prompt = entry["prompt"]
         elif keys == {"prefix", "suffix"}:
@@ -124,6 +128,8 @@ def open_output(path: str, input_path: str) -> Iterator[BinaryIO]:
     """
     if path == "-":
         raise InputError("the output is -: name a file, with which a later run can go on")
+    if not path:
+        raise InputError("cannot write the output: the file name is empty")
     name, output = f"the output {shown(path)}", Path(path)
     try:
         existed = output.exists()
@@ -312,7 +318,9 @@ def run_batch(
 def _parse(line: str, where: str) -> dict[str, Any]:
     """A line's JSON object, which has an id."""
     try:
-        entry = json.loads(line)
+        entry = json.loads(line, object_pairs_hook=_without_doubles)
+    except InputError as error:
+        raise InputError(f"{where} {error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON: {getattr(error, 'msg', error)}") from error
     if not isinstance(entry, dict):
@@ -323,6 +331,15 @@ def _parse(line: str, where: str) -> dict[str, Any]:
             if "id" in entry
             else f"{where} has no id: give each prompt one of its own"
         )
+    return entry
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, where `json` would take the last of equal keys and say nothing."""
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise InputError(f"has the key {shown(key)} more than once: leave one")
     return entry
 
 
