@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mqa_gpt.cache import KVCache as KVCache
     from mqa_gpt.completion import Completion as Completion
+    from mqa_gpt.completion import Options as Options
     from mqa_gpt.config import GPTConfig as GPTConfig
     from mqa_gpt.errors import CheckpointError as CheckpointError
     from mqa_gpt.errors import ConfigError as ConfigError
@@ -31,6 +32,7 @@ _MODULES = {
     "GPTConfig": "config",
     "InputError": "errors",
     "KVCache": "cache",
+    "Options": "completion",
     "PromptError": "errors",
     "PromptLookup": "speculation",
     "Tokenizer": "tokenizer",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -93,10 +93,10 @@ class Stats:
 class Options(TypedDict, total=False):
     """The options that every way of generating takes.
 
-    The first six are described at `Sampling`. `stop` is a text or several, any of which ends a
-    completion, as the control token of that name does too; `logprobs` is how many log-probabilities
-    to report per token beside the chosen token's own; `draft` guesses ahead, so that the same
-    tokens take fewer steps (`mqa_gpt.speculation`).
+    The first six are described at `mqa_gpt.sampling.Sampling`. `stop` is a text or several, any of
+    which ends a completion, as the control token of that name does too; `logprobs` is how many
+    log-probabilities to report per token beside the chosen token's own; `draft` guesses ahead, so
+    that the same tokens take fewer steps (`mqa_gpt.speculation`).
     """
 
     temperature: float
@@ -108,6 +108,14 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str] | None
     logprobs: int | None
     draft: Draft | None
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """TypeError, as for any argument that there is not, unless all of these are `Options`."""
+    for name in options.keys() - Options.__annotations__.keys():
+        raise TypeError(
+            f"there is no option {shown(name)}: accepted are {', '.join(Options.__annotations__)}"
+        )
 
 
 class _Row:

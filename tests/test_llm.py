@@ -1,6 +1,7 @@
 """LLM: text in, text out, with a model that recites a script so that every piece is known."""
 
 import time
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -249,6 +250,27 @@ def test_no_new_tokens_give_an_empty_completion(llm):
 def test_unusable_input_is_named(llm, prompt, options, words):
     with pytest.raises(PromptError, match=words):
         llm.generate(prompt, **options)
+
+
+@pytest.mark.parametrize("name", ["temprature", "max_tokens", "batch_size", "cut"])
+def test_an_option_that_there_is_not_is_named_with_those_that_there_are(llm, name):
+    says = f"^there is no option '{name}': accepted are temperature, .*, logprobs, draft$"
+    for begin in (llm.begin, llm.begin_many, partial(llm.begin_infill, "a")):
+        if name == "batch_size" and begin == llm.begin_many:
+            continue
+        with pytest.raises(TypeError, match=says):
+            begin("a", **{name: 5})
+
+
+def test_a_model_says_what_it_is():
+    # Packed or not, all parameters count.
+    for dtype in ("float16", "float32"):
+        assert repr(LLM.load(dtype=dtype, device="cpu")) == (
+            f"LLM(demo, 5,457,664 parameters, {dtype} on cpu)"
+        )
+    llm = reciting("hello")
+    count = sum(parameter.numel() for parameter in llm.model.parameters())
+    assert repr(llm) == f"LLM({count:,} parameters, float32 on cpu)"
 
 
 def test_streaming_names_unusable_input_before_the_first_piece(llm):
