@@ -602,12 +602,13 @@ def bench(
     ] = "md",
     as_json: Annotated[bool, typer.Option("--json", help="The same as --output json.")] = False,
 ) -> None:
-    """Measure speed: of reading prompts (pp), of writing (tg), of both.
+    """Measure how fast a model runs here.
 
-    Tokens per second as mean ± standard deviation and as median over rounds in which everything
-    takes turns. Beside them, for writing, GB/s and the share of the memory bandwidth of this
-    machine (MBU); for reading prompts, TFLOP/s and the share of the rate of its matrix products
-    (MFU). "tg127 @ d512" writes behind a prompt of 512.
+    Of reading prompts (pp), of writing (tg), of both: tokens per second as mean ± standard
+    deviation and as median over rounds in which everything takes turns. Beside them, for writing,
+    GB/s and the share of the memory bandwidth of this machine (MBU); for reading prompts, TFLOP/s
+    and the share of the rate of its matrix products (MFU). "tg127 @ d512" writes behind a prompt of
+    512.
 
     \b
     Examples:

@@ -659,6 +659,12 @@ def start(folder: str, *arguments: str, **streams: object) -> subprocess.Popen[b
     )
 
 
+def test_the_list_of_commands_cuts_no_summary():
+    _, commands = invoke("--help").stdout.split("\nCommands:\n")
+    assert commands.count("\n") == len(app.registered_commands)
+    assert "..." not in commands
+
+
 def ways_to_start() -> dict[str, list[str]]:
     """What Python gets when the command is started by its name, and by the package's."""
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
