@@ -460,8 +460,8 @@ def verify(
     Logits at every position, then greedy tokens, for each PROMPT (- is standard input) or for a few
     built-in ones. In float32 all tokens must be equal; in 16 bit the logits' error may be twice
     transformers' own. Exits with 1 if they are not, or it is larger. With --quantize or
-    --cache-dtype it reports how far the approximation is off. Needs transformers:
-    pip install 'mqa-gpt[test]'.
+    --cache-dtype it reports how far the approximation is off. Needs transformers, which comes with
+    .venv/bin/pip install -c constraints.txt -e '.[bench]' in the checkout.
 
     \b
     Examples:

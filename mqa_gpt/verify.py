@@ -38,7 +38,7 @@ from mqa_gpt.checkpoint import load_model, read_config
 from mqa_gpt.checks import is_int
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.decode_graph import can_replay
-from mqa_gpt.environment import version
+from mqa_gpt.environment import INSTALL_PEERS, version
 from mqa_gpt.errors import InputError, PromptError
 from mqa_gpt.generate import check_request, generate
 from mqa_gpt.hub import resolve
@@ -168,19 +168,19 @@ def require_transformers() -> str:
     if found is None:
         raise InputError(
             "verifying compares with transformers, which is not installed: "
-            'run pip install "mqa-gpt[test]"'
+            f"run {INSTALL_PEERS} in the checkout"
         )
     numbers = tuple(int(n) for n in re.findall(r"\d+", found)[:3])
     if (4, 54, 0) <= numbers <= (4, 55, 0):
         raise InputError(
             f"transformers {found} cannot be the reference: 4.54.0 to 4.55.0 multiply attention "
             "scores by the root of the head dim instead of dividing by it; "
-            'run pip install "transformers>=5"'
+            f"run {INSTALL_PEERS} in the checkout"
         )
     if numbers < (5,):
         raise InputError(
             f"transformers {found} is too old to be the reference: "
-            'run pip install "transformers>=5"'
+            f"run {INSTALL_PEERS} in the checkout"
         )
     return found
 

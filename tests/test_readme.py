@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from mqa_gpt.checkpoint import DEMO_DIR
 from mqa_gpt.cli import app
+from mqa_gpt.environment import INSTALL_PEERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -82,6 +83,12 @@ def test_the_speeds_are_those_of_the_benchmark_results():
             expected.append([f"{ratio:.2f}" for ratio in ratios])
     (table,) = re.findall(r"\| cold start \|\n.*\n((?:\|.*\n)+)", README)
     assert [re.findall(r"\d+\.\d\d", line) for line in table.splitlines()] == expected
+
+
+def test_what_else_is_needed_is_installed_by_one_command_wherever_it_is_said():
+    for text in (README, help_texts()):
+        text = " ".join(text.split())
+        assert text.count("pip install") == text.count(INSTALL_PEERS) > 0
 
 
 def test_make_runs_the_commands_that_the_readme_begins_with():
