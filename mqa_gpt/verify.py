@@ -44,6 +44,7 @@ from mqa_gpt.generate import check_request, generate
 from mqa_gpt.hub import resolve
 from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack
+from mqa_gpt.progress import status
 from mqa_gpt.quantization import is_quantized, says_quantized
 from mqa_gpt.report import Divergence, PromptReport, Report
 from mqa_gpt.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -103,26 +104,34 @@ def verify(
     tokenizer = Tokenizer.from_pretrained(folder) if has_tokenizer else None
     rows = _token_ids(config, tokenizer, prompts, folder, max_new_tokens)
 
-    model = load_model(folder, device=device, dtype=dtype, backend=backend, quantize=quantize)
-    model.cache_dtype = kept_as
-    model_dtype, model_device = model.dtype, model.device
-    new_ids, logits, replayed = _ours(model, rows, max_new_tokens)
-    del model
+    with status() as say:
+        say("loading")
+        model = load_model(folder, device=device, dtype=dtype, backend=backend, quantize=quantize)
+        model.cache_dtype = kept_as
+        model_dtype, model_device = model.dtype, model.device
+        say("computing")
+        new_ids, logits, replayed = _ours(model, rows, max_new_tokens)
+        del model
 
-    # The last token is only compared; nothing is computed from it.
-    sequences = [row + new[:-1] for row, new in zip(rows, new_ids, strict=True)]
-    exact_dtype = _exact_dtype(config, model_dtype)
-    with quiet_transformers():
-        reference, source = _load_reference(folder, config, model_dtype)
-        reference.to(model_device)
-        expected = _reference_logits(reference, sequences)
-        greedy = [_reference_greedy(reference, row, max_new_tokens) for row in rows]
-        exact: list[Tensor] | None = None
-        if exact_dtype is not None:  # the same rounded weights, computed more precisely
-            # transformers' eager softmax is float32 even in float64; its sdpa's is not.
-            reference.set_attn_implementation("sdpa" if exact_dtype == torch.float64 else "eager")
-            exact = _reference_logits(reference.to(exact_dtype), sequences)
-    del reference
+        # The last token is only compared; nothing is computed from it.
+        sequences = [row + new[:-1] for row, new in zip(rows, new_ids, strict=True)]
+        exact_dtype = _exact_dtype(config, model_dtype)
+        with quiet_transformers():
+            say("loading in transformers")
+            reference, source = _load_reference(folder, config, model_dtype)
+            reference.to(model_device)
+            say("computing in transformers")
+            expected = _reference_logits(reference, sequences)
+            greedy = [_reference_greedy(reference, row, max_new_tokens) for row in rows]
+            exact: list[Tensor] | None = None
+            if exact_dtype is not None:  # the same rounded weights, computed more precisely
+                say(f"computing in transformers in {str(exact_dtype).removeprefix('torch.')}")
+                # transformers' eager softmax is float32 even in float64; its sdpa's is not.
+                reference.set_attn_implementation(
+                    "sdpa" if exact_dtype == torch.float64 else "eager"
+                )
+                exact = _reference_logits(reference.to(exact_dtype), sequences)
+        del reference
 
     nearest = exact or expected
     limit: float | None
