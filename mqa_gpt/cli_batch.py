@@ -300,15 +300,16 @@ def run_batch(
         counts = {"prompts": total, "found": before, "written": written}
         numbers = {"load_seconds": load_seconds} | dataclasses.asdict(stats)
         numbers |= {
-            "tokens_per_second": stats.rate,
+            "tokens_per_second": stats.rate if stats.new_tokens else None,
             "peak_memory_bytes": peak_memory(device),
         }
         report = {"model": model or "demo", "output": results.path} | counts
         print_json(report | {"interrupted": interrupted, "stats": numbers})
     else:
+        speed = f"; {stats.new_tokens:,} tokens at {stats.rate:,.1f} tok/s"
         note(
             f"{before + written:,} of {total:,} results in {results.path}: {before:,} were there, "
-            f"{written:,} are new; {stats.new_tokens:,} tokens at {stats.rate:,.1f} tok/s"
+            f"{written:,} are new" + (speed if stats.new_tokens else "")
         )
     if interrupted:
         note("the same command goes on from there")

@@ -68,10 +68,13 @@ class Stats:
         return self.prompt_tokens / self.first_token_seconds if self.first_token_seconds else 0.0
 
     @property
-    def decode_rate(self) -> float:
-        """New tokens per second, each row's first left out: that one is the prefill's."""
-        seconds = self.total_seconds - self.first_token_seconds
-        return max(0, self.new_tokens - self.rows) / seconds if seconds > 0 else 0.0
+    def decode_rate(self) -> float | None:
+        """New tokens per second, each row's first left out: that one is the prefill's.
+
+        None where there are no others.
+        """
+        tokens, seconds = self.new_tokens - self.rows, self.total_seconds - self.first_token_seconds
+        return tokens / seconds if tokens > 0 and seconds > 0 else None
 
     @property
     def rate(self) -> float:
@@ -81,8 +84,9 @@ class Stats:
     def __str__(self) -> str:
         text = (
             f"prefill {self.prefill_rate:,.1f} tok/s | first token {self.first_token_seconds:.3f} s"
-            f" | decode {self.decode_rate:,.1f} tok/s"
         )
+        if self.decode_rate is not None:
+            text += f" | decode {self.decode_rate:,.1f} tok/s"
         if self.drafted_tokens is not None:
             text += (
                 f" | {self.accepted_tokens:,} of {self.drafted_tokens:,} drafted tokens accepted"

@@ -160,6 +160,27 @@ def test_statistics_and_log_probabilities_go_to_standard_error(folder: str):
     assert all(word in line for word in ("load", "prefill", "first token", "decode", "peak memory"))
 
 
+def test_no_decode_rate_is_told_where_nothing_was_decoded(folder: str):
+    run = ["generate", "-m", folder, "a", "--max-new-tokens", "1"]
+    assert json.loads(invoke(*run, "--json").stdout)["stats"]["decode_tokens_per_second"] is None
+    assert "decode" not in invoke(*run, "--stats").stderr
+
+
+@pytest.mark.parametrize("flags", ["--stats", "--logprobs 1"])
+def test_a_report_in_the_same_file_begins_on_a_line_of_its_own(
+    folder: str, tmp_path: Path, flags: str
+):
+    arguments = f"generate -m {folder} uvw {flags}"
+    for redirection in ("2>&1", f"> {tmp_path / 'both'} 2>&1; cat {tmp_path / 'both'}"):
+        first, second, *_ = shell(f"{arguments} {redirection}").stdout.splitlines()
+        assert first == "xyz"
+        assert second.strip().startswith(("load", "token"))
+    apart = shell(arguments)
+    assert apart.stdout == "xyz"
+    assert apart.stderr.strip().startswith(("load", "token"))
+    assert not apart.stderr.startswith("\n")
+
+
 @pytest.mark.parametrize(
     ("stop", "text"),
     [("gh", "def"), (r"\n", "defghijklmnopqrstuvwxyz"), ("x", "defghijklmnopqrstuvw")],
@@ -349,6 +370,8 @@ def test_a_checkpoint_without_infilling_tokens_says_so(folder: str, tmp_path: Pa
         (["--dtype", "float12"], "float32"),
         (["--device", "toaster"], "toaster"),
         (["--backend", "fast"], "reference"),
+        (["--quantize", "int4"], "accepted is int8; leave it out"),
+        (["--cache-dtype", "int4"], "accepted is int8; leave it out"),
         (["--revision", "main"], "revision"),
     ],
 )
@@ -576,6 +599,15 @@ def test_inspect_shows_the_published_figures_of_an_official_shape():
     assert all(figure in shown for figure in ("7,327,263,232", "21,504 B", "688,128 B", "14.7 GB"))
     report = json.loads(invoke("inspect", "--shape", "bigcode/starcoderbase-7b", "--json").stdout)
     assert report["parameters"] == 7_327_263_232
+
+
+def test_inspect_has_a_column_of_dtypes_only_for_what_is_stored(folder: str):
+    def headings(*flags: str) -> list[list[str]]:
+        lines = invoke("inspect", *flags).stdout.splitlines()
+        return [line.split() for line in lines if line.split()[:1] == ["tensor"]]
+
+    assert headings("-m", folder) == [["tensor", "shape", "dtype", "parameters", "times"]]
+    assert headings("--shape", "starcoder") == [["tensor", "shape", "parameters", "times"]]
 
 
 def test_inspect_shows_a_checkpoints_tensors_and_hashes(folder: str):

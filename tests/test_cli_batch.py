@@ -189,6 +189,8 @@ def test_json_sums_up(run: list[str], tmp_path: Path):
     assert stats["tokens_per_second"] == pytest.approx(stats["new_tokens"] / stats["total_seconds"])
     again = json.loads(invoke(*run, "--json").stdout)
     assert (again["found"], again["written"], again["interrupted"]) == (6, 0, False)
+    assert again["stats"]["tokens_per_second"] is None
+    assert invoke(*run).stderr.endswith("6 were there, 0 are new\n")
 
 
 def test_every_option_reaches_the_library(run: list[str]):
