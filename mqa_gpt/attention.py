@@ -112,11 +112,24 @@ def auto_attention(
     Chosen at each call, because a model may be moved after it is made. float64 and head dims above
     256 are beyond the kernels and stay with `sdpa_attention`.
     """
-    if HAS_TRITON and q.is_cuda and q.dtype != torch.float64 and q.shape[3] <= 256:
+    if _auto_is_fused(q.is_cuda, q.dtype, q.shape[3]):
         from mqa_kernels import attention
 
         return cast(Tensor, attention(q, k, v, start, scale, dropout_p))
     return sdpa_attention(q, k, v, start, scale, dropout_p)
+
+
+def _auto_is_fused(is_cuda: bool, dtype: torch.dtype, head_dim: int) -> bool:
+    return HAS_TRITON and is_cuda and dtype != torch.float64 and head_dim <= 256
+
+
+def describe_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """A backend's name, behind "auto" the one that it stands for on this device."""
+    if backend != "auto":
+        return backend
+    return (
+        f"auto ({'triton' if _auto_is_fused(device.type == 'cuda', dtype, head_dim) else 'sdpa'})"
+    )
 
 
 def select_attention(backend: str, device: torch.device) -> Attention:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from mqa_gpt.attention import select_attention
+from mqa_gpt.attention import describe_backend, select_attention
 from mqa_gpt.bench_report import Ceilings, Report, Result
 from mqa_gpt.checkpoint import (
     DEMO_DIR,
@@ -52,6 +52,7 @@ from mqa_gpt.memory import available_memory, cache_bytes
 from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack, packing_bytes
 from mqa_gpt.peers import OURS, PEERS, Contender, ours, require_peers
+from mqa_gpt.progress import status
 from mqa_gpt.quantization import check_method, is_quantized
 from mqa_gpt.quantization import quantize as quantize_model
 
@@ -214,36 +215,44 @@ def benchmark(
         raise InputError(f"the repeats are {shown(repeats)}: they must be an integer of at least 1")
     compare = list(dict.fromkeys(compare))
     require_peers(compare)
-    gpt = _load(shape, model, revision, device, dtype, backend, tests, compare)
-    if compare and is_quantized(gpt):
-        raise InputError(
-            f"{model} holds 8-bit weights, which {' and '.join(compare)} cannot read: compare the "
-            "checkpoint that they were made from, with quantize='int8' (--quantize int8)"
-        )
     with tempfile.TemporaryDirectory() as folder:
-        if compare:
-            gpt.save_pretrained(folder)
-        if quantize is not None and not is_quantized(gpt):
-            quantize_model(gpt)
-        if can_pack(gpt):
-            pack(gpt)
-        prompts = {test.request: random_prompts(gpt.config, test.request) for test in tests}
-        contenders = [ours(gpt)]
-        written = {(OURS, r): contenders[0].generate(ids, r.new) for r, ids in prompts.items()}
-        peak = peak_memory(gpt.device)
-        for name in compare:
-            for peer in PEERS[name].load(Path(folder), gpt):
-                contenders.append(peer)
-                written |= {(peer.name, r): peer.generate(ids, r.new) for r, ids in prompts.items()}
-        limits = probes(gpt.device, gpt.dtype)
+        with status() as say:
+            say("loading")
+            gpt = _load(shape, model, revision, device, dtype, backend, tests, compare)
+            if compare and is_quantized(gpt):
+                raise InputError(
+                    f"{model} holds 8-bit weights, which {' and '.join(compare)} cannot read: "
+                    "compare the checkpoint that they were made from, with quantize='int8' "
+                    "(--quantize int8)"
+                )
+            if compare:
+                gpt.save_pretrained(folder)
+            if quantize is not None and not is_quantized(gpt):
+                quantize_model(gpt)
+            if can_pack(gpt):
+                pack(gpt)
+            prompts = {test.request: random_prompts(gpt.config, test.request) for test in tests}
+            say("warming up")
+            contenders = [ours(gpt)]
+            written = {(OURS, r): contenders[0].generate(ids, r.new) for r, ids in prompts.items()}
+            peak = peak_memory(gpt.device)
+            for name in compare:
+                say(f"loading {name} and warming it up")
+                for peer in PEERS[name].load(Path(folder), gpt):
+                    contenders.append(peer)
+                    written |= {
+                        (peer.name, r): peer.generate(ids, r.new) for r, ids in prompts.items()
+                    }
+            say("warming up the measurement of the ceilings")
+            limits = probes(gpt.device, gpt.dtype)
+            for probe in limits.values():
+                probe.run()
         actions: dict[Any, Callable[[], object]] = {
             (contender.name, request): partial(contender.generate, ids, request.new)
             for request, ids in prompts.items()
             for contender in contenders
         }
         actions |= {name: probe.run for name, probe in limits.items()}
-        for probe in limits.values():
-            probe.run()
         seconds = take_turns(actions, repeats, "measuring", clock)
 
     ceilings = reached(limits, seconds)
@@ -254,7 +263,7 @@ def benchmark(
         parameters=sum(_parameters(gpt.config).values()),
         dtype=str(gpt.dtype).removeprefix("torch."),
         device=str(gpt.device),
-        backend=backend,
+        backend=describe_backend(backend, gpt.device, gpt.dtype, gpt.config.head_dim),
         quantize=quantize,
         repeats=repeats,
         weight_bytes=weight_bytes(gpt.config, contenders[0].itemsize),

@@ -286,7 +286,9 @@ def as_cache_dtype(name: str | None) -> torch.dtype | None:
         InputError: anything else.
     """
     if name not in (None, "int8"):
-        raise InputError(f"cache_dtype is {name!r}: accepted are int8 and None, the model's own")
+        raise InputError(
+            f"cache_dtype is {name!r}: accepted is int8; leave it out for the model's own"
+        )
     return None if name is None else torch.int8
 
 

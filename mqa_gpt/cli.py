@@ -460,8 +460,8 @@ def verify(
     Logits at every position, then greedy tokens, for each PROMPT (- is standard input) or for a few
     built-in ones. In float32 all tokens must be equal; in 16 bit the logits' error may be twice
     transformers' own. Exits with 1 if they are not, or it is larger. With --quantize or
-    --cache-dtype it reports how far the approximation is off. Needs transformers:
-    pip install 'mqa-gpt[test]'.
+    --cache-dtype it reports how far the approximation is off. Needs transformers, which comes with
+    .venv/bin/pip install -c constraints.txt -e '.[bench]' in the checkout.
 
     \b
     Examples:
@@ -602,12 +602,13 @@ def bench(
     ] = "md",
     as_json: Annotated[bool, typer.Option("--json", help="The same as --output json.")] = False,
 ) -> None:
-    """Measure speed: of reading prompts (pp), of writing (tg), of both.
+    """Measure how fast a model runs here.
 
-    Tokens per second as mean ± standard deviation and as median over rounds in which everything
-    takes turns. Beside them, for writing, GB/s and the share of the memory bandwidth of this
-    machine (MBU); for reading prompts, TFLOP/s and the share of the rate of its matrix products
-    (MFU). "tg127 @ d512" writes behind a prompt of 512.
+    Of reading prompts (pp), of writing (tg), of both: tokens per second as mean ± standard
+    deviation and as median over rounds in which everything takes turns. Beside them, for writing,
+    GB/s and the share of the memory bandwidth of this machine (MBU); for reading prompts, TFLOP/s
+    and the share of the rate of its matrix products (MFU). "tg127 @ d512" writes behind a prompt of
+    512.
 
     \b
     Examples:

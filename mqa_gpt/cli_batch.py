@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -100,6 +101,9 @@ def read_items(path: str) -> list[Item]:
         id_, keys = entry["id"], {"prompt", "prefix", "suffix"} & entry.keys()
         if id_ in items:
             raise InputError(f"{where} has the id {shown(id_)} of line {items[id_].line}")
+        for key in sorted(keys):
+            if not isinstance(entry[key], str):
+                raise InputError(f"{where} has the {key} {shown(entry[key])}: it must be a text")
         if keys == {"prompt"}:
             prompt = entry["prompt"]
         elif keys == {"prefix", "suffix"}:
@@ -124,6 +128,8 @@ def open_output(path: str, input_path: str) -> Iterator[BinaryIO]:
     """
     if path == "-":
         raise InputError("the output is -: name a file, with which a later run can go on")
+    if not path:
+        raise InputError("cannot write the output: the file name is empty")
     name, output = f"the output {shown(path)}", Path(path)
     try:
         existed = output.exists()
@@ -147,8 +153,9 @@ def open_output(path: str, input_path: str) -> Iterator[BinaryIO]:
             raise InputError(f"another run is writing {name}: wait for its end or name another")
         yield file
     except BaseException:
-        if not existed and not file.seek(0, os.SEEK_END):
-            with suppress(OSError):  # Windows removes no open file
+        with suppress(OSError):  # Windows removes no open file
+            # Not by `seek`, which would write once more what a full disk has just refused.
+            if not existed and not os.fstat(file.fileno()).st_size:
                 output.resolve().unlink()
         raise
     finally:
@@ -293,15 +300,16 @@ def run_batch(
         counts = {"prompts": total, "found": before, "written": written}
         numbers = {"load_seconds": load_seconds} | dataclasses.asdict(stats)
         numbers |= {
-            "tokens_per_second": stats.rate,
+            "tokens_per_second": stats.rate if stats.new_tokens else None,
             "peak_memory_bytes": peak_memory(device),
         }
         report = {"model": model or "demo", "output": results.path} | counts
         print_json(report | {"interrupted": interrupted, "stats": numbers})
     else:
+        speed = f"; {stats.new_tokens:,} tokens at {stats.rate:,.1f} tok/s"
         note(
             f"{before + written:,} of {total:,} results in {results.path}: {before:,} were there, "
-            f"{written:,} are new; {stats.new_tokens:,} tokens at {stats.rate:,.1f} tok/s"
+            f"{written:,} are new" + (speed if stats.new_tokens else "")
         )
     if interrupted:
         note("the same command goes on from there")
@@ -311,7 +319,9 @@ def run_batch(
 def _parse(line: str, where: str) -> dict[str, Any]:
     """A line's JSON object, which has an id."""
     try:
-        entry = json.loads(line)
+        entry = json.loads(line, object_pairs_hook=_without_doubles)
+    except InputError as error:
+        raise InputError(f"{where} {error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON: {getattr(error, 'msg', error)}") from error
     if not isinstance(entry, dict):
@@ -322,6 +332,15 @@ def _parse(line: str, where: str) -> dict[str, Any]:
             if "id" in entry
             else f"{where} has no id: give each prompt one of its own"
         )
+    return entry
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, where `json` would take the last of equal keys and say nothing."""
+    entry = dict(pairs)
+    if len(entry) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise InputError(f"has the key {shown(key)} more than once: leave one")
     return entry
 
 

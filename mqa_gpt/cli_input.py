@@ -30,6 +30,8 @@ def prompt_texts(arguments: list[str], files: list[str]) -> list[str]:
 def read_text(path: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """A file's text, exactly as it is there; "-" is standard input."""
     name = name_of(path)
+    if not path:
+        raise InputError(f"cannot read {name}: the file name is empty")
     if path == "-" and sys.stdin is None:
         raise PromptError("standard input is closed: give the text as an argument or in a file")
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -80,8 +81,11 @@ def run(
     elif single:
         write(completions[0].text[shown:])
         write(after, dim=True)
-        if sys.stdout.isatty() and not (before + completions[0].text + after).endswith("\n"):
+        ended = (before + completions[0].text + after).endswith("\n")
+        if not ended and sys.stdout.isatty():
             write("\n")
+        elif not ended and (show_stats or completions[0].logprobs) and _is_one_stream():
+            note("")  # or what follows on standard error would stand behind the text
     else:
         _print_under_headings(completions, around, n)
     if not as_json:
@@ -93,6 +97,14 @@ def run(
             note(f"load {load_seconds:.2f} s | {stats}{memory}")
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _is_one_stream() -> bool:
+    """Whether standard output and standard error go to the same place."""
+    try:
+        return os.path.sameopenfile(sys.stdout.fileno(), sys.stderr.fileno())
+    except OSError:  # not files at all
+        return False
 
 
 def _print_under_headings(
@@ -180,11 +192,11 @@ def print_inspection(found: Inspection) -> None:
         )
     console.print(table, "")
 
-    table = new_table("tensor", "shape", "dtype", ">parameters", ">times")
+    stored = found.file_bytes is not None  # a shape is of no dtype yet
+    table = new_table("tensor", "shape", *["dtype"] * stored, ">parameters", ">times")
     for (name, shape, dtype), count in Counter(_without_layer(found.tensors)).items():
-        table.add_row(
-            visible(name), "x".join(map(str, shape)), dtype or "", f"{prod(shape):,}", str(count)
-        )
+        cells = [visible(name), "x".join(map(str, shape)), *[dtype or ""] * stored]
+        table.add_row(*cells, f"{prod(shape):,}", str(count))
     console.print(table)
     if found.file_bytes is not None:
         write(f"\n{len(found.tensors):,} tensors, {size_text(found.file_bytes)} in files\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -68,10 +68,13 @@ class Stats:
         return self.prompt_tokens / self.first_token_seconds if self.first_token_seconds else 0.0
 
     @property
-    def decode_rate(self) -> float:
-        """New tokens per second, each row's first left out: that one is the prefill's."""
-        seconds = self.total_seconds - self.first_token_seconds
-        return max(0, self.new_tokens - self.rows) / seconds if seconds > 0 else 0.0
+    def decode_rate(self) -> float | None:
+        """New tokens per second, each row's first left out: that one is the prefill's.
+
+        None where there are no others.
+        """
+        tokens, seconds = self.new_tokens - self.rows, self.total_seconds - self.first_token_seconds
+        return tokens / seconds if tokens > 0 and seconds > 0 else None
 
     @property
     def rate(self) -> float:
@@ -81,8 +84,9 @@ class Stats:
     def __str__(self) -> str:
         text = (
             f"prefill {self.prefill_rate:,.1f} tok/s | first token {self.first_token_seconds:.3f} s"
-            f" | decode {self.decode_rate:,.1f} tok/s"
         )
+        if self.decode_rate is not None:
+            text += f" | decode {self.decode_rate:,.1f} tok/s"
         if self.drafted_tokens is not None:
             text += (
                 f" | {self.accepted_tokens:,} of {self.drafted_tokens:,} drafted tokens accepted"
@@ -93,10 +97,10 @@ class Stats:
 class Options(TypedDict, total=False):
     """The options that every way of generating takes.
 
-    The first six are described at `Sampling`. `stop` is a text or several, any of which ends a
-    completion, as the control token of that name does too; `logprobs` is how many log-probabilities
-    to report per token beside the chosen token's own; `draft` guesses ahead, so that the same
-    tokens take fewer steps (`mqa_gpt.speculation`).
+    The first six are described at `mqa_gpt.sampling.Sampling`. `stop` is a text or several, any of
+    which ends a completion, as the control token of that name does too; `logprobs` is how many
+    log-probabilities to report per token beside the chosen token's own; `draft` guesses ahead, so
+    that the same tokens take fewer steps (`mqa_gpt.speculation`).
     """
 
     temperature: float
@@ -108,6 +112,14 @@ class Options(TypedDict, total=False):
     stop: str | Sequence[str] | None
     logprobs: int | None
     draft: Draft | None
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """TypeError, as for any argument that there is not, unless all of these are `Options`."""
+    for name in options.keys() - Options.__annotations__.keys():
+        raise TypeError(
+            f"there is no option {shown(name)}: accepted are {', '.join(Options.__annotations__)}"
+        )
 
 
 class _Row:
@@ -237,6 +249,7 @@ class Generation:
         end_ids = {*model.config.end_token_ids, *end_of_text, *named}
         self._new_row = partial(_Row, tokenizer, end_ids, list(stops))
         self._rows: dict[int, _Row] = {}  # those begun
+        self._unfinished = [n if max_new_tokens else 0] * len(prompts)  # rows of each prompt
         self._taken = 0  # prompts whose rows were given away
         self._n, self._max_new_tokens = n, max_new_tokens
         self._prompt_tokens = [len(prompt) for prompt in prompts]
@@ -278,6 +291,7 @@ class Generation:
                 row.finish("length")
             if token.finished is not None:
                 self.stats.finished_rows += 1
+                self._unfinished[token.row // self._n] -= 1
             if piece := row.take():
                 yield token.row, piece
 
@@ -312,10 +326,8 @@ class Generation:
 
         Each is given once and then forgotten, so that a long run does not fill the memory.
         """
-        while self._taken < len(self._prompt_tokens):
+        while self._taken < len(self._prompt_tokens) and not self._unfinished[self._taken]:
             rows = range(self._taken * self._n, (self._taken + 1) * self._n)
-            if any(self._row(row).finish_reason == "interrupted" for row in rows):
-                return
             completions = [self._completion(row) for row in rows]
             for row in rows:
                 del self._rows[row]

@@ -25,6 +25,9 @@ PACKAGES = (
     "huggingface_hub",
 )
 
+# What a checkout is compared with is an extra; the README has the same line.
+INSTALL_PEERS = ".venv/bin/pip install -c constraints.txt -e '.[bench]'"
+
 
 def version(package: str) -> str | None:
     """The version of an installed package, found without importing it; None if it is not there."""

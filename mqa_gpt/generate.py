@@ -16,6 +16,10 @@ from mqa_gpt.model import GPT
 from mqa_gpt.sampling import GREEDY, Sampling
 from mqa_gpt.speculation import Draft, check_draft, stream_drafted
 
+# A prompt's samples are held until the last of them is finished, with 64 tokens some 8 kB each:
+# this many take most of a gigabyte, and what estimates of pass@k ask for is far below.
+MAX_SAMPLES = 100_000
+
 
 def generate(
     model: GPT,
@@ -40,7 +44,7 @@ def generate(
         prompts: token ids, rows of any lengths; an empty row starts from `bos_token_id`.
         max_new_tokens: at most this many per row.
         temperature, top_k, top_p, min_p, repetition_penalty, seed: see `Sampling`.
-        n: samples per prompt, all from one prefill of it.
+        n: samples per prompt, all from one prefill of it; at most `MAX_SAMPLES`.
         eos_token_id: the token or tokens that end a row; None never stops early.
         draft: what guesses ahead so that the same tokens take fewer steps (`mqa_gpt.speculation`).
         prefill_chunk: positions per row and forward pass while the prompts are read; lower it where
@@ -104,6 +108,11 @@ def check_request(
         )
     if not is_int(n) or n < 1:
         raise PromptError(f"n is {n!r}: it must be an integer of at least 1")
+    if n > MAX_SAMPLES:
+        raise PromptError(
+            f"n is {n:,}: a prompt gets at most {MAX_SAMPLES:,} samples; give it several times, "
+            "with another seed each"
+        )
     if n > 1 and sampling.greedy:
         raise PromptError(
             f"n is {n} but temperature is 0, which gives the same tokens {n} times: "

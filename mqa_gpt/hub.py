@@ -107,8 +107,8 @@ def _download(name: str, revision: str | None) -> Path:
             "check the network"
         )
         raise CheckpointError(
-            f"there is no folder {name} here; as a hub name it is not, or not completely, in the "
-            f"cache at {constants.HF_HUB_CACHE}, and {reason}, or give a folder"
+            f"there is no folder {name} here, and the cache at {constants.HF_HUB_CACHE} does not "
+            f"hold all files of a hub model of that name; {reason}, or give a folder"
         ) from error
     except (HfHubHTTPError, HTTPError, OSError, ValueError, KeyError) as error:
         # The last two: an answer that is no hub's, such as a network's login page.

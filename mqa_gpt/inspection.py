@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from os import PathLike
 from pathlib import Path
@@ -18,6 +18,8 @@ from mqa_gpt.checkpoint import DEMO_DIR, empty_model, read_config
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import CheckpointError
 from mqa_gpt.hub import resolve
+from mqa_gpt.memory import cache_bytes
+from mqa_gpt.quantization import says_quantized
 from mqa_gpt.weight_files import opened, stored_tensors
 
 # What weights and caches are counted in.
@@ -80,19 +82,22 @@ class Inspection:
 
     def cache_bytes_per_token(self, dtype: torch.dtype, *, multi_query: bool) -> int:
         """Bytes of K and V that each token keeps, with one key/value head or with one per head."""
-        heads = 1 if multi_query else self.config.n_head
-        return 2 * self.config.n_layer * heads * self.config.head_dim * dtype.itemsize
+        return cache_bytes(replace(self.config, multi_query=multi_query), dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
         names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+        weights = {name: self.weight_bytes(dtype) for name, dtype in names.items()}
+        if self.file_bytes is not None and says_quantized(self.config):
+            # Scales and what is not rounded included, as the files hold them.
+            names["int8"], weights["int8"] = torch.int8, self.file_bytes
         return {
             "name": self.name,
             "config": self.config.to_dict(),
             "parameters": sum(self.parameters.values()),
             "parameters_by_part": self.parameters,
             "file_bytes": self.file_bytes,
-            "weight_bytes": {name: self.weight_bytes(dtype) for name, dtype in names.items()},
+            "weight_bytes": weights,
             "cache_bytes_per_token": {
                 name: {
                     "mqa": self.cache_bytes_per_token(dtype, multi_query=True),

@@ -11,12 +11,14 @@ import torch
 from mqa_gpt.cache import as_cache_dtype
 from mqa_gpt.checkpoint import DEMO_DIR, load_model, read_config
 from mqa_gpt.checks import shown
-from mqa_gpt.completion import Completion, Generation, Options, encode_prompts
+from mqa_gpt.completion import Completion, Generation, Options, check_options, encode_prompts
 from mqa_gpt.errors import PromptError
 from mqa_gpt.fim import infill_prompt, truncated_infill_prompt
 from mqa_gpt.generate import check_request
 from mqa_gpt.hub import resolve
+from mqa_gpt.inspection import Inspection
 from mqa_gpt.model import GPT
+from mqa_gpt.saving import save_model
 from mqa_gpt.tokenizer import Tokenizer
 
 BATCH_SIZE = 16  # rows under way at a time, where there are many prompts
@@ -29,11 +31,20 @@ class LLM:
         model: the `GPT`; from `load` on a CPU its weights may be packed, which is for
             inference only (see `mqa_gpt.packing`).
         tokenizer: its `Tokenizer`.
+        name: what it was loaded by, or None.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: GPT, tokenizer: Tokenizer, name: str | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.name = name
+
+    def __repr__(self) -> str:
+        config, dtype = self.model.config, str(self.model.dtype).removeprefix("torch.")
+        # From the config, because packed weights are no parameters.
+        count = sum(Inspection("", config, []).parameters.values())
+        name = "" if self.name is None else f"{self.name}, "
+        return f"LLM({name}{count:,} parameters, {dtype} on {self.model.device})"
 
     @classmethod
     def load(
@@ -49,8 +60,8 @@ class LLM:
     ) -> LLM:
         """Load a checkpoint with its tokenizer, ready to generate.
 
-        On a CPU, float32 and 8-bit weights are packed for speed (see `mqa_gpt.packing`). To train
-        or edit the model, take `LLM(GPT.from_pretrained(...), Tokenizer.from_pretrained(...))`.
+        On a CPU, float32 and 8-bit weights are packed for speed (see `mqa_gpt.packing`). To train,
+        edit or save a model, take `LLM(GPT.from_pretrained(...), Tokenizer.from_pretrained(...))`.
 
         Args:
             name_or_dir: a folder or a name on the hub; None is the bundled demo checkpoint.
@@ -68,7 +79,16 @@ class LLM:
             folder, device=device, dtype=dtype, backend=backend, quantize=quantize, packed=True
         )
         model.cache_dtype = kept_as
-        return cls(model, tokenizer)
+        return cls(model, tokenizer, "demo" if name_or_dir is None else str(name_or_dir))
+
+    def save(self, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
+        """Write a checkpoint that `load` and transformers read, model and tokenizer.
+
+        Arguments, errors and what happens to a folder that exists are those of
+        `mqa_gpt.saving.save_model`. Packed weights, which `load` makes on a CPU, cannot be saved:
+        take `LLM(GPT.from_pretrained(...), Tokenizer.from_pretrained(...))`.
+        """
+        save_model(self.model, folder, tokenizer=self.tokenizer, max_shard_size=max_shard_size)
 
     @overload
     def generate(
@@ -120,7 +140,8 @@ class LLM:
             n: samples per prompt, from one prefill of it.
             special_tokens: whether control tokens spelled out in a prompt, such as <fim_prefix>,
                 act as such.
-            options: see `Options`.
+            options: temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, logprobs,
+                draft; see `mqa_gpt.Options`.
 
         Returns:
             For a text a `Completion`, with n > 1 a list of n; for a list of texts a list of these.
@@ -184,7 +205,7 @@ class LLM:
             batch_size: rows under way at a time; the memory for keys and values is theirs.
             max_new_tokens, n, special_tokens: as in `generate`.
             mode: as in `infill`.
-            options: see `Options`; `draft` is not for this.
+            options: as in `generate`, without `draft`.
 
         Returns:
             What `generate` gives for each prompt, in order: each as soon as it and all before it
@@ -239,7 +260,8 @@ class LLM:
             mode: "psm" or "spm", the order in which the model is shown the two.
             truncate: cut the far ends of prefix and suffix where they exceed the context, instead
                 of raising.
-            options: see `Options`.
+            options: temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, logprobs,
+                draft; see `mqa_gpt.Options`.
 
         Raises:
             CheckpointError: the checkpoint's tokenizer has no infilling tokens.
@@ -259,6 +281,7 @@ class LLM:
         **options: Unpack[Options],
     ) -> Generation:
         """Start completing prompts; what `generate` and `stream` run on, with their arguments."""
+        check_options(options)
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
             raise PromptError(
                 f"the prompt is {shown(prompts)}: it must be a text or a list of texts"
@@ -283,6 +306,7 @@ class LLM:
         Args:
             names: what messages call the prompts; "prompt 0", "prompt 1", ... if None.
         """
+        check_options(options)
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
             raise PromptError(f"prompts are {shown(prompts)}: they must be a list of texts")
         names = names or [f"prompt {i}" for i in range(len(prompts))]
@@ -312,6 +336,7 @@ class LLM:
         **options: Unpack[Options],
     ) -> Generation:
         """Start infilling, with the arguments of `infill`; n samples of it."""
+        check_options(options)
         cut = (0, 0)
         if truncate:
             check_request(self.model.config, [], max_new_tokens)  # before reckoning with it

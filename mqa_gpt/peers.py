@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import tokenizers
 import torch
 
-from mqa_gpt.environment import version
+from mqa_gpt.environment import INSTALL_PEERS, version
 from mqa_gpt.errors import InputError
 from mqa_gpt.generate import generate
 from mqa_gpt.model import GPT
@@ -68,7 +68,7 @@ def require_peers(names: Sequence[str]) -> None:
         if missing:
             raise InputError(
                 f"comparing with {name} needs {' and '.join(missing)}, not installed here: "
-                f"run pip install {' '.join(missing)}"
+                f"run {INSTALL_PEERS} in the checkout"
             )
 
 

@@ -40,7 +40,10 @@ CONFIG_ENTRY = {"mqa_gpt": "int8"}
 def check_method(method: str | None) -> None:
     """InputError unless `method` is one of `METHODS`, or None for none."""
     if method is not None and method not in METHODS:
-        raise InputError(f"quantize is {method!r}: accepted are {', '.join(METHODS)} and None")
+        raise InputError(
+            f"quantize is {method!r}: accepted is {' or '.join(METHODS)}; leave it out to keep the "
+            "weights as they are"
+        )
 
 
 def says_quantized(config: GPTConfig) -> bool:

@@ -93,7 +93,7 @@ def format_report(report: Report) -> str:
         + ("" if report.cache_dtype is None else f", cache in {report.cache_dtype}"),
         f"against {report.reference}",
         "",
-        f"{'prompt':32}  {'tokens':>6}  {'max error':>9}  {'relative':>9}  equal new tokens",
+        f"{'prompt':32}  {'tokens':>6}  {'max error':>9}  {'by position':>11}  equal new tokens",
     ]
     notes = []
     for prompt in report.prompts:
@@ -101,7 +101,7 @@ def format_report(report: Report) -> str:
         name = name if len(name) <= 32 else f"{name[:29]}..."
         absolute, relative = _largest(prompt.absolute_error), _largest(prompt.relative_error)
         lines.append(
-            f"{name:32}  {prompt.prompt_tokens:6}  {absolute:9.2e}  {relative:9.2e}"
+            f"{name:32}  {prompt.prompt_tokens:6}  {absolute:9.2e}  {relative:11.2e}"
             f"  {prompt.equal_tokens} of {prompt.new_tokens}"
         )
         if (d := prompt.divergence) is not None:
@@ -117,6 +117,8 @@ def format_report(report: Report) -> str:
     logits = "info" if not checked else "pass" if report.logits_passed else "FAIL"
     tokens = "info" if not report.tokens_must_be_equal else "pass" if not notes else "FAIL"
     limit = "" if report.logits_limit is None else f", limit {report.logits_limit:.2e}"
+    # The verdict's ratio is another: its two maxima may be of different positions.
+    lines.append("by position: the largest error over the largest logit of its own position")
     lines += ["", *notes, f"logits  {logits}  {report.logits_error:.2e}{limit}: {report.rule}"]
     if report.loss is not None and report.reference_loss is not None:
         lines.append(

@@ -17,11 +17,16 @@ from mqa_gpt.checkpoint import CONFIG_FILE, own_weights
 from mqa_gpt.errors import CheckpointError
 from mqa_gpt.model import GPT
 from mqa_gpt.quantization import CONFIG_ENTRY, CONFIG_KEY, is_quantized, says_quantized
+from mqa_gpt.tokenizer import TOKENIZER_FILE, Tokenizer
 from mqa_gpt.weight_files import INDEX_FILE, WEIGHTS_FILE
 
 
 def save_model(
-    model: GPT, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB"
+    model: GPT,
+    folder: str | PathLike[str],
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Write `config.json` and the weights so that transformers loads them back bit for bit.
 
@@ -29,13 +34,14 @@ def save_model(
 
     Everything is written and synced under a temporary name first. A folder that does not exist
     appears complete, in one step. In one that exists, the files are moved into place with the one
-    that loading starts from as the last; old shards go, other files (a tokenizer) stay. If that is
-    broken off, the folder does not load, or loads the old or the new model, and what was not moved
-    is still in the folder `.saving-...` inside it.
+    that loading starts from as the last; old shards go, other files stay. If that is broken off,
+    the folder does not load, or loads the old or the new model, and what was not moved is still in
+    the folder `.saving-...` inside it.
 
     Args:
         model: weights in any float dtype, on any device.
         folder: made if it does not exist.
+        tokenizer: written as `tokenizer.json`; None leaves the one that may be there.
         max_shard_size: bytes, or text such as "5GB"; a larger model is written in shards with an
             index.
 
@@ -78,6 +84,8 @@ def save_model(
             shard = {name: tensors[name].contiguous() for name in names}
             save_file(shard, temporary / file, metadata={"format": "pt"})
         _write_json(temporary / CONFIG_FILE, values)
+        if tokenizer is not None:
+            (temporary / TOKENIZER_FILE).write_text(tokenizer.to_json(), encoding="utf-8")
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             _write_json(temporary / INDEX_FILE, index)
@@ -126,19 +134,22 @@ def _move_into(folder: Path, temporary: Path) -> None:
 
     Between the first and the last move the folder must hold nothing that loads, for the files of
     two savings have the same names: what loading starts from goes first and comes last. Weights in
-    one file whose config stays the same are replaced in one step.
+    one file are replaced in one step where nothing else changes.
     """
     new = {file.name for file in temporary.iterdir()}
     shards = folder.glob("model-?????-of-?????.safetensors")
     old = {WEIGHTS_FILE, INDEX_FILE, *(file.name for file in shards)}
     first = INDEX_FILE if INDEX_FILE in new else WEIGHTS_FILE
-    config = folder / CONFIG_FILE
-    same_config = config.is_file() and config.read_bytes() == (temporary / CONFIG_FILE).read_bytes()
-    if first == INDEX_FILE or not same_config:
+    others = sorted(new - {first})
+    if first == INDEX_FILE or not all(_is_same(folder / n, temporary / n) for n in others):
         for name in (INDEX_FILE, WEIGHTS_FILE):
             (folder / name).unlink(missing_ok=True)
-    for name in sorted(new - {first}):
+    for name in others:
         (temporary / name).replace(folder / name)
     (temporary / first).replace(folder / first)
     for name in old - new:
         (folder / name).unlink(missing_ok=True)
+
+
+def _is_same(old: Path, new: Path) -> bool:
+    return old.is_file() and old.read_bytes() == new.read_bytes()

@@ -18,6 +18,8 @@ import tokenizers
 from mqa_gpt.errors import CheckpointError, PromptError
 from mqa_gpt.hub import resolve
 
+TOKENIZER_FILE = "tokenizer.json"
+
 END_OF_TEXT = "<|endoftext|>"
 
 # prefix, suffix, middle, pad, as StarCoder and as SantaCoder spell them
@@ -81,10 +83,10 @@ class Tokenizer:
         Raises:
             CheckpointError: there is none, or it cannot be read; names the file.
         """
-        path = resolve(name_or_dir, revision) / "tokenizer.json"
+        path = resolve(name_or_dir, revision) / TOKENIZER_FILE
         if not path.is_file():
             raise CheckpointError(
-                f"{path.parent} holds no tokenizer.json: copy it there from the checkpoint this "
+                f"{path.parent} holds no {TOKENIZER_FILE}: copy it there from the checkpoint this "
                 "model came from, or convert its tokenizer with transformers"
             )
         try:
@@ -94,6 +96,11 @@ class Tokenizer:
                 f"{path} is not a tokenizer that can be used ({error}): download it again, or run "
                 "`git lfs pull` if the folder is a git clone"
             ) from error
+
+    def to_json(self) -> str:
+        """What `tokenizer.json` holds, for `from_pretrained` and for transformers."""
+        text: str = self._tokenizer.to_str(pretty=True)
+        return text
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """The ids of a text; nothing is put before or after them.

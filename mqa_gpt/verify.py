@@ -32,20 +32,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mqa_gpt.attention import describe_backend
 from mqa_gpt.cache import KVCache, as_cache_dtype
 from mqa_gpt.checkpoint import load_model, read_config
 from mqa_gpt.checks import is_int
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.decode_graph import can_replay
-from mqa_gpt.environment import version
+from mqa_gpt.environment import INSTALL_PEERS, version
 from mqa_gpt.errors import InputError, PromptError
 from mqa_gpt.generate import check_request, generate
 from mqa_gpt.hub import resolve
 from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack
+from mqa_gpt.progress import status
 from mqa_gpt.quantization import is_quantized, says_quantized
 from mqa_gpt.report import Divergence, PromptReport, Report
-from mqa_gpt.tokenizer import Tokenizer
+from mqa_gpt.tokenizer import TOKENIZER_FILE, Tokenizer
 
 FLOAT32_TOLERANCE = 2e-5
 
@@ -98,30 +100,38 @@ def verify(
             f"{folder} holds 8-bit weights, which transformers does not read: verify the "
             "checkpoint that they were made from, with quantize='int8' (--quantize int8)"
         )
-    has_tokenizer = (folder / "tokenizer.json").is_file()
+    has_tokenizer = (folder / TOKENIZER_FILE).is_file()
     tokenizer = Tokenizer.from_pretrained(folder) if has_tokenizer else None
     rows = _token_ids(config, tokenizer, prompts, folder, max_new_tokens)
 
-    model = load_model(folder, device=device, dtype=dtype, backend=backend, quantize=quantize)
-    model.cache_dtype = kept_as
-    model_dtype, model_device = model.dtype, model.device
-    new_ids, logits, replayed = _ours(model, rows, max_new_tokens)
-    del model
+    with status() as say:
+        say("loading")
+        model = load_model(folder, device=device, dtype=dtype, backend=backend, quantize=quantize)
+        model.cache_dtype = kept_as
+        model_dtype, model_device = model.dtype, model.device
+        say("computing")
+        new_ids, logits, replayed = _ours(model, rows, max_new_tokens)
+        del model
 
-    # The last token is only compared; nothing is computed from it.
-    sequences = [row + new[:-1] for row, new in zip(rows, new_ids, strict=True)]
-    exact_dtype = _exact_dtype(config, model_dtype)
-    with quiet_transformers():
-        reference, source = _load_reference(folder, config, model_dtype)
-        reference.to(model_device)
-        expected = _reference_logits(reference, sequences)
-        greedy = [_reference_greedy(reference, row, max_new_tokens) for row in rows]
-        exact: list[Tensor] | None = None
-        if exact_dtype is not None:  # the same rounded weights, computed more precisely
-            # transformers' eager softmax is float32 even in float64; its sdpa's is not.
-            reference.set_attn_implementation("sdpa" if exact_dtype == torch.float64 else "eager")
-            exact = _reference_logits(reference.to(exact_dtype), sequences)
-    del reference
+        # The last token is only compared; nothing is computed from it.
+        sequences = [row + new[:-1] for row, new in zip(rows, new_ids, strict=True)]
+        exact_dtype = _exact_dtype(config, model_dtype)
+        with quiet_transformers():
+            say("loading in transformers")
+            reference, source = _load_reference(folder, config, model_dtype)
+            reference.to(model_device)
+            say("computing in transformers")
+            expected = _reference_logits(reference, sequences)
+            greedy = [_reference_greedy(reference, row, max_new_tokens) for row in rows]
+            exact: list[Tensor] | None = None
+            if exact_dtype is not None:  # the same rounded weights, computed more precisely
+                say(f"computing in transformers in {str(exact_dtype).removeprefix('torch.')}")
+                # transformers' eager softmax is float32 even in float64; its sdpa's is not.
+                reference.set_attn_implementation(
+                    "sdpa" if exact_dtype == torch.float64 else "eager"
+                )
+                exact = _reference_logits(reference.to(exact_dtype), sequences)
+        del reference
 
     nearest = exact or expected
     limit: float | None
@@ -140,7 +150,7 @@ def verify(
         model=str(name_or_dir),
         dtype=str(model_dtype).removeprefix("torch."),
         device=str(model_device),
-        backend=backend,
+        backend=describe_backend(backend, model_device, model_dtype, config.head_dim),
         quantize=quantize,
         cache_dtype=cache_dtype,
         reference=f"transformers {transformers_version}, eager; {source}",
@@ -167,19 +177,19 @@ def require_transformers() -> str:
     if found is None:
         raise InputError(
             "verifying compares with transformers, which is not installed: "
-            'run pip install "mqa-gpt[test]"'
+            f"run {INSTALL_PEERS} in the checkout"
         )
     numbers = tuple(int(n) for n in re.findall(r"\d+", found)[:3])
     if (4, 54, 0) <= numbers <= (4, 55, 0):
         raise InputError(
             f"transformers {found} cannot be the reference: 4.54.0 to 4.55.0 multiply attention "
             "scores by the root of the head dim instead of dividing by it; "
-            'run pip install "transformers>=5"'
+            f"run {INSTALL_PEERS} in the checkout"
         )
     if numbers < (5,):
         raise InputError(
             f"transformers {found} is too old to be the reference: "
-            'run pip install "transformers>=5"'
+            f"run {INSTALL_PEERS} in the checkout"
         )
     return found
 

@@ -25,6 +25,7 @@ from mqa_gpt.bench import benchmark, decode_bytes, prefill_flops, random_model, 
 from mqa_gpt.bench_report import Report
 from mqa_gpt.cli import app
 from mqa_gpt.cli_output import print_json
+from mqa_gpt.environment import INSTALL_PEERS
 from mqa_gpt.errors import InputError
 from tests.helpers import random_ids, tiny_config
 
@@ -333,7 +334,7 @@ def test_a_peer_that_is_not_installed_is_refused_with_what_to_install(monkeypatc
     monkeypatch.setattr(peers, "version", lambda package: None)
     assert refusal("--compare", "ctranslate2") == (
         "error: comparing with ctranslate2 needs ctranslate2 and transformers, not installed here: "
-        "run pip install ctranslate2 transformers\n"
+        f"run {INSTALL_PEERS} in the checkout\n"
     )
 
 

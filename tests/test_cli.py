@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 from unittest import mock
 
@@ -157,6 +158,27 @@ def test_statistics_and_log_probabilities_go_to_standard_error(folder: str):
     assert "'y'" in result.stderr
     line = result.stderr.splitlines()[-1]
     assert all(word in line for word in ("load", "prefill", "first token", "decode", "peak memory"))
+
+
+def test_no_decode_rate_is_told_where_nothing_was_decoded(folder: str):
+    run = ["generate", "-m", folder, "a", "--max-new-tokens", "1"]
+    assert json.loads(invoke(*run, "--json").stdout)["stats"]["decode_tokens_per_second"] is None
+    assert "decode" not in invoke(*run, "--stats").stderr
+
+
+@pytest.mark.parametrize("flags", ["--stats", "--logprobs 1"])
+def test_a_report_in_the_same_file_begins_on_a_line_of_its_own(
+    folder: str, tmp_path: Path, flags: str
+):
+    arguments = f"generate -m {folder} uvw {flags}"
+    for redirection in ("2>&1", f"> {tmp_path / 'both'} 2>&1; cat {tmp_path / 'both'}"):
+        first, second, *_ = shell(f"{arguments} {redirection}").stdout.splitlines()
+        assert first == "xyz"
+        assert second.strip().startswith(("load", "token"))
+    apart = shell(arguments)
+    assert apart.stdout == "xyz"
+    assert apart.stderr.strip().startswith(("load", "token"))
+    assert not apart.stderr.startswith("\n")
 
 
 @pytest.mark.parametrize(
@@ -348,6 +370,8 @@ def test_a_checkpoint_without_infilling_tokens_says_so(folder: str, tmp_path: Pa
         (["--dtype", "float12"], "float32"),
         (["--device", "toaster"], "toaster"),
         (["--backend", "fast"], "reference"),
+        (["--quantize", "int4"], "accepted is int8; leave it out"),
+        (["--cache-dtype", "int4"], "accepted is int8; leave it out"),
         (["--revision", "main"], "revision"),
     ],
 )
@@ -445,9 +469,15 @@ def test_a_prompt_may_come_from_a_pipe(folder: str, tmp_path: Path):
 def test_more_samples_than_the_memory_holds_are_refused_before_they_are_begun(
     folder: str, command: list[str], tokens: int
 ):
-    run = [*command, "-m", folder, "--temperature", "1", "--n", "1000000000000"]
-    message = refusal(*run, "--max-new-tokens", "9")
-    assert f"1,000,000,000,000 completions of {tokens} tokens need " in message
+    run = [*command, "-m", folder, "--temperature", "1", "--n", "100000"]
+    llm = LLM.load(folder)
+    with (
+        mock.patch.object(LLM, "load", return_value=llm),
+        mock.patch("mqa_gpt.memory.available_memory", return_value=1_000_000_000),
+    ):
+        message = refusal(*run, "--max-new-tokens", "9")
+    assert f"100,000 completions of {tokens} tokens need " in message
+    assert "at most 100,000 samples" in refusal(*run, "--n", "100001")
     assert str(CONTEXT) in refusal(*command, "-m", folder, "--max-new-tokens", "1000000000000")
 
 
@@ -571,6 +601,15 @@ def test_inspect_shows_the_published_figures_of_an_official_shape():
     assert report["parameters"] == 7_327_263_232
 
 
+def test_inspect_has_a_column_of_dtypes_only_for_what_is_stored(folder: str):
+    def headings(*flags: str) -> list[list[str]]:
+        lines = invoke("inspect", *flags).stdout.splitlines()
+        return [line.split() for line in lines if line.split()[:1] == ["tensor"]]
+
+    assert headings("-m", folder) == [["tensor", "shape", "dtype", "parameters", "times"]]
+    assert headings("--shape", "starcoder") == [["tensor", "shape", "parameters", "times"]]
+
+
 def test_inspect_shows_a_checkpoints_tensors_and_hashes(folder: str):
     result = invoke("inspect", "-m", folder, "--check-finite", "--hash")
     assert result.exit_code == 0
@@ -650,6 +689,43 @@ def start(folder: str, *arguments: str, **streams: object) -> subprocess.Popen[b
         stderr=subprocess.PIPE,
         **streams,
     )
+
+
+def test_the_list_of_commands_cuts_no_summary():
+    _, commands = invoke("--help").stdout.split("\nCommands:\n")
+    assert commands.count("\n") == len(app.registered_commands)
+    assert "..." not in commands
+
+
+def ways_to_start() -> dict[str, list[str]]:
+    """What Python gets when the command is started by its name, and by the package's."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["mqa-gpt"].partition(":")
+    code = f"import sys; from {module} import {function}; sys.exit({function}())"
+    return {"mqa-gpt": ["-c", code], "python -m mqa_gpt": ["-m", "mqa_gpt"]}
+
+
+@pytest.mark.parametrize("name", ways_to_start())
+def test_ctrl_c_while_torch_is_imported_says_so_and_exits_with_130(name: str, tmp_path: Path):
+    (tmp_path / "torch.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
+    paths = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
+    process = subprocess.Popen(
+        [sys.executable, *ways_to_start()[name], "env"],
+        env=environment() | {"PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"begun\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == (b"", b"interrupted\n")
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("name", ways_to_start())
+def test_every_way_to_start_the_command_runs_it(name: str):
+    command = [sys.executable, *ways_to_start()[name], "--version"]
+    shown = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("mqa-gpt")
 
 
 def test_ctrl_c_keeps_what_was_written_and_exits_with_130(folder: str):

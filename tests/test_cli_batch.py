@@ -189,6 +189,8 @@ def test_json_sums_up(run: list[str], tmp_path: Path):
     assert stats["tokens_per_second"] == pytest.approx(stats["new_tokens"] / stats["total_seconds"])
     again = json.loads(invoke(*run, "--json").stdout)
     assert (again["found"], again["written"], again["interrupted"]) == (6, 0, False)
+    assert again["stats"]["tokens_per_second"] is None
+    assert invoke(*run).stderr.endswith("6 were there, 0 are new\n")
 
 
 def test_every_option_reaches_the_library(run: list[str]):
@@ -241,9 +243,12 @@ def test_the_input_may_begin_with_a_byte_order_mark(tmp_path: Path):
         ('{"id": 1}', "line 2 of {} holds nothing to complete"),
         ('{"id": 1, "prefix": "a"}', "line 2 of {} holds prefix: it must"),
         ('{"id": 1, "prompt": "a", "suffix": "b"}', "line 2 of {} holds prompt and suffix"),
-        ('{"id": 1, "prompt": 5}', "line 2 (id 1): text is int"),
+        ('{"id": 1, "prompt": 5}', "line 2 of {} has the prompt 5: it must be a text"),
+        ('{"id": 1, "prefix": "a", "suffix": 3}', "line 2 of {} has the suffix 3: it must be a"),
+        ('{"id": 1, "prompt": "a", "prompt": "b"}', "line 2 of {} has the key 'prompt' more than"),
+        ('{"id": 1, "id": 2, "prompt": "a"}', "line 2 of {} has the key 'id' more than once"),
         ('{"id": 1, "prompt": "\\ud800"}', "line 2 (id 1): text holds a lone surrogate"),
-        ('{"id": 1, "prompt": ["a", "b"]}', "line 2 (id 1): text is list"),
+        ('{"id": 1, "prompt": ["a", "b"]}', "line 2 of {} has the prompt ['a', 'b']: it must"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(run: list[str], tmp_path: Path, line: str, says: str):
@@ -379,6 +384,7 @@ def test_results_of_another_prompt_or_of_other_options_are_refused_before_the_mo
     ("output", "says"),
     [
         ("-", "the output is -: name a file"),
+        ("", "cannot write the output: the file name is empty"),
         (".", "is not a file"),
         (os.devnull, "is not a file"),
         ("no/such/folder/out", "is in a folder that does not exist"),
@@ -395,6 +401,30 @@ def test_a_full_disk_is_an_error_of_one_line_that_names_the_output(run: list[str
     full = OSError(errno.ENOSPC, "No space left on device")
     with mock.patch("mqa_gpt.cli_batch._line", side_effect=full):
         assert refusal(*run) == f"cannot write {tmp_path / 'out'}: No space left on device"
+
+
+@pytest.mark.parametrize("blocks", [0, 1])  # of 512 or 1,024 bytes
+def test_a_disk_that_is_full_keeps_whole_results_and_no_empty_file(
+    folder: str, tmp_path: Path, blocks: int
+):
+    write_lines(tmp_path / "in", [{"id": i, "prompt": "w"} for i in range(20)])
+    command = f"{sys.executable} -m mqa_gpt batch in -o out -m {folder}"
+    result = subprocess.run(
+        f"ulimit -f {blocks}; {command}",
+        shell=True,
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr == "error: cannot write out: File too large\n"
+    if blocks == 0:
+        assert not (tmp_path / "out").exists()
+    else:
+        *whole, _ = (tmp_path / "out").read_text().split("\n")
+        assert [json.loads(line)["id"] for line in whole] == list(range(len(whole)))
 
 
 @pytest.mark.parametrize(
@@ -417,6 +447,7 @@ def test_a_mode_that_there_is_not_is_bad_input_without_a_hole_too(run: list[str]
 
 def test_an_input_that_is_not_there_is_bad_input(run: list[str]):
     assert "no-such-file" in refusal(run[0], "no-such-file", *run[2:])
+    assert refusal(run[0], "", *run[2:]) == "cannot read '': the file name is empty"
 
 
 def test_a_terminal_sees_a_progress_bar_with_the_speed(folder: str, tmp_path: Path):

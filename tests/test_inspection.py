@@ -67,6 +67,17 @@ def test_parameters_and_cache_are_those_of_the_model(multi_query: bool, tied: bo
     assert found.cache_bytes_per_token(torch.float32, multi_query=multi_query) == cache.kv.nbytes
 
 
+def test_rounded_weights_have_a_row_of_what_the_files_hold(folder: Path, tmp_path: Path):
+    assert "int8" not in inspect_checkpoint(folder).to_dict()["weight_bytes"]
+    GPT.from_pretrained(folder, quantize="int8").save_pretrained(tmp_path / "rounded")
+    sizes = inspect_checkpoint(tmp_path / "rounded").to_dict()
+    tensors = load_file(tmp_path / "rounded" / "model.safetensors").values()
+    assert 0 < sizes["weight_bytes"]["int8"] - sum(tensor.nbytes for tensor in tensors) < 10_000
+    cache = KVCache(tiny_config(), 1, 1, dtype=torch.int8)
+    bytes_of_it = cache.kv.nbytes + cache.scales.nbytes
+    assert sizes["cache_bytes_per_token"]["int8"]["mqa"] == bytes_of_it
+
+
 def test_tensors_are_what_the_files_hold(tmp_path: Path):
     model = GPT(tiny_config()).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "checkpoint", max_shard_size=20_000)

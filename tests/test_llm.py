@@ -1,9 +1,12 @@
 """LLM: text in, text out, with a model that recites a script so that every piece is known."""
 
 import time
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
+import transformers
 
 from mqa_gpt import (
     GPT,
@@ -17,6 +20,7 @@ from mqa_gpt import (
     memory,
 )
 from mqa_gpt.memory import cache_bytes
+from mqa_gpt.packing import can_pack
 from tests.helpers import SPECIALS, byte_tokenizer, our_model, reference_model, tiny_config
 
 
@@ -237,7 +241,7 @@ def test_no_new_tokens_give_an_empty_completion(llm):
         ("a", {"max_new_tokens": -1}, "max_new_tokens"),
         ("a", {"n": 0}, "n is 0"),
         ("a", {"n": 2}, "n is 2 but temperature is 0"),
-        ("a", {"n": 10**12, "temperature": 1.0}, "completions of .* tokens need"),
+        ("a", {"n": 10**12, "temperature": 1.0}, "n is 1,000,000,000,000: .* at most 100,000"),
         ("a", {"logprobs": -1}, "logprobs"),
         ("a" * 200, {}, "200 tokens"),
         ("a", {"top_p": 2.0, "temperature": 1.0}, "top_p"),
@@ -246,6 +250,27 @@ def test_no_new_tokens_give_an_empty_completion(llm):
 def test_unusable_input_is_named(llm, prompt, options, words):
     with pytest.raises(PromptError, match=words):
         llm.generate(prompt, **options)
+
+
+@pytest.mark.parametrize("name", ["temprature", "max_tokens", "batch_size", "cut"])
+def test_an_option_that_there_is_not_is_named_with_those_that_there_are(llm, name):
+    says = f"^there is no option '{name}': accepted are temperature, .*, logprobs, draft$"
+    for begin in (llm.begin, llm.begin_many, partial(llm.begin_infill, "a")):
+        if name == "batch_size" and begin == llm.begin_many:
+            continue
+        with pytest.raises(TypeError, match=says):
+            begin("a", **{name: 5})
+
+
+def test_a_model_says_what_it_is():
+    # Packed or not, all parameters count.
+    for dtype in ("float16", "float32"):
+        assert repr(LLM.load(dtype=dtype, device="cpu")) == (
+            f"LLM(demo, 5,457,664 parameters, {dtype} on cpu)"
+        )
+    llm = reciting("hello")
+    count = sum(parameter.numel() for parameter in llm.model.parameters())
+    assert repr(llm) == f"LLM({count:,} parameters, float32 on cpu)"
 
 
 def test_streaming_names_unusable_input_before_the_first_piece(llm):
@@ -303,6 +328,14 @@ def test_a_completion_is_given_once_it_and_all_before_it_are_finished():
     assert (generation.stats.rows, generation.stats.new_tokens) == (5, 30)
 
 
+def test_looking_for_finished_completions_does_not_go_through_all_samples():
+    generation = reciting("hello").begin_many(["x"], n=100, temperature=0.01, batch_size=5)
+    with mock.patch.object(generation, "_row", wraps=generation._row) as asked:
+        (samples,) = generation.run_in_order()
+    assert [sample.text for sample in samples] == ["hello"] * 100
+    assert asked.call_count < 3 * generation.stats.new_tokens
+
+
 def test_many_completions_before_an_interrupt_are_those_that_were_not_given_yet():
     generation = reciting("hello").begin_many(["x"] * 3, batch_size=1)
     assert len(next(generation.run_in_order())) == 1
@@ -330,7 +363,7 @@ def test_many_prompts_take_the_memory_of_those_under_way(llm, monkeypatch):
             llm.generate_many(prompts, 5, batch_size=rows)
     # However many samples: those that wait take nothing, and those of a prompt share one reading.
     has_slots(4 * room + room - 5)
-    next(llm.begin_many(prompts, 5, batch_size=4, n=10**12, temperature=1.0).__iter__())
+    next(llm.begin_many(prompts, 5, batch_size=4, n=100_000, temperature=1.0).__iter__())
 
 
 def test_no_prompts_and_no_new_tokens_are_nothing_to_do(llm):
@@ -363,6 +396,36 @@ def test_no_prompts_and_no_new_tokens_are_nothing_to_do(llm):
 def test_unusable_input_among_many_is_named_before_the_model_runs(llm, prompts, options, words):
     with pytest.raises(PromptError, match=words):
         llm.generate_many(prompts, **options)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_what_is_saved_is_loaded_as_it_was_tokenizer_and_all(llm, tmp_path, quantize):
+    llm.save(tmp_path / "plain")
+    saved = LLM(
+        GPT.from_pretrained(tmp_path / "plain", quantize=quantize),
+        Tokenizer.from_pretrained(tmp_path / "plain"),
+    )
+    saved.save(tmp_path / "x", max_shard_size=50_000)
+    loaded = LLM.load(tmp_path / "x")
+    assert loaded.tokenizer.to_json() == llm.tokenizer.to_json()
+    assert loaded.generate("<fim_prefix>a", 9).prompt_tokens == 2
+    if quantize is None:
+        assert loaded.generate("ab", 9) == llm.generate("ab", 9)
+
+
+def test_what_is_saved_has_a_tokenizer_that_transformers_reads(llm, tmp_path):
+    llm.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "def f(x):\n\t<fim_prefix>\N{SNAKE}"
+    assert theirs(text).input_ids == llm.tokenizer.encode(text)
+
+
+@pytest.mark.skipif(not can_pack(torch.nn.Linear(1, 1)), reason="no packed oneDNN products here")
+def test_packed_weights_are_not_saved_and_leave_no_folder(llm, tmp_path):
+    llm.save(tmp_path / "plain")
+    with pytest.raises(RuntimeError, match="packed weights cannot be saved: load the model"):
+        LLM.load(tmp_path / "plain").save(tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_the_demo_checkpoint_has_no_revisions():

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from mqa_gpt.checkpoint import DEMO_DIR
 from mqa_gpt.cli import app
+from mqa_gpt.environment import INSTALL_PEERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,16 +28,20 @@ def help_texts() -> str:
     return "".join(CliRunner().invoke(app, [*run, "--help"]).stdout for run in runs)
 
 
-def test_the_python_examples_run_on_the_demo_checkpoint(
+def test_the_python_examples_run_on_the_demo_checkpoint_each_by_itself(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)  # one of them saves
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names: dict[str, object] = {}
     for block in blocks:
         if "bigcode/" not in block:  # which would be downloaded
-            exec(block, names)
+            exec(block, {})
     assert len(capsys.readouterr().out) > 100
+
+    (command,) = (command for command in commands(README) if "--model demo-int8" in command)
+    result = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert result.exit_code == 0
+    assert result.stdout.strip()
 
 
 @pytest.mark.parametrize("command", [*commands(README), *commands(help_texts())])
@@ -78,6 +83,12 @@ def test_the_speeds_are_those_of_the_benchmark_results():
             expected.append([f"{ratio:.2f}" for ratio in ratios])
     (table,) = re.findall(r"\| cold start \|\n.*\n((?:\|.*\n)+)", README)
     assert [re.findall(r"\d+\.\d\d", line) for line in table.splitlines()] == expected
+
+
+def test_what_else_is_needed_is_installed_by_one_command_wherever_it_is_said():
+    for text in (README, help_texts()):
+        text = " ".join(text.split())
+        assert text.count("pip install") == text.count(INSTALL_PEERS) > 0
 
 
 def test_make_runs_the_commands_that_the_readme_begins_with():

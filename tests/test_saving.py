@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPTBigCodeForCausalLM
 
-from mqa_gpt import GPT, CheckpointError, saving
+from mqa_gpt import GPT, CheckpointError, Tokenizer, saving
 from mqa_gpt.checkpoint import load_model, read_config
 from mqa_gpt.saving import save_model
 from tests.helpers import (
@@ -20,6 +20,7 @@ from tests.helpers import (
     WEIGHTS,
     Tensors,
     assert_same_weights,
+    byte_tokenizer,
     our_model,
     reference_model,
     tiny_config,
@@ -179,6 +180,27 @@ def test_a_saving_that_is_broken_off_leaves_the_old_or_the_new_model_or_a_clear_
     assert {"old", "new"} <= seen
     if after == "5GB" and activation == "relu":
         assert seen == {"old", "new"}
+
+
+def test_a_saving_that_is_broken_off_never_mixes_a_tokenizer_with_the_weights_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config()
+    old, new = (our_model(reference_model(config, seed=i), config) for i in range(2))
+    save_model(old, tmp_path, tokenizer=Tokenizer(byte_tokenizer("old")))
+    real = Path.replace
+
+    def killed_before_the_weights(self: Path, target: Path) -> Path:
+        if target.name == WEIGHTS:
+            raise KeyboardInterrupt
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", killed_before_the_weights)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(new, tmp_path, tokenizer=Tokenizer(byte_tokenizer("new")))
+    assert Tokenizer.from_pretrained(tmp_path).token_id("new") is not None
+    with pytest.raises(CheckpointError, match="holds neither"):
+        load_model(tmp_path)
 
 
 def test_a_saving_that_cannot_be_moved_into_place_says_where_it_is(

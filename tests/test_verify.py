@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import mqa_gpt.verify
 from mqa_gpt import GPT, CheckpointError, GPTConfig, PromptError
 from mqa_gpt.attention import HAS_TRITON
 from mqa_gpt.checkpoint import DEMO_DIR
+from mqa_gpt.environment import INSTALL_PEERS
 from mqa_gpt.errors import InputError
 from mqa_gpt.generate import generate
 from mqa_gpt.report import format_report
@@ -327,7 +329,7 @@ def test_a_report_shows_control_characters_as_escapes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        (None, r'not installed: run pip install "mqa-gpt\[test\]"'),
+        (None, rf"not installed: run {re.escape(INSTALL_PEERS)} in the checkout$"),
         ("4.54.0", "4.54.0 cannot be the reference.*head dim"),
         ("4.54.1", "4.54.1 cannot be the reference.*head dim"),
         ("4.55.0", "4.55.0 cannot be the reference.*head dim"),
