@@ -8,7 +8,8 @@ CPU, and has Triton compile what would be launched: tiles, types, what 16 divide
 constant are the launcher's own. Prints shared memory, registers, spills and tensor-core
 instructions of each kernel, and how many of its blocks fit on a multiprocessor. Fails where one
 does not compile, spills registers, does not fit into shared memory, runs a 16-bit product without
-tensor cores, or does not wait for its predecessor where it should.
+tensor cores or one of their instructions after the other, or does not wait for its predecessor
+where it should.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -100,6 +102,7 @@ class Usage(NamedTuple):
     spilled: int = 0  # bytes per thread
     blocks: int = 0  # that fit on a multiprocessor at the same time
     tensor_cores: str = ""  # their instructions
+    serialized: bool = False  # one of these waits for the one before needlessly
     race: str = ""  # with the kernel before it
     error: str = ""
 
@@ -137,6 +140,8 @@ def main() -> int:
         and case.call in options.call
         and (options.head_dim is None or case.D in options.head_dim)
     ]
+    if not cases:
+        parser.error("nothing that is shipped is of this head dim, dtype and call")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         found = list(tqdm(pool.map(compile_case, cases), total=len(cases), unit="call"))
     rows = [(case, usage) for case, usages in zip(cases, found, strict=True) for usage in usages]
@@ -191,12 +196,11 @@ def compile_case(case: Case) -> list[Usage]:
         usages.append(usage)
 
     count = GPUS[case.arch].multiprocessors
-    overlap = {"OVERLAP": True, "launch_pdl": True} if case.arch >= 90 else {"OVERLAP": False}
     driver.set_active(AbsentGPU(case.arch))
     with (
         patch.object(triton.JITFunction, "run", record),
         patch("mqa_kernels.launch.runs_on", return_value=True),
-        patch("mqa_kernels.launch.overlap", return_value=overlap),
+        patch("mqa_kernels.launch.architecture", return_value=case.arch),
         patch("mqa_kernels.forward.multiprocessors", return_value=count),
         patch("mqa_kernels.backward.multiprocessors", return_value=count),
     ):
@@ -284,8 +288,22 @@ def examine(case: Case, kernel: str, tiles: str, compiled: triton.compiler.Compi
         spilled=spilled,
         blocks=blocks_that_fit(GPUS[case.arch], warps, registers, shared, tensor_memory),
         tensor_cores=", ".join(sorted(set(instructions))),
+        serialized="wgmma.mma_async" in instructions and is_serialized(compiled.asm["ptx"]),
         race=race_with_predecessor(kernel, compiled.asm["ptx"]) if case.arch >= 90 else "",
     )
+
+
+def is_serialized(ptx: str) -> bool:
+    """Whether the assembler makes a wgmma wait for the one before, which it only remarks on.
+
+    It does where it finds that something else touches their accumulators in between.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file.name, "-o", os.devnull]
+        remarks = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return "instructions are serialized" in remarks or "warpgroup.wait is injected" in remarks
 
 
 def race_with_predecessor(kernel: str, ptx: str) -> str:
@@ -340,6 +358,8 @@ def verdict(case: Case, usage: Usage) -> str:
     has_product = usage.kernel not in WITHOUT_PRODUCT
     if not usage.tensor_cores and case.dtype != "float32" and has_product:
         problems.append("no tensor cores")
+    if usage.serialized:
+        problems.append("wgmma instructions wait for each other")
     if usage.race:
         problems.append(usage.race)
     return "; ".join(problems)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from check_kernels import (
     Case,
     Usage,
     all_cases,
+    is_serialized,
     race_with_predecessor,
     resources,
     verdict,
@@ -44,6 +46,38 @@ Resource usage:
 """
 
 
+# Two products into the same accumulators, what is done to them in between, and their sum.
+PRODUCTS = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.visible .entry kernel(.param .u64 out, .param .u64 descriptor)
+{{
+  .reg .f32 %f<5>;
+  .reg .b64 %d<3>;
+  ld.param.u64 %d1, [out];
+  ld.param.u64 %d2, [descriptor];
+  mov.f32 %f1, 0f00000000;
+  mov.f32 %f2, %f1;
+  mov.f32 %f3, %f1;
+  mov.f32 %f4, %f1;
+  wgmma.fence.sync.aligned;
+  wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16
+    {{%f1, %f2, %f3, %f4}}, %d2, %d2, 1, 1, 1, 0, 0;
+  {between}
+  wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16
+    {{%f1, %f2, %f3, %f4}}, %d2, %d2, 1, 1, 1, 0, 0;
+  wgmma.commit_group.sync.aligned;
+  wgmma.wait_group.sync.aligned 0;
+  add.f32 %f1, %f1, %f2;
+  add.f32 %f1, %f1, %f3;
+  add.f32 %f1, %f1, %f4;
+  st.global.f32 [%d1], %f1;
+  ret;
+}}
+"""
+
+
 def spilling(case: Case) -> list[Usage]:
     """In place of the compiler."""
     return [FITS, FITS._replace(kernel="dkv_kernel", spilled=8)]
@@ -60,6 +94,7 @@ def test_what_fits_is_no_problem():
         ({"shared": 232_449}, "232449 bytes of shared memory of 232448"),
         ({"tensor_memory": 513}, "513 columns of tensor memory of 512"),
         ({"tensor_cores": ""}, "no tensor cores"),
+        ({"serialized": True}, "wgmma instructions wait for each other"),
         ({"race": "reads before it waits"}, "reads before it waits"),
         ({"error": "CompilationError: no"}, "CompilationError: no"),
         ({"spilled": 8, "tensor_cores": ""}, "8 bytes spilled; no tensor cores"),
@@ -100,6 +135,15 @@ def test_spills_are_what_the_stack_and_local_memory_hold():
     assert resources(REPORT) == (255, 32)
 
 
+def test_products_wait_for_each_other_where_something_else_touches_their_sums():
+    commit, wait = "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 1;"
+    touch, fence = "add.f32 %f1, %f1, %f2;", "wgmma.fence.sync.aligned;"
+    assert not is_serialized(PRODUCTS.format(between=""))
+    assert not is_serialized(PRODUCTS.format(between=commit))
+    assert is_serialized(PRODUCTS.format(between=commit + wait + touch + fence))
+    assert is_serialized(PRODUCTS.format(between=commit + "st.global.f32 [%d1], %f2;"))
+
+
 def test_every_common_configuration_is_compiled_for_every_gpu_and_once():
     cases = list(all_cases())
     assert len(set(cases)) == len(cases)
@@ -130,19 +174,23 @@ def test_what_is_recorded_has_every_case_with_two_versions_of_triton_and_no_prob
 
 def test_the_table_in_the_readme_is_what_is_recorded():
     kernels = {"forward_kernel": "forward", "dq_kernel": "dQ", "dkv_kernel": "dK, dV"}
-    lines: dict[str, str] = {}
-    for row in RECORDED["kernels"]:  # by GPU
+    lines: dict[tuple[int, int, str], dict[int, str]] = {}
+    for row in RECORDED["kernels"]:
         key = row["triton"], row["dtype"], row["G"], row["call"] in ("train", "decode")
         if key != ("3.7.1", "bfloat16", 1, True) or row["kernel"] not in kernels:
             continue
         if row["D"] in (64, 128, 256):
             name = "decode" if row["call"] == "decode" else kernels[row["kernel"]]
+            order = row["D"], (*kernels.values(), "decode").index(name)
             start = f"| {row['D']} | {name} | {row['tiles']} |"
             figures = row["registers"], f"{row['shared'] / 1024:.0f} KB", row["blocks"]
             cell = " / ".join(map(str, figures)) + f", {row['tensor_cores']}"
-            lines[start] = lines.get(start, start) + f" {cell} |"
-    table = "\n".join(lines.values())
-    assert len(lines) == 12
+            lines.setdefault((*order, start), {})[row["arch"]] = cell
+    table = "\n".join(
+        f"{start} {' | '.join(cells.get(arch, '') for arch in (80, 90, 100))} |"
+        for (_, _, start), cells in sorted(lines.items())
+    )
+    assert len(lines) == 13  # the tiles of dK and dV at D = 128 are others on sm_80
     assert table in (ROOT / "kernels/README.md").read_text(encoding="utf-8"), table
 
 
@@ -150,7 +198,9 @@ def test_the_table_in_the_readme_is_what_is_recorded():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tiles_are_powers_of_two_that_a_matrix_product_takes(dtype: torch.dtype, dropout: bool):
     for D in range(1, 257):
-        tiles = [tuning.query_tiles(dtype, D, dropout), tuning.key_tiles(dtype, D, dropout)]
+        tiles = [tuning.query_tiles(dtype, D, dropout)]
+        for R, architecture in product((1, 32), (0, 80, 90)):
+            tiles.append(tuning.key_tiles(dtype, D, R, dropout, architecture))
         tiles += [
             tuning.forward_tiles(dtype, D, rows, dropout) for rows in (1, 16, 17, 32, 33, 65_536)
         ]

@@ -370,7 +370,7 @@ def test_inputs_that_do_not_fit_are_refused(change, message):
         attention(*change(q, k, v))
 
 
-def test_starts_and_dropout_that_do_not_fit_are_refused():
+def test_starts_dropout_and_scales_that_do_not_fit_are_refused():
     q, k, v = (torch.randn(2, 4, heads, 16, device=DEVICE) for heads in (4, 1, 1))
     with pytest.raises(ValueError, match="one integer per row"):
         attention(q, k, v, torch.tensor([1, 2, 3], device=DEVICE))
@@ -380,6 +380,9 @@ def test_starts_and_dropout_that_do_not_fit_are_refused():
         attention(*(x[:1].expand(70_000, -1, -1, -1) for x in (q, k, v)))
     with pytest.raises(ValueError, match="at least 0 and below 1"):
         attention(q, k, v, dropout_p=1.0)
+    for scale in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="must be above 0, and finite"):
+            attention(q, k, v, scale=scale)
 
 
 def test_shares_fill_the_device_but_stay_worth_it():

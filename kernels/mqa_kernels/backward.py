@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mqa_kernels import launch
 from mqa_kernels.launch import multiprocessors
 from mqa_kernels.tiles import (
     LOG2E,
@@ -35,21 +36,6 @@ from mqa_kernels.tuning import key_tiles, query_tiles, split_count
 
 
 @triton.jit
-def _probabilities(
-    q, k, lse_log2, keys, row_positions, scale_log2, MASKED: tl.constexpr
-):  # fmt: skip
-    """exp(scores - lse), (M, N), from q (M, D), k (N, D) and lse (M,) times log2 e.
-
-    A row that is not real has lse infinity, and so probability 0 everywhere.
-    """
-    zero = tl.zeros([q.shape[0], k.shape[0]], tl.float32)
-    p = tl.exp2(dot(q, tl.trans(k), zero) * scale_log2 - lse_log2[:, None])
-    if MASKED:
-        p = tl.where(keys[None, :] <= row_positions[:, None], p, 0.0)
-    return p
-
-
-@triton.jit
 def _dq_step(
     dq, q, do, lse_log2, delta, block, k_ptr, v_ptr, stride_ks, stride_vs, channels, end,
     rows, row_positions, scale_log2, seed, dropout_p, b, g,
@@ -63,10 +49,14 @@ def _dq_step(
     v_pointers = v_ptr + at * stride_vs + channels[None, :]
     k = load_rows(k_pointers, keys < end, channels, D, PADDED_D, MASKED)  # (N, D)
     v = load_rows(v_pointers, keys < end, channels, D, PADDED_D, MASKED)  # (N, D)
-    p = _probabilities(q, k, lse_log2, keys, row_positions, scale_log2, MASKED)
-    dp = dot(do, tl.trans(v), tl.zeros([q.shape[0], N], tl.float32))  # (M, N)
+    zeros = tl.zeros([q.shape[0], N], tl.float32)
+    # A row that is not real has lse infinity, and so probability 0 everywhere.
+    p = tl.exp2(dot(q, tl.trans(k), zeros) * scale_log2 - lse_log2[:, None])  # (M, N)
+    if MASKED:
+        p = tl.where(keys[None, :] <= row_positions[:, None], p, 0.0)
+    dp = dot(do, tl.trans(v), zeros)  # (M, N)
     if DROPOUT:
-        keep = dropout_keeps(seed, b, g, rows, keys, dropout_p, G, R)
+        keep = dropout_keeps(seed, b, g, rows[:, None], keys[None, :], dropout_p, G, R)
         dp = tl.where(keep, dp / (1 - dropout_p), 0.0)
     ds = p * (dp - delta[:, None])  # (M, N)
     return dot(narrow(ds, k.dtype), k, dq)  # (M, D)
@@ -161,27 +151,41 @@ def _dkv_step(
     G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, M: tl.constexpr, PADDED_D: tl.constexpr,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """Add what one tile of rows contributes to the block's dK / scale and dV."""
+    """Add what one tile of rows contributes to the block's dK / scale and dV.
+
+    Scores and what is made of them lie with the keys as rows, which is how the last two products
+    need them: they go from one product to the next in registers.
+    """
     rows = tile * M + tl.arange(0, M)  # (M,)
     t = rows // R
     real = t < new
-    q_at = row_offsets(rows, channels, stride_qt, stride_qh, R)
-    do_at = row_offsets(rows, channels, stride_ot, stride_oh, R)
+    # Counted from the tile's first position, offsets need 32 bits only, and half the registers.
+    first_t = tile * M // R
+    steps, heads = t - first_t, rows % R
+    q_at = (steps * stride_qt + heads * stride_qh)[:, None] + channels[None, :]
+    do_at = (steps * stride_ot + heads * stride_oh)[:, None] + channels[None, :]
+    q_ptr += first_t.to(tl.int64) * stride_qt
+    do_ptr += first_t.to(tl.int64) * stride_ot
     q = load_rows(q_ptr + q_at, real, channels, D, PADDED_D, True)  # (M, D)
     do = load_rows(do_ptr + do_at, real, channels, D, PADDED_D, True)  # (M, D)
     row_at = row_base + t.to(tl.int64) * (G * R) + rows % R
     lse_log2 = tl.load(lse_ptr + row_at, mask=real, other=float("inf")) * LOG2E  # (M,)
-    delta = tl.load(delta_ptr + row_at, mask=real, other=0.0)  # (M,)
-    p = _probabilities(q, k, lse_log2, keys, start + t, scale_log2, MASKED)
-    dp = dot(do, tl.trans(v), tl.zeros([M, keys.shape[0]], tl.float32))  # (M, N)
+    zeros = tl.zeros([keys.shape[0], M], tl.float32)
+    # A row that is not real has lse infinity, and so probability 0 everywhere.
+    p = tl.exp2(dot(k, tl.trans(q), zeros) * scale_log2 - lse_log2[None, :])  # (N, M)
+    if MASKED:
+        p = tl.where(keys[:, None] <= (start + t)[None, :], p, 0.0)
+    dp = dot(v, tl.trans(do), zeros)  # (N, M)
     p_kept = p
     if DROPOUT:
-        keep = dropout_keeps(seed, b, g, rows, keys - left, dropout_p, G, R)
+        keep = dropout_keeps(seed, b, g, rows[None, :], (keys - left)[:, None], dropout_p, G, R)
         p_kept = tl.where(keep, p / (1 - dropout_p), 0.0)
         dp = tl.where(keep, dp / (1 - dropout_p), 0.0)
-    dv = dot(tl.trans(narrow(p_kept, do.dtype)), do, dv)  # (N, D)
-    ds = p * (dp - delta[:, None])  # (M, N)
-    dk = dot(tl.trans(narrow(ds, q.dtype)), q, dk)  # (N, D)
+    dv = dot(narrow(p_kept, do.dtype), do, dv)  # (N, D)
+    # Read only now, because a thread needs as many registers for it as for a row of scores.
+    delta = tl.load(delta_ptr + row_at, mask=real, other=0.0)  # (M,)
+    ds = p * (dp - delta[None, :])  # (N, M)
+    dk = dot(narrow(ds, q.dtype), q, dk)  # (N, D)
     return dk, dv
 
 
@@ -294,7 +298,8 @@ def backward(
     dq = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     delta = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
     dropout = seed is not None
-    query, key = query_tiles(q.dtype, D, dropout), key_tiles(q.dtype, D, dropout)
+    query = query_tiles(q.dtype, D, dropout)
+    key = key_tiles(q.dtype, D, R, dropout, launch.architecture(q.device))
     blocks = triton.cdiv(S, key.N)
     shares = split_count(blocks * B * G, T * R, key.M, multiprocessors(q.device))
     # Shares are summed in float32, in a fixed order.

@@ -44,18 +44,19 @@ def _see(
     k_offsets = keys.to(tl.int64)[:, None] * stride_ks + channels[None, :]
     k = load_rows(k_ptr + k_offsets, keys < end, channels, D, PADDED_D, MASKED)  # (N, D)
     scores = dot(q, tl.trans(k), tl.zeros([q.shape[0], N], tl.float32))  # (M, N)
-    scores *= scale_log2
     if MASKED:
         scores = tl.where(keys[None, :] <= row_positions[:, None], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))  # (M,)
+    # Scaled after the maximum is found, so that each score is scaled and subtracted from at once.
+    new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)  # (M,)
     origin = new_top
     if MASKED:  # a row that has not seen any key: -inf - -inf would be NaN
         origin = tl.where(new_top == float("-inf"), 0.0, new_top)
-    p = tl.exp2(scores - origin[:, None])  # (M, N)
+    p = tl.exp2(scores * scale_log2 - origin[:, None])  # (M, N)
     shrink = tl.exp2(top - origin)  # (M,)
     total = total * shrink + tl.sum(p, 1)
     if DROPOUT:
-        p = tl.where(dropout_keeps(seed, b, g, rows, keys, dropout_p, G, R), p, 0.0)
+        keep = dropout_keeps(seed, b, g, rows[:, None], keys[None, :], dropout_p, G, R)
+        p = tl.where(keep, p, 0.0)
     v_offsets = keys.to(tl.int64)[:, None] * stride_vs + channels[None, :]
     v = load_rows(v_ptr + v_offsets, keys < end, channels, D, PADDED_D, MASKED)  # (N, D)
     acc = dot(narrow(p, v.dtype), v, acc * shrink[:, None])  # (M, D)
@@ -203,7 +204,7 @@ def forward(
     Returns:
         out (B, T, H, D) in q's dtype and lse (B, T, H) float32, both contiguous.
     """
-    check_inputs(q, k, v, start, lengths, left_padding)
+    check_inputs(q, k, v, start, lengths, left_padding, scale)
     B, T, H, D = q.shape
     S, G = k.shape[1], k.shape[2]
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)

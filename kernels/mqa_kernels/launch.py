@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -28,10 +29,18 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @functools.cache
+def architecture(device: torch.device) -> int:
+    """Of a GPU, as in its name sm_90; 0 for the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def overlap(device: torch.device) -> dict[str, bool]:
     """Launch options of a kernel that may start before its predecessor ends, where GPUs can do that
     (programmatic dependent launch, from sm_90 on); such a kernel waits by itself."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+    if architecture(device) < 90:
         return {"OVERLAP": False}
     return {"OVERLAP": True, "launch_pdl": True}
 
@@ -43,8 +52,11 @@ def check_inputs(
     start: Tensor | None,
     lengths: Tensor | None,
     left_padding: Tensor | None,
+    scale: float,
 ) -> None:
     """Raise ValueError where the kernels would read the wrong memory or compute nonsense."""
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}: it must be above 0, and finite; negate q instead")
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(
             f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}: q must be (B, T, H, D), "

@@ -125,13 +125,13 @@ def load_seed(seed_ptr):
 
 @triton.jit
 def dropout_keeps(seed, b, g, rows, keys, dropout_p, G: tl.constexpr, R: tl.constexpr):
-    """Which probabilities of a tile (M, N) dropout keeps.
+    """Which probabilities of folded rows (M, 1) and keys (1, N), or (1, M) and (N, 1), are kept.
 
     A function of seed, row of the batch, head, query and key alone, so that forward and backward
     agree whatever their tiles are.
     """
-    zero = tl.zeros([rows.shape[0], keys.shape[0]], tl.int32)
-    batch_head = zero + (b * (G * R) + g * R + rows % R)[:, None]
-    query = zero + (rows // R)[:, None]
-    bits, _, _, _ = tl.philox(seed, zero + keys[None, :], query, batch_head, zero)
+    zero = (rows + keys) * 0
+    batch_head = zero + b * (G * R) + g * R + rows % R
+    query = zero + rows // R
+    bits, _, _, _ = tl.philox(seed, zero + keys, query, batch_head, zero)
     return tl.random.uint_to_uniform_float(bits) >= dropout_p
