@@ -6,6 +6,7 @@
 Beside the kernel that is shipped, with its own tiles and others: one loop whose keys and values
 travel by descriptors (TMA), with all warps alike, and with warps of their own for loading and for
 products (warp specialization). That needs one loop without a branch, so every block is masked.
+`gluon_form.py` holds one in Gluon, where softmax and products overlap too.
 Needs a GPU. Without one it compiles the forms for sm_90, and prints what they need of it.
 """
 
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 from clock import Clock
 from contenders import Attempt, Problem, Row, compete, make_inputs, measured
+from gluon_form import gluon_attention
 from judge import find_truth
 from measure import (
     make_parser,
@@ -47,13 +49,12 @@ class Form(NamedTuple):
     """How a forward pass is computed.
 
     Attributes:
-        described: by `described_kernel`; else by the shipped kernel.
-        specialized: warps of a block have different work.
+        kind: "pointers", the shipped kernel; "descriptors" and "specialized", `described_kernel`
+            with warps that are all alike or not; "gluon", `gluon_kernel`.
         tiles: None for those that are shipped.
     """
 
-    described: bool = False
-    specialized: bool = False
+    kind: str = "pointers"
     tiles: Tiles | None = None
 
     @property
@@ -61,39 +62,26 @@ class Form(NamedTuple):
         """As in the table."""
         if self.tiles is None:
             return SHIPPED
-        kind = (
-            "specialized" if self.specialized else "descriptors" if self.described else "pointers"
-        )
         M, N, warps, stages = self.tiles
-        return f"{kind}, {M}x{N}, {warps} warps, {stages} stages"
+        return f"{self.kind}, {M}x{N}, {warps} warps, {stages} stages"
 
 
-POINTERS = tuple(
-    Form(tiles=Tiles(*tiles))
-    for tiles in (
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (128, 64, 8, 3),
-        (128, 128, 8, 2),
-        (128, 128, 8, 3),
-    )
+def forms_of(kind: str, *tiles: tuple[int, int, int, int]) -> tuple[Form, ...]:
+    """Forms of one kind."""
+    return tuple(Form(kind, Tiles(*sizes)) for sizes in tiles)
+
+
+POINTERS = forms_of(
+    "pointers", (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3)
 )
-DESCRIBED = tuple(
-    Form(described=True, tiles=Tiles(*tiles))
-    for tiles in (
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (128, 64, 8, 2),
-        (128, 64, 8, 3),
-        (128, 128, 8, 2),
-    )
+DESCRIBED = forms_of(
+    "descriptors",
+    *((64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
 )
 # Triton 3.7.1 fails to compile the ones with 128 rows, and with 8 warps no version specializes.
-SPECIALIZED = tuple(
-    Form(described=True, specialized=True, tiles=Tiles(*tiles))
-    for tiles in ((64, 64, 4, 2), (128, 64, 4, 2), (128, 128, 4, 2))
-)
-FORMS = (Form(), *POINTERS, *DESCRIBED, *SPECIALIZED)
+SPECIALIZED = forms_of("specialized", (64, 64, 4, 2), (128, 64, 4, 2), (128, 128, 4, 2))
+GLUON = forms_of("gluon", (128, 64, 9, 2), (128, 64, 9, 3), (128, 128, 9, 1), (128, 128, 9, 2))
+FORMS = (Form(), *POINTERS, *DESCRIBED, *SPECIALIZED, *GLUON)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -121,10 +109,11 @@ def described_kernel(  # type: ignore[no-untyped-def]
     for block in tl.range(0, tl.cdiv(end, N), warp_specialize=SPECIALIZED):
         keys = block * N + tl.arange(0, N)  # (N,)
         k = k_descriptor.load([b * T + block * N, 0])
-        scores = dot(q, tl.trans(k), tl.zeros([M, N], tl.float32)) * scale_log2  # (M, N)
+        scores = dot(q, tl.trans(k), tl.zeros([M, N], tl.float32))  # (M, N)
         scores = tl.where(keys[None, :] <= t[:, None], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))  # (M,); every row sees key 0, in the first
-        p = tl.exp2(scores - new_top[:, None])  # (M, N)
+        # Every row sees key 0, in the first block, so that no maximum is -inf.
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)  # (M,)
+        p = tl.exp2(scores * scale_log2 - new_top[:, None])  # (M, N)
         shrink = tl.exp2(top - new_top)  # (M,)
         total = total * shrink + tl.sum(p, 1)
         v = v_descriptor.load([b * T + block * N, 0])
@@ -162,13 +151,14 @@ def described_attention(q: Tensor, k: Tensor, v: Tensor, tiles: Tiles, specializ
 
 def attend(form: Form, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What a form computes."""
-    if form.described:
-        assert form.tiles is not None
-        return described_attention(q, k, v, form.tiles, form.specialized)
     if form.tiles is None:
         return attention(q, k, v)
-    with mock.patch(FORWARD_TILES, return_value=form.tiles):
-        return attention(q, k, v)
+    if form.kind == "pointers":
+        with mock.patch(FORWARD_TILES, return_value=form.tiles):
+            return attention(q, k, v)
+    if form.kind == "gluon":
+        return gluon_attention(q, k, v, form.tiles.N, form.tiles.stages)
+    return described_attention(q, k, v, form.tiles, form.kind == "specialized")
 
 
 def race(problem: Problem, clock: Clock, forms: tuple[Form, ...], repeats: int) -> list[Row]:
@@ -205,7 +195,7 @@ def compile_forms(problem: Problem, forms: tuple[Form, ...]) -> Iterator[dict[st
     with (
         mock.patch.object(triton.JITFunction, "run", record),
         mock.patch("mqa_kernels.launch.runs_on", return_value=True),
-        mock.patch("mqa_kernels.launch.overlap", return_value={"OVERLAP": False}),
+        mock.patch("mqa_kernels.launch.architecture", return_value=case.arch),
         mock.patch(
             "mqa_kernels.forward.multiprocessors", return_value=GPUS[case.arch].multiprocessors
         ),

@@ -27,7 +27,7 @@ from contenders import (
     measure_decode,
     measure_forward,
 )
-from forward_forms import DESCRIBED, SPECIALIZED, Form, attend
+from forward_forms import DESCRIBED, GLUON, SPECIALIZED, Form, attend
 from gpu_report_checks import CASES, FEW_CASES, Case, check_numerics, check_parity
 from gpu_report_model import (
     ModelPlan,
@@ -131,7 +131,7 @@ def gpu_plan() -> Plan:
     ]
     autotune = (
         Tuning("forward", training, grid((64, 128), (64, 128), (4, 8), (2, 3, 4))),
-        Tuning("forms", training, (*DESCRIBED, *SPECIALIZED)),
+        Tuning("forms", training, (*DESCRIBED, *SPECIALIZED, *GLUON)),
         Tuning("decode", decode[1], grid((32,), (32, 64, 128), (4, 8), (2, 3, 4))),
         Tuning("decode", decode[2], grid((32,), (32, 64, 128), (4, 8), (2, 3, 4))),
         Tuning("decode splits", decode[1], (4, 8, 12, 16, 24, 32)),
@@ -179,7 +179,7 @@ def cpu_plan() -> Plan:
         flex=frozenset([("forward", small), ("decode", step)]),
         autotune=(
             Tuning("forward", small, tiles),
-            Tuning("forms", small, (Form(described=True, tiles=tiles[0]),)),
+            Tuning("forms", small, (Form("descriptors", tiles[0]),)),
             Tuning("decode splits", step, (2,)),
             Tuning("dkv", small, tiles[:1]),
             Tuning("dq", small, tiles[:1]),

@@ -30,16 +30,16 @@ def test_descriptors_give_what_is_as_exact_as_plain_pytorch(B, T, H, D, dtype):
 
 def test_every_form_is_timed_and_judged_and_a_form_that_fails_says_why(monkeypatch):
     problem = Problem(2, 24, 24, 4, 16)
-    described = Form(described=True, tiles=Tiles(16, 16, 4, 2))
-    broken = Form(described=True, specialized=True, tiles=Tiles(16, 16, 4, 2))
+    described = Form("descriptors", Tiles(16, 16, 4, 2))
+    broken = Form("specialized", Tiles(16, 16, 4, 2))
 
     def fail_if_specialized(form, *arguments):
-        if form.specialized:
+        if form.kind == "specialized":
             raise RuntimeError("cannot specialize")
         return attend(form, *arguments)
 
     monkeypatch.setattr(forward_forms, "attend", fail_if_specialized)
-    forms = (Form(), Form(tiles=Tiles(16, 32, 4, 1)), described, broken)
+    forms = (Form(), Form("pointers", Tiles(16, 32, 4, 1)), described, broken)
     shipped, pointers, descriptors, failed = race(problem, Clock(DEVICE), forms, 1)
     assert shipped["contender"] == "shipped"
     assert pointers["contender"] == "pointers, 16x32, 4 warps, 1 stages"
