@@ -48,6 +48,7 @@ def describe() -> dict[str, Any]:
     """
     versions: dict[str, str | None] = {"python": platform.python_version()}
     versions |= {package: version(package) for package in PACKAGES}
+    versions["torch"] = str(torch.__version__)  # with its build, as +cu130, which may be missing
     gpus = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

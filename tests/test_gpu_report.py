@@ -28,7 +28,7 @@ from gpu_report_checks import (
 )
 from gpu_report_model import Size, measure_steps, prefill_flops, step_bytes
 from gpu_report_pool import in_processes
-from gpu_report_sections import TUNED, cpu_plan, gpu_plan
+from gpu_report_sections import SECTIONS, TUNED, Context, cpu_plan, gpu_plan
 from judge import exact_attention, find_truth, plain_attention
 
 from mqa_gpt import GPT, GPTConfig
@@ -513,3 +513,18 @@ def test_the_table_has_a_line_for_everything(capsys):
     assert "0.65 of ceiling (2600 GB/s), 1.70 x bfloat16" in shown
     assert "its cache takes too much" in shown
     assert "nothing failed" in shown
+
+
+def test_cases_that_fail_are_listed_in_the_table(capsys):
+    late = Context(Clock(torch.device("cpu")), cpu_plan(), time.monotonic() - 1)
+    sections, count = {"ceilings": {"skipped": "not chosen"}}, 0
+    for name in SECTIONS:
+        if name in ("environment", "ceilings"):  # they have no cases
+            continue
+        rows = [row for row in SECTIONS[name](late) if row.pop("skipped", None)]
+        assert rows, name
+        rows = [row | {"passed": False, "error": f"Traceback\nE: {name} {row}"} for row in rows]
+        sections[name] = {"rows": rows, "seconds": 0}
+        count += len(rows)
+    print_table({"sections": sections})
+    assert f"== {count} failures" in capsys.readouterr().out
