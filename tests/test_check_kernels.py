@@ -199,7 +199,7 @@ def test_the_table_in_the_readme_is_what_is_recorded():
 def test_tiles_are_powers_of_two_that_a_matrix_product_takes(dtype: torch.dtype, dropout: bool):
     for D in range(1, 257):
         tiles = [tuning.query_tiles(dtype, D, dropout)]
-        for R, architecture in product((1, 32), (0, 80, 90)):
+        for R, architecture in product((1, 32), (0, 80, 90, 120)):
             tiles.append(tuning.key_tiles(dtype, D, R, dropout, architecture))
         tiles += [
             tuning.forward_tiles(dtype, D, rows, dropout) for rows in (1, 16, 17, 32, 33, 65_536)

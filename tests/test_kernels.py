@@ -12,7 +12,7 @@ from mqa_gpt.attention import reference_attention, select_attention
 
 pytest.importorskip("triton", reason="Triton is not available on this platform")
 
-from mqa_kernels import attention, reference, tuning
+from mqa_kernels import attention, launch, reference, tuning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -183,6 +183,25 @@ def test_gradients_are_as_exact_as_plain_pytorchs(shape, dtype):
     exact = gradients(lambda *x: exact_attention(*x, start, scale), *wide)
     for one, other, truth in zip(ours, plain, exact, strict=True):
         assert_as_exact(one, other, truth, factor=3)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_gradients_are_as_exact_with_the_tiles_of_every_gpu(architecture, monkeypatch):
+    monkeypatch.setattr(
+        "mqa_kernels.backward.key_tiles",
+        lambda dtype, D, R, dropout, _: tuning.key_tiles(dtype, D, R, dropout, architecture),
+    )
+    for shape in ((1, 40, 150, 4, 1, 128, [110]), (1, 33, 33, 3, 1, 80, [0])):
+        test_gradients_are_as_exact_as_plain_pytorchs(shape, torch.bfloat16)
+
+
+def test_kernels_start_early_from_sm_90_on(monkeypatch):
+    for capability, early in (((8, 9), False), ((9, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        launch.architecture.cache_clear()
+        assert launch.overlap(torch.device("cuda", 0))["OVERLAP"] is early
+        assert launch.architecture(torch.device("cuda", 0)) == 10 * capability[0] + capability[1]
+    launch.architecture.cache_clear()
 
 
 def test_the_backward_formulas_are_the_derivative_of_attention():

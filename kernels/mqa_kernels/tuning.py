@@ -67,9 +67,9 @@ def key_tiles(
         return Tiles(16, 32, 8, 2) if dropout else Tiles(32, 64, 8, 2)
     if D <= 64:
         return Tiles(32 if dropout else 64, 64, 4, 2)
-    if architecture < 90:
-        return Tiles(32, 64 if dropout else 128, 8, 2)
-    return Tiles(32 if dropout or R == 1 else 64, 128, 8, 2)
+    if 90 <= architecture < 120:  # those with 227 KB of shared memory for a block
+        return Tiles(32 if dropout or R == 1 else 64, 128, 8, 2)
+    return Tiles(32, 64 if dropout else 128, 8, 2)
 
 
 def split_count(programs: int, size: int, block: int, multiprocessors: int) -> int:
