@@ -14,7 +14,7 @@ from mqa_gpt.checks import is_int, shown
 from mqa_gpt.decode import Token
 from mqa_gpt.errors import PromptError
 from mqa_gpt.fim import check_mode, infill_prompt
-from mqa_gpt.generate import check_request, stream_tokens
+from mqa_gpt.generation import check_request, stream_tokens
 from mqa_gpt.memory import require_cache_room
 from mqa_gpt.model import GPT
 from mqa_gpt.sampling import Sampling

@@ -91,7 +91,7 @@ def stream_plain(
     logprobs: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
 ) -> Iterator[Token]:
-    """The loop itself: prefill, then one token per row and step. See `generate.stream_tokens`."""
+    """The loop itself: prefill, then one token per row and step. See `generation.stream_tokens`."""
     if not prompts or max_new_tokens == 0:
         return
     # A generator must not hold inference mode across its yields: the consumer would be in it too.

@@ -14,7 +14,7 @@ from mqa_gpt.checks import shown
 from mqa_gpt.completion import Completion, Generation, Options, check_options, encode_prompts
 from mqa_gpt.errors import PromptError
 from mqa_gpt.fim import infill_prompt, truncated_infill_prompt
-from mqa_gpt.generate import check_request
+from mqa_gpt.generation import check_request
 from mqa_gpt.hub import resolve
 from mqa_gpt.inspection import Inspection
 from mqa_gpt.model import GPT

@@ -19,7 +19,7 @@ import torch
 
 from mqa_gpt.environment import INSTALL_PEERS, version
 from mqa_gpt.errors import InputError
-from mqa_gpt.generate import generate
+from mqa_gpt.generation import generate
 from mqa_gpt.model import GPT
 from mqa_gpt.quantization import is_quantized
 from mqa_gpt.verify import quiet_transformers

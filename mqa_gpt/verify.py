@@ -40,7 +40,7 @@ from mqa_gpt.config import GPTConfig
 from mqa_gpt.decode_graph import can_replay
 from mqa_gpt.environment import INSTALL_PEERS, version
 from mqa_gpt.errors import InputError, PromptError
-from mqa_gpt.generate import check_request, generate
+from mqa_gpt.generation import check_request, generate
 from mqa_gpt.hub import resolve
 from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack

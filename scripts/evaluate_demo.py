@@ -33,7 +33,7 @@ from mqa_gpt import LLM
 from mqa_gpt.environment import describe
 from mqa_gpt.errors import InputError
 from mqa_gpt.fim import MODES, truncated_infill_prompt
-from mqa_gpt.generate import generate
+from mqa_gpt.generation import generate
 from mqa_gpt.inspection import inspect_checkpoint
 
 SEED = 0

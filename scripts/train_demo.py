@@ -33,7 +33,7 @@ from mqa_gpt.checkpoint import as_device
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import InputError
 from mqa_gpt.fim import infill_prompt
-from mqa_gpt.generate import generate
+from mqa_gpt.generation import generate
 from mqa_gpt.model import GPT
 from mqa_gpt.tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ from mqa_gpt import GPT, KVCache, batching
 from mqa_gpt.batching import stream_batched
 from mqa_gpt.decode import Token
 from mqa_gpt.decode_graph import Decoder, DecodeState
-from mqa_gpt.generate import stream_tokens
+from mqa_gpt.generation import stream_tokens
 from mqa_gpt.sampling import Sampling
 from tests.fake_cuda import TapedGraph
 from tests.helpers import our_model, random_prompts, reference_model, tiny_config

@@ -6,7 +6,6 @@ Without a GPU the step is called instead of replayed, or `tests.fake_cuda` repla
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
@@ -17,18 +16,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mqa_gpt import GPT, KVCache, cuda_graph, decode_graph
+from mqa_gpt import GPT, KVCache, cuda_graph, decode_graph, generation
 from mqa_gpt.attention import reference_attention, sdpa_attention
 from mqa_gpt.cuda_graph import Replay
 from mqa_gpt.decode import Token, stream_plain
 from mqa_gpt.decode_graph import Decoder, can_replay, stream_replayed
-from mqa_gpt.generate import generate, stream_tokens
+from mqa_gpt.generation import generate, stream_tokens
 from mqa_gpt.quantization import quantize
 from mqa_gpt.sampling import GREEDY, Sampling
 from tests.fake_cuda import Tape, TapedGraph
 from tests.helpers import our_model, random_prompts, reference_model, tiny_config
-
-GENERATE = sys.modules["mqa_gpt.generate"]  # `mqa_gpt.generate` is the function
 
 CONFIG = tiny_config()
 PROMPTS = random_prompts(CONFIG, [17, 3, 9, 1])  # ragged
@@ -327,7 +324,7 @@ def test_generation_leaves_gradients_and_modes_alone(model):
 def test_without_a_gpu_nothing_is_replayed(model, monkeypatch):
     assert not can_replay(model)
     monkeypatch.setattr(decode_graph, "Replay", None)
-    monkeypatch.setattr(GENERATE, "stream_replayed", None)
+    monkeypatch.setattr(generation, "stream_replayed", None)
     assert len(list(stream_tokens(model, [[1]], 3))) == 3
 
 

@@ -16,7 +16,7 @@ from mqa_gpt.cache import StaticCache
 from mqa_gpt.decode import prefill
 from mqa_gpt.decode_graph import Decoder, stream_replayed
 from mqa_gpt.fused_step import can_fuse, fused_hidden, fused_likeliest, fused_logits
-from mqa_gpt.generate import generate
+from mqa_gpt.generation import generate
 from mqa_gpt.quantization import quantize
 from mqa_gpt.sampling import GREEDY, Sampling
 from tests.helpers import (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mqa_gpt import GPT, LLM, DraftModel, PromptError, PromptLookup, generate
-from mqa_gpt.generate import check_request, stream_tokens
+from mqa_gpt.generation import check_request, stream_tokens
 from mqa_gpt.sampling import Sampling
 from mqa_gpt.speculation import FIRST, LONGEST_PAUSE, MOST, Draft, stream_drafted
 from tests.helpers import our_model, reference_model, tiny_config

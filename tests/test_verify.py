@@ -19,7 +19,7 @@ from mqa_gpt.attention import HAS_TRITON
 from mqa_gpt.checkpoint import DEMO_DIR
 from mqa_gpt.environment import INSTALL_PEERS
 from mqa_gpt.errors import InputError
-from mqa_gpt.generate import generate
+from mqa_gpt.generation import generate
 from mqa_gpt.report import format_report
 from mqa_gpt.verify import verify
 from tests.helpers import error, our_model, reference_greedy, reference_model, tiny_config

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mqa_gpt import GPT, PromptError
-from mqa_gpt.generate import check_request, generate, stream_tokens
+from mqa_gpt.generation import check_request, generate, stream_tokens
 from mqa_gpt.sampling import Sampling, draw, filter_logits, uniforms
 from tests.helpers import (
     our_model,
