@@ -82,11 +82,15 @@ class LLM:
         return cls(model, tokenizer, "demo" if name_or_dir is None else str(name_or_dir))
 
     def save(self, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
-        """Write a checkpoint that `load` and transformers read, model and tokenizer.
+        """Write a checkpoint, model and tokenizer, that `load` reads, and transformers too unless
+        the weights are 8-bit integers.
 
         Arguments, errors and what happens to a folder that exists are those of
-        `mqa_gpt.saving.save_model`. Packed weights, which `load` makes on a CPU, cannot be saved:
-        take `LLM(GPT.from_pretrained(...), Tokenizer.from_pretrained(...))`.
+        `mqa_gpt.saving.save_model`.
+
+        Raises:
+            InputError: the weights are packed, as `load` packs float32 and 8-bit weights on a CPU:
+                take `LLM(GPT.from_pretrained(...), Tokenizer.from_pretrained(...))`.
         """
         save_model(self.model, folder, tokenizer=self.tokenizer, max_shard_size=max_shard_size)
 

@@ -108,6 +108,11 @@ def can_pack(module: nn.Module) -> bool:
     return any(_is_packable(layer) for layer in module.modules())
 
 
+def is_packed(module: nn.Module) -> bool:
+    """Whether `pack` has replaced a layer of it."""
+    return any(isinstance(layer, _Packed) for layer in module.modules())
+
+
 def packed_names(
     module: nn.Module, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> list[str]:

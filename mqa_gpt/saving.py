@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mqa_gpt.checkpoint import CONFIG_FILE, own_weights
-from mqa_gpt.errors import CheckpointError
+from mqa_gpt.errors import CheckpointError, InputError
 from mqa_gpt.model import GPT
+from mqa_gpt.packing import UNPACKED, is_packed
 from mqa_gpt.quantization import CONFIG_ENTRY, CONFIG_KEY, is_quantized, says_quantized
 from mqa_gpt.tokenizer import TOKENIZER_FILE, Tokenizer
 from mqa_gpt.weight_files import INDEX_FILE, WEIGHTS_FILE
@@ -49,10 +50,12 @@ def save_model(
         CheckpointError: the files cannot be written, and those of before are untouched; or they
             cannot be moved into place, and the message says where they are.
         ValueError: a size that cannot be read, or a tied model whose head is a weight of its own.
-        RuntimeError: the model's weights are packed (see `mqa_gpt.packing`).
+        InputError: the model's weights are packed (see `mqa_gpt.packing`); nothing is touched.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
+    if is_packed(model):
+        raise InputError(f"packed weights cannot be saved: {UNPACKED}")
     folder = Path(folder).expanduser().resolve()
     tensors = model.state_dict()
     if model.config.tie_word_embeddings:

@@ -13,6 +13,7 @@ from mqa_gpt import (
     LLM,
     CheckpointError,
     GPTConfig,
+    InputError,
     KVCache,
     PromptError,
     PromptLookup,
@@ -406,6 +407,8 @@ def test_what_is_saved_is_loaded_as_it_was_tokenizer_and_all(llm, tmp_path, quan
         Tokenizer.from_pretrained(tmp_path / "plain"),
     )
     saved.save(tmp_path / "x", max_shard_size=50_000)
+    weights = GPT.from_pretrained(tmp_path / "x").state_dict()
+    torch.testing.assert_close(weights, saved.model.state_dict(), rtol=0, atol=0)
     loaded = LLM.load(tmp_path / "x")
     assert loaded.tokenizer.to_json() == llm.tokenizer.to_json()
     assert loaded.generate("<fim_prefix>a", 9).prompt_tokens == 2
@@ -421,10 +424,12 @@ def test_what_is_saved_has_a_tokenizer_that_transformers_reads(llm, tmp_path):
 
 
 @pytest.mark.skipif(not can_pack(torch.nn.Linear(1, 1)), reason="no packed oneDNN products here")
-def test_packed_weights_are_not_saved_and_leave_no_folder(llm, tmp_path):
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_packed_weights_are_not_saved_and_leave_no_folder(llm, tmp_path, quantize):
     llm.save(tmp_path / "plain")
-    with pytest.raises(RuntimeError, match="packed weights cannot be saved: load the model"):
-        LLM.load(tmp_path / "plain").save(tmp_path / "x")
+    packed = LLM.load(tmp_path / "plain", dtype="float32", quantize=quantize)
+    with pytest.raises(InputError, match="packed weights cannot be saved: load the model with GPT"):
+        packed.save(tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mqa_gpt import GPT, generate, packing
+from mqa_gpt import GPT, InputError, generate, packing
 from mqa_gpt.packing import PackedLinear, can_pack, pack
 
 # Before any test replaces it.
@@ -139,11 +139,14 @@ def test_what_packed_weights_cannot_do_is_refused(tmp_path):
     _, packed = packed_model()
     refused = [
         lambda: packed.save_pretrained(tmp_path / "out"),
+        lambda: packed.state_dict(),
         lambda: packed.requires_grad_()(torch.tensor([[1, 2]])),
         lambda: packed.to(torch.bfloat16),
         lambda: packed.lm_head.weight.zero_(),
     ]
     for action in refused:
-        with pytest.raises((RuntimeError, AttributeError), match=r"GPT\.from_pretrained"):
+        with pytest.raises(
+            (InputError, RuntimeError, AttributeError), match=r"GPT\.from_pretrained"
+        ):
             action()
     assert not (tmp_path / "out").exists()
