@@ -34,6 +34,7 @@ from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import InputError
 from mqa_gpt.fim import infill_prompt
 from mqa_gpt.generation import generate
+from mqa_gpt.memory import is_out_of_memory
 from mqa_gpt.model import GPT
 from mqa_gpt.tokenizer import Tokenizer
 
@@ -165,8 +166,10 @@ def load_state(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict
         model.load_state_dict(state.pop("model"))
         optimizer.load_state_dict(state.pop("optimizer"))
         if state.keys() != new_state().keys():
-            raise KeyError(*state)
+            raise ValueError(f"it holds {', '.join(state)}")
     except Exception as error:  # of a damaged file torch raises many kinds
+        if isinstance(error, OSError) or is_out_of_memory(error):  # nothing against the file
+            raise
         raise InputError(
             f"{path} is not the state of a run of this script: omit --resume to begin anew"
         ) from error

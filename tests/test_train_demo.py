@@ -119,6 +119,29 @@ def test_a_state_that_is_not_one_of_a_run_is_refused(tmp_path: Path, state: Any,
     assert "state.pt is not the state of a run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError("no"),
+        OSError("input/output error"),
+        torch.OutOfMemoryError("full"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_state_that_cannot_be_read_just_now_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    run(tmp_path)
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)) as raised:
+        run(tmp_path, resume=True)
+    assert raised.value is error
+
+
 def test_a_run_cannot_be_resumed_for_fewer_steps_than_it_has_taken(tmp_path: Path, capsys) -> None:
     run(tmp_path)
     arguments = ["--out", str(tmp_path), "--device", "cpu", "--resume", "--steps", str(STEPS - 1)]
