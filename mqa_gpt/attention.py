@@ -123,13 +123,16 @@ def _auto_is_fused(is_cuda: bool, dtype: torch.dtype, head_dim: int) -> bool:
     return HAS_TRITON and is_cuda and dtype != torch.float64 and head_dim <= 256
 
 
-def describe_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """A backend's name, behind "auto" the one that it stands for on this device."""
+def acting_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend that computes: this one, or what "auto" stands for on this device."""
     if backend != "auto":
         return backend
-    return (
-        f"auto ({'triton' if _auto_is_fused(device.type == 'cuda', dtype, head_dim) else 'sdpa'})"
-    )
+    return "triton" if _auto_is_fused(device.type == "cuda", dtype, head_dim) else "sdpa"
+
+
+def backend_text(asked: str, acting: str) -> str:
+    """What a report says of a backend: its name, and "auto" if it was chosen by that."""
+    return acting if asked == acting else f"{asked} ({acting})"
 
 
 def select_attention(backend: str, device: torch.device) -> Attention:

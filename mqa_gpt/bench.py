@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from mqa_gpt.attention import describe_backend, select_attention
+from mqa_gpt.attention import acting_backend, select_attention
 from mqa_gpt.bench_report import Ceilings, Report, Result
 from mqa_gpt.checkpoint import (
     DEMO_DIR,
@@ -263,7 +263,8 @@ def benchmark(
         parameters=sum(_parameters(gpt.config).values()),
         dtype=str(gpt.dtype).removeprefix("torch."),
         device=str(gpt.device),
-        backend=describe_backend(backend, gpt.device, gpt.dtype, gpt.config.head_dim),
+        backend=acting_backend(backend, gpt.device, gpt.dtype, gpt.config.head_dim),
+        asked_backend=backend,
         quantize=quantize,
         repeats=repeats,
         weight_bytes=weight_bytes(gpt.config, contenders[0].itemsize),

@@ -7,6 +7,8 @@ import io
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from mqa_gpt.attention import backend_text
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -61,6 +63,8 @@ class Report:
 
     Attributes:
         weights: "random" of a shape, else "checkpoint".
+        backend: the attention backend that computed.
+        asked_backend: that, or "auto".
         quantize: what `benchmark` was asked for; the peers' weights are never quantized by it.
         weight_bytes: that each forward pass reads.
         cache_bytes_per_token: of K and V.
@@ -76,6 +80,7 @@ class Report:
     dtype: str
     device: str
     backend: str
+    asked_backend: str
     quantize: str | None
     repeats: int
     weight_bytes: int
@@ -141,7 +146,8 @@ class Report:
         weights = "" if self.quantize is None else f" with {self.quantize} weights"
         about = (
             f"{self.model}: {self.parameters / 1e9:.3g} B parameters, {self.weights} weights, "
-            f"{self.dtype}{weights} on {where}, attention {self.backend}{memory}"
+            f"{self.dtype}{weights} on {where}, "
+            f"attention {backend_text(self.asked_backend, self.backend)}{memory}"
         )
         c = self.ceilings
         limits = (

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mqa_gpt.attention import backend_text
+
 
 @dataclass(frozen=True)
 class Divergence:
@@ -44,15 +46,17 @@ class PromptReport:
 @dataclass(frozen=True)
 class Report:
     """What `verify` found. `logits_error` must not exceed `logits_limit`, or only be finite where
-    that is None; `rule` says in words what the two are. `reference` says which transformers it was
-    and how it got the weights. The losses are those of the prompts' tokens, in nats per token; None
-    where no prompt has two tokens.
+    that is None; `rule` says in words what the two are. `backend` is the attention backend that
+    computed, `asked_backend` that or "auto". `reference` says which transformers it was and how it
+    got the weights. The losses are those of the prompts' tokens, in nats per token; None where no
+    prompt has two tokens.
     """
 
     model: str
     dtype: str
     device: str
     backend: str
+    asked_backend: str
     quantize: str | None
     cache_dtype: str | None
     reference: str
@@ -88,7 +92,8 @@ class Report:
 def format_report(report: Report) -> str:
     """The report as lines of text: a table of the prompts, then the two verdicts."""
     lines = [
-        f"{report.model} in {report.dtype} on {report.device}, backend {report.backend}"
+        f"{report.model} in {report.dtype} on {report.device}, "
+        f"backend {backend_text(report.asked_backend, report.backend)}"
         + ("" if report.quantize is None else f", weights in {report.quantize}")
         + ("" if report.cache_dtype is None else f", cache in {report.cache_dtype}"),
         f"against {report.reference}",

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mqa_gpt.attention import describe_backend
+from mqa_gpt.attention import acting_backend
 from mqa_gpt.cache import KVCache, as_cache_dtype
 from mqa_gpt.checkpoint import load_model, read_config
 from mqa_gpt.checks import is_int
@@ -150,7 +150,8 @@ def verify(
         model=str(name_or_dir),
         dtype=str(model_dtype).removeprefix("torch."),
         device=str(model_device),
-        backend=describe_backend(backend, model_device, model_dtype, config.head_dim),
+        backend=acting_backend(backend, model_device, model_dtype, config.head_dim),
+        asked_backend=backend,
         quantize=quantize,
         cache_dtype=cache_dtype,
         reference=f"transformers {transformers_version}, eager; {source}",

@@ -11,9 +11,9 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mqa_gpt.attention import (
+    acting_backend,
     auto_attention,
     causal_mask,
-    describe_backend,
     positions_from,
     reference_attention,
     sdpa_attention,
@@ -270,9 +270,9 @@ def test_auto_is_the_fused_kernels_for_what_they_take_on_a_gpu_and_sdpa_for_all_
         q, k, v = (torch.empty(1, 2, h, head_dim, dtype=dtype, device=device) for h in (4, 1, 1))
         chosen = auto_attention(q, k, v, *arguments)
     assert chosen == ("fused" if fused else "sdpa", arguments)
-    described = describe_backend("auto", torch.device(device), dtype, head_dim)
-    assert described == ("auto (triton)" if fused else "auto (sdpa)")
-    assert describe_backend("sdpa", torch.device(device), dtype, head_dim) == "sdpa"
+    acting = acting_backend("auto", torch.device(device), dtype, head_dim)
+    assert acting == ("triton" if fused else "sdpa")
+    assert acting_backend("reference", torch.device(device), dtype, head_dim) == "reference"
 
 
 def test_an_unknown_backend_is_an_error_that_lists_the_known_ones() -> None:

@@ -305,11 +305,13 @@ def test_csv_has_a_line_per_result_with_the_figures_of_the_json(short, monkeypat
         assert row["median"] == str(result.median)
         assert row["mbu"] == ("" if result.mbu is None else str(result.mbu))
         assert int(row["parameters"]) == reports[0].parameters
+        assert row["backend"] == "sdpa"
 
 
 def test_markdown_is_a_table_that_names_the_model_and_the_ceilings(short):
     lines = invoke(*short).splitlines()
     assert "checkpoint weights, float32 on cpu" in lines[0]
+    assert "attention auto (sdpa)" in lines[0]
     assert lines[1].startswith("ceilings: ")
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[3:]]
     assert {len(cells) for cells in table} == {9}

@@ -34,6 +34,7 @@ def report(*prompts: PromptReport, **changes: object) -> Report:
         "dtype": "float32",
         "device": "cpu",
         "backend": "sdpa",
+        "asked_backend": "auto",
         "quantize": None,
         "cache_dtype": None,
         "reference": "transformers 5, eager; it read the checkpoint itself",
@@ -88,7 +89,7 @@ def test_the_json_holds_every_field_and_the_verdict():
 
 def test_the_table_has_a_line_per_prompt_and_a_verdict_for_logits_and_tokens():
     assert format_report(report()).splitlines() == [
-        "someone/model in float32 on cpu, backend sdpa",
+        "someone/model in float32 on cpu, backend auto (sdpa)",
         "against transformers 5, eager; it read the checkpoint itself",
         "",
         "prompt                            tokens  max error  by position  equal new tokens",

@@ -109,6 +109,7 @@ def test_prompts_may_be_ids_of_any_lengths_with_id_0_among_them(folder: Path, ba
     report = verify(folder, prompts=PROMPTS, max_new_tokens=12, backend=backend)
     assert report.passed
     assert [prompt.prompt_tokens for prompt in report.prompts] == [3, 1, 7]
+    assert report.backend == backend
 
 
 def test_a_model_whose_logits_are_all_0_is_compared_like_any_other(tmp_path: Path) -> None:
