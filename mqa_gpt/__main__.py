@@ -1,4 +1,6 @@
-"""`mqa-gpt`, the same as `python -m mqa_gpt`: Ctrl-C from the start, then the command line."""
+"""`mqa-gpt`, the same as `python -m mqa_gpt`: the command line, and Ctrl-C from the moment Python
+runs this.
+"""
 
 import os
 import signal
@@ -8,19 +10,21 @@ from types import FrameType
 
 def main() -> None:
     """Run the command line."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # not where the caller has Ctrl-C ignored
+    # Not where the caller has Ctrl-C ignored, or handled by what is not Python, which is None.
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_default:
         signal.signal(signal.SIGINT, _stop)
     from mqa_gpt import cli  # and torch, which takes seconds
 
-    signal.signal(signal.SIGINT, before)
+    if is_default:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     cli.main()
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     """End the process at once: an exception in the middle of torch's import may abort or get lost,
     and there is nothing yet to be tidied up."""
-    if sys.stderr is not None:  # the caller has closed it
+    if sys.stderr is not None:  # as it is where the caller has closed it
         print("interrupted", file=sys.stderr, flush=True)
     os._exit(130)
 

@@ -387,7 +387,8 @@ def batch(
     """Complete every prompt of a file.
 
     INPUT (- is standard input) holds a JSON object per line: an "id", which is a text or a whole
-    number, and a "prompt", or a "prefix" and a "suffix" to infill between. Each becomes a line of
+    number, and a "prompt", or a "prefix" and a "suffix" to infill between. Other keys are ignored,
+    but no object, nor one within it, may hold a key twice. Each becomes a line of
     the output, in the same order: its "id", its "prompt_tokens" and its "completions", each with
     "text", "finish_reason" and "new_tokens".
 

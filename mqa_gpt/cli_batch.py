@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -299,17 +298,14 @@ def run_batch(
     if as_json:
         counts = {"prompts": total, "found": before, "written": written}
         numbers = {"load_seconds": load_seconds} | dataclasses.asdict(stats)
-        numbers |= {
-            "tokens_per_second": stats.rate if stats.new_tokens else None,
-            "peak_memory_bytes": peak_memory(device),
-        }
+        numbers |= {"tokens_per_second": stats.rate, "peak_memory_bytes": peak_memory(device)}
         report = {"model": model or "demo", "output": results.path} | counts
         print_json(report | {"interrupted": interrupted, "stats": numbers})
     else:
-        speed = f"; {stats.new_tokens:,} tokens at {stats.rate:,.1f} tok/s"
+        speed = f"; {stats.new_tokens:,} tokens at {stats.rate:,.1f} tok/s" if stats.rate else ""
         note(
             f"{before + written:,} of {total:,} results in {results.path}: {before:,} were there, "
-            f"{written:,} are new" + (speed if stats.new_tokens else "")
+            f"{written:,} are new{speed}"
         )
     if interrupted:
         note("the same command goes on from there")
@@ -336,12 +332,15 @@ def _parse(line: str, where: str) -> dict[str, Any]:
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, where `json` would take the last of equal keys and say nothing."""
-    entry = dict(pairs)
-    if len(entry) < len(pairs):
-        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise InputError(f"has the key {shown(key)} more than once: leave one")
-    return entry
+    """A JSON object, also one within another; `json` would take the last of equal keys and say
+    nothing.
+    """
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            raise InputError(f"has the key {shown(key)} more than once: leave one")
+        seen.add(key)
+    return dict(pairs)
 
 
 def _line(item: Item, completions: list[Completion]) -> bytes:

@@ -82,9 +82,10 @@ def run(
         write(completions[0].text[shown:])
         write(after, dim=True)
         ended = (before + completions[0].text + after).endswith("\n")
+        is_report_next = show_stats or completions[0].logprobs or interrupted
         if not ended and sys.stdout.isatty():
             write("\n")
-        elif not ended and (show_stats or completions[0].logprobs) and _is_one_stream():
+        elif not ended and is_report_next and _is_one_stream():
             note("")  # or what follows on standard error would stand behind the text
     else:
         _print_under_headings(completions, around, n)
@@ -93,8 +94,8 @@ def run(
             if completion.logprobs is not None:
                 _print_logprobs(llm, completion)
         if show_stats:
-            memory = "" if peak is None else f" | peak memory {size_text(peak)}"
-            note(f"load {load_seconds:.2f} s | {stats}{memory}")
+            memory = "" if peak is None else f"peak memory {size_text(peak)}"
+            note(" | ".join(filter(None, [f"load {load_seconds:.2f} s", str(stats), memory])))
     if interrupted:
         raise KeyboardInterrupt
 

@@ -50,22 +50,23 @@ class Completion:
 class Stats:
     """Counts of one generation over all its rows, and its times in seconds.
 
-    `drafted_tokens` and `accepted_tokens` are None without a draft.
+    `first_token_seconds` is None before there is a token; `drafted_tokens` and `accepted_tokens`
+    are None without a draft.
     """
 
     rows: int
     prompt_tokens: int
     new_tokens: int = 0
     finished_rows: int = 0
-    first_token_seconds: float = 0.0
+    first_token_seconds: float | None = None
     total_seconds: float = 0.0
     drafted_tokens: int | None = None
     accepted_tokens: int | None = None
 
     @property
-    def prefill_rate(self) -> float:
-        """Prompt tokens per second up to the first new token."""
-        return self.prompt_tokens / self.first_token_seconds if self.first_token_seconds else 0.0
+    def prefill_rate(self) -> float | None:
+        """Prompt tokens per second up to the first new token; None before it."""
+        return self.prompt_tokens / self.first_token_seconds if self.first_token_seconds else None
 
     @property
     def decode_rate(self) -> float | None:
@@ -73,25 +74,27 @@ class Stats:
 
         None where there are no others.
         """
-        tokens, seconds = self.new_tokens - self.rows, self.total_seconds - self.first_token_seconds
+        tokens = self.new_tokens - self.rows
+        seconds = self.total_seconds - (self.first_token_seconds or 0.0)
         return tokens / seconds if tokens > 0 and seconds > 0 else None
 
     @property
-    def rate(self) -> float:
-        """New tokens per second of all the time, prefills included."""
-        return self.new_tokens / self.total_seconds if self.total_seconds else 0.0
+    def rate(self) -> float | None:
+        """New tokens per second of all the time, prefills included; None where there are none."""
+        return self.new_tokens / self.total_seconds if self.new_tokens else None
 
     def __str__(self) -> str:
-        text = (
-            f"prefill {self.prefill_rate:,.1f} tok/s | first token {self.first_token_seconds:.3f} s"
-        )
+        parts = []
+        if self.prefill_rate is not None:
+            parts.append(f"prefill {self.prefill_rate:,.1f} tok/s")
+            parts.append(f"first token {self.first_token_seconds:.3f} s")
         if self.decode_rate is not None:
-            text += f" | decode {self.decode_rate:,.1f} tok/s"
+            parts.append(f"decode {self.decode_rate:,.1f} tok/s")
         if self.drafted_tokens is not None:
-            text += (
-                f" | {self.accepted_tokens:,} of {self.drafted_tokens:,} drafted tokens accepted"
+            parts.append(
+                f"{self.accepted_tokens:,} of {self.drafted_tokens:,} drafted tokens accepted"
             )
-        return text
+        return " | ".join(parts)
 
 
 class Options(TypedDict, total=False):
@@ -116,7 +119,7 @@ class Options(TypedDict, total=False):
 
 def check_options(options: Mapping[str, Any]) -> None:
     """TypeError, as for any argument that there is not, unless all of these are `Options`."""
-    for name in options.keys() - Options.__annotations__.keys():
+    for name in sorted(options.keys() - Options.__annotations__.keys()):
         raise TypeError(
             f"there is no option {shown(name)}: accepted are {', '.join(Options.__annotations__)}"
         )

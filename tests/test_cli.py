@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from mqa_gpt import GPT, LLM, GPTConfig
+from mqa_gpt.__main__ import main as start_command
 from mqa_gpt.checkpoint import DEMO_DIR
 from mqa_gpt.cli import app
 from mqa_gpt.report import PromptReport, Report
@@ -164,6 +165,15 @@ def test_no_decode_rate_is_told_where_nothing_was_decoded(folder: str):
     run = ["generate", "-m", folder, "a", "--max-new-tokens", "1"]
     assert json.loads(invoke(*run, "--json").stdout)["stats"]["decode_tokens_per_second"] is None
     assert "decode" not in invoke(*run, "--stats").stderr
+
+
+def test_no_rate_is_told_where_there_is_no_token(folder: str):
+    run = ["generate", "-m", folder, "a", "--max-new-tokens", "0"]
+    stats = json.loads(invoke(*run, "--json").stdout)["stats"]
+    for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "first_token_seconds"):
+        assert stats[key] is None
+    told = invoke(*run, "--stats").stderr
+    assert [part.split()[0] for part in told.split(" | ")] == ["load", "peak"]
 
 
 @pytest.mark.parametrize("flags", ["--stats", "--logprobs 1"])
@@ -687,8 +697,7 @@ def start(folder: str, *arguments: str, **streams: object) -> subprocess.Popen[b
     return subprocess.Popen(
         [*command, "--max-new-tokens", str(CONTEXT - 1), *arguments],
         env=environment(),
-        stderr=subprocess.PIPE,
-        **streams,
+        **{"stderr": subprocess.PIPE} | streams,
     )
 
 
@@ -722,6 +731,18 @@ def test_ctrl_c_while_torch_is_imported_says_so_and_exits_with_130(name: str, tm
     assert process.returncode == 130
 
 
+@pytest.mark.parametrize("before", [None, signal.SIG_IGN])
+def test_a_handler_of_ctrl_c_that_is_not_pythons_own_is_left_alone(before: object):
+    with (
+        mock.patch("signal.getsignal", return_value=before),
+        mock.patch("signal.signal") as set_handler,
+        mock.patch("mqa_gpt.cli.main") as run,
+    ):
+        start_command()
+    run.assert_called_once_with()
+    set_handler.assert_not_called()
+
+
 @pytest.mark.parametrize("name", ways_to_start())
 def test_every_way_to_start_the_command_runs_it(name: str):
     command = [sys.executable, *ways_to_start()[name], "--version"]
@@ -744,6 +765,21 @@ def test_ctrl_c_keeps_what_was_written_and_exits_with_130(folder: str):
     assert count.startswith(beginning + rest)
     assert len(beginning + rest) < CONTEXT - 1
     assert messages == b"interrupted\n"
+
+
+def test_ctrl_c_where_both_streams_are_one_is_told_on_a_line_of_its_own(folder: str):
+    process = start(folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    beginning = process.stdout.read(5)
+    for _ in range(5):  # as above
+        process.send_signal(signal.SIGINT)
+        try:
+            rest, _ = process.communicate(timeout=20)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    text, told = (beginning + rest).decode().splitlines()
+    assert text.isdigit()
+    assert told == "interrupted"
 
 
 def test_ctrl_c_with_json_reports_the_interrupted_completion(folder: str):

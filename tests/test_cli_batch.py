@@ -247,6 +247,7 @@ def test_the_input_may_begin_with_a_byte_order_mark(tmp_path: Path):
         ('{"id": 1, "prefix": "a", "suffix": 3}', "line 2 of {} has the suffix 3: it must be a"),
         ('{"id": 1, "prompt": "a", "prompt": "b"}', "line 2 of {} has the key 'prompt' more than"),
         ('{"id": 1, "id": 2, "prompt": "a"}', "line 2 of {} has the key 'id' more than once"),
+        ('{"id": 1, "prompt": "a", "x": [{"y": 1, "y": 2}]}', "line 2 of {} has the key 'y' more"),
         ('{"id": 1, "prompt": "\\ud800"}', "line 2 (id 1): text holds a lone surrogate"),
         ('{"id": 1, "prompt": ["a", "b"]}', "line 2 of {} has the prompt ['a', 'b']: it must"),
     ],
@@ -424,6 +425,7 @@ def test_a_disk_that_is_full_keeps_whole_results_and_no_empty_file(
         assert not (tmp_path / "out").exists()
     else:
         *whole, _ = (tmp_path / "out").read_text().split("\n")
+        assert whole
         assert [json.loads(line)["id"] for line in whole] == list(range(len(whole)))
 
 

@@ -263,6 +263,11 @@ def test_an_option_that_there_is_not_is_named_with_those_that_there_are(llm, nam
             begin("a", **{name: 5})
 
 
+def test_of_several_options_that_there_are_not_the_first_by_name_is_named(llm):
+    with pytest.raises(TypeError, match="there is no option 'a'"):
+        llm.begin("a", **dict.fromkeys("gfedcba", 5))
+
+
 def test_a_model_says_what_it_is():
     # Packed or not, all parameters count.
     for dtype in ("float16", "float32"):
