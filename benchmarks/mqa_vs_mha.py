@@ -47,7 +47,6 @@ from measure import (
 from mqa_gpt import GPT, GPTConfig, KVCache
 from mqa_gpt.bench import random_model
 from mqa_gpt.checkpoint import DTYPES, as_device, as_dtype
-from mqa_gpt.inspection import Inspection
 from mqa_gpt.memory import available_memory, cache_bytes
 from mqa_gpt.packing import can_pack, pack
 
@@ -81,12 +80,8 @@ def decode_step(model: GPT, batch: int, context: int) -> Callable[[], object]:
 
 def largest_batch(config: GPTConfig, dtype: torch.dtype, context: int, memory: float) -> int:
     """Rows of `context` tokens whose cache fits beside the weights."""
-    left = memory - parameters(config) * dtype.itemsize
+    left = memory - config.parameters * dtype.itemsize
     return max(0, int(left // cache_bytes(config, dtype, 1, context)))
-
-
-def parameters(config: GPTConfig) -> int:
-    return sum(Inspection(name="", config=config, tensors=[]).parameters.values())
 
 
 def measure(
@@ -194,7 +189,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(1)
     configs = both_configs(options.shape)
     require_context(configs["MQA"], max(options.context))
-    require_memory(sum(map(parameters, configs.values())) * dtype.itemsize, device)
+    require_memory(sum(config.parameters for config in configs.values()) * dtype.itemsize, device)
     models = {name: random_model(config, dtype, device) for name, config in configs.items()}
     for model in models.values():
         if can_pack(model):
@@ -206,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
             cases.append(measure(models, batch, context, options.repeats, options.one_thread))
             show(cases[-1])
     figures: dict[str, Any] = {
-        "parameters": {name: parameters(config) for name, config in configs.items()},
+        "parameters": {name: config.parameters for name, config in configs.items()},
         "n_inner": {name: config.inner_size for name, config in configs.items()},
         "cache_bytes_per_token": {
             name: cache_bytes(config, dtype) for name, config in configs.items()

@@ -47,7 +47,6 @@ from mqa_gpt.config import GPTConfig
 from mqa_gpt.environment import describe, peak_memory
 from mqa_gpt.errors import InputError
 from mqa_gpt.hub import resolve
-from mqa_gpt.inspection import Inspection
 from mqa_gpt.memory import available_memory, cache_bytes
 from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack, packing_bytes
@@ -107,15 +106,11 @@ def weight_bytes(config: GPTConfig, itemsize: int) -> int:
     All but the embeddings, of which it takes one row per token; a tied token embedding is read
     whole nevertheless, as the head.
     """
-    parts = _parameters(config)
-    read = sum(parts.values()) - parts["position embedding"]
+    parts = config.parameters_by_part
+    read = config.parameters - parts["position embedding"]
     if not config.tie_word_embeddings:
         read -= parts["token embedding"]
     return read * itemsize
-
-
-def _parameters(config: GPTConfig) -> dict[str, int]:
-    return Inspection(name="", config=config, tensors=[]).parameters
 
 
 def decode_bytes(
@@ -260,7 +255,7 @@ def benchmark(
         model=shape or ("demo" if model is None else str(model)),
         weights="checkpoint" if shape is None else "random",
         config=gpt.config.to_dict(),
-        parameters=sum(_parameters(gpt.config).values()),
+        parameters=gpt.config.parameters,
         dtype=str(gpt.dtype).removeprefix("torch."),
         device=str(gpt.device),
         backend=acting_backend(backend, gpt.device, gpt.dtype, gpt.config.head_dim),

@@ -165,7 +165,7 @@ def print_inspection(found: Inspection) -> None:
     )
 
     table = new_table("part", ">parameters", ">share")
-    for part, count in found.parameters.items():
+    for part, count in config.parameters_by_part.items():
         if count:
             table.add_row(part, f"{count:,}", f"{count / sizes['parameters']:.1%}")
     table.add_section()

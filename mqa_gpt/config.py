@@ -114,6 +114,25 @@ class GPTConfig:
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
     @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(self.parameters_by_part.values())
+
+    @property
+    def parameters_by_part(self) -> dict[str, int]:
+        """How many numbers are trained in each part; a tied head is the token embedding again."""
+        L, C, F, V = self.n_layer, self.n_embd, self.inner_size, self.vocab_size
+        qkv = C + 2 * self.n_kv_head * self.head_dim
+        return {
+            "token embedding": V * C,
+            "position embedding": self.n_positions * C,
+            "attention": L * ((C * qkv + qkv) + (C * C + C)),
+            "MLP": L * ((C * F + F) + (F * C + C)),
+            "norms": L * 4 * C + 2 * C,
+            "head": 0 if self.tie_word_embeddings else V * C,
+        }
+
+    @property
     def end_token_ids(self) -> tuple[int, ...]:
         """`eos_token_id` as a tuple, whatever form the config gives it in."""
         if self.eos_token_id is None:

@@ -61,24 +61,9 @@ class Inspection:
     file_bytes: int | None = None
     hub: tuple[str, str] | None = None
 
-    @property
-    def parameters(self) -> dict[str, int]:
-        """How many numbers are trained in each part; a tied head is the token embedding again."""
-        config = self.config
-        L, C, F, V = config.n_layer, config.n_embd, config.inner_size, config.vocab_size
-        qkv = C + 2 * config.n_kv_head * config.head_dim
-        return {
-            "token embedding": V * C,
-            "position embedding": config.n_positions * C,
-            "attention": L * ((C * qkv + qkv) + (C * C + C)),
-            "MLP": L * ((C * F + F) + (F * C + C)),
-            "norms": L * 4 * C + 2 * C,
-            "head": 0 if config.tie_word_embeddings else V * C,
-        }
-
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the parameters in a dtype."""
-        return sum(self.parameters.values()) * dtype.itemsize
+        return self.config.parameters * dtype.itemsize
 
     def cache_bytes_per_token(self, dtype: torch.dtype, *, multi_query: bool) -> int:
         """Bytes of K and V that each token keeps, with one key/value head or with one per head."""
@@ -94,8 +79,8 @@ class Inspection:
         return {
             "name": self.name,
             "config": self.config.to_dict(),
-            "parameters": sum(self.parameters.values()),
-            "parameters_by_part": self.parameters,
+            "parameters": self.config.parameters,
+            "parameters_by_part": self.config.parameters_by_part,
             "file_bytes": self.file_bytes,
             "weight_bytes": weights,
             "cache_bytes_per_token": {

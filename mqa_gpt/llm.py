@@ -16,8 +16,8 @@ from mqa_gpt.errors import PromptError
 from mqa_gpt.fim import infill_prompt, truncated_infill_prompt
 from mqa_gpt.generation import check_request
 from mqa_gpt.hub import resolve
-from mqa_gpt.inspection import Inspection
 from mqa_gpt.model import GPT
+from mqa_gpt.quantization import is_quantized
 from mqa_gpt.saving import save_model
 from mqa_gpt.tokenizer import Tokenizer
 
@@ -31,20 +31,17 @@ class LLM:
         model: the `GPT`; from `load` on a CPU its weights may be packed, which is for
             inference only (see `mqa_gpt.packing`).
         tokenizer: its `Tokenizer`.
-        name: what it was loaded by, or None.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, name: str | None = None) -> None:
+    def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.name = name
 
     def __repr__(self) -> str:
-        config, dtype = self.model.config, str(self.model.dtype).removeprefix("torch.")
+        model = self.model
+        dtype = "int8" if is_quantized(model) else str(model.dtype).removeprefix("torch.")
         # From the config, because packed weights are no parameters.
-        count = sum(Inspection("", config, []).parameters.values())
-        name = "" if self.name is None else f"{self.name}, "
-        return f"LLM({name}{count:,} parameters, {dtype} on {self.model.device})"
+        return f"LLM({model.config.parameters:,} parameters, {dtype} on {model.device})"
 
     @classmethod
     def load(
@@ -79,7 +76,7 @@ class LLM:
             folder, device=device, dtype=dtype, backend=backend, quantize=quantize, packed=True
         )
         model.cache_dtype = kept_as
-        return cls(model, tokenizer, "demo" if name_or_dir is None else str(name_or_dir))
+        return cls(model, tokenizer)
 
     def save(self, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Write a checkpoint, model and tokenizer, that `load` reads, and transformers too unless

@@ -44,7 +44,7 @@ def main() -> int:
     try:
         llm = LLM.load(model, dtype="float32")
         load_seconds = time.perf_counter() - begin
-        parameters = sum(inspect_checkpoint(model).parameters.values())
+        parameters = inspect_checkpoint(model).config.parameters
         print(f"{model or 'The demo checkpoint'}: {parameters / 1e6:.1f} million parameters")
 
         print_title("It completes a function from its signature")

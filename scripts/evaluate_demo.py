@@ -81,7 +81,7 @@ def evaluate(folder: Path, device: str | None) -> None:
         "python": platform.python_version(),
         "training_modules": len(corpus.training),
         "training_characters": sum(map(len, corpus.training.values())),
-        "parameters": sum(inspect_checkpoint(folder).parameters.values()),
+        "parameters": inspect_checkpoint(folder).config.parameters,
         "training": training,
         "compression": compare_with_xz(llm, corpus.held_out),
         "completion": complete_functions(llm, corpus.held_out),

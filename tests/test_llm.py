@@ -271,9 +271,10 @@ def test_of_several_options_that_there_are_not_the_first_by_name_is_named(llm):
 def test_a_model_says_what_it_is():
     # Packed or not, all parameters count.
     for dtype in ("float16", "float32"):
-        assert repr(LLM.load(dtype=dtype, device="cpu")) == (
-            f"LLM(demo, 5,457,664 parameters, {dtype} on cpu)"
-        )
+        llm = LLM.load(dtype=dtype, device="cpu")
+        assert repr(llm) == f"LLM(5,457,664 parameters, {dtype} on cpu)"
+    llm = LLM.load(quantize="int8", device="cpu")
+    assert repr(llm) == "LLM(5,457,664 parameters, int8 on cpu)"
     llm = reciting("hello")
     count = sum(parameter.numel() for parameter in llm.model.parameters())
     assert repr(llm) == f"LLM({count:,} parameters, float32 on cpu)"
