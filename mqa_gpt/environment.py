@@ -25,7 +25,7 @@ PACKAGES = (
     "huggingface_hub",
 )
 
-# What a checkout is compared with is an extra; the README has the same line.
+# Installs a checkout and the programs it is compared with, in the words of the README.
 INSTALL_PEERS = ".venv/bin/pip install -c constraints.txt -e '.[bench]'"
 
 
