@@ -39,6 +39,8 @@ from contenders import (
 )
 from measure import (
     make_parser,
+    nothing_measured,
+    place,
     positive,
     refuse_bad_input,
     replacing,
@@ -205,13 +207,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
     os.environ.setdefault("MPLBACKEND", "Agg")  # plots go to files
-    gpu = re.sub(r"\W+", "_", torch.cuda.get_device_name())
-    output = result_path(options.output, f"attention_{gpu}.json")
-    clock = Clock(torch.device("cuda"))
+    device = torch.device("cuda")
+    output = result_path(options.output, f"attention_{place(device)}.json")
+    clock = Clock(device)
     chosen = [chart for chart in charts() if chart.kind in options.only]
     ceilings = measure_ceilings(clock, options.repeats)
     clock.release()
     results = measure_all(clock, chosen, options.repeats)
+    if not any(map(measured, results.values())):
+        return nothing_measured()
     figures: dict[str, Any] = {"ceilings": ceilings}
     for (kind, problem), rows in results.items():
         figures.setdefault(kind, []).append({"problem": problem.describe(), "results": rows})
@@ -220,12 +224,10 @@ def main(arguments: list[str] | None = None) -> int:
         __doc__.split("\n")[0],
         options,
         figures,
-        measured=any(map(measured, results.values())),
         dtype="bfloat16",
         timing="CUDA events around replays of CUDA graphs, L2 flushed, contenders in turn, medians",
     )
-    if status == 0:
-        report(chosen, results, ceilings, output)
+    report(chosen, results, ceilings, output)
     return status
 
 

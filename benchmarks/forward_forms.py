@@ -27,6 +27,8 @@ from gluon_form import gluon_attention
 from judge import find_truth
 from measure import (
     make_parser,
+    nothing_measured,
+    place,
     positive,
     refuse_bad_input,
     require_memory,
@@ -228,17 +230,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=positive, default=15, help="rounds of measurement")
     options = parser.parse_args(arguments)
     has_gpu = torch.cuda.is_available()
-    where = f"sm_90_triton_{triton.__version__}"
-    if has_gpu:
-        where = torch.cuda.get_device_name().replace(" ", "_")
+    device = torch.device("cuda" if has_gpu else "cpu")
+    where = place(device) if has_gpu else f"sm_90_triton_{triton.__version__}"
     output = result_path(options.output, f"forward_forms_{where}.json")
     problem = Problem(
         options.batch, options.length, options.length, options.heads, options.head_dim
     )
     inputs = problem.B * problem.T * (problem.H + 2) * problem.D * problem.dtype.itemsize
-    require_memory(inputs, torch.device("cuda" if has_gpu else "cpu"))
+    require_memory(inputs, device)
     if has_gpu:
-        rows = race(problem, Clock(torch.device("cuda")), FORMS, options.repeats)
+        rows = race(problem, Clock(device), FORMS, options.repeats)
         for row in sorted(rows, key=lambda row: -row.get("tflops", 0)):
             speed = f"{row['tflops']:.0f} TFLOP/s" if "tflops" in row else row["refused"]
             print(f"{row['contender']:40}{speed}{'' if row.get('right', True) else ', NOT RIGHT'}")
@@ -247,8 +248,9 @@ def main(arguments: list[str] | None = None) -> int:
         rows = list(compile_forms(problem, FORMS))
         for row in rows:
             print(f"{row['form']:40}{needs(row)}{row['problem']}")
-    ran = any("tflops" in row or "registers" in row for row in rows)
-    return write_result(output, __doc__.split("\n")[0], options, rows, measured=ran)
+    if not any("tflops" in row or "registers" in row for row in rows):
+        return nothing_measured()
+    return write_result(output, __doc__.split("\n")[0], options, rows)
 
 
 def needs(row: Row) -> str:

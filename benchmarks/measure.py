@@ -8,6 +8,7 @@ import argparse
 import functools
 import importlib.util
 import json
+import re
 import shlex
 import statistics
 import sys
@@ -202,28 +203,31 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def place(device: torch.device) -> str:
+    """What was measured on, as a part of a file's name: the GPU's, or "cpu"."""
+    if device.type == "cpu":
+        return "cpu"
+    return re.sub(r"\W+", "_", torch.cuda.get_device_name(device))
+
+
+def nothing_measured() -> int:
+    """The exit status where nothing came out, and so nothing is written; says so."""
+    print("nothing could be measured: no result is written", file=sys.stderr)
+    return 1
+
+
 def write_result(
-    path: Path,
-    question: str,
-    options: argparse.Namespace,
-    figures: Any,
-    *,
-    measured: bool = True,
-    **settings: Any,
+    path: Path, question: str, options: argparse.Namespace, figures: Any, **settings: Any
 ) -> int:
     """Write one benchmark's JSON: what was asked, how, where, when, and what came out.
 
     Args:
         options: the benchmark's own; paths are left out, since they do not change the figures.
-        measured: False where nothing came out, and so nothing is written.
         settings: what else was fixed.
 
     Returns:
         The exit status.
     """
-    if not measured:
-        print("nothing could be measured: no result is written", file=sys.stderr)
-        return 1
     given = {
         name: value
         for name, value in vars(options).items()

@@ -18,7 +18,6 @@ not show: on a machine that others use, several threads would mostly wait for on
 from __future__ import annotations
 
 import dataclasses
-import re
 import statistics
 import sys
 import time
@@ -33,7 +32,9 @@ from measure import (
     can_plot,
     interleaved,
     make_parser,
+    nothing_measured,
     open_plot,
+    place,
     positive,
     refuse_bad_input,
     require_context,
@@ -179,10 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     device, dtype = as_device(options.device), as_dtype(options.dtype)
-    place = (
-        re.sub(r"\W+", "_", torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
-    )
-    output = result_path(options.output, f"mqa_vs_mha_{options.shape}_{place}.json")
+    where = place(device)
+    output = result_path(options.output, f"mqa_vs_mha_{options.shape}_{where}.json")
     if options.one_thread:
         if device.type != "cpu":
             parser.error("--one-thread is for a CPU: add --device cpu")
@@ -200,6 +199,8 @@ def main(arguments: list[str] | None = None) -> int:
         for context in options.context:
             cases.append(measure(models, batch, context, options.repeats, options.one_thread))
             show(cases[-1])
+    if not any("times" in case for case in cases):
+        return nothing_measured()
     figures: dict[str, Any] = {
         "parameters": {name: config.parameters for name, config in configs.items()},
         "n_inner": {name: config.inner_size for name, config in configs.items()},
@@ -218,11 +219,10 @@ def main(arguments: list[str] | None = None) -> int:
             },
         },
     }
-    measured = any("times" in case for case in cases)
-    status = write_result(output, __doc__.split("\n")[0], options, figures, measured=measured)
+    status = write_result(output, __doc__.split("\n")[0], options, figures)
     title = f"One key/value head (MQA) or one per query head (MHA): {options.shape}, "
-    title += f"{options.dtype}, {place}{', one thread' if options.one_thread else ''}"
-    if measured and can_plot():
+    title += f"{options.dtype}, {where}{', one thread' if options.one_thread else ''}"
+    if can_plot():
         plot(figures, title, output.with_suffix(".png"))
     return status
 

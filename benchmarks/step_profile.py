@@ -18,7 +18,6 @@ does not have: there are no operators then.
 
 from __future__ import annotations
 
-import re
 import statistics
 import sys
 import time
@@ -36,6 +35,7 @@ from measure import (
     can_plot,
     make_parser,
     open_plot,
+    place,
     positive,
     refuse_bad_input,
     require_context,
@@ -270,10 +270,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     device, dtype = as_device(options.device), as_dtype(options.dtype)
-    place = (
-        re.sub(r"\W+", "_", torch.cuda.get_device_name(device)) if device.type == "cuda" else "cpu"
-    )
-    output = result_path(options.output, f"step_profile_{options.shape}_{place}.json")
+    where = place(device)
+    output = result_path(options.output, f"step_profile_{options.shape}_{where}.json")
     if options.one_thread:
         if device.type != "cpu":
             parser.error("--one-thread is for a CPU: add --device cpu")
@@ -349,7 +347,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     status = write_result(output, __doc__.split("\n")[0], options, figures)
     threads = ", one thread" if options.one_thread else ""
-    title = f"One decode step of {options.shape}, {options.dtype}, {place}{threads}\n"
+    title = f"One decode step of {options.shape}, {options.dtype}, {where}{threads}\n"
     title += f"batch {options.batch}, context {options.context}"
     if can_plot():
         plot(parts, title, output.with_suffix(".png"))

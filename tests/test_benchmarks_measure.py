@@ -152,12 +152,20 @@ def test_an_old_result_survives_one_that_breaks_off(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_where_nothing_was_measured_there_is_no_result_and_no_success(tmp_path, capsys):
+def test_where_nothing_was_measured_there_is_no_success(capsys):
+    assert measure.nothing_measured() == 1
+    assert "no result is written" in capsys.readouterr().err
+
+
+def test_a_place_is_a_part_of_a_files_name_whatever_the_gpu_is_called(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A10/24 (PCIe)")
+    assert measure.place(torch.device("cuda")) == "NVIDIA_A10_24_PCIe_"
+    assert measure.place(torch.device("cpu")) == "cpu"
+
+
+def test_a_result_says_what_was_asked_and_what_came_out(tmp_path):
     path = tmp_path / "x.json"
     options = argparse.Namespace(repeats=3, output=path)
-    assert measure.write_result(path, "question", options, {}, measured=False) == 1
-    assert "no result is written" in capsys.readouterr().err
-    assert not path.exists()
     assert measure.write_result(path, "question", options, {"a": 1}) == 0
     written = json.loads(path.read_text())
     assert written["settings"] == {"repeats": 3}
