@@ -29,6 +29,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from mqa_kernels import launch
+
 LOG2E = gl.constexpr(1.4426950408889634)
 HALF = gl.constexpr(64)  # rows, which is what an instruction of four warps takes
 # Registers per thread of warps that compute and of the one that loads. Together with the first
@@ -222,11 +224,20 @@ def gluon_kernel(  # type: ignore[no-untyped-def]
 def gluon_attention(q: Tensor, k: Tensor, v: Tensor, N: int, stages: int) -> Tensor:
     """Causal attention of q (B, T, H, D) over k and v (B, T, 1, D), in 16 bits, D 64 or 128.
 
+    Queries that are parts of wider rows are copied first.
+
     Args:
         N: keys of a block.
         stages: blocks of keys, and of values, that there is room for.
+
+    Raises:
+        ValueError: another GPU, for which the compiler would end the process, or another D.
     """
     B, T, H, D = q.shape
+    if q.is_cuda and launch.architecture(q.device) != 90:
+        raise ValueError(f"{q.device} is sm_{launch.architecture(q.device)}: this is for sm_90")
+    if D not in (64, 128):
+        raise ValueError(f"the head dim is {D}: this is for 64 and 128")
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
     dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16

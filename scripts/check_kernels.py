@@ -65,7 +65,6 @@ WARPS = 64
 BLOCKS = 32
 RESERVED = 1024  # bytes of shared memory per block, which are the system's
 TENSOR_MEMORY = 512  # columns, on sm_100
-HEADS = 32
 DTYPES = ("bfloat16", "float16", "float32")
 CALLS = ("train", "ragged", "dropout", "decode", "fused", "fused_int8")
 WIDTHS = (2048, 4096)  # of StarCoderBase-1B and 7B, whose head dim is 128
@@ -81,14 +80,15 @@ WRITES = r"st\.global|red\.global|atom\.global"
 
 
 class Case(NamedTuple):
-    """One call of `attention`, or all of a fused step, on one GPU: G key/value heads, and what is
-    computed."""
+    """One call of `attention`, or all of a fused step, on one GPU: G key/value heads and H query
+    heads, and what is computed."""
 
     arch: int
     dtype: str
     D: int
     G: int
     call: str
+    H: int = 32
 
 
 class Usage(NamedTuple):
@@ -160,7 +160,7 @@ def all_cases() -> Iterator[Case]:
             for D in (64, 80, 128, 256):
                 yield Case(arch, dtype, D, 1, "train")
                 yield Case(arch, dtype, D, 1, "decode")
-            yield Case(arch, dtype, 128, HEADS, "decode")
+            yield Case(arch, dtype, 128, 32, "decode")
         for D in (64, 128, 256):
             yield Case(arch, "bfloat16", D, 1, "ragged")
             yield Case(arch, "bfloat16", D, 1, "dropout")
@@ -172,7 +172,12 @@ def all_cases() -> Iterator[Case]:
     for D in (16, 32, 96):
         yield Case(90, "bfloat16", D, 1, "train")
         yield Case(90, "bfloat16", D, 1, "decode")
-    yield Case(90, "bfloat16", 128, HEADS, "train")
+    yield Case(90, "bfloat16", 128, 32, "train")
+    # Other numbers of heads, those of the official models among them, for each a kernel of its own.
+    for H, G in ((16, 1), (22, 1), (48, 1), (32, 4)):
+        yield Case(90, "bfloat16", 128, G, "train", H)
+    for H in (12, 16):
+        yield Case(90, "bfloat16", 64, 1, "train", H)
     yield Case(90, "float16", 128, 1, "train")
     yield Case(90, "float16", 128, 1, "decode")
 
@@ -213,16 +218,16 @@ def compile_case(case: Case) -> list[Usage]:
 
 def call_attention(case: Case) -> None:
     """The call of a case, on memory that nobody reads."""
-    dtype, D, G = getattr(torch, case.dtype), case.D, case.G
+    dtype = getattr(torch, case.dtype)
     if case.call == "decode":  # one row, its keys in many shares, which another kernel joins
-        q, k, v = projection(1, 1, 16_384, G, D, dtype)
+        q, k, v = projection(1, 1, 16_384, case, dtype)
         attention(q, k, v, torch.zeros(1, dtype=torch.int64))
         return
     if case.call == "train":
-        q, k, v = (x.requires_grad_() for x in projection(2, 2048, 2048, G, D, dtype))
+        q, k, v = (x.requires_grad_() for x in projection(2, 2048, 2048, case, dtype))
         out = attention(q, k, v)
     else:  # rows of their own lengths, and a length that 16 does not divide
-        q, k, v = (x.requires_grad_() for x in projection(2, 2047, 2047, G, D, dtype))
+        q, k, v = (x.requires_grad_() for x in projection(2, 2047, 2047, case, dtype))
         rows = torch.zeros(2, dtype=torch.int64)
         dropout_p = 0.1 if case.call == "dropout" else 0.0
         out = attention(q, k, v, rows, dropout_p=dropout_p, lengths=rows, left_padding=rows)
@@ -258,10 +263,11 @@ def call_fused(case: Case) -> None:
 
 
 def projection(
-    B: int, T: int, S: int, G: int, D: int, dtype: torch.dtype
+    B: int, T: int, S: int, case: Case, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (B, T, H, D), k and v (B, S, G, D) as parts of wider rows, as the model has them."""
-    q = torch.empty(B, T, HEADS + 2 * G, D, dtype=dtype)[:, :, :HEADS]
+    H, G, D = case.H, case.G, case.D
+    q = torch.empty(B, T, H + 2 * G, D, dtype=dtype)[:, :, :H]
     k, v = torch.empty(B, S, G, 2 * D, dtype=dtype).chunk(2, dim=-1)
     return q, k, v
 
@@ -366,12 +372,12 @@ def verdict(case: Case, usage: Usage) -> str:
 
 
 def print_table(rows: list[tuple[Case, Usage]]) -> None:
-    titles = "GPU,dtype,D,G,call,kernel,tiles,shared,registers,blocks,tensor cores,"
+    titles = "GPU,dtype,D,H,G,call,kernel,tiles,shared,registers,blocks,tensor cores,"
     table = Table(*titles.split(","))
     for case, usage in rows:
         table.add_row(
-            f"sm_{case.arch}", case.dtype, str(case.D), str(case.G), case.call, usage.kernel,
-            usage.tiles, f"{usage.shared:,}", str(usage.registers), str(usage.blocks),
+            f"sm_{case.arch}", case.dtype, str(case.D), str(case.H), str(case.G), case.call,
+            usage.kernel, usage.tiles, f"{usage.shared:,}", str(usage.registers), str(usage.blocks),
             usage.tensor_cores, verdict(case, usage),
         )  # fmt: skip
     Console(width=190).print(table)

@@ -54,6 +54,10 @@ def run(
         for future, task in zip(futures, tasks, strict=True):
             yield wait(future, task, deadline)
         pool.shutdown(wait=False, cancel_futures=True)
+        if time.monotonic() > deadline:  # what still runs may hang, and would slow down the rest
+            for process in multiprocessing.active_children():
+                process.kill()
+                process.join()
 
 
 def wait(future: Future[Row], task: Task, deadline: float) -> Row:

@@ -1,9 +1,9 @@
 """Gluon with PyTorch in place of a GPU, as late and as early as the hardware may be.
 
-Groups of warps are threads. A copy into shared memory fills it with NaN and arrives a moment later;
-a product is computed only a moment after it is waited for, from what its operands hold by then. So
-whoever reads before a barrier says so, or gives room free too early, gets wrong numbers; and
-whoever waits for what never comes, an error.
+Groups of warps are threads. A copy into shared memory fills it with NaN and arrives a moment later.
+A product reads its operands when it begins and once more a moment after it is waited for, and they
+must be the same. So whoever reads before a barrier says so gets NaN, whoever gives room free too
+early an error, and whoever waits for what never comes one too.
 """
 
 from __future__ import annotations
@@ -19,27 +19,35 @@ import torch
 from torch import Tensor
 
 PATIENCE = 20.0  # seconds until something is taken to hang
-COPYING = 0.001  # seconds
-COMPUTING = 0.003  # long enough for what follows an arrival that comes too early
+COMPUTING = 0.003  # seconds, long enough for what follows an arrival that comes too early
 
 
 class Barrier:
-    """An mbarrier: phases, each of which ends with the last of `count` arrivals."""
+    """An mbarrier: phases, each of which ends with the last of `count` arrivals and of the bytes
+    that are expected in it."""
 
     def __init__(self) -> None:
-        self.count = self.arrived = self.phase = 0
+        self.count = self.arrived = self.nbytes = self.phase = 0
         self.changed = threading.Condition()
 
     def init(self, count: int) -> None:
         self.count = count
 
-    def arrive(self) -> None:
+    def arrive(self, expected: int = 0) -> None:
         with self.changed:
-            self.arrived += 1
+            self.arrived, self.nbytes = self.arrived + 1, self.nbytes + expected
             assert self.arrived <= self.count, "more arrivals than a phase has"
-            if self.arrived == self.count:
-                self.arrived, self.phase = 0, self.phase + 1
-                self.changed.notify_all()
+            self.end_phase()
+
+    def receive(self, nbytes: int) -> None:
+        with self.changed:
+            self.nbytes -= nbytes
+            self.end_phase()
+
+    def end_phase(self) -> None:
+        if self.arrived == self.count and self.nbytes == 0:
+            self.arrived, self.phase = 0, self.phase + 1
+            self.changed.notify_all()
 
     def wait(self, parity: int) -> None:
         with self.changed:
@@ -74,8 +82,9 @@ class Barriers:
 class Descriptor:
     """A tensor in global memory, read in blocks; beyond its end are zeros."""
 
-    def __init__(self, data: Tensor, shape: list[int]) -> None:
+    def __init__(self, data: Tensor, shape: list[int], seconds: float) -> None:
         self.data, self.shape, self.dtype, self.layout = data, shape, data.dtype, None
+        self.seconds = seconds  # that a copy takes
         self.block_type = SimpleNamespace(nbytes=shape[0] * shape[1] * data.element_size())
 
     def copy(self, at: list[int], barrier: Barrier, into: Shared) -> None:
@@ -87,9 +96,9 @@ class Descriptor:
         def finish() -> None:
             into.data.zero_()
             into.data[: len(rows)] = rows
-            barrier.arrive()
+            barrier.receive(self.block_type.nbytes)
 
-        threading.Timer(COPYING, finish).start()
+        threading.Timer(self.seconds, finish).start()
 
 
 class Pointer:
@@ -113,13 +122,16 @@ class Product:
     """A product under way: nobody can compute with it before it has been waited for."""
 
     def __init__(self, a: Any, b: Shared, acc: Tensor, use_acc: bool) -> None:
-        self.a, self.b, self.acc, self.use_acc = a, b, acc, use_acc
+        self.shared = [x.data for x in (a, b) if isinstance(x, Shared)]
+        self.read = [data.clone() for data in self.shared]
+        value = (a.data if isinstance(a, Shared) else a).float() @ b.data.float()
+        self.coming = value + acc if use_acc else value
         self.value: Tensor | None = None
 
     def finish(self) -> None:
-        a = self.a.data if isinstance(self.a, Shared) else self.a
-        value = a.float() @ self.b.data.float()
-        self.value = value + self.acc if self.use_acc else value
+        for data, read in zip(self.shared, self.read, strict=True):
+            assert torch.equal(data, read), "changed while it was read, or not there yet"
+        self.value = self.coming
 
 
 under_way = threading.local()
@@ -204,7 +216,7 @@ def language(tile: int, b: int, tiles: int) -> SimpleNamespace:
 mbarrier = SimpleNamespace(
     MBarrierLayout=lambda: None,
     init=lambda barrier, count: barrier.init(count),
-    expect=lambda barrier, nbytes: None,  # its one arrival is the copy's, at the end
+    expect=Barrier.arrive,
     wait=Barrier.wait,
     arrive=Barrier.arrive,
 )

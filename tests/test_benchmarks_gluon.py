@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import gluon_stand_in
 import pytest
 import torch
@@ -20,12 +22,14 @@ KERNELS = ("load_tiles", "softmax_step", "see_block", "attend")
 def kernel(monkeypatch: pytest.MonkeyPatch):
     """`gluon_kernel`, run by the stand-in."""
 
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, N: int, stages: int):
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, N: int, stages: int, slow=None):
         B, T, H, D = q.shape
         out = torch.full_like(q, float("nan"))
         lse = torch.full((B, T, H), float("nan"))
-        blocks = gluon_stand_in.Descriptor(q.reshape(B * T * H, D), [64, D])
-        keys, values = (gluon_stand_in.Descriptor(x.reshape(B * T, D), [N, D]) for x in (k, v))
+        blocks, keys, values = (
+            gluon_stand_in.Descriptor(x.reshape(-1, D), [rows, D], 0.03 if name == slow else 0.001)
+            for name, x, rows in (("q", q, 64), ("k", k, N), ("v", v, N))
+        )
         tiles = -(-T * H // 128)
         for b in range(B):
             for tile in range(tiles):
@@ -71,9 +75,40 @@ def test_a_tile_is_what_attention_is_and_nothing_is_read_too_early(kernel, B, T,
     assert (lse - log_sum_exp(q, k, 0, D**-0.5)).abs().max() < 1e-5
 
 
-def test_a_missing_wait_shows(kernel, monkeypatch):
-    """That the stand-in finds what it is there for."""
-    q, k, v = (torch.randn(1, 300, heads, 64) for heads in (2, 1, 1))
-    monkeypatch.setattr(gluon_form.mbarrier, "wait", lambda barrier, parity: None)
-    out, _ = kernel(q, k, v, 64, 2)
-    assert not (out - reference_attention(q, k, v, 0, 0.125)).abs().max() < 1e-5
+@pytest.mark.parametrize(("number", "awaited"), list(enumerate("qkkvv")))
+def test_a_missing_wait_shows(kernel, monkeypatch, number, awaited):
+    """That the stand-in finds what it is there for: each wait of a half, left out once."""
+    half = threading.local()
+    wait = gluon_form.mbarrier.wait
+
+    def wait_but_once(barrier, parity):
+        half.waits = getattr(half, "waits", -1) + 1
+        if barrier.count == 2 or half.waits != number:  # those for room count to 2
+            wait(barrier, parity)
+
+    monkeypatch.setattr(gluon_form.mbarrier, "wait", wait_but_once)
+    monkeypatch.setattr(gluon_stand_in, "PATIENCE", 0.5)
+    with pytest.raises(AssertionError, match="not there yet"):
+        kernel(*(torch.randn(1, 64, heads, 64) for heads in (2, 1, 1)), 32, 1, slow=awaited)
+
+
+@pytest.mark.parametrize("factor", [0.5, 2])
+def test_bytes_that_are_not_those_that_come_show(kernel, monkeypatch, factor):
+    monkeypatch.setattr(gluon_stand_in, "PATIENCE", 0.2)
+    monkeypatch.setattr(
+        gluon_form.mbarrier,
+        "expect",
+        lambda barrier, nbytes: gluon_stand_in.Barrier.arrive(barrier, int(nbytes * factor)),
+    )
+    with pytest.raises(AssertionError):
+        kernel(*(torch.randn(1, 64, heads, 64) for heads in (2, 1, 1)), 64, 2)
+
+
+def test_other_gpus_and_head_dims_are_refused(monkeypatch):
+    q, k = torch.empty(1, 4, 2, 80), torch.empty(1, 4, 1, 80)
+    with pytest.raises(ValueError, match="the head dim is 80: this is for 64 and 128"):
+        gluon_form.gluon_attention(q, k, k, 64, 2)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(gluon_form.launch, "architecture", lambda device: 80)
+    with pytest.raises(ValueError, match="is sm_80: this is for sm_90"):
+        gluon_form.gluon_attention(q, k, k, 64, 2)

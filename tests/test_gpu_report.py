@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -319,6 +320,11 @@ class TestPool:
     def test_what_comes_too_late_is_skipped(self):
         found = list(in_processes(dict, list(self.tasks), 2, 0.0))
         assert [row["skipped"] for row in found] == ["no time left"] * 3
+
+    def test_what_hangs_is_ended(self):
+        found = list(in_processes(time.sleep, [(60,)], 1, time.monotonic() + 1))
+        assert [row["skipped"] for row in found] == ["no time left"]
+        assert multiprocessing.active_children() == []
 
 
 class TestErrorRule:

@@ -185,11 +185,24 @@ def test_gradients_are_as_exact_as_plain_pytorchs(shape, dtype):
         assert_as_exact(one, other, truth, factor=3)
 
 
+def test_heads_may_lie_far_apart():
+    """Farther than 32 bits count, as in a view of a larger tensor."""
+    q, k, v, _ = make_inputs(1, 5, 5, 4, 1, 16, [0], torch.bfloat16)
+    far = torch.empty(1, 4, 2**29 + 8, dtype=q.dtype, device=DEVICE)[:, :, :80]
+    far = far.unflatten(2, (5, 16)).transpose(1, 2).copy_(q)  # (1, 5, 4, 16)
+    do = torch.randn(q.shape).to(DEVICE, q.dtype)
+    near = gradients(attention, q, k, v, do)
+    leaves = [far.requires_grad_(), *(x.detach().requires_grad_() for x in (k, v))]
+    grads = torch.autograd.grad(attention(*leaves), leaves, do)
+    for one, other in zip(grads, near, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_gradients_are_as_exact_with_the_tiles_of_every_gpu(architecture, monkeypatch):
     monkeypatch.setattr(
         "mqa_kernels.backward.key_tiles",
-        lambda dtype, D, R, dropout, _: tuning.key_tiles(dtype, D, R, dropout, architecture),
+        lambda dtype, D, dropout, _: tuning.key_tiles(dtype, D, dropout, architecture),
     )
     for shape in ((1, 40, 150, 4, 1, 128, [110]), (1, 33, 33, 3, 1, 80, [0])):
         test_gradients_are_as_exact_as_plain_pytorchs(shape, torch.bfloat16)
@@ -399,8 +412,8 @@ def test_starts_dropout_and_scales_that_do_not_fit_are_refused():
         attention(*(x[:1].expand(70_000, -1, -1, -1) for x in (q, k, v)))
     with pytest.raises(ValueError, match="at least 0 and below 1"):
         attention(q, k, v, dropout_p=1.0)
-    for scale in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="must be above 0, and finite"):
+    for scale in (0.0, -1.0, 1e-46, 3e38, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="must be above 1e-30 and below 1e30"):
             attention(q, k, v, scale=scale)
 
 

@@ -159,13 +159,8 @@ def _dkv_step(
     rows = tile * M + tl.arange(0, M)  # (M,)
     t = rows // R
     real = t < new
-    # Counted from the tile's first position, offsets need 32 bits only, and half the registers.
-    first_t = tile * M // R
-    steps, heads = t - first_t, rows % R
-    q_at = (steps * stride_qt + heads * stride_qh)[:, None] + channels[None, :]
-    do_at = (steps * stride_ot + heads * stride_oh)[:, None] + channels[None, :]
-    q_ptr += first_t.to(tl.int64) * stride_qt
-    do_ptr += first_t.to(tl.int64) * stride_ot
+    q_at = row_offsets(rows, channels, stride_qt, stride_qh, R)
+    do_at = row_offsets(rows, channels, stride_ot, stride_oh, R)
     q = load_rows(q_ptr + q_at, real, channels, D, PADDED_D, True)  # (M, D)
     do = load_rows(do_ptr + do_at, real, channels, D, PADDED_D, True)  # (M, D)
     row_at = row_base + t.to(tl.int64) * (G * R) + rows % R
@@ -299,7 +294,7 @@ def backward(
     delta = torch.empty((B, T, H), dtype=torch.float32, device=q.device)
     dropout = seed is not None
     query = query_tiles(q.dtype, D, dropout)
-    key = key_tiles(q.dtype, D, R, dropout, launch.architecture(q.device))
+    key = key_tiles(q.dtype, D, dropout, launch.architecture(q.device))
     blocks = triton.cdiv(S, key.N)
     shares = split_count(blocks * B * G, T * R, key.M, multiprocessors(q.device))
     # Shares are summed in float32, in a fixed order.

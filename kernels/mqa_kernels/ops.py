@@ -32,7 +32,7 @@ def attention(
         k, v: (B, S, G, D), G dividing H (1 in multi-query attention). All three may be views, such
             as parts of one projection's output, as long as D is contiguous.
         start: position of the first new token: one int, or (B,) integers, read on the device.
-        scale: what the scores are multiplied by, a number above 0; D^-0.5 if None.
+        scale: what the scores are multiplied by, from 1e-30 to 1e30; D^-0.5 if None.
         dropout_p: share of the probabilities that is dropped, the others being scaled up.
         lengths: (B,) integers: how many of its T tokens each row really has; None for all. What is
             beyond is not computed: its output is zero and it has no gradient.

@@ -54,22 +54,20 @@ def query_tiles(dtype: torch.dtype, D: int, dropout: bool = False) -> Tiles:
 
 
 @functools.cache
-def key_tiles(
-    dtype: torch.dtype, D: int, R: int, dropout: bool = False, architecture: int = 90
-) -> Tiles:
-    """Tiles of the kernel for dK and dV, for R = H / G heads on a GPU of this architecture.
+def key_tiles(dtype: torch.dtype, D: int, dropout: bool = False, architecture: int = 90) -> Tiles:
+    """Tiles of the kernel for dK and dV on a GPU of this architecture.
 
     The keys are the large side of its first products, which the warps divide among them by 16.
     """
     if dtype == torch.float32:
         return Tiles(16 if D > 128 else 32, 16 if 64 < D <= 128 else 32, 8, 1)
     if D > 128:
-        return Tiles(16, 32, 8, 2) if dropout else Tiles(32, 64, 8, 2)
+        return Tiles(16, 32 if dropout else 64, 8, 2)
     if D <= 64:
-        return Tiles(32 if dropout else 64, 64, 4, 2)
-    if 90 <= architecture < 120:  # those with 227 KB of shared memory for a block
-        return Tiles(32 if dropout or R == 1 else 64, 128, 8, 2)
-    return Tiles(32, 64 if dropout else 128, 8, 2)
+        return Tiles(32, 64, 4, 2 if dropout or D < 32 else 3)
+    if 90 <= architecture < 120:  # sm_90 and sm_100, with the most shared memory
+        return Tiles(32, 128, 8, 2 if dropout else 3)
+    return Tiles(32, 64, 8 if dropout else 4, 2)
 
 
 def split_count(programs: int, size: int, block: int, multiprocessors: int) -> int:
