@@ -27,7 +27,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch):
         out = torch.full_like(q, float("nan"))
         lse = torch.full((B, T, H), float("nan"))
         blocks, keys, values = (
-            gluon_stand_in.Descriptor(x.reshape(-1, D), [rows, D], 0.03 if name == slow else 0.001)
+            gluon_stand_in.Descriptor(x.reshape(-1, D), [rows, D], 0.2 if name == slow else 0.001)
             for name, x, rows in (("q", q, 64), ("k", k, N), ("v", v, N))
         )
         tiles = -(-T * H // 128)
@@ -87,7 +87,7 @@ def test_a_missing_wait_shows(kernel, monkeypatch, number, awaited):
             wait(barrier, parity)
 
     monkeypatch.setattr(gluon_form.mbarrier, "wait", wait_but_once)
-    monkeypatch.setattr(gluon_stand_in, "PATIENCE", 0.5)
+    monkeypatch.setattr(gluon_stand_in, "PATIENCE", 1.0)
     with pytest.raises(AssertionError, match="not there yet"):
         kernel(*(torch.randn(1, 64, heads, 64) for heads in (2, 1, 1)), 32, 1, slow=awaited)
 

@@ -154,7 +154,7 @@ def _dkv_step(
     """Add what one tile of rows contributes to the block's dK / scale and dV.
 
     Scores and what is made of them lie with the keys as rows, which is how the last two products
-    need them: they go from one product to the next in registers.
+    need them: on sm_90 they go from one product to the next in registers.
     """
     rows = tile * M + tl.arange(0, M)  # (M,)
     t = rows // R
