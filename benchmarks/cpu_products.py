@@ -56,8 +56,12 @@ def packed_float32(weight: Tensor) -> Copy:
     return weight.nbytes, PackedLinear(as_layer(weight))
 
 
-def packed_int8(weight: Tensor) -> Copy:
-    return weight.numel(), PackedInt8Linear(Int8Linear(as_layer(weight)))
+def int8_onednn(weight: Tensor) -> Copy:
+    return weight.numel(), PackedInt8Linear(Int8Linear(as_layer(weight)), fbgemm=False)
+
+
+def int8_fbgemm(weight: Tensor) -> Copy:
+    return weight.numel(), PackedInt8Linear(Int8Linear(as_layer(weight)), fbgemm=True)
 
 
 def int8_weights_only(weight: Tensor) -> Copy:
@@ -83,7 +87,8 @@ CONTENDERS = {
     "float32": plain_float32,
     "float32 packed": packed_float32,
     "bfloat16": plain_bfloat16,
-    "int8 packed": packed_int8,
+    "int8 oneDNN": int8_onednn,
+    "int8 FBGEMM": int8_fbgemm,
     "int8 weights only, bfloat16": int8_weights_only,
     "int4 weights only, bfloat16": int4_weights_only,
 }

@@ -5,7 +5,8 @@ time to read the weights. With the plain row-major layout most CPUs read far bel
 oneDNN's blocked layout, in which the weights of one vector instruction lie side by side, they come
 close to it.
 
-8-bit weights (`mqa_gpt.quantization`) are packed too, for oneDNN's products of 8-bit integers.
+8-bit weights (`mqa_gpt.quantization`) are packed too, for products of 8-bit integers: FBGEMM's, or
+oneDNN's where those are faster.
 
 On Intel's processors with AVX-512 a product with one or two rows reads the plain layout as fast,
 and a packed layer is slower there, though faster from about four rows on. A single
@@ -16,6 +17,7 @@ nothing before. `benchmarks/cpu_products.py` shows how it is on a processor.
 from __future__ import annotations
 
 import platform
+import warnings
 from typing import Any, cast
 
 import torch
@@ -75,32 +77,76 @@ class PackedInt8Linear(_Packed):
     that jumps: where float32 sums in another order, as a step over several tokens does, the last
     bit of a number may tip an integer. So with speculation, or in a batch, a choice between near
     equals may be another, which in float32 is a matter of rounding errors alone.
+
+    Args:
+        linear: what is packed.
+        fbgemm: whether by FBGEMM or by oneDNN; None for the faster one.
     """
 
-    def __init__(self, linear: Int8Linear) -> None:
+    def __init__(self, linear: Int8Linear, fbgemm: bool | None = None) -> None:
         super().__init__()
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
         # Without VNNI a CPU adds two products of 8 bits in 16 bits, where those of -127 to 127
         # overflow; those of 7-bit rows do not.
-        self.largest = 127 if has_vnni() else 63
-        self.bias = None if linear.bias is None else linear.bias.detach().float()
-        self._packed = torch.ops.onednn.qlinear_prepack(linear.weight, None)
-        self._scale = linear.weight_scale / self.largest  # (N,)
-        self._middle = torch.tensor(self.largest + 1.5, dtype=torch.float32)
+        largest = 127 if has_vnni() else 63
+        fbgemm = fbgemm_is_faster() if fbgemm is None else fbgemm
+        product = _FBGEMMProduct if fbgemm else _OneDNNProduct
+        self._product = product(linear.weight.detach(), linear.weight_scale, largest)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N) in the dtype of x, without gradients."""
         self._refuse_gradients(x)
         rows = x.float()
-        top = rows.abs().amax(-1, keepdim=True)  # (..., 1), is t times `largest`
-        # oneDNN is fast for rows of unsigned integers only: zero stands in the middle of them. The
-        # conversion cuts off, hence the half. A row of zeros gives any integers, and 0 times those.
+        top = rows.abs().amax(-1, keepdim=True)  # (..., 1), is t times the largest integer
+        y = self._product(rows, top)  # (..., N)
+        y = y * top if self.bias is None else torch.addcmul(self.bias, y, top)  # (..., N)
+        return y.to(x.dtype)
+
+
+# Both libraries take rows of unsigned integers only (oneDNN is slow for others), so zero stands in
+# the middle of them. A row of zeros gives any integers, and 0 times those.
+
+
+class _OneDNNProduct:
+    """rows / top rounded, times the weights, by oneDNN."""
+
+    def __init__(self, weight: Tensor, scale: Tensor, largest: int) -> None:
+        self.largest = largest
+        self._packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        self._scale = scale / largest  # (N,)
+        # The conversion to integers cuts off, hence the half.
+        self._middle = torch.tensor(largest + 1.5, dtype=torch.float32)
+
+    def __call__(self, rows: Tensor, top: Tensor) -> Tensor:
+        """rows (..., K) and the largest of each (..., 1) -> (..., N) float32."""
         integers = torch.addcdiv(self._middle, rows, top, value=self.largest)  # (..., K)
-        y = torch.ops.onednn.qlinear_pointwise.default(
+        return torch.ops.onednn.qlinear_pointwise.default(
             integers.to(torch.uint8), 1.0, self.largest + 1, self._packed, self._scale, None, None,
             1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
-        y = y * top if self.bias is None else torch.addcmul(self.bias, y, top)  # (..., N)
-        return y.to(x.dtype)
+
+
+class _FBGEMMProduct:
+    """rows / top rounded, times the weights, by FBGEMM, which rounds the rows itself.
+
+    Its operators come with PyTorch's quantized tensors, which are deprecated: where a PyTorch no
+    longer has them, `fbgemm_is_faster` is false.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, largest: int) -> None:
+        self.largest = largest
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* are deprecated", UserWarning)
+            quantized = torch._make_per_channel_quantized_tensor(
+                weight, scale.double(), torch.zeros(len(scale), dtype=torch.long), 0
+            )
+            self._packed = torch.ops.quantized.linear_prepack(quantized, None)
+
+    def __call__(self, rows: Tensor, top: Tensor) -> Tensor:
+        """rows (..., K) and the largest of each (..., 1) -> (..., N) float32."""
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(
+            rows / top, 1 / self.largest, self.largest + 1, self._packed
+        )
 
 
 def can_pack(module: nn.Module) -> bool:
@@ -129,12 +175,14 @@ def packed_names(
 def packing_bytes(module: nn.Module, dtype: torch.dtype, device: torch.device) -> int:
     """What `pack` takes beside the plain weights of `module`, if it is of this dtype and there.
 
-    One layer at a time has its weight twice: plain and packed. A tied head, the last, keeps both.
+    One layer at a time has its weight twice: plain and packed, and FBGEMM, which takes a quantized
+    tensor, a copy between them. A tied head, the last, keeps the plain one too.
     """
     layers = [module.get_submodule(name) for name in packed_names(module, dtype, device)]
+    int8_bytes = 2 if fbgemm_is_faster() else 1
     return max(
         (
-            layer.weight.numel() * (1 if isinstance(layer, Int8Linear) else dtype.itemsize)
+            layer.weight.numel() * (int8_bytes if isinstance(layer, Int8Linear) else dtype.itemsize)
             for layer in cast(list[nn.Linear | Int8Linear], layers)
         ),
         default=0,
@@ -149,6 +197,24 @@ def reads_plain_layout_fast() -> bool:
     """
     has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return has_avx512 and "intel" in cpu_name().lower()
+
+
+def fbgemm_is_faster() -> bool:
+    """Whether 8-bit products of few rows are faster with FBGEMM than with oneDNN here.
+
+    They are where FBGEMM is at hand, but for processors with tiles (AMX), which oneDNN alone uses.
+    """
+    return has_fbgemm() and not torch.cpu._is_amx_tile_supported()
+
+
+def has_fbgemm() -> bool:
+    """Whether torch has FBGEMM's products of 8-bit integers and would choose them."""
+    names = ("linear_prepack", "linear_with_input_q_dq_qweight_dq_output_fp32")
+    return (
+        torch.backends.quantized.engine in ("x86", "fbgemm")
+        and hasattr(torch, "_make_per_channel_quantized_tensor")
+        and all(hasattr(torch.ops.quantized, name) for name in names)
+    )
 
 
 def has_vnni() -> bool:

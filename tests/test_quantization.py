@@ -33,8 +33,16 @@ from tests.helpers import (
 )
 
 needs_int8_products = pytest.mark.skipif(
-    not can_pack(Int8Linear(nn.Linear(1, 1))), reason="this torch has no 8-bit oneDNN products"
+    not can_pack(Int8Linear(nn.Linear(1, 1))), reason="this torch has no 8-bit products"
 )
+
+
+@pytest.fixture(params=["FBGEMM", "oneDNN"])
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "FBGEMM" and not packing.has_fbgemm():
+        pytest.skip("this torch has no FBGEMM products")
+    monkeypatch.setattr(packing, "fbgemm_is_faster", lambda: request.param == "FBGEMM")
+    return request.param
 
 
 def tiny_model(**changes: object) -> GPT:
@@ -81,17 +89,27 @@ def test_a_row_of_zeros_stays_zero():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_int8_products)])
-def test_what_is_not_finite_stays_so(bad: float, packed: bool):
+def test_a_weight_that_is_not_finite_stays_so(bad: float):
     linear = nn.Linear(4, 3)
     with torch.no_grad():
         linear.weight[1, 2] = bad
-    layer = PackedInt8Linear(Int8Linear(linear)) if packed else Int8Linear(linear)
+        y = Int8Linear(linear)(torch.ones(1, 4))
+    assert y.isfinite().tolist() == [[True, False, True]]
+
+
+@needs_int8_products
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_when_packed(product, bad: float):
+    linear = nn.Linear(4, 3)
+    whole = PackedInt8Linear(Int8Linear(linear))
+    with torch.no_grad():
+        linear.weight[1, 2] = bad
     with torch.inference_mode():
-        assert layer(torch.ones(1, 4)).isfinite().tolist() == [[True, False, True]]
+        y = PackedInt8Linear(Int8Linear(linear))(torch.ones(1, 4))
+        assert y.isfinite().tolist() == [[True, False, True]]
         rows = torch.ones(3, 4)
         rows[1, 0] = bad
-        finite = PackedInt8Linear(Int8Linear(nn.Linear(4, 3)))(rows).isfinite()
+        finite = whole(rows).isfinite()
     assert finite.all(1).tolist() == [True, False, True]
 
 
@@ -174,7 +192,9 @@ def test_in_16_bit_the_product_is_as_exact_as_with_the_same_weights_rounded(dtyp
 @pytest.mark.parametrize("vnni", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 17, 64, 300])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_packed_layer_rounds_each_row_once_more_and_no_further(monkeypatch, rows, bias, vnni):
+def test_a_packed_layer_rounds_each_row_once_more_and_no_further(
+    product, monkeypatch, rows, bias, vnni
+):
     monkeypatch.setattr(packing, "has_vnni", lambda: vnni)
     layer = Int8Linear(nn.Linear(71, 45, bias=bias))
     x = torch.randn(rows, 71) * torch.logspace(-3, 3, rows)[:, None]
@@ -191,7 +211,7 @@ def test_a_packed_layer_rounds_each_row_once_more_and_no_further(monkeypatch, ro
 
 
 @needs_int8_products
-def test_a_row_does_not_depend_on_the_rows_beside_it():
+def test_a_row_does_not_depend_on_the_rows_beside_it(product):
     packed = PackedInt8Linear(Int8Linear(nn.Linear(40, 30)))
     x = torch.randn(4, 40)
     with torch.inference_mode():
@@ -202,7 +222,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it():
 
 @needs_int8_products
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_model_is_close_to_the_model_and_cannot_be_edited(dtype, tmp_path):
+def test_a_packed_model_is_close_to_the_model_and_cannot_be_edited(product, dtype, tmp_path):
     model = tiny_model().to(dtype)
     quantize(model)
     packed = copy.deepcopy(model)
@@ -216,6 +236,35 @@ def test_a_packed_model_is_close_to_the_model_and_cannot_be_edited(dtype, tmp_pa
         packed.save_pretrained(tmp_path)
     with pytest.raises(AttributeError, match="cannot be read"):
         packed.lm_head.weight_scale.zero_()
+
+
+@needs_int8_products
+@pytest.mark.parametrize("has_tiles", [True, False])
+def test_fbgemm_is_chosen_unless_the_processor_has_tiles_or_torch_lacks_it(monkeypatch, has_tiles):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles)
+    monkeypatch.setattr(packing, "has_fbgemm", lambda: True)
+    assert packing.fbgemm_is_faster() == (not has_tiles)
+    monkeypatch.setattr(packing, "has_fbgemm", lambda: False)
+    assert not packing.fbgemm_is_faster()
+
+
+@needs_int8_products
+def test_a_torch_without_quantized_tensors_packs_for_onednn(monkeypatch):
+    monkeypatch.delattr(torch, "_make_per_channel_quantized_tensor")
+    assert not packing.has_fbgemm()
+    layer = Int8Linear(nn.Linear(40, 30))
+    with torch.inference_mode():
+        x = torch.randn(2, 40)
+        assert relative_error(PackedInt8Linear(layer)(x), layer(x)) < 0.02
+
+
+@needs_int8_products
+def test_packing_says_nothing_of_what_is_deprecated(product, recwarn):
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # not once in a process
+    PackedInt8Linear(Int8Linear(nn.Linear(4, 3)))
+    torch.set_warn_always(always)
+    assert not recwarn.list
 
 
 def test_a_batch_gives_each_rows_own_tokens():
