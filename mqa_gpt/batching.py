@@ -29,6 +29,7 @@ from mqa_gpt.decode import (
     require_finite,
 )
 from mqa_gpt.decode_graph import FEW_ROWS, Decoder, can_replay
+from mqa_gpt.inlining import inline
 from mqa_gpt.model import GPT
 from mqa_gpt.sampling import GREEDY, Sampling, choose
 
@@ -84,6 +85,7 @@ class _Places:
 
     def __init__(self, model: GPT, count: int, length: int, request: _Request) -> None:
         self._model, self._request = model, request
+        self._forward = inline(model)
         self._cache = KVCache.of(model, count, length)
         self._seen: Tensor | None = None
         if request.sampling.repetition_penalty != 1:
@@ -117,7 +119,7 @@ class _Places:
             lengths = [row.length - 1 for row in self.rows.values()]  # the newest is yet to be fed
             newest = [[row.newest] for row in self.rows.values()]
             ids = torch.tensor(newest, device=self._model.device)  # (B, 1)
-            logits = self._model(ids, cache=self._cache.view(lengths))[:, 0].float()  # (B, V)
+            logits = self._forward(ids, self._cache.view(lengths))[:, 0].float()  # (B, V)
         places = range(len(self.rows) - len(logits), len(self.rows))
         rows = [self.rows[place] for place in places]
         seen = None if self._seen is None else self._seen[places.start : places.stop]  # (B, V)

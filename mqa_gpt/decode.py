@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mqa_gpt.cache import KVCache
+from mqa_gpt.inlining import inline
 from mqa_gpt.model import GPT
 from mqa_gpt.sampling import (
     GREEDY,
@@ -104,6 +105,7 @@ def stream_plain(
             if sampling.greedy
             else draw_numbers(sampling, rows, n, max_new_tokens, model.device)
         )
+    forward = inline(model)
 
     for step in range(max_new_tokens):
         with torch.inference_mode():
@@ -134,7 +136,7 @@ def stream_plain(
                 cache, chosen = cache.select(kept), chosen[kept]
                 seen = None if seen is None else seen[kept]
                 draws = None if draws is None else draws[kept]
-            logits = model(chosen[:, None], cache=cache)[:, 0].float()  # (B, V)
+            logits = forward(chosen[:, None], cache)[:, 0].float()  # (B, V)
 
 
 def prefill_samples(

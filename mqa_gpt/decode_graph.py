@@ -19,10 +19,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules import module as hooks_of_all
+from torch import Tensor
 
-from mqa_gpt.attention import is_own
 from mqa_gpt.cache import KVCache, StaticCache
 from mqa_gpt.cuda_graph import Replay, upload
 from mqa_gpt.decode import (
@@ -35,14 +33,9 @@ from mqa_gpt.decode import (
     require_finite,
     tokens_seen,
 )
-from mqa_gpt.fused_step import (
-    PLAIN_MODULES,
-    can_fuse,
-    fused_hidden,
-    fused_likeliest,
-    fused_logits,
-)
-from mqa_gpt.model import GPT, MultiQueryAttention
+from mqa_gpt.fused_step import can_fuse, fused_hidden, fused_likeliest, fused_logits
+from mqa_gpt.inlining import is_plain
+from mqa_gpt.model import GPT
 from mqa_gpt.sampling import GREEDY, Sampling, choose, is_finite, log_probabilities
 
 # Rows up to which finished ones stay in a batch that is replayed: they cost less than recording the
@@ -277,24 +270,11 @@ class Decoder:
 def can_replay(model: GPT) -> bool:
     """Whether decode steps of this model may be recorded and replayed.
 
-    On a CUDA device they may, unless its cache is quantized, or somebody has put Python code of
-    their own into the step, which a replay would leave out: hooks, modules of other types, a
-    `forward` or `attend` of a module's own. In training mode dropout is to differ at every step.
+    On a CUDA device they may, unless its cache is quantized, or the model is not plain: a replay
+    would leave out Python code that somebody has put into it, and in training mode dropout is to
+    differ at every step.
     """
-    if model.device.type != "cuda" or model.cache_dtype is not None:
-        return False
-    if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
-        return False
-    return all(_is_plain(module) for module in model.modules())
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether it is a module of ours as we made it, in eval mode."""
-    if type(module) not in PLAIN_MODULES or "forward" in vars(module):
-        return False
-    if isinstance(module, MultiQueryAttention) and not is_own(module.attend):
-        return False
-    return not (module.training or module._forward_hooks or module._forward_pre_hooks)
+    return model.device.type == "cuda" and model.cache_dtype is None and is_plain(model)
 
 
 def stream_replayed(

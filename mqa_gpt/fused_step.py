@@ -15,17 +15,12 @@ from torch import Tensor, nn
 
 from mqa_gpt.attention import HAS_TRITON, auto_attention
 from mqa_gpt.cache import StaticCache
-from mqa_gpt.model import GPT, MLP, Block, MultiQueryAttention, Transformer
-from mqa_gpt.quantization import Int8Embedding, Int8Linear
+from mqa_gpt.inlining import PLAIN_FORWARDS
+from mqa_gpt.model import GPT, Block
+from mqa_gpt.quantization import Int8Linear
 
 MOST_ROWS = 16  # of the kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-PLAIN_MODULES = (
-    *(GPT, Transformer, Block, MultiQueryAttention, MLP),
-    *(nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout),
-    *(Int8Embedding, Int8Linear),
-)
 
 
 def can_fuse(model: GPT, rows: int) -> bool:
@@ -41,7 +36,7 @@ def can_fuse(model: GPT, rows: int) -> bool:
     return (
         model.dtype in DTYPES
         and model.config.head_dim <= 256
-        and all(type(module) in PLAIN_MODULES for module in model.modules())
+        and all(type(module) in PLAIN_FORWARDS for module in model.modules())
         and all(block.attn.attend in (auto_attention, attention) for block in _blocks(model))
     )
 

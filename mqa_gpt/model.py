@@ -46,20 +46,20 @@ class MultiQueryAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
         self.attend: Attention = auto_attention  # until `GPT.set_backend`
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, C) -> q (B, T, H, D) and kv (B, T, G, 2D), each head's K beside its V."""
-        B, T, C = x.shape
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """What `c_attn` gives, (B, T, C + 2GD), as q (B, T, H, D) and kv (B, T, G, 2D), each head's
+        K beside its V."""
+        B, T, _ = qkv.shape
         H, G, D = self.n_head, self.n_kv_head, self.head_dim
-        qkv = self.c_attn(x)  # (B, T, C + 2GD)
         if G == 1:  # all queries, then the one K and the one V
-            q, kv = qkv[..., :C], qkv[..., C:]
+            q, kv = qkv[..., : H * D], qkv[..., H * D :]
             return q.view(B, T, H, D), kv.view(B, T, 1, 2 * D)
         qkv = qkv.view(B, T, H, 3 * D)  # G is H here: q, K and V head by head
         return qkv[..., :D], qkv[..., D:]
 
     def forward(self, x: Tensor, start: int | Tensor, cache: KVCache | None) -> Tensor:
         """x (B, T, C), whose first token stands at position `start` -> (B, T, C)."""
-        q, kv = self.project(x)  # (B, T, H, D), (B, T, G, 2D)
+        q, kv = self.split(self.c_attn(x))  # (B, T, H, D), (B, T, G, 2D)
         if cache is not None:
             kv = cache.append(self.layer, kv)  # (B, S, G, 2D)
         k, v = kv.chunk(2, dim=-1)  # (B, S, G, D) each
@@ -78,13 +78,16 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(config.inner_size, config.n_embd)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
+    def activate(self, x: Tensor) -> Tensor:
+        """x (B, T, F) -> (B, T, F)."""
+        if self.activation == "relu":
+            return F.relu(x)
+        # "gelu" is exact; every other accepted name is the tanh approximation.
+        return F.gelu(x, approximate="none" if self.activation == "gelu" else "tanh")
+
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        x = self.c_fc(x)  # (B, T, F)
-        if self.activation == "relu":
-            x = F.relu(x)
-        else:  # "gelu" is exact; every other accepted name is the tanh approximation
-            x = F.gelu(x, approximate="none" if self.activation == "gelu" else "tanh")
+        x = self.activate(self.c_fc(x))  # (B, T, F)
         return self.dropout(self.c_proj(x))  # (B, T, C)
 
 

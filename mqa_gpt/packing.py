@@ -233,10 +233,13 @@ def _is_packable(
     )
 
 
-def _pack_layer(layer: nn.Module) -> PackedLinear | PackedInt8Linear:
+def _pack_layer(layer: nn.Module) -> _Packed:
+    packed: _Packed
     if isinstance(layer, Int8Linear):
-        return PackedInt8Linear(layer)
-    return PackedLinear(cast(nn.Linear, layer))
+        packed = PackedInt8Linear(layer)
+    else:
+        packed = PackedLinear(cast(nn.Linear, layer))
+    return packed.train(layer.training)
 
 
 def _has_products(dtype: torch.dtype, device: torch.device) -> bool:

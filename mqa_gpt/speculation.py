@@ -33,6 +33,7 @@ from mqa_gpt.decode import (
     tokens_seen,
 )
 from mqa_gpt.errors import PromptError
+from mqa_gpt.inlining import inline
 from mqa_gpt.model import GPT
 from mqa_gpt.sampling import GREEDY, Sampling
 
@@ -144,6 +145,7 @@ class DraftModel(Draft):
     def begin(self) -> None:
         """See `Draft`."""
         super().begin()
+        self._forward = inline(self.model)
         self._rows: list[int] = []
         self._cache: KVCache | None = None
         self._held: list[int] = []  # how many of each text's first tokens the cache holds
@@ -176,7 +178,7 @@ class DraftModel(Draft):
         cache.set_lengths(self._held)
         guesses = [logits.argmax(-1)]  # (B,) each
         while len(guesses) < most:
-            guesses.append(model(guesses[-1][:, None], cache=cache)[:, 0].argmax(-1))
+            guesses.append(self._forward(guesses[-1][:, None], cache)[:, 0].argmax(-1))
         return torch.stack(guesses, dim=1).tolist()
 
     def _cache_of(self, rows: Sequence[int]) -> KVCache:
@@ -237,6 +239,7 @@ def stream_drafted(
     counts = [0] * len(rows)  # of new tokens
     guesses: list[list[int]] = [[] for _ in rows]
     logits = logits[:, None]  # (B, T, V): behind each row's newest token and behind its guesses
+    forward = inline(model)
 
     while True:
         # One position of the step after the other: a row is undecided while all its guesses so far
@@ -293,4 +296,4 @@ def stream_drafted(
                 text[-1:] + guess + [0] * (width - len(guess))
                 for text, guess in zip(texts, guesses, strict=True)
             ]
-            logits = model(torch.tensor(feed, device=model.device), cache=cache).float()
+            logits = forward(torch.tensor(feed, device=model.device), cache).float()

@@ -45,7 +45,7 @@ def first_attention(model: GPT) -> Tensor:
     """Attention weights (T, S) of layer 0's head 0 on random tokens."""
     ids, block = random_ids(CONFIG, 1, 256), model.transformer.h[0]
     x = model.transformer.wte(ids) + model.transformer.wpe.weight
-    q, kv = block.attn.project(block.ln_1(x))
+    q, kv = block.attn.split(block.attn.c_attn(block.ln_1(x)))
     scores = q[0, :, 0] @ kv[0, :, 0, : CONFIG.head_dim].T * block.attn.scale
     return scores.masked_fill(torch.ones(256, 256).triu(1).bool(), -torch.inf).softmax(-1)
 
