@@ -130,8 +130,9 @@ class KVCache:
             is_padding = positions >= self._limits[:, None]  # (B, T)
             kv = kv.masked_fill(is_padding[..., None, None], 0)
         if self.scales is None:
-            self._write(self.kv[layer], kv)
-            return self.kv[layer, :, : self.end + T]
+            slots = self.kv[layer]  # (B, max_length, G, 2D)
+            self._write(slots, kv)
+            return slots[:, : self.end + T]
         integers, scales = quantize_kv(kv)  # (B, T, G, 2D), (B, T, G, 2)
         self._write(self.kv[layer], integers)
         self._write(self.scales[layer], scales)

@@ -134,7 +134,8 @@ class _FBGEMMProduct:
     """
 
     def __init__(self, weight: Tensor, scale: Tensor, largest: int) -> None:
-        self.largest = largest
+        self._step, self._zero = 1 / largest, largest + 1
+        self._run = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".* are deprecated", UserWarning)
             quantized = torch._make_per_channel_quantized_tensor(
@@ -144,9 +145,7 @@ class _FBGEMMProduct:
 
     def __call__(self, rows: Tensor, top: Tensor) -> Tensor:
         """rows (..., K) and the largest of each (..., 1) -> (..., N) float32."""
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(
-            rows / top, 1 / self.largest, self.largest + 1, self._packed
-        )
+        return self._run(rows / top, self._step, self._zero, self._packed)
 
 
 def can_pack(module: nn.Module) -> bool:
