@@ -47,8 +47,7 @@ class MultiQueryAttention(nn.Module):
         self.attend: Attention = auto_attention  # until `GPT.set_backend`
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """What `c_attn` gives, (B, T, C + 2GD), as q (B, T, H, D) and kv (B, T, G, 2D), each head's
-        K beside its V."""
+        """qkv (B, T, C + 2GD) -> q (B, T, H, D) and kv (B, T, G, 2D), a head's K beside its V."""
         B, T, _ = qkv.shape
         H, G, D = self.n_head, self.n_kv_head, self.head_dim
         if G == 1:  # all queries, then the one K and the one V
@@ -81,14 +80,12 @@ class MLP(nn.Module):
     def activate(self, x: Tensor) -> Tensor:
         """x (B, T, F) -> (B, T, F)."""
         if self.activation == "relu":
-            return F.relu(x)
-        # "gelu" is exact; every other accepted name is the tanh approximation.
+            return F.relu(x)  # below, "gelu" is exact, every other accepted name approximate
         return F.gelu(x, approximate="none" if self.activation == "gelu" else "tanh")
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        x = self.activate(self.c_fc(x))  # (B, T, F)
-        return self.dropout(self.c_proj(x))  # (B, T, C)
+        return self.dropout(self.c_proj(self.activate(self.c_fc(x))))  # (B, T, C)
 
 
 class Block(nn.Module):

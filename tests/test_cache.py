@@ -279,20 +279,20 @@ def test_with_an_int8_cache_attention_sees_what_is_kept(changes):
     model = int8_model(**changes)
     ids = random_ids(model.config, 2, 9)
 
-    original = MultiQueryAttention.project
+    original = MultiQueryAttention.split
 
-    def project(self, x):
-        q, kv = original(self, x)
+    def split(self, qkv):
+        q, kv = original(self, qkv)
         return q, dequantize_kv(*quantize_kv(kv), kv.dtype)
 
     with torch.inference_mode():
         cache = KVCache.of(model, 2, 9)
         got = torch.cat([model(ids[:, :5], cache=cache), model(ids[:, 5:], cache=cache)], 1)
-        MultiQueryAttention.project = project
+        MultiQueryAttention.split = split
         try:
             expected = model(ids)
         finally:
-            MultiQueryAttention.project = original
+            MultiQueryAttention.split = original
         assert relative_error(got, expected) < 1e-5
         assert relative_error(got, model(ids)) > 1e-4  # it does round
 
