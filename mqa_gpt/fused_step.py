@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mqa_gpt.attention import HAS_TRITON, auto_attention
 from mqa_gpt.cache import StaticCache
-from mqa_gpt.inlining import PLAIN_FORWARDS
+from mqa_gpt.inlining import is_plain
 from mqa_gpt.model import GPT, Block
 from mqa_gpt.quantization import Int8Linear
 
@@ -36,7 +36,7 @@ def can_fuse(model: GPT, rows: int) -> bool:
     return (
         model.dtype in DTYPES
         and model.config.head_dim <= 256
-        and all(type(module) in PLAIN_FORWARDS for module in model.modules())
+        and is_plain(model)
         and all(block.attn.attend in (auto_attention, attention) for block in _blocks(model))
     )
 
@@ -54,8 +54,9 @@ def fused_hidden(model: GPT, ids: Tensor, cache: StaticCache) -> Tensor:
     name = model.config.activation_function
     activation = name if name in ("relu", "gelu") else "gelu_tanh"  # as in `MLP`
     x = transformer.wte(ids[:, 0]) + transformer.wpe(lengths)  # (B, C)
-    for layer, block in enumerate(_blocks(model)):
-        attn, mlp, slots = block.attn, block.mlp, cache.kv[layer]  # (B, max_length, G, 2D)
+    for block in _blocks(model):
+        attn, mlp = block.attn, block.mlp
+        slots = cache.kv[attn.layer]  # (B, max_length, G, 2D)
         weight, scale = _weight(attn.c_attn)
         q = norm_qkv_to_cache(
             x, *_norm(block.ln_1), weight, attn.c_attn.bias, slots, lengths, scale

@@ -189,6 +189,9 @@ def stream_tokens(
     """The tokens behind `generate`, step by step: `stream_replayed` where it can, else
     `stream_plain`.
 
+    The steps are made of the model's modules, hooks and attention of the beginning: replace them
+    between two streams, not within one.
+
     Args:
         prompts: what `check_request` made of them; nothing is checked here.
         should_stop: called once with each new token; True ends its row.

@@ -3,7 +3,7 @@
 On a CPU each weight that a decode step reads drives from the caches what Python needs to get to the
 next one, so that a call costs many times what it costs in a loop that does nothing else. A module
 calls modules, which look for their parameters and hooks; and a step has some ten of them per layer.
-Here all that is looked up once, and only operators are left to call.
+Here they are looked up once, and only what they compute is left to call.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
@@ -21,24 +20,38 @@ from mqa_gpt.model import GPT, MLP, Block, MultiQueryAttention, Transformer
 from mqa_gpt.packing import PackedInt8Linear, PackedLinear
 from mqa_gpt.quantization import Int8Embedding, Int8Linear
 
-PLAIN_FORWARDS: dict[type[nn.Module], Any] = {
-    kind: kind.forward
-    for kind in (
-        *(GPT, Transformer, Block, MultiQueryAttention, MLP),
-        *(nn.ModuleList, nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout),
-        *(Int8Embedding, Int8Linear, PackedLinear, PackedInt8Linear),
-    )
-}
-
 Forward = Callable[[Tensor, KVCache], Tensor]
 Function = Callable[[Tensor], Tensor]
+
+_LINEAR = (nn.Linear, Int8Linear, PackedLinear, PackedInt8Linear)
+_EMBEDDING = (nn.Embedding, Int8Embedding)
+_NORM, _DROPOUT = (nn.LayerNorm,), (nn.Dropout,)
+
+# Which modules a module of ours holds, by name, and of which types they may be.
+_PLACES: dict[type[nn.Module], dict[str, tuple[type[nn.Module], ...]]] = {
+    GPT: {"transformer": (Transformer,), "lm_head": _LINEAR},
+    Transformer: {
+        "wte": _EMBEDDING,
+        "wpe": (nn.Embedding,),
+        "drop": _DROPOUT,
+        "h": (nn.ModuleList,),
+        "ln_f": _NORM,
+    },
+    Block: {"ln_1": _NORM, "attn": (MultiQueryAttention,), "ln_2": _NORM, "mlp": (MLP,)},
+    MultiQueryAttention: {"c_attn": _LINEAR, "c_proj": _LINEAR, "resid_dropout": _DROPOUT},
+    MLP: {"c_fc": _LINEAR, "c_proj": _LINEAR, "dropout": _DROPOUT},
+}
+_LEAVES = (*_LINEAR, *_EMBEDDING, *_NORM, *_DROPOUT)
+_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward for kind in (*_PLACES, *_LEAVES, nn.ModuleList)
+}
 
 
 def is_plain(model: GPT) -> bool:
     """Whether its forward pass is what `mqa_gpt.model` says and no more.
 
-    It is not where somebody has put Python code of their own into it: hooks, modules of other
-    types, another `forward` or `attend`; nor in training mode, for dropout.
+    It is not where somebody has put code of their own into it: hooks, other modules, another
+    `forward` or `attend`; nor in training mode, for dropout.
     """
     if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
         return False
@@ -46,43 +59,49 @@ def is_plain(model: GPT) -> bool:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether it is a module of ours as we made it, in eval mode."""
+    """Whether it is a module as we made it, in eval mode, and holds such as we put there."""
     kind = type(module)
-    if kind.forward is not PLAIN_FORWARDS.get(kind) or "forward" in vars(module):
+    if kind.forward is not _FORWARDS.get(kind) or "forward" in vars(module):
+        return False
+    if module.training or module._forward_hooks or module._forward_pre_hooks:
         return False
     if isinstance(module, MultiQueryAttention) and not is_own(module.attend):
         return False
-    return not (module.training or module._forward_hooks or module._forward_pre_hooks)
+    held = module._modules
+    if isinstance(module, nn.ModuleList):
+        return all(type(child) is Block for child in held.values())
+    places = _PLACES.get(kind, {})
+    return held.keys() == places.keys() and all(
+        type(child) in places[name] for name, child in held.items()
+    )
 
 
 def inline(model: GPT) -> Forward:
-    """The model, or a function that does the same sooner: where it `is_plain` and not compiled.
+    """What takes ids (B, T) and a cache and gives the model's logits (B, T, V), as it would itself.
 
-    The function is made of the model's modules of now: make it anew where they, their hooks or
-    backends may have changed.
-
-    Returns:
-        What takes ids (B, T) and a cache and gives logits (B, T, V), as `GPT.forward` does.
+    Where the model `is_plain`, and is not compiled, its modules are not called. They are those of
+    now: make the function anew where they, their hooks or attention may have been replaced.
     """
     is_compiled = any(module._compiled_call_impl for module in model.modules())
-    if is_compiled or not is_plain(model):
-        return model
-    transformer, head = model.transformer, model.lm_head.forward
+    if type(model) is not GPT or is_compiled or not is_plain(model):
+        return lambda ids, cache: model(ids, cache=cache)
+    transformer = model.transformer
     embed, embed_position = transformer.wte.forward, transformer.wpe.forward
     layers = [_Layer.of(block) for block in cast(list[Block], transformer.h)]
-    norm = _norm(transformer.ln_f)
+    norm, head = transformer.ln_f.forward, model.lm_head.forward
 
     def forward(ids: Tensor, cache: KVCache) -> Tensor:
         T = ids.shape[1]
         cache.require_room(T)
         start = cache.start
         x = embed(ids) + embed_position(positions_from(start, T, ids.device))  # (B, T, C)
-        for layer, of in enumerate(layers):
-            q, kv = of.split(of.attn_in(of.norm_1(x)))  # (B, T, H, D), (B, T, G, 2D)
-            k, v = cache.append(layer, kv).chunk(2, dim=-1)  # (B, S, G, D) each
-            y = of.attend(q, k, v, start, of.scale, 0.0)  # (B, T, H, D)
-            x = x + of.attn_out(y.flatten(2))  # (B, T, C)
-            x = x + of.mlp_out(of.activate(of.mlp_in(of.norm_2(x))))  # (B, T, C)
+        for layer in layers:
+            q, kv = layer.split(layer.c_attn(layer.ln_1(x)))  # (B, T, H, D), (B, T, G, 2D)
+            k, v = cache.append(layer.index, kv).chunk(2, dim=-1)  # (B, S, G, D) each
+            y = layer.attend(q, k, v, start, layer.scale, 0.0)  # (B, T, H, D)
+            x = x + layer.attn_c_proj(y.flatten(2))  # (B, T, C)
+            h = layer.activate(layer.c_fc(layer.ln_2(x)))  # (B, T, F)
+            x = x + layer.mlp_c_proj(h)  # (B, T, C)
         cache.advance(T)
         return head(norm(x))  # (B, T, V)
 
@@ -90,37 +109,33 @@ def inline(model: GPT) -> Forward:
 
 
 class _Layer(NamedTuple):
-    """What a layer calls, in this order; `split`, `attend` and `activate` as in its modules."""
+    """What a layer calls, by the names of its modules."""
 
-    norm_1: Function
-    attn_in: Function
+    index: int
+    ln_1: Function
+    c_attn: Function
     split: Callable[[Tensor], tuple[Tensor, Tensor]]
     attend: Attention
     scale: float
-    attn_out: Function
-    norm_2: Function
-    mlp_in: Function
+    attn_c_proj: Function
+    ln_2: Function
+    c_fc: Function
     activate: Function
-    mlp_out: Function
+    mlp_c_proj: Function
 
     @classmethod
     def of(cls, block: Block) -> _Layer:
         attn, mlp = block.attn, block.mlp
         return cls(
-            _norm(block.ln_1),
-            attn.c_attn.forward,
-            attn.split,
-            attn.attend,
-            attn.scale,
-            attn.c_proj.forward,
-            _norm(block.ln_2),
-            mlp.c_fc.forward,
-            mlp.activate,
-            mlp.c_proj.forward,
+            index=attn.layer,
+            ln_1=block.ln_1.forward,
+            c_attn=attn.c_attn.forward,
+            split=attn.split,
+            attend=attn.attend,
+            scale=attn.scale,
+            attn_c_proj=attn.c_proj.forward,
+            ln_2=block.ln_2.forward,
+            c_fc=mlp.c_fc.forward,
+            activate=mlp.activate,
+            mlp_c_proj=mlp.c_proj.forward,
         )
-
-
-def _norm(norm: nn.LayerNorm) -> Function:
-    """`norm.forward`, which would look its parameters up each time."""
-    of: tuple[Any, ...] = (norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    return lambda x: torch.layer_norm(x, *of)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import platform
 import warnings
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -69,7 +70,7 @@ class PackedLinear(_Packed):
 
 
 class PackedInt8Linear(_Packed):
-    """`Int8Linear` for inference, as a product of 8-bit integers.
+    """`Int8Linear` for inference, as a product of 8-bit integers, by FBGEMM or by oneDNN.
 
     The rows of x become integers too, as they come: x is close to t r, with one scale t per row, so
     that a row's result does not depend on the rows beside it. That adds a rounding to those of the
@@ -80,21 +81,24 @@ class PackedInt8Linear(_Packed):
 
     Args:
         linear: what is packed.
-        fbgemm: whether by FBGEMM or by oneDNN; None for the faster one.
+        fbgemm: whether by FBGEMM; None for the one that decodes faster.
+
+    Raises:
+        ValueError: by FBGEMM, which this torch does not have.
     """
 
     def __init__(self, linear: Int8Linear, fbgemm: bool | None = None) -> None:
         super().__init__()
         self.bias = None if linear.bias is None else linear.bias.detach().float()
-        # Without VNNI a CPU adds two products of 8 bits in 16 bits, where those of -127 to 127
-        # overflow; those of 7-bit rows do not.
-        largest = 127 if has_vnni() else 63
         fbgemm = fbgemm_is_faster() if fbgemm is None else fbgemm
+        if fbgemm and not has_fbgemm():
+            raise ValueError("this torch has no 8-bit products by FBGEMM: leave fbgemm out")
         product = _FBGEMMProduct if fbgemm else _OneDNNProduct
+        largest = 127 if _holds_8_bits(product) else 63
         self._product = product(linear.weight.detach(), linear.weight_scale, largest)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., K) -> (..., N) in the dtype of x, without gradients."""
+        """x (B, ..., K) -> (B, ..., N) in the dtype of x, without gradients."""
         self._refuse_gradients(x)
         rows = x.float()
         top = rows.abs().amax(-1, keepdim=True)  # (..., 1), is t times the largest integer
@@ -111,7 +115,7 @@ class _OneDNNProduct:
     """rows / top rounded, times the weights, by oneDNN."""
 
     def __init__(self, weight: Tensor, scale: Tensor, largest: int) -> None:
-        self.largest = largest
+        self._largest = largest
         self._packed = torch.ops.onednn.qlinear_prepack(weight, None)
         self._scale = scale / largest  # (N,)
         # The conversion to integers cuts off, hence the half.
@@ -119,9 +123,9 @@ class _OneDNNProduct:
 
     def __call__(self, rows: Tensor, top: Tensor) -> Tensor:
         """rows (..., K) and the largest of each (..., 1) -> (..., N) float32."""
-        integers = torch.addcdiv(self._middle, rows, top, value=self.largest)  # (..., K)
+        integers = torch.add(self._middle, rows / top, alpha=self._largest)  # (..., K)
         return torch.ops.onednn.qlinear_pointwise.default(
-            integers.to(torch.uint8), 1.0, self.largest + 1, self._packed, self._scale, None, None,
+            integers.to(torch.uint8), 1.0, self._largest + 1, self._packed, self._scale, None, None,
             1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
 
@@ -146,6 +150,18 @@ class _FBGEMMProduct:
     def __call__(self, rows: Tensor, top: Tensor) -> Tensor:
         """rows (..., K) and the largest of each (..., 1) -> (..., N) float32."""
         return self._run(rows / top, self._step, self._zero, self._packed)
+
+
+@cache
+def _holds_8_bits(product: type[_FBGEMMProduct | _OneDNNProduct]) -> bool:
+    """Whether it adds products of the largest 8-bit integers without an overflow.
+
+    Without VNNI it adds two of them in 16 bits, where those of 7-bit rows fit and those of 8 bits
+    do not.
+    """
+    ones = torch.ones(1, 64)
+    run = product(torch.full((1, 64), 127, dtype=torch.int8), torch.ones(1), 127)
+    return abs(run(ones, ones[:, :1]).item() / (64 * 127) - 1) < 0.01
 
 
 def can_pack(module: nn.Module) -> bool:
@@ -175,7 +191,7 @@ def packing_bytes(module: nn.Module, dtype: torch.dtype, device: torch.device) -
     """What `pack` takes beside the plain weights of `module`, if it is of this dtype and there.
 
     One layer at a time has its weight twice: plain and packed, and FBGEMM, which takes a quantized
-    tensor, a copy between them. A tied head, the last, keeps the plain one too.
+    tensor, a copy between them (and pads narrow ones). A tied head, the last, keeps its plain one.
     """
     layers = [module.get_submodule(name) for name in packed_names(module, dtype, device)]
     int8_bytes = 2 if fbgemm_is_faster() else 1
@@ -199,9 +215,10 @@ def reads_plain_layout_fast() -> bool:
 
 
 def fbgemm_is_faster() -> bool:
-    """Whether 8-bit products of few rows are faster with FBGEMM than with oneDNN here.
+    """Whether 8-bit products of a decode step are faster with FBGEMM than with oneDNN here.
 
     They are where FBGEMM is at hand, but for processors with tiles (AMX), which oneDNN alone uses.
+    With the many rows of a prefill they are up to a third slower: a generation has one of those.
     """
     return has_fbgemm() and not torch.cpu._is_amx_tile_supported()
 
@@ -214,11 +231,6 @@ def has_fbgemm() -> bool:
         and hasattr(torch, "_make_per_channel_quantized_tensor")
         and all(hasattr(torch.ops.quantized, name) for name in names)
     )
-
-
-def has_vnni() -> bool:
-    """Whether this CPU adds products of 8-bit integers in 32 bits."""
-    return torch.cpu._is_vnni_supported()
 
 
 def _is_packable(

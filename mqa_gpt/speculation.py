@@ -145,7 +145,6 @@ class DraftModel(Draft):
     def begin(self) -> None:
         """See `Draft`."""
         super().begin()
-        self._forward = inline(self.model)
         self._rows: list[int] = []
         self._cache: KVCache | None = None
         self._held: list[int] = []  # how many of each text's first tokens the cache holds
@@ -177,8 +176,9 @@ class DraftModel(Draft):
         self._held = [len(text) for text in texts]
         cache.set_lengths(self._held)
         guesses = [logits.argmax(-1)]  # (B,) each
+        forward = inline(model)
         while len(guesses) < most:
-            guesses.append(self._forward(guesses[-1][:, None], cache)[:, 0].argmax(-1))
+            guesses.append(forward(guesses[-1][:, None], cache)[:, 0].argmax(-1))
         return torch.stack(guesses, dim=1).tolist()
 
     def _cache_of(self, rows: Sequence[int]) -> KVCache:

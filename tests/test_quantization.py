@@ -3,6 +3,9 @@
 import copy
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +40,10 @@ needs_int8_products = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["FBGEMM", "oneDNN"])
+PRODUCTS = {"FBGEMM": packing._FBGEMMProduct, "oneDNN": packing._OneDNNProduct}
+
+
+@pytest.fixture(params=PRODUCTS)
 def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "FBGEMM" and not packing.has_fbgemm():
         pytest.skip("this torch has no FBGEMM products")
@@ -189,16 +195,19 @@ def test_in_16_bit_the_product_is_as_exact_as_with_the_same_weights_rounded(dtyp
 
 
 @needs_int8_products
-@pytest.mark.parametrize("vnni", [True, False])
+@pytest.mark.parametrize("bits", [8, 7])
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 17, 64, 300])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_packed_layer_rounds_each_row_once_more_and_no_further(
-    product, monkeypatch, rows, bias, vnni
+    product, monkeypatch, rows, bias, bits
 ):
-    monkeypatch.setattr(packing, "has_vnni", lambda: vnni)
+    if bits == 7:
+        monkeypatch.setattr(packing, "_holds_8_bits", lambda product: False)
+    elif not packing._holds_8_bits(PRODUCTS[product]):
+        pytest.skip(f"{product} adds in 16 bits here")
     layer = Int8Linear(nn.Linear(71, 45, bias=bias))
     x = torch.randn(rows, 71) * torch.logspace(-3, 3, rows)[:, None]
-    largest = 127 if vnni else 63
+    largest = 127 if bits == 8 else 63
     step = x.abs().amax(1, keepdim=True) / largest  # (R, 1)
     rounded = (x / step).round() * step
     with torch.inference_mode():
@@ -259,11 +268,51 @@ def test_a_torch_without_quantized_tensors_packs_for_onednn(monkeypatch):
 
 
 @needs_int8_products
+def test_asking_for_fbgemm_where_it_is_missing_is_refused(monkeypatch):
+    monkeypatch.setattr(packing, "has_fbgemm", lambda: False)
+    with pytest.raises(ValueError, match="no 8-bit products by FBGEMM"):
+        PackedInt8Linear(Int8Linear(nn.Linear(4, 3)), fbgemm=True)
+
+
+@needs_int8_products
+@pytest.mark.parametrize(
+    ("name", "value"), [("FBGEMM_ENABLE_INSTRUCTIONS", "AVX2"), ("ONEDNN_MAX_CPU_ISA", "AVX2")]
+)
+@pytest.mark.parametrize("fbgemm", [True, False])
+def test_a_library_that_adds_in_16_bits_gets_7_bit_rows(name, value, fbgemm):
+    if fbgemm and not packing.has_fbgemm():
+        pytest.skip("this torch has no FBGEMM products")
+    code = f"""
+import torch
+from mqa_gpt.packing import PackedInt8Linear
+from mqa_gpt.quantization import Int8Linear
+layer = Int8Linear(torch.nn.Linear(512, 8))
+layer.weight.fill_(127)
+with torch.inference_mode():
+    x = torch.ones(1, 512)
+    packed = PackedInt8Linear(layer, fbgemm={fbgemm})
+    assert torch.allclose(packed(x), layer(x), rtol=1e-3), (packed(x), layer(x))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {name: value})
+
+
+@needs_int8_products
+@pytest.mark.parametrize("size", [1e37, 1e-37])
+def test_rows_of_any_size_are_rounded_alike(product, size):
+    packed = PackedInt8Linear(Int8Linear(nn.Linear(40, 30, bias=False)))
+    x = torch.randn(2, 40)
+    with torch.inference_mode():
+        assert relative_error(packed(x * size) / size, packed(x)) < 1e-3
+
+
+@needs_int8_products
 def test_packing_says_nothing_of_what_is_deprecated(product, recwarn):
     always = torch.is_warn_always_enabled()
     torch.set_warn_always(True)  # not once in a process
-    PackedInt8Linear(Int8Linear(nn.Linear(4, 3)))
-    torch.set_warn_always(always)
+    try:
+        PackedInt8Linear(Int8Linear(nn.Linear(4, 3)))
+    finally:
+        torch.set_warn_always(always)
     assert not recwarn.list
 
 
