@@ -23,12 +23,15 @@ from mqa_gpt.quantization import Int8Embedding, Int8Linear
 Forward = Callable[[Tensor, KVCache], Tensor]
 Function = Callable[[Tensor], Tensor]
 
-_LINEAR = (nn.Linear, Int8Linear, PackedLinear, PackedInt8Linear)
-_EMBEDDING = (nn.Embedding, Int8Embedding)
-_NORM, _DROPOUT = (nn.LayerNorm,), (nn.Dropout,)
+Kinds = tuple[type[nn.Module], ...]
+
+_LINEAR: Kinds = (nn.Linear, Int8Linear, PackedLinear, PackedInt8Linear)
+_EMBEDDING: Kinds = (nn.Embedding, Int8Embedding)
+_NORM: Kinds = (nn.LayerNorm,)
+_DROPOUT: Kinds = (nn.Dropout,)
 
 # Which modules a module of ours holds, by name, and of which types they may be.
-_PLACES: dict[type[nn.Module], dict[str, tuple[type[nn.Module], ...]]] = {
+_PLACES: dict[type[nn.Module], dict[str, Kinds]] = {
     GPT: {"transformer": (Transformer,), "lm_head": _LINEAR},
     Transformer: {
         "wte": _EMBEDDING,
@@ -41,10 +44,8 @@ _PLACES: dict[type[nn.Module], dict[str, tuple[type[nn.Module], ...]]] = {
     MultiQueryAttention: {"c_attn": _LINEAR, "c_proj": _LINEAR, "resid_dropout": _DROPOUT},
     MLP: {"c_fc": _LINEAR, "c_proj": _LINEAR, "dropout": _DROPOUT},
 }
-_LEAVES = (*_LINEAR, *_EMBEDDING, *_NORM, *_DROPOUT)
-_FORWARDS: dict[type[nn.Module], Any] = {
-    kind: kind.forward for kind in (*_PLACES, *_LEAVES, nn.ModuleList)
-}
+_KINDS: Kinds = (*_PLACES, *_LINEAR, *_EMBEDDING, *_NORM, *_DROPOUT, nn.ModuleList)
+_FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in _KINDS}
 
 
 def is_plain(model: GPT) -> bool:
@@ -97,7 +98,7 @@ def inline(model: GPT) -> Forward:
         x = embed(ids) + embed_position(positions_from(start, T, ids.device))  # (B, T, C)
         for layer in layers:
             q, kv = layer.split(layer.c_attn(layer.ln_1(x)))  # (B, T, H, D), (B, T, G, 2D)
-            k, v = cache.append(layer.index, kv).chunk(2, dim=-1)  # (B, S, G, D) each
+            k, v = cache.append(layer.number, kv).chunk(2, dim=-1)  # (B, S, G, D) each
             y = layer.attend(q, k, v, start, layer.scale, 0.0)  # (B, T, H, D)
             x = x + layer.attn_c_proj(y.flatten(2))  # (B, T, C)
             h = layer.activate(layer.c_fc(layer.ln_2(x)))  # (B, T, F)
@@ -111,7 +112,7 @@ def inline(model: GPT) -> Forward:
 class _Layer(NamedTuple):
     """What a layer calls, by the names of its modules."""
 
-    index: int
+    number: int
     ln_1: Function
     c_attn: Function
     split: Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -127,7 +128,7 @@ class _Layer(NamedTuple):
     def of(cls, block: Block) -> _Layer:
         attn, mlp = block.attn, block.mlp
         return cls(
-            index=attn.layer,
+            number=attn.layer,
             ln_1=block.ln_1.forward,
             c_attn=attn.c_attn.forward,
             split=attn.split,
