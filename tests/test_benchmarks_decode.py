@@ -241,7 +241,7 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
     def results(name: str) -> Any:
         return json.loads((folder / f"results/{name}.json").read_text())
 
-    for title, machine in (("AMD EPYC", "epyc"), ("Intel Xeon", "avx512")):
+    for title, machine in (("Zen 4", "zen4"), ("Zen 5", "zen5"), ("Intel Xeon", "avx512")):
         median = {
             (name, result["contender"], result["test"], result["batch"]): result["median"]
             for name in ("float32", "int8")
@@ -253,30 +253,33 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
         expected = [[f"{median[*column, *row]:,.1f}" for column in columns] for row in rows]
         assert cells_below(text, f"| {title} |", 1) == expected
 
-    def faster(name: str, peer: str, batch: int) -> str:
+    def faster(machine: str, name: str, peer: str, batch: int) -> str:
         (ratio,) = (
             result["ours_faster"]
-            for result in results(f"bench_{name}_epyc")["results"]
+            for result in results(f"bench_{name}_{machine}")["results"]
             if (result["contender"], result["test"], result["batch"])
             == (peer, "tg31 @ d128", batch)
         )
         return f"{ratio:.2f}"
 
-    def both(name: str, peer: str) -> list[str]:
-        return [faster(name, peer, batch) for batch in (1, 8)]
+    for machine in ("zen4", "zen5"):
 
-    answer = " ".join(text[text.index("**Answer:** on the EPYC") :].split())
-    assert re.findall(r"\d+\.\d\d", answer)[:10] == [
-        *both("tiny_starcoder_py_float32", "transformers"),
-        *both("tiny_starcoder_py_float32", "ctranslate2 float32"),
-        *both("tiny_starcoder_py_int8", "transformers"),
-        *both("tiny_starcoder_py_int8", "ctranslate2 int8"),
-        *both("starcoderbase-1b_int8", "ctranslate2 int8"),
-    ]
+        def both(name: str, peer: str, machine: str = machine) -> list[str]:
+            return [faster(machine, name, peer, batch) for batch in (1, 8)]
+
+        title = machine.replace("zen", "Zen ")
+        (line,) = re.findall(rf"\| {title}, how many times as fast \|(.*)", text)
+        assert re.findall(r"\d+\.\d\d", line) == [
+            *both("tiny_starcoder_py_float32", "transformers"),
+            *both("tiny_starcoder_py_float32", "ctranslate2 float32"),
+            *both("tiny_starcoder_py_int8", "transformers"),
+            *both("tiny_starcoder_py_int8", "ctranslate2 int8"),
+            *both("starcoderbase-1b_int8", "ctranslate2 int8"),
+        ]
 
     ms = {
         (product["K"], product["N"], product["rows"], product["product"]): product["ms"]
-        for product in results("cpu_products_epyc")["figures"]
+        for product in results("cpu_products_zen4")["figures"]
     }
     sizes = [(768, 3072), (768, 49152), (2048, 8192)]
     expected = [

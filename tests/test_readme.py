@@ -67,8 +67,10 @@ def test_the_speeds_are_those_of_the_benchmark_results():
     expected = []
     for shape, names in {
         "tiny_starcoder_py": ["mqa-gpt"],
-        "tiny_starcoder_py_epyc": ["mqa-gpt", "mqa-gpt int8"],
-        "starcoderbase-1b_epyc": ["mqa-gpt", "mqa-gpt int8"],
+        "tiny_starcoder_py_zen4": ["mqa-gpt", "mqa-gpt int8"],
+        "starcoderbase-1b_zen4": ["mqa-gpt", "mqa-gpt int8"],
+        "tiny_starcoder_py_zen5": ["mqa-gpt", "mqa-gpt int8"],
+        "starcoderbase-1b_zen5": ["mqa-gpt", "mqa-gpt int8"],
         "tiny_starcoder_py_avx512": ["mqa-gpt", "mqa-gpt int8"],
         "starcoderbase-1b_avx512": ["mqa-gpt", "mqa-gpt int8"],
     }.items():
