@@ -27,7 +27,7 @@ def can_fuse(model: GPT, rows: int) -> bool:
     """Whether `fused_hidden` computes what the model would, and is meant for as many rows.
 
     It takes the place of Triton's attention on CUDA devices only, and of modules that nobody has
-    replaced.
+    replaced or cut to another size than the config's.
     """
     if not HAS_TRITON or model.device.type != "cuda" or rows > MOST_ROWS:
         return False
@@ -37,7 +37,19 @@ def can_fuse(model: GPT, rows: int) -> bool:
         model.dtype in DTYPES
         and model.config.head_dim <= 256
         and is_plain(model)
-        and all(block.attn.attend in (auto_attention, attention) for block in _blocks(model))
+        and model.lm_head.bias is None
+        and all(parameter.is_contiguous() for parameter in model.parameters())
+        and all(
+            module.weight is not None
+            for module in model.modules()
+            if isinstance(module, nn.LayerNorm)
+        )
+        and all(
+            block.attn.attend in (auto_attention, attention)
+            and block.attn.n_head == model.config.n_head
+            and block.attn.n_kv_head == model.config.n_kv_head
+            for block in _blocks(model)
+        )
     )
 
 
@@ -51,8 +63,6 @@ def fused_hidden(model: GPT, ids: Tensor, cache: StaticCache) -> Tensor:
     from mqa_kernels import attention, linear_residual, norm_linear, norm_qkv_to_cache
 
     transformer, lengths = model.transformer, cache.lengths
-    name = model.config.activation_function
-    activation = name if name in ("relu", "gelu") else "gelu_tanh"  # as in `MLP`
     x = transformer.wte(ids[:, 0]) + transformer.wpe(lengths)  # (B, C)
     for block in _blocks(model):
         attn, mlp = block.attn, block.mlp
@@ -66,6 +76,7 @@ def fused_hidden(model: GPT, ids: Tensor, cache: StaticCache) -> Tensor:
         weight, scale = _weight(attn.c_proj)
         x = linear_residual(y.flatten(1), weight, attn.c_proj.bias, x, scale)  # (B, C)
         weight, scale = _weight(mlp.c_fc)
+        activation = mlp.activation if mlp.activation in ("relu", "gelu") else "gelu_tanh"
         h = norm_linear(x, *_norm(block.ln_2), weight, mlp.c_fc.bias, activation, scale)  # (B, F)
         weight, scale = _weight(mlp.c_proj)
         x = linear_residual(h, weight, mlp.c_proj.bias, x, scale)  # (B, C)

@@ -52,7 +52,7 @@ def is_plain(model: GPT) -> bool:
     """Whether its forward pass is what `mqa_gpt.model` says and no more.
 
     It is not where somebody has put code of their own into it: hooks, other modules, another
-    `forward` or `attend`; nor in training mode, for dropout.
+    `forward`, `attend` or the like; nor in training mode, for dropout.
     """
     if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
         return False
@@ -62,7 +62,9 @@ def is_plain(model: GPT) -> bool:
 def _is_plain(module: nn.Module) -> bool:
     """Whether it is a module as we made it, in eval mode, and holds such as we put there."""
     kind = type(module)
-    if kind.forward is not _FORWARDS.get(kind) or "forward" in vars(module):
+    if kind.forward is not _FORWARDS.get(kind):
+        return False
+    if not vars(module).keys().isdisjoint(("forward", "split", "activate")):
         return False
     if module.training or module._forward_hooks or module._forward_pre_hooks:
         return False

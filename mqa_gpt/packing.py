@@ -1,9 +1,9 @@
 """Packed weights: what brings float32 inference on a CPU closer to the speed of its memory.
 
 A matrix product with few rows reads each weight once and does little with it, so its time is the
-time to read the weights. With the plain row-major layout most CPUs read far below their speed; with
-oneDNN's blocked layout, in which the weights of one vector instruction lie side by side, they come
-close to it.
+time to read the weights. PyTorch's product with the plain row-major layout reads far below the
+speed of most CPUs' memory; oneDNN's with its blocked layout, in which the weights of one vector
+instruction lie side by side, comes close to it, for one row as for eight.
 
 8-bit weights (`mqa_gpt.quantization`) are packed too, for products of 8-bit integers: FBGEMM's, or
 oneDNN's where those are faster.
@@ -40,6 +40,9 @@ class _Packed(nn.Module):
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError(f"packed weights cannot be saved: {UNPACKED}")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError(f"packed weights cannot be copied or pickled: {UNPACKED}")
 
     def _apply(self, *args: Any, **kwargs: Any) -> _Packed:
         raise RuntimeError(f"packed weights cannot be moved or converted: {UNPACKED}")
@@ -119,7 +122,7 @@ class _OneDNNProduct:
         self._packed = torch.ops.onednn.qlinear_prepack(weight, None)
         self._scale = scale / largest  # (N,)
         # The conversion to integers cuts off, hence the half.
-        self._middle = torch.tensor(largest + 1.5, dtype=torch.float32)
+        self._middle = torch.tensor(largest + 1.5, dtype=torch.float32, device=weight.device)
 
     def __call__(self, rows: Tensor, top: Tensor) -> Tensor:
         """rows (..., K) and the largest of each (..., 1) -> (..., N) float32."""
@@ -143,7 +146,7 @@ class _FBGEMMProduct:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".* are deprecated", UserWarning)
             quantized = torch._make_per_channel_quantized_tensor(
-                weight, scale.double(), torch.zeros(len(scale), dtype=torch.long), 0
+                weight, scale.double(), torch.zeros_like(scale, dtype=torch.long), 0
             )
             self._packed = torch.ops.quantized.linear_prepack(quantized, None)
 
@@ -159,8 +162,8 @@ def _holds_8_bits(product: type[_FBGEMMProduct | _OneDNNProduct]) -> bool:
     Without VNNI it adds two of them in 16 bits, where those of 7-bit rows fit and those of 8 bits
     do not.
     """
-    ones = torch.ones(1, 64)
-    run = product(torch.full((1, 64), 127, dtype=torch.int8), torch.ones(1), 127)
+    ones = torch.ones(1, 64, dtype=torch.float32, device="cpu")
+    run = product((127 * ones).to(torch.int8), ones[0, :1], 127)
     return abs(run(ones, ones[:, :1]).item() / (64 * 127) - 1) < 0.01
 
 

@@ -222,3 +222,50 @@ def test_it_is_taken_for_few_rows_of_untouched_modules_on_a_gpu():
     model.set_backend("auto")
     model.transformer.h[1].mlp.c_fc = Wrapped(60, 136)
     assert not can_fuse(on_gpu, 1)
+
+
+def give_the_head_a_bias(model: GPT) -> None:
+    model.lm_head.bias = nn.Parameter(torch.ones(97))
+
+
+def activate_otherwise(model: GPT) -> None:
+    model.transformer.h[1].mlp.activate = torch.tanh
+
+
+def split_otherwise(model: GPT) -> None:
+    attn = model.transformer.h[1].attn
+    attn.split = lambda qkv: type(attn).split(attn, -qkv)
+
+
+def leave_a_norms_weight_out(model: GPT) -> None:
+    model.transformer.h[1].ln_1 = nn.LayerNorm(60, elementwise_affine=False).eval()
+
+
+def prune_a_head(model: GPT) -> None:
+    model.transformer.h[1].attn.n_head -= 1
+
+
+def transpose_a_weight(model: GPT) -> None:
+    c_fc = model.transformer.h[1].mlp.c_fc
+    c_fc.weight = nn.Parameter(c_fc.weight.T.contiguous().T)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(give_the_head_a_bias, activate_otherwise, split_otherwise),
+        *(leave_a_norms_weight_out, prune_a_head, transpose_a_weight),
+    ],
+)
+def test_it_is_not_taken_where_it_would_compute_something_else(change):
+    model = our_model(reference_model(CONFIGS[0]), CONFIGS[0])
+    assert can_fuse(OnGpu(model), 1)
+    change(model)
+    assert not can_fuse(OnGpu(model), 1)
+
+
+def test_each_layer_has_its_own_activation():
+    model = model_of(CONFIGS[0])
+    model.transformer.h[1].mlp.activation = "relu"
+    steps = random_steps(model.config)
+    assert relative_error(fused_steps(model, steps)[0], plain_steps(model, steps)[0]) < 1e-5

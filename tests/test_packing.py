@@ -1,6 +1,7 @@
 """Packed weights give the plain model's results, and give its memory back."""
 
 import copy
+import pickle
 import weakref
 
 import pytest
@@ -140,6 +141,8 @@ def test_what_packed_weights_cannot_do_is_refused(tmp_path):
     refused = [
         lambda: packed.save_pretrained(tmp_path / "out"),
         lambda: packed.state_dict(),
+        lambda: copy.deepcopy(packed),
+        lambda: pickle.dumps(packed.lm_head),
         lambda: packed.requires_grad_()(torch.tensor([[1, 2]])),
         lambda: packed.to(torch.bfloat16),
         lambda: packed.lm_head.weight.zero_(),

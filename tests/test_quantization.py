@@ -243,6 +243,8 @@ def test_a_packed_model_is_close_to_the_model_and_cannot_be_edited(product, dtyp
         assert (logits - model(ids)).float().norm() < 0.1 * model(ids).float().norm()
     with pytest.raises(InputError, match="cannot be saved"):
         packed.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="cannot be copied"):
+        copy.deepcopy(packed)
     with pytest.raises(AttributeError, match="cannot be read"):
         packed.lm_head.weight_scale.zero_()
 
@@ -303,6 +305,21 @@ def test_rows_of_any_size_are_rounded_alike(product, size):
     x = torch.randn(2, 40)
     with torch.inference_mode():
         assert relative_error(packed(x * size) / size, packed(x)) < 1e-3
+
+
+@needs_int8_products
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_packing_does_not_depend_on_torchs_defaults(product, monkeypatch, dtype):
+    layer, x = Int8Linear(nn.Linear(40, 30)), torch.randn(2, 40)
+    packing._holds_8_bits.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            packed = PackedInt8Linear(layer)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.inference_mode():
+        assert relative_error(packed(x), layer(x)) < 0.02
 
 
 @needs_int8_products
