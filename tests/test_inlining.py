@@ -133,7 +133,7 @@ def test_it_calls_no_module(model, monkeypatch):
     forward, cache = inline(model), KVCache.of(model, 1, 4)
     monkeypatch.setattr(nn.Module, "__call__", None)
     with torch.inference_mode():
-        forward(torch.tensor([[1, 2]]), cache)
+        assert forward(torch.tensor([[1, 2]]), cache).shape == (1, 2, 97)
 
 
 def test_changed_and_replaced_weights_are_read(model):
