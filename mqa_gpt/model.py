@@ -78,7 +78,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def activate(self, x: Tensor) -> Tensor:
-        """x (B, T, F) -> (B, T, F)."""
+        """The nonlinearity: x (B, T, F) -> (B, T, F)."""
         if self.activation == "relu":
             return F.relu(x)  # below, "gelu" is exact, every other accepted name approximate
         return F.gelu(x, approximate="none" if self.activation == "gelu" else "tanh")
