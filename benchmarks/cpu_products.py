@@ -5,7 +5,8 @@
 
 A decode step is products of a few rows with weights that no cache holds, so each contender walks
 through as many copies of its weight as `--megabytes` hold. Its time is that of one product, and its
-GB/s the weight's bytes over that. The answer decides what `mqa_gpt.packing` does.
+GB/s the weight's bytes over that. "Repeated" are one and two rows to make four. The answer decides
+what `mqa_gpt.packing` does.
 """
 
 from __future__ import annotations
@@ -52,8 +53,31 @@ def plain_bfloat16(weight: Tensor) -> Copy:
     return weight.nbytes, lambda x: F.linear(x.bfloat16(), weight)
 
 
+def onednn_float32(weight: Tensor) -> Copy:
+    weight = weight.clone()
+    return weight.nbytes, lambda x: torch.ops.mkldnn._linear_pointwise(
+        x, weight, None, "none", [], ""
+    )
+
+
 def packed_float32(weight: Tensor) -> Copy:
-    return weight.nbytes, PackedLinear(as_layer(weight))
+    return weight.nbytes, PackedLinear(as_layer(weight), repeat_to=1)
+
+
+def packed_float32_repeated(weight: Tensor) -> Copy:
+    return weight.nbytes, PackedLinear(as_layer(weight), repeat_to=4)
+
+
+def packed_bfloat16(weight: Tensor, repeat_to: int = 1) -> Copy:
+    layer = as_layer(weight.bfloat16())
+    if not can_pack(layer):
+        raise ValueError("the processor has no AVX512-BF16")
+    product = PackedLinear(layer, repeat_to)
+    return 2 * weight.numel(), lambda x: product(x.bfloat16())
+
+
+def packed_bfloat16_repeated(weight: Tensor) -> Copy:
+    return packed_bfloat16(weight, repeat_to=4)
 
 
 def int8_onednn(weight: Tensor) -> Copy:
@@ -85,8 +109,12 @@ def int4_weights_only(weight: Tensor) -> Copy:
 
 CONTENDERS = {
     "float32": plain_float32,
+    "float32 oneDNN": onednn_float32,
     "float32 packed": packed_float32,
+    "float32 packed, repeated": packed_float32_repeated,
     "bfloat16": plain_bfloat16,
+    "bfloat16 packed": packed_bfloat16,
+    "bfloat16 packed, repeated": packed_bfloat16_repeated,
     "int8 oneDNN": int8_onednn,
     "int8 FBGEMM": int8_fbgemm,
     "int8 weights only, bfloat16": int8_weights_only,

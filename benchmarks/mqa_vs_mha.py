@@ -8,8 +8,8 @@
 Two models of random weights take turns: the shape with multi-query attention, and with multi-head
 attention. Both have the same width, layers and, as in Shazeer (2019), the same number of weights:
 what `c_attn` of the first is smaller, its MLP is wider. A measurement is one decode step of the
-whole model behind a cache of `context` tokens per row, as `LLM.load` would run it: on a CPU in
-float32 with packed weights, on a GPU as a CUDA graph. The largest batch is computed from the sizes.
+whole model behind a cache of `context` tokens per row, as `LLM.load` would run it: on a CPU
+with packed weights, on a GPU as a CUDA graph. The largest batch is computed from the sizes.
 
 `--one-thread` counts the processor's time of one thread, in which the turns of other programs do
 not show: on a machine that others use, several threads would mostly wait for one another.

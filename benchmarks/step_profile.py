@@ -5,7 +5,7 @@
     python benchmarks/step_profile.py --shape starcoderbase-1b --dtype bfloat16    # GPU
 
 Decode steps of a model of random weights behind a cache of `context` tokens per row, greedy choice
-included, of the modules as `LLM.load` makes them: on a CPU in float32 with packed weights. (What
+included, of the modules as `LLM.load` makes them: on a CPU with packed weights. (What
 `generate` saves by not calling modules, see `mqa_gpt.inlining`, is not in it.) The time of each
 part of the model stands beside the least it can take (roofline): its bytes at the memory bandwidth
 of this machine or its operations at the rate of a matrix product, whichever is longer, both

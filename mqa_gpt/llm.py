@@ -57,8 +57,9 @@ class LLM:
     ) -> LLM:
         """Load a checkpoint with its tokenizer, ready to generate.
 
-        On a CPU, float32 and 8-bit weights are packed for speed (see `mqa_gpt.packing`). To train,
-        edit or save a model, take `LLM(GPT.from_pretrained(...), Tokenizer.from_pretrained(...))`.
+        On a CPU, float32 and 8-bit weights are packed for speed, and bfloat16 ones if it has
+        AVX512-BF16 (see `mqa_gpt.packing`). To train, edit or save a model, take
+        `LLM(GPT.from_pretrained(...), Tokenizer.from_pretrained(...))`.
 
         Args:
             name_or_dir: a folder or a name on the hub; None is the bundled demo checkpoint.
@@ -86,7 +87,7 @@ class LLM:
         `mqa_gpt.saving.save_model`.
 
         Raises:
-            InputError: the weights are packed, as `load` packs float32 and 8-bit weights on a CPU:
+            InputError: the weights are packed, as `load` packs most on a CPU (see there):
                 take `LLM(GPT.from_pretrained(...), Tokenizer.from_pretrained(...))`.
         """
         save_model(self.model, folder, tokenizer=self.tokenizer, max_shard_size=max_shard_size)

@@ -1,16 +1,18 @@
-"""Packed weights: what brings float32 inference on a CPU closer to the speed of its memory.
+"""Packed weights: what brings inference on a CPU closer to the speed of its memory.
 
 A matrix product with few rows reads each weight once and does little with it, so its time is the
 time to read the weights. PyTorch's product with the plain row-major layout reads far below the
 speed of most CPUs' memory; oneDNN's with its blocked layout, in which the weights of one vector
-instruction lie side by side, comes close to it, for one row as for eight.
+instruction lie side by side, comes close to it. On AMD's processors with AVX-512 its kernel for
+four rows does so better than those for one and two, so these rows are repeated to make four.
 
-8-bit weights (`mqa_gpt.quantization`) are packed too, for products of 8-bit integers: FBGEMM's, or
+bfloat16 weights are packed where the processor has AVX512-BF16 (not measured on Intel's). 8-bit
+weights (`mqa_gpt.quantization`) are packed too, for products of 8-bit integers: FBGEMM's, or
 oneDNN's where those are faster.
 
-On Intel's processors with AVX-512 a product with one or two rows reads the plain layout as fast,
-and a packed layer is slower there, though faster from about four rows on. A single
-prompt being the common case, only the head is packed then, which gains from the third row and loses
+On Intel's processors with AVX-512 a float32 product with one or two rows reads the plain layout as
+fast, and a packed layer is slower there, though faster from about four rows on. A single prompt
+being the common case, only the head is packed then, which gains from the third row and loses
 nothing before. `benchmarks/cpu_products.py` shows how it is on a processor.
 """
 
@@ -56,17 +58,29 @@ class PackedLinear(_Packed):
     """`nn.Linear` for inference, with its weight in oneDNN's blocked layout only.
 
     Computes the same sums in another order, so results differ from `nn.Linear` by rounding.
+
+    Args:
+        linear: what is packed, float32 or bfloat16.
+        repeat_to: up to how many rows those of x are repeated, if all of them fit in twice or more;
+            None for four where `few_rows_are_slow`, else one.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, repeat_to: int | None = None) -> None:
         super().__init__()
         self.bias = None if linear.bias is None else linear.bias.detach()
         # None: blocks for any number of rows.
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self._repeat_to = (4 if few_rows_are_slow() else 1) if repeat_to is None else repeat_to
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N), without gradients."""
         self._refuse_gradients(x)
+        copies = self._repeat_to // max(x.shape[:-1].numel(), 1)
+        if copies < 2:
+            return self._product(x)
+        return self._product(x.expand(copies, *x.shape))[0]
+
+    def _product(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise.default(
             x, self._packed, self.bias, "none", [], ""
         )
@@ -168,7 +182,10 @@ def _holds_8_bits(product: type[_FBGEMMProduct | _OneDNNProduct]) -> bool:
 
 
 def can_pack(module: nn.Module) -> bool:
-    """Whether `pack` can be called: float32 or 8 bits, on a CPU, with a torch for it."""
+    """Whether `pack` can be called: weights of a dtype and on a device that have products for it.
+
+    That is float32, 8 bits, or, with AVX512-BF16, bfloat16, on a CPU.
+    """
     return any(_is_packable(layer) for layer in module.modules())
 
 
@@ -181,12 +198,12 @@ def packed_names(
     module: nn.Module, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> list[str]:
     """The layers that `pack` replaces, by name, or would if they were of this dtype and there."""
-    head_only = reads_plain_layout_fast()
+    plain_is_fast = reads_plain_layout_fast()
     return [
         name
         for name, layer in module.named_modules()
         if _is_packable(layer, dtype, device)
-        and (isinstance(layer, Int8Linear) or name == "lm_head" or not head_only)
+        and (name == "lm_head" or not plain_is_fast or _weight_dtype(layer, dtype) != torch.float32)
     ]
 
 
@@ -213,8 +230,20 @@ def reads_plain_layout_fast() -> bool:
     It does where MKL, Intel's own library, computes with AVX-512, which it does on Intel's
     processors only.
     """
-    has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return has_avx512 and "intel" in cpu_name().lower()
+    return _has_avx512() and "intel" in cpu_name().lower()
+
+
+def few_rows_are_slow() -> bool:
+    """Whether a packed product with one or two rows takes longer than one with four rows here.
+
+    On AMD's Zen 4 it does: one row takes up to a sixth longer, two up to 0.4 times. On Intel's
+    processors that was not measured.
+    """
+    return _has_avx512() and "intel" not in cpu_name().lower()
+
+
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def fbgemm_is_faster() -> bool:
@@ -243,8 +272,14 @@ def _is_packable(
     if isinstance(layer, Int8Linear):
         return _has_int8_products(device or layer.weight.device)
     return isinstance(layer, nn.Linear) and _has_products(
-        dtype or layer.weight.dtype, device or layer.weight.device
+        _weight_dtype(layer, dtype), device or layer.weight.device
     )
+
+
+def _weight_dtype(layer: nn.Module, dtype: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of a linear layer's weight, or what it would be in a model of this dtype."""
+    own = cast(nn.Linear | Int8Linear, layer).weight.dtype
+    return own if dtype is None or isinstance(layer, Int8Linear) else dtype
 
 
 def _pack_layer(layer: nn.Module) -> _Packed:
@@ -259,7 +294,20 @@ def _pack_layer(layer: nn.Module) -> _Packed:
 def _has_products(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether torch has oneDNN's packed products of this dtype there."""
     names = ("_reorder_linear_weight", "_linear_pointwise")
-    return dtype == torch.float32 and _has_operators(device, torch.ops.mkldnn, names)
+    if dtype == torch.bfloat16 and not _multiplies_bfloat16():
+        return False
+    return dtype in (torch.float32, torch.bfloat16) and _has_operators(
+        device, torch.ops.mkldnn, names
+    )
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor does, and oneDNN, which can be told to do without, lets it."""
+    return (
+        torch.cpu._is_avx512_bf16_supported()
+        and hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _has_int8_products(device: torch.device) -> bool:
@@ -286,7 +334,8 @@ def pack(module: nn.Module) -> None:
     """
     if not can_pack(module):
         raise ValueError(
-            "only float32 and 8-bit models on a CPU, with a torch that has oneDNN, can be packed"
+            "only models on a CPU can be packed, with a torch that has oneDNN: in float32, in 8 "
+            "bits or, with AVX512-BF16, in bfloat16"
         )
     # By name, because a list of the layers would keep all their weights to the end.
     for name in packed_names(module):

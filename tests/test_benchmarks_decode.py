@@ -14,11 +14,13 @@ import mqa_vs_mha
 import pytest
 import step_profile
 import torch
+from torch import nn
 
 from mqa_gpt import GPT, KVCache, bench, config
 from mqa_gpt.bench import decode_bytes, random_model, weight_bytes
 from mqa_gpt.bench_report import Ceilings
-from tests.helpers import random_ids, tiny_config
+from mqa_gpt.packing import can_pack
+from tests.helpers import random_ids, relative_error, tiny_config
 
 TINY = (2, 3, 60, 97, 112, "gelu", 0)  # layers, heads, width, vocabulary, context
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
@@ -277,6 +279,18 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
             *both("starcoderbase-1b_int8", "ctranslate2 int8"),
         ]
 
+    bfloat16 = {
+        shape: {
+            (result["test"], result["batch"]): f"{result['ours_faster']:.2f}"
+            for result in results(f"bench_{shape}_bfloat16_zen4")["results"]
+            if result["contender"] == "transformers"
+        }
+        for shape in ("tiny_starcoder_py", "starcoderbase-1b")
+    }
+    cases = [(test, batch) for test in ("pp128", "tg31 @ d128") for batch in (1, 8)]
+    expected = [[ratios[case] for case in cases] for ratios in bfloat16.values()]
+    assert cells_below(text, "| bfloat16, Zen 4 |", 1) == expected
+
     ms = {
         (product["K"], product["N"], product["rows"], product["product"]): product["ms"]
         for product in results("cpu_products_zen4")["figures"]
@@ -294,6 +308,23 @@ def cells_below(text: str, heading: str, labels: int) -> list[list[str]]:
     """What a table holds below its heading, without the first columns."""
     _, _, *lines = text[text.index(heading) :].split("\n\n")[0].splitlines()
     return [[cell.strip() for cell in line.split("|")[1 + labels : -1]] for line in lines]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in cpu_products.CONTENDERS if name.startswith(("float32", "bfloat16"))]
+)
+def test_a_product_without_integers_is_that_of_the_weight(name: str):
+    dtype = torch.float32 if name.startswith("float32") else torch.bfloat16
+    if name != str(dtype).removeprefix("torch.") and not can_pack(nn.Linear(1, 1, dtype=dtype)):
+        pytest.skip(f"no packed {dtype} products here")
+    weight = torch.randn(32, 64)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02  # bfloat16 has 8 bits
+    with torch.inference_mode():
+        bytes_, product = cpu_products.CONTENDERS[name](weight)
+        assert bytes_ == weight.numel() * dtype.itemsize
+        for rows in (1, 2, 5):
+            x = torch.randn(rows, 64)
+            assert relative_error(product(x), x @ weight.t()) < tolerance
 
 
 def test_products_are_timed_and_what_is_not_there_is_said(tmp_path: Path, monkeypatch):

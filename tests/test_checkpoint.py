@@ -694,6 +694,7 @@ def test_a_model_that_does_not_fit_is_refused_with_numbers_and_a_way_out(
     elements = sum(tensor.numel() for tensor in weights_of(reference).values())
     device = torch.device("cpu")
     needed = 4 * elements + packing_bytes(reference, torch.float32, device)
+    needed_16 = 2 * elements + packing_bytes(reference, torch.bfloat16, device)
 
     def available(room: int | None) -> None:
         monkeypatch.setattr(checkpoint, "available_memory", lambda device: room)
@@ -703,9 +704,9 @@ def test_a_model_that_does_not_fit_is_refused_with_numbers_and_a_way_out(
     available(needed - 1)
     with pytest.raises(CheckpointError, match=r"needs .* float32.*dtype='bfloat16' takes .* fit"):
         load_model(folder, device="cpu")
-    available(2 * elements)
+    available(needed_16)
     assert load_model(folder, device="cpu", dtype="bfloat16")
-    available(2 * elements - 1)
+    available(needed_16 - 1)
     with pytest.raises(CheckpointError, match=r"on cpu: quantize='int8' would fit"):
         load_model(folder, device="cpu", dtype="bfloat16")
     available(elements)
@@ -856,15 +857,18 @@ def test_packing_while_loading_never_holds_all_weights_twice(
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
 @pytest.mark.parametrize("fast_plain", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_packed_model_does_not_follow_the_file_that_it_was_read_from(
     tmp_path: Path,
     reference: GPTBigCodeForCausalLM,
     monkeypatch: pytest.MonkeyPatch,
     quantize: str | None,
     fast_plain: bool,
+    dtype: torch.dtype,
 ) -> None:
     monkeypatch.setattr(packing, "reads_plain_layout_fast", lambda: fast_plain)
-    file = write_checkpoint(tmp_path / "model", weights_of(reference), tiny_config()) / WEIGHTS
+    weights = {name: tensor.to(dtype) for name, tensor in weights_of(reference).items()}
+    file = write_checkpoint(tmp_path / "model", weights, tiny_config()) / WEIGHTS
     model = load_model(tmp_path / "model", quantize=quantize, packed=True)
     ids = random_ids(model.config, 2, 9)
     with torch.inference_mode():

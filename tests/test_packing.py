@@ -14,6 +14,7 @@ from mqa_gpt.packing import PackedLinear, can_pack, pack
 # Before any test replaces it.
 from mqa_gpt.packing import reads_plain_layout_fast as asked_of_the_processor
 from tests.helpers import (
+    error,
     our_model,
     random_ids,
     random_prompts,
@@ -25,6 +26,9 @@ from tests.helpers import (
 
 pytestmark = pytest.mark.skipif(
     not can_pack(nn.Linear(1, 1)), reason="this torch has no packed oneDNN products"
+)
+needs_bfloat16 = pytest.mark.skipif(
+    not can_pack(nn.Linear(1, 1, dtype=torch.bfloat16)), reason="no AVX512-BF16 here"
 )
 
 
@@ -42,15 +46,73 @@ def packed_model(**changes: object) -> tuple[GPT, GPT]:
     return plain, packed
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 17, 64, 300])
+@pytest.mark.parametrize("repeat_to", [1, 4])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 8, 17, 64, 300])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_packed_layer_computes_what_the_plain_one_does_for_any_number_of_rows(rows, bias):
+def test_a_packed_layer_computes_what_the_plain_one_does_for_any_number_of_rows(
+    repeat_to, rows, bias
+):
     plain = nn.Linear(71, 45, bias=bias)
+    packed = PackedLinear(plain, repeat_to)
     x = torch.randn(rows, 71)
     with torch.inference_mode():
         expected = plain(x)
-        assert relative_error(PackedLinear(plain)(x), expected) < 2e-6
-        assert PackedLinear(plain)(x[:, None]).shape == (rows, 1, 45)
+        for leading in [(rows,), (rows, 1), (1, rows), *([()] if rows == 1 else [])]:
+            y = packed(x.view(*leading, 71))
+            assert y.shape == (*leading, 45)
+            assert rows == 0 or relative_error(y.view(rows, 45), expected) < 2e-6
+
+
+@pytest.mark.parametrize("few_are_slow", [False, True])
+def test_one_and_two_rows_are_multiplied_as_four_where_that_is_faster(monkeypatch, few_are_slow):
+    monkeypatch.setattr(packing, "few_rows_are_slow", lambda: few_are_slow)
+    multiplied = []
+    product = PackedLinear._product
+
+    def noting(layer: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+        multiplied.append(x.shape[:-1].numel())
+        return product(layer, x)
+
+    monkeypatch.setattr(PackedLinear, "_product", noting)
+    packed = PackedLinear(nn.Linear(8, 8))
+    for shape in [(1, 1, 8), (2, 1, 8), (1, 2, 8), (3, 1, 8), (8, 1, 8)]:
+        packed(torch.randn(shape))
+    assert multiplied == ([4, 4, 4, 3, 8] if few_are_slow else [1, 2, 2, 3, 8])
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "are_slow"),
+    [
+        ("AMD EPYC 9B45", "AVX512", True),
+        ("AMD EPYC 7B13", "AVX2", False),
+        ("Intel(R) Xeon(R) Platinum 8481C", "AVX512", False),
+    ],
+)
+def test_few_rows_are_slow_on_amds_processors_with_avx512(monkeypatch, name, capability, are_slow):
+    monkeypatch.setattr(packing, "cpu_name", lambda: name)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert packing.few_rows_are_slow() == are_slow
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("rows", [1, 2, 4, 17, 300])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_layer_in_bfloat16_is_as_exact_as_the_plain_one(rows, bias):
+    plain = nn.Linear(71, 45, bias=bias, dtype=torch.bfloat16)
+    x = torch.randn(rows, 71, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        exact = copy.deepcopy(plain).double()(x.double())
+        packed = PackedLinear(plain)(x)
+        assert packed.dtype == torch.bfloat16
+        assert error(packed, exact) <= 1.01 * error(plain(x), exact)
+
+
+@needs_bfloat16
+def test_bfloat16_is_packed_throughout_whatever_is_fast_in_float32(plain_is_fast):
+    config = tiny_config()
+    model = our_model(reference_model(config).bfloat16(), config)
+    pack(model)
+    assert not any(isinstance(layer, nn.Linear) for layer in model.modules())
 
 
 @pytest.mark.parametrize("changes", [{}, {"multi_query": False}, {"tie_word_embeddings": False}])
@@ -121,12 +183,35 @@ def test_a_plain_weight_is_given_up_before_the_next_is_packed(monkeypatch):
     assert not list(model.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_only_float32_is_packed(dtype):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_are_not_packed(dtype):
     model = nn.Linear(4, 4).to(dtype)
     assert not can_pack(model)
     with pytest.raises(ValueError, match="float32"):
         pack(model)
+
+
+@pytest.mark.parametrize("processor", [False, True])
+@pytest.mark.parametrize("onednn", [False, True])
+def test_bfloat16_is_packed_where_the_processor_has_it_and_onednn_uses_it(
+    monkeypatch, processor, onednn
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: processor)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    assert can_pack(nn.Linear(4, 4, dtype=torch.bfloat16)) == (processor and onednn)
+
+
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_what_is_counted_for_packing_is_the_largest_layer_in_the_dtype_asked_for(
+    monkeypatch, has_bfloat16, plain_is_fast
+):
+    monkeypatch.setattr(packing, "_multiplies_bfloat16", lambda: has_bfloat16)
+    model, cpu = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 50)), torch.device("cpu")
+    largest = 8 * 50
+    in_float32 = 0 if plain_is_fast else 4 * largest  # there is no head in it
+    assert packing.packing_bytes(model, torch.float32, cpu) == in_float32
+    assert packing.packing_bytes(model, torch.bfloat16, cpu) == 2 * largest * has_bfloat16
+    assert packing.packing_bytes(model, torch.float16, cpu) == 0
 
 
 def test_each_layer_is_packed_by_its_own_dtype(monkeypatch):

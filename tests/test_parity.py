@@ -188,11 +188,16 @@ def test_low_precision_is_as_close_to_float32_as_transformers_is(
     expected = reference_rows(copy.deepcopy(reference16).float(), prompts)
     theirs = reference_rows(reference16, prompts)
     limit, mean_limit = 2 * error(theirs, expected), 1.25 * mean_error(theirs, expected)
-    for backend in BACKENDS:
-        for way, logits in our_rows(our_model(reference16, checkpoint.config, backend), prompts):
+    models = {name: our_model(reference16, checkpoint.config, name) for name in BACKENDS}
+    packed = our_model(reference16, checkpoint.config)
+    if can_pack(packed):
+        pack(packed)  # as `LLM` does
+        models["packed"] = packed
+    for name, model in models.items():
+        for way, logits in our_rows(model, prompts):
             assert logits.dtype == dtype
-            assert error(logits, expected) <= limit, (backend, way)
-            assert mean_error(logits, expected) <= mean_limit, (backend, way)
+            assert error(logits, expected) <= limit, (name, way)
+            assert mean_error(logits, expected) <= mean_limit, (name, way)
 
 
 def mean_error(ours: Tensor, reference: Tensor) -> float:
