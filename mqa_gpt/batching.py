@@ -19,7 +19,6 @@ from torch import Tensor
 
 from mqa_gpt.cache import KVCache
 from mqa_gpt.decode import (
-    PREFILL_CHUNK,
     Report,
     Token,
     draw_numbers,
@@ -71,7 +70,7 @@ class _Request(NamedTuple):
     sampling: Sampling
     n: int
     logprobs: int | None
-    prefill_chunk: int
+    prefill_chunk: int | None
 
     def draws(self, index: int, device: torch.device) -> list[float]:
         """The numbers that decide a continuation's draws; none if greedy."""
@@ -231,7 +230,7 @@ def stream_batched(
     should_stop: Callable[[Token], bool] = lambda token: False,
     logprobs: int | None = None,
     names: Sequence[str] | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
 ) -> Iterator[Token]:
     """What `stream_tokens` does, with at most `batch_size` rows under way at a time.
 

@@ -33,6 +33,10 @@ from mqa_gpt.sampling import (
 # enough that the activations of a long prompt (F times this many numbers per row) stay small.
 PREFILL_CHUNK = 2048
 
+# On a CPU, of all rows together: so few that its caches hold the activations, and that memory for
+# them is not asked of the system anew each time. Fewer than the latter per row slow attention down.
+CPU_PREFILL, CPU_PREFILL_ROW = 256, 32
+
 Report = tuple[float | None, tuple[tuple[int, float], ...]]  # logprob and top of a `Token`
 
 
@@ -57,12 +61,19 @@ class Token(NamedTuple):
 
 @torch.inference_mode()
 def prefill(
-    model: GPT, cache: KVCache, prompts: list[list[int]], chunk: int = PREFILL_CHUNK
+    model: GPT, cache: KVCache, prompts: list[list[int]], chunk: int | None = None
 ) -> Tensor:
     """Read the prompts into an empty cache; the logits (B, V) behind each prompt's last token.
 
     Rows are padded on the right to the longest; the cache, told their true lengths, hides it.
+
+    Args:
+        chunk: positions per row and forward pass; None for what is fast on the model's device.
     """
+    if chunk is None:
+        chunk = PREFILL_CHUNK
+        if model.device.type == "cpu":
+            chunk = max(CPU_PREFILL // len(prompts), CPU_PREFILL_ROW)
     lengths = [len(prompt) for prompt in prompts]
     width = max(lengths)
     if min(lengths) < width:
@@ -90,7 +101,7 @@ def stream_plain(
     n: int = 1,
     should_stop: Callable[[Token], bool] = lambda token: False,
     logprobs: int | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
 ) -> Iterator[Token]:
     """The loop itself: prefill, then one token per row and step. See `generation.stream_tokens`."""
     if not prompts or max_new_tokens == 0:
@@ -140,7 +151,7 @@ def stream_plain(
 
 
 def prefill_samples(
-    model: GPT, prompts: list[list[int]], spare: int, n: int, chunk: int
+    model: GPT, prompts: list[list[int]], spare: int, n: int, chunk: int | None
 ) -> tuple[KVCache, Tensor]:
     """The prompts' cache, with room for `spare` tokens more, and logits, once per sample.
 

@@ -24,7 +24,6 @@ from torch import Tensor
 from mqa_gpt.cache import KVCache, StaticCache
 from mqa_gpt.cuda_graph import Replay, upload
 from mqa_gpt.decode import (
-    PREFILL_CHUNK,
     Report,
     Token,
     draw_numbers,
@@ -286,7 +285,7 @@ def stream_replayed(
     n: int = 1,
     should_stop: Callable[[Token], bool] = lambda token: False,
     logprobs: int | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
 ) -> Iterator[Token]:
     """What `stream_plain` does, by steps that are all alike; see `mqa_gpt.decode_graph`.
 
@@ -344,7 +343,7 @@ def _decoder(
     sampling: Sampling,
     n: int,
     logprobs: int | None,
-    chunk: int,
+    chunk: int | None,
 ) -> Decoder:
     """The decoder that goes on behind the prompts, their first tokens chosen."""
     cache, logits = prefill_samples(model, prompts, max_new_tokens, n, chunk)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mqa_gpt.checks import is_int, shown
 from mqa_gpt.config import GPTConfig
-from mqa_gpt.decode import PREFILL_CHUNK, Token, stream_plain
+from mqa_gpt.decode import Token, stream_plain
 from mqa_gpt.decode_graph import can_replay, stream_replayed
 from mqa_gpt.errors import PromptError
 from mqa_gpt.model import GPT
@@ -35,7 +35,7 @@ def generate(
     n: int = 1,
     eos_token_id: int | Sequence[int] | None = None,
     draft: Draft | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
 ) -> list[list[int]]:
     """Continue each prompt; greedy unless a temperature is given.
 
@@ -47,8 +47,9 @@ def generate(
         n: samples per prompt, all from one prefill of it; at most `MAX_SAMPLES`.
         eos_token_id: the token or tokens that end a row; None never stops early.
         draft: what guesses ahead so that the same tokens take fewer steps (`mqa_gpt.speculation`).
-        prefill_chunk: positions per row and forward pass while the prompts are read; lower it where
-            the activations of a large batch of long prompts do not fit into memory.
+        prefill_chunk: positions per row and forward pass while the prompts are read; None for what
+            is fast on the model's device. Lower it where the activations of a large batch of long
+            prompts do not fit into memory.
 
     Returns:
         The new tokens of each row, the end token included where there is one; prompt i's sample j
@@ -66,9 +67,9 @@ def generate(
         raise PromptError(
             f"eos_token_id is {shown(eos_token_id)}: it must be a token id, a list of them or None"
         )
-    if not is_int(prefill_chunk) or prefill_chunk < 1:
+    if prefill_chunk is not None and (not is_int(prefill_chunk) or prefill_chunk < 1):
         raise PromptError(
-            f"prefill_chunk is {shown(prefill_chunk)}: it must be an integer of at least 1"
+            f"prefill_chunk is {shown(prefill_chunk)}: it must be an integer of at least 1, or None"
         )
     prompts = check_request(model.config, prompts, max_new_tokens, sampling, n)
     check_draft(draft, model.config)
@@ -184,7 +185,7 @@ def stream_tokens(
     n: int = 1,
     should_stop: Callable[[Token], bool] = lambda token: False,
     logprobs: int | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
 ) -> Iterator[Token]:
     """The tokens behind `generate`, step by step: `stream_replayed` where it can, else
     `stream_plain`.

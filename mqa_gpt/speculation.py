@@ -24,7 +24,6 @@ from mqa_gpt.cache import KVCache
 from mqa_gpt.checks import shown
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.decode import (
-    PREFILL_CHUNK,
     Token,
     choose_finite,
     draw_numbers,
@@ -217,7 +216,7 @@ def stream_drafted(
     n: int = 1,
     should_stop: Callable[[Token], bool] = lambda token: False,
     logprobs: int | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_chunk: int | None = None,
 ) -> Iterator[Token]:
     """The tokens of `stream_tokens` in fewer steps, each of which reads a draft too.
 

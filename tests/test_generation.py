@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mqa_gpt import GPT, PromptError
+from mqa_gpt import GPT, PromptError, decode
 from mqa_gpt.generation import check_request, generate, stream_tokens
 from mqa_gpt.sampling import Sampling, draw, filter_logits, uniforms
 from tests.helpers import (
@@ -109,6 +109,21 @@ def test_the_prefill_chunk_limits_each_pass_and_does_not_change_the_tokens(model
     assert generate(model, prompts, 12, prefill_chunk=chunk) == expected
     hook.remove()
     assert max(widths) == min(chunk, 20)
+
+
+@pytest.mark.parametrize(("lengths", "width"), [([20], 8), ([20, 5], 4), ([20, 7, 1, 8], 3)])
+def test_on_a_cpu_prompts_are_read_by_pieces_that_its_caches_hold(
+    model, monkeypatch, lengths, width
+):
+    monkeypatch.setattr(decode, "CPU_PREFILL", 8)
+    monkeypatch.setattr(decode, "CPU_PREFILL_ROW", 3)
+    prompts = random_prompts(CONFIG, lengths)
+    expected = generate(model, prompts, 12, prefill_chunk=20)
+    widths = []
+    hook = model.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+    assert generate(model, prompts, 12) == expected
+    hook.remove()
+    assert widths[: 20 // width] == [width] * (20 // width)
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
