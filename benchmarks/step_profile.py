@@ -1,15 +1,18 @@
-"""Where does the time of one decode step go?
+"""Where does the time of one decode step, or of a prefill, go?
 
     python benchmarks/step_profile.py                                     # CPU, a minute or two
+    python benchmarks/step_profile.py --quantize int8
+    python benchmarks/step_profile.py --prefill --batch 8 --context 128
     python benchmarks/step_profile.py --one-thread                        # on a CPU in use
     python benchmarks/step_profile.py --shape starcoderbase-1b --dtype bfloat16    # GPU
 
-Decode steps of a model of random weights behind a cache of `context` tokens per row, greedy choice
-included, of the modules as `LLM.load` makes them: on a CPU with packed weights. (What
-`generate` saves by not calling modules, see `mqa_gpt.inlining`, is not in it.) The time of each
-part of the model stands beside the least it can take (roofline): its bytes at the memory bandwidth
-of this machine or its operations at the rate of a matrix product, whichever is longer, both
-measured between steps. Then come the operators, or on a GPU the kernels, that take most of it.
+A model of random weights as `LLM.load` makes it, on a CPU with packed weights, computes what the
+plain loop of `generate` does: the newest token of each row behind a cache of `context` tokens, or
+with `--prefill` prompts of that length, greedy choice included. The time of each part of the model
+stands beside the least it can take (roofline): its bytes at the memory bandwidth of this machine or
+its operations at the rate of a matrix product, whichever is longer, both measured between steps.
+(What the caches hold is read faster.) Then come the operators, or on a GPU the kernels, that take
+most of it.
 
 On a CPU parts are timed as the model runs, Python included, and operators by torch.profiler, which
 slows them down; the step as a whole is measured without either. On a GPU a part's time is that of
@@ -51,10 +54,14 @@ from mqa_gpt import GPT, GPTConfig, KVCache
 from mqa_gpt.bench import probes, random_model, reached, take_turns, weight_bytes
 from mqa_gpt.bench_report import Ceilings
 from mqa_gpt.checkpoint import DTYPES, as_device, as_dtype
+from mqa_gpt.decode import prefill
+from mqa_gpt.inlining import Forward, inline, without_modules
 from mqa_gpt.memory import cache_bytes
 from mqa_gpt.packing import can_pack, pack
+from mqa_gpt.quantization import METHODS, quantize
 
 Part = AbstractContextManager[Any]
+Step = Callable[[], None]
 PREFIX = "part: "  # of the ranges' names, to tell them from operators
 
 
@@ -65,40 +72,45 @@ class Work(NamedTuple):
     flops: int
 
 
-def work(config: GPTConfig, batch: int, context: int, dtype: torch.dtype) -> dict[str, Work]:
+def work(
+    config: GPTConfig, batch: int, context: int, dtype: torch.dtype, itemsize: int, prefill: bool
+) -> dict[str, Work]:
     """The parts' least work: weights and inputs read once, outputs written once.
 
-    Embeddings, sums and the choice of the token are counted as bytes only.
+    Embeddings, sums and the choice of the token are counted as bytes only. Weights of linear layers
+    have `itemsize` bytes each; everything else is of `dtype`.
     """
     C, F, V, L = config.n_embd, config.inner_size, config.vocab_size, config.n_layer
     kv = 2 * config.n_kv_head * config.head_dim
-    size, rows = dtype.itemsize, batch
+    size = dtype.itemsize
+    rows = batch * context if prefill else batch
+    # Pairs of a query and a key that it sees.
+    pairs = batch * (context * (context + 1) // 2 if prefill else context)
 
-    def linear(inputs: int, outputs: int, layers: int = L, bias: bool = True) -> Work:
-        weights = outputs * (inputs + bias)
-        moved = layers * size * (weights + rows * (inputs + outputs))
+    def linear(rows: int, inputs: int, outputs: int, layers: int = L, bias: bool = True) -> Work:
+        weights = itemsize * inputs * outputs + size * bias * outputs
+        moved = layers * (weights + size * rows * (inputs + outputs))
         return Work(moved, layers * 2 * rows * inputs * outputs)
 
     def pointwise(numbers: int, layers: int = L) -> Work:
         return Work(layers * rows * numbers * size, 0)
 
     held = cache_bytes(config, dtype, batch, context)
+    sums = pointwise(3 * C, 1).bytes + pointwise(6 * C).bytes
     return {
         "wte, wpe": pointwise(4 * C, 1),
-        "sum of embeddings": pointwise(3 * C, 1),
         "ln_1, ln_2": pointwise(4 * C),
-        "attn.c_attn": linear(C, C + kv),
+        "attn.c_attn": linear(rows, C, C + kv),
+        "split": Work(0, 0),
         "cache": pointwise(2 * kv),
-        "attention": Work(held + L * rows * 2 * C * size, L * rows * 4 * C * context),
-        "attn.c_proj": linear(C, C),
-        "mlp.c_fc": linear(C, F),
+        "attention": Work(held + L * rows * 2 * C * size, L * 4 * C * pairs),
+        "attn.c_proj": linear(rows, C, C),
+        "mlp.c_fc": linear(rows, C, F),
         "GELU": pointwise(2 * F),
-        "mlp.c_proj": linear(F, C),
-        "residual sums": pointwise(6 * C),
+        "mlp.c_proj": linear(rows, F, C),
         "ln_f": pointwise(2 * C, 1),
-        "lm_head": linear(C, V, 1, bias=False),
-        "argmax": pointwise(V, 1),
-        "views of q, k, v": Work(0, 0),
+        "lm_head": linear(batch, C, V, 1, bias=False),
+        "sums, views, argmax": Work(sums + batch * V * size, 0),
     }
 
 
@@ -126,8 +138,8 @@ def profiler_part(name: str) -> Part:
     return record_function(PREFIX + name)
 
 
-def name_parts(model: GPT, cache: KVCache, part: Callable[[str], Part]) -> Callable[[], None]:
-    """Make every part of the model run as a `part`; a decode step that is made of them."""
+def name_parts(model: GPT, cache: KVCache, part: Callable[[str], Part]) -> None:
+    """Make every part of the model run as a `part`, but for what stands between them."""
 
     def named(owner: Any, method: str, name: str) -> None:
         run = getattr(owner, method)
@@ -138,8 +150,6 @@ def name_parts(model: GPT, cache: KVCache, part: Callable[[str], Part]) -> Calla
 
         setattr(owner, method, inside)
 
-    # The work of the outer ones is what the parts inside them leave.
-    named(model, "forward", "sum of embeddings")
     named(cache, "append", "cache")
     transformer = model.transformer
     for embedding in (transformer.wte, transformer.wpe):
@@ -147,28 +157,52 @@ def name_parts(model: GPT, cache: KVCache, part: Callable[[str], Part]) -> Calla
     named(transformer.ln_f, "forward", "ln_f")
     named(model.lm_head, "forward", "lm_head")
     for block in transformer.h:
-        named(block, "forward", "residual sums")
-        named(block.attn, "forward", "views of q, k, v")
-        named(block.mlp, "forward", "GELU")
+        named(block.attn, "split", "split")
         named(block.attn, "attend", "attention")
+        named(block.mlp, "activate", "GELU")
         for norm in (block.ln_1, block.ln_2):
             named(norm, "forward", "ln_1, ln_2")
         for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
             named(block.get_submodule(name), "forward", name)
 
+
+def decode_step(forward: Forward, cache: KVCache, device: torch.device) -> Step:
+    """Choose what follows the token at the end of the full cache, again and again."""
+    ids = torch.full((cache.batch_size, 1), 1, device=device)  # (B, 1)
+
     def step() -> None:
-        with part("argmax"):
-            decode_step(model, cache)
+        cache.end = cache.max_length - 1
+        with torch.inference_mode():
+            forward(ids, cache)[:, 0].argmax(-1)
 
     return step
 
 
-def decode_step(model: GPT, cache: KVCache) -> None:
-    """The token at the end of the full cache, again and again; chosen greedily."""
-    cache.end = cache.max_length - 1
-    ids = torch.full((cache.batch_size, 1), 1, device=model.device)  # (B, 1)
-    with torch.inference_mode():
-        model(ids, cache=cache)[:, 0].argmax(-1)
+def prefill_step(model: GPT, cache: KVCache) -> Step:
+    """Fill the cache with prompts and choose what follows them, again and again."""
+    ids = torch.randint(model.config.vocab_size, (cache.batch_size, cache.max_length))
+    prompts = ids.tolist()
+
+    def step() -> None:
+        cache.end = 0
+        prefill(model, cache, prompts).argmax(-1)
+
+    return step
+
+
+def parts_of(model: GPT, cache: KVCache, is_prefill: bool, part: Callable[[str], Part]) -> Step:
+    """A step that runs as named parts; `model` and `cache` belong to it from now on."""
+    name_parts(model, cache, part)
+    if is_prefill:
+        inner = prefill_step(model, cache)
+    else:
+        inner = decode_step(without_modules(model), cache, model.device)
+
+    def step() -> None:
+        with part("sums, views, argmax"):
+            inner()
+
+    return step
 
 
 def timed_parts(step: Callable[[], object], timer: PartTimer, repeats: int) -> dict[str, float]:
@@ -218,15 +252,19 @@ def nearest_part(event: Any) -> str | None:
 
 
 def table(
-    parts: dict[str, float], least: dict[str, Work], ceilings: Ceilings
+    parts: dict[str, float], least: dict[str, Work], ceilings: Ceilings, itemsize: int
 ) -> list[dict[str, Any]]:
-    """A row per part, the longest first: seconds, work, rates, and the share of the roofline."""
+    """A row per part, the longest first: seconds, work, rates, and the share of the roofline.
+
+    Args:
+        itemsize: bytes of a weight.
+    """
     whole = sum(parts.values())
     rows = []
     for name, seconds in sorted(parts.items(), key=lambda item: -item[1]):
         moved, flops = least[name]
         to_move = moved / (ceilings.gb_per_s * 1e9)
-        to_compute = flops / (ceilings.matmul_tflops * 1e12)
+        to_compute = flops / (ceilings.tflops(itemsize) * 1e12)
         rows.append(
             {
                 "part": name,
@@ -253,7 +291,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             axes.plot([1000 * row["least_seconds"]] * 2, [i - 0.4, i + 0.4], color="black")
             label = f" {row['share']:.0%}, {row['of_roofline']:.0%} of roofline"
             axes.text(1000 * row["seconds"], i, label, va="center", fontsize=8)
-        axes.set(xlabel="milliseconds per decode step (black: the least possible)")
+        axes.set(xlabel="milliseconds (black: the least possible)")
         axes.margins(x=0.35)
 
 
@@ -263,6 +301,8 @@ def main(arguments: list[str] | None = None) -> int:
     add_shape(parser)
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    parser.add_argument("--quantize", choices=METHODS, help="8-bit weights, on a CPU")
+    parser.add_argument("--prefill", action="store_true", help="of the whole context, not a step")
     parser.add_argument("--batch", type=positive, default=1, help="rows at once")
     parser.add_argument("--context", type=positive, default=1024, help="tokens per row")
     parser.add_argument("--repeats", type=several, default=30, help="steps that are measured")
@@ -272,29 +312,40 @@ def main(arguments: list[str] | None = None) -> int:
 
     device, dtype = as_device(options.device), as_dtype(options.dtype)
     where = place(device)
-    output = result_path(options.output, f"step_profile_{options.shape}_{where}.json")
+    kind = "".join(f"_{name}" for name in (options.quantize, "prefill" * options.prefill) if name)
+    output = result_path(options.output, f"step_profile_{options.shape}_{where}{kind}.json")
     if options.one_thread:
         if device.type != "cpu":
             parser.error("--one-thread is for a CPU: add --device cpu")
         torch.set_num_threads(1)
+    if options.quantize is not None and device.type != "cpu":
+        parser.error("--quantize is for a CPU, since a GPU decodes 8-bit weights by other kernels")
     clock = Clock(device)
     config = GPTConfig.official(options.shape)
     require_context(config, options.context)
     held = cache_bytes(config, dtype, options.batch, options.context)
     require_memory(weight_bytes(config, dtype.itemsize) + held, device)
     model = random_model(config, dtype, device)
+    itemsize = dtype.itemsize
+    if options.quantize is not None:
+        quantize(model)
+        itemsize = 1
     if can_pack(model):
         pack(model)
     cache = KVCache(config, options.batch, options.context, dtype=dtype, device=device)
     cache.kv.normal_()
     read_clock = time.process_time if options.one_thread else time.perf_counter
+    if options.prefill:
+        whole_step = prefill_step(model, cache)
+    else:
+        whole_step = decode_step(inline(model), cache, device)
 
-    def plain_step() -> None:
-        decode_step(model, cache)
+    def undivided() -> None:
+        whole_step()
         clock.synchronize()
 
-    limits = probes(device, dtype)
-    actions = {"step": plain_step} | {name: probe.run for name, probe in limits.items()}
+    limits = probes(device, dtype, options.quantize is not None)
+    actions = {"step": undivided} | {name: probe.run for name, probe in limits.items()}
     for action in actions.values():
         action()
     seconds = take_turns(actions, options.repeats, "step and ceilings", read_clock)
@@ -304,15 +355,17 @@ def main(arguments: list[str] | None = None) -> int:
     operators: dict[tuple[str, str], float] = {}
     if not clock.has_gpu:
         timer = PartTimer(read_clock)
-        times |= timed_parts(name_parts(model, cache, timer.part), timer, options.repeats)
+        step = parts_of(model, cache, options.prefill, timer.part)
+        times |= timed_parts(step, timer, options.repeats)
     if not options.one_thread:  # the profiler has no processor time
-        step = name_parts(model, cache, profiler_part)
+        step = parts_of(model, cache, options.prefill, profiler_part)
         profiled(step, clock, 2)  # a warm-up
         operators = profiled(step, clock, options.repeats)
     if clock.has_gpu:
         for (part, _), spent in operators.items():
             times[part] += spent
-    parts = table(times, work(config, options.batch, options.context, dtype), ceilings)
+    least_work = work(config, options.batch, options.context, dtype, itemsize, options.prefill)
+    parts = table(times, least_work, ceilings, itemsize)
     whole = sum(times.values())
     longest = sorted(operators.items(), key=lambda item: -item[1])[:15]
     without = statistics.median(seconds["step"])
@@ -344,11 +397,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{part:20}{name[:60]:60}{1000 * spent:>8.2f} ms")
     print(
         f"\nstep {1000 * without:.1f} ms, sum of parts {1000 * whole:.1f} ms, at least "
-        f"{1000 * least:.1f} ms; {ceilings.gb_per_s:.1f} GB/s, {ceilings.matmul_tflops:.3g} TFLOP/s"
+        f"{1000 * least:.1f} ms; {ceilings.gb_per_s:.1f} GB/s, "
+        f"{ceilings.tflops(itemsize):.3g} TFLOP/s"
     )
     status = write_result(output, __doc__.split("\n")[0], options, figures)
     threads = ", one thread" if options.one_thread else ""
-    title = f"One decode step of {options.shape}, {options.dtype}, {where}{threads}\n"
+    what = "A prefill" if options.prefill else "One decode step"
+    weights = options.quantize or options.dtype
+    title = f"{what} of {options.shape}, {weights}, {where}{threads}\n"
     title += f"batch {options.batch}, context {options.context}"
     if can_plot():
         plot(parts, title, output.with_suffix(".png"))

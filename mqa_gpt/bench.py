@@ -10,8 +10,9 @@ program calls it, counted in tokens per second of all rows together:
 
 Two ceilings give these rates a scale. A decode step has to read the weights and the cache: GB/s,
 and as a share of what this machine reads, MBU (model bandwidth utilisation). A prefill has to
-multiply: TFLOP/s, and as a share of what a matrix product does here, MFU (model FLOPs utilisation).
-Both ceilings are measured in turn with the tests, so that a busy machine lowers them alike.
+multiply: TFLOP/s, and as a share of what a matrix product does here, MFU (model FLOPs utilisation);
+with 8-bit weights on a CPU, of what a product of 8-bit integers does. All of it is measured in turn
+with the tests, so that a busy machine lowers everything alike.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack, packing_bytes
 from mqa_gpt.peers import OURS, PEERS, Contender, ours, require_peers
 from mqa_gpt.progress import status
-from mqa_gpt.quantization import check_method, is_quantized
+from mqa_gpt.quantization import Int8Linear, check_method, is_quantized
 from mqa_gpt.quantization import quantize as quantize_model
 
 PROBE_BYTES = 1 << 30  # more than the caches of a processor hold
@@ -239,7 +240,7 @@ def benchmark(
                         (peer.name, r): peer.generate(ids, r.new) for r, ids in prompts.items()
                     }
             say("warming up the measurement of the ceilings")
-            limits = probes(gpt.device, gpt.dtype)
+            limits = probes(gpt.device, gpt.dtype, is_quantized(gpt))
             for probe in limits.values():
                 probe.run()
         actions: dict[Any, Callable[[], object]] = {
@@ -409,17 +410,16 @@ def _require_room(
         )
 
 
-def probes(device: torch.device, dtype: torch.dtype) -> dict[str, Probe]:
-    """What measures each field of `Ceilings`, by its name and in its unit."""
+def probes(device: torch.device, dtype: torch.dtype, quantized: bool = False) -> dict[str, Probe]:
+    """What measures each field of `Ceilings`, by its name and in its unit.
+
+    Args:
+        quantized: whether the model's weights are 8-bit integers; on a CPU its products are too.
+    """
     memory = torch.rand(PROBE_BYTES // 4, device=device)
     half = len(memory) // 2
     size = GPU_PROBE_SIZE if device.type == "cuda" else CPU_PROBE_SIZE
     rows = torch.rand(size, size, device=device).to(dtype)
-    # Packed where a model's layers would be, which is where that makes them faster.
-    product = nn.Sequential(nn.Linear(size, size, bias=False, device=device, dtype=dtype))
-    product.requires_grad_(False)
-    if can_pack(product):
-        pack(product)
 
     def finished(action: Callable[[], Tensor]) -> Callable[[], None]:
         def run() -> None:
@@ -429,13 +429,24 @@ def probes(device: torch.device, dtype: torch.dtype) -> dict[str, Probe]:
 
         return run
 
-    return {
+    def product(kind: Callable[[nn.Linear], nn.Module] = lambda linear: linear) -> Probe:
+        linear = nn.Linear(size, size, bias=False, device=device, dtype=dtype)
+        layer = nn.Sequential(kind(linear)).requires_grad_(False)
+        # Packed where a model's layers would be, which is where that makes them faster.
+        if can_pack(layer):
+            pack(layer)
+        return Probe(finished(lambda: layer(rows)), 2 * size**3 / 1e12)
+
+    limits = {
         "read_gb_per_s": Probe(finished(lambda: memory.sum()), PROBE_BYTES / 1e9),
         "copy_gb_per_s": Probe(
             finished(lambda: memory[:half].copy_(memory[half:])), PROBE_BYTES / 1e9
         ),
-        "matmul_tflops": Probe(finished(lambda: product(rows)), 2 * size**3 / 1e12),
+        "matmul_tflops": product(),
     }
+    if quantized and device.type == "cpu":
+        limits["int8_matmul_tflops"] = product(Int8Linear)
+    return limits
 
 
 def reached(limits: Mapping[str, Probe], seconds: Mapping[Any, list[float]]) -> Ceilings:
@@ -484,7 +495,7 @@ def _result(
         gb_per_s=gb_per_s,
         mbu=None if gb_per_s is None else gb_per_s / ceilings.gb_per_s,
         tflops=tflops,
-        mfu=None if tflops is None else tflops / ceilings.matmul_tflops,
+        mfu=None if tflops is None else tflops / ceilings.tflops(contender.itemsize),
         ours_faster=statistics.median(ratios or [math.nan]) if is_peer else None,
         same_tokens=(
             written[contender.name, test.request] == written[OURS, test.request]

@@ -14,16 +14,26 @@ from mqa_gpt.attention import backend_text
 class Ceilings:
     """What this machine did at most, medians: bytes per second that a sum read and that a copy
     read and wrote, and operations per second of a matrix product.
+
+    Attributes:
+        int8_matmul_tflops: the rate of 8-bit products, where the model computes them.
     """
 
     read_gb_per_s: float
     copy_gb_per_s: float
     matmul_tflops: float
+    int8_matmul_tflops: float | None = None
 
     @property
     def gb_per_s(self) -> float:
         """The faster of the two ways to use the memory."""
         return max(self.read_gb_per_s, self.copy_gb_per_s)
+
+    def tflops(self, itemsize: int) -> float:
+        """The rate of products with weights of so many bytes each."""
+        if itemsize == 1 and self.int8_matmul_tflops is not None:
+            return self.int8_matmul_tflops
+        return self.matmul_tflops
 
 
 @dataclass(frozen=True)
@@ -150,9 +160,11 @@ class Report:
             f"attention {backend_text(self.asked_backend, self.backend)}{memory}"
         )
         c = self.ceilings
+        int8 = c.int8_matmul_tflops
         limits = (
             f"ceilings: {c.read_gb_per_s:.1f} GB/s read, {c.copy_gb_per_s:.1f} GB/s copied, "
-            f"{c.matmul_tflops:.3g} TFLOP/s multiplied; {self.repeats} repeats"
+            f"{c.matmul_tflops:.3g} TFLOP/s multiplied"
+            f"{'' if int8 is None else f', {int8:.3g} in 8 bits'}; {self.repeats} repeats"
         )
         return "\n".join([about, limits, "", *lines, ""])
 

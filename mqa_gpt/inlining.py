@@ -88,6 +88,12 @@ def inline(model: GPT) -> Forward:
     is_compiled = any(module._compiled_call_impl for module in model.modules())
     if type(model) is not GPT or is_compiled or not is_plain(model):
         return lambda ids, cache: model(ids, cache=cache)
+    return without_modules(model)
+
+
+def without_modules(model: GPT) -> Forward:
+    """The function of `inline`, whatever somebody may have made of the modules: it calls their
+    `forward`, `split`, `attend` and `activate` as they are now, and no hooks."""
     transformer = model.transformer
     embed, embed_position = transformer.wte.forward, transformer.wpe.forward
     layers = [_Layer.of(block) for block in cast(list[Block], transformer.h)]

@@ -161,6 +161,22 @@ def test_every_figure_follows_from_the_clock_and_known_sizes(folder):
     assert {r.ours_faster for r in report.results} == {None}
 
 
+def test_programs_with_8_bit_weights_are_measured_by_products_of_8_bit_integers(folder):
+    # A round: the prefill, then the probes, that of 8-bit products last.
+    clock = clock_of([2.0, 0.5, 1.0, 0.1, 0.02])
+    lengths = {"prompt_lengths": [8], "new_lengths": [0], "repeats": 1}
+    report = benchmark(model=folder, device="cpu", quantize="int8", clock=clock, **lengths)
+    assert report.ceilings.matmul_tflops == pytest.approx(2 * 64**3 / 0.1 / 1e12)
+    assert report.ceilings.int8_matmul_tflops == pytest.approx(2 * 64**3 / 0.02 / 1e12)
+    (pp,) = report.results
+    assert pp.mfu == pytest.approx(pp.tflops / report.ceilings.int8_matmul_tflops)
+    assert report.ceilings.tflops(4) == report.ceilings.matmul_tflops
+    assert ", 2.62e-05 in 8 bits;" in report.to_markdown()
+    plain = benchmark(model=folder, device="cpu", clock=clock_of([1.0] * 4), **lengths)
+    assert plain.ceilings.tflops(1) == plain.ceilings.matmul_tflops
+    assert "8 bits" not in plain.to_markdown()
+
+
 def test_a_test_runs_the_prompts_and_new_tokens_of_its_name(folder, monkeypatch):
     calls = []
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mqa_gpt import GPT, KVCache, bench, config
-from mqa_gpt.bench import decode_bytes, random_model, weight_bytes
+from mqa_gpt.bench import decode_bytes, prefill_flops, random_model, weight_bytes
 from mqa_gpt.bench_report import Ceilings
 from mqa_gpt.packing import can_pack
 from tests.helpers import random_ids, relative_error, tiny_config
@@ -136,21 +136,33 @@ def test_a_case_that_does_not_fit_is_left_out_with_the_reason(tiny_shape, monkey
     assert "times" not in case
 
 
+@pytest.mark.parametrize("itemsize", [4, 1])
 @pytest.mark.parametrize("multi_query", [True, False])
-def test_the_work_of_the_parts_is_that_of_a_decode_step(multi_query):
+def test_the_work_of_the_parts_is_that_of_a_decode_step(multi_query, itemsize):
     config, batch, context = tiny_config(multi_query=multi_query), 3, 20
-    parts = step_profile.work(config, batch, context, torch.float32)
+    parts = step_profile.work(config, batch, context, torch.float32, itemsize, False)
     whole = sum(part.bytes for part in parts.values())
-    least = decode_bytes(config, batch, range(context, context + 1), 4, torch.float32)
-    assert least < whole < 1.3 * least  # activations are the rest
-    empty = step_profile.work(config, 0, context, torch.float32)
-    norms = (4 * config.n_layer + 2) * config.n_embd * 4
-    assert sum(part.bytes for part in empty.values()) == weight_bytes(config, 4) - norms
+    least = decode_bytes(config, batch, range(context, context + 1), itemsize, torch.float32)
+    assert 0 < whole - least < 0.3 * weight_bytes(config, 4)  # activations are the rest
+    empty = step_profile.work(config, 0, context, torch.float32, itemsize, False)
+    norms = (4 * config.n_layer + 2) * config.n_embd
+    kv = 2 * config.n_kv_head * config.head_dim
+    biases = config.n_layer * (3 * config.n_embd + kv + config.inner_size)
+    expected = weight_bytes(config, itemsize) - itemsize * (norms + biases) + 4 * biases
+    assert sum(part.bytes for part in empty.values()) == expected
     # Products of a token: two operations per weight of a matrix, and the attention's.
-    qkv = config.n_embd + 2 * config.n_kv_head * config.head_dim
-    weights = 2 * (60 * qkv + 60 * 60 + 2 * 60 * 136) + 97 * 60
+    weights = 2 * (60 * (60 + kv) + 60 * 60 + 2 * 60 * 136) + 97 * 60
     attention = 2 * 2 * (2 * 60 * context)
     assert sum(part.flops for part in parts.values()) == batch * (2 * weights + attention)
+
+
+@pytest.mark.parametrize("multi_query", [True, False])
+def test_the_work_of_the_parts_is_that_of_a_prefill(multi_query):
+    config, batch, context = tiny_config(multi_query=multi_query), 3, 20
+    parts = step_profile.work(config, batch, context, torch.float32, 4, True)
+    assert sum(part.flops for part in parts.values()) == prefill_flops(config, batch, context)
+    assert parts["mlp.c_fc"].bytes == 2 * 4 * (61 * 136 + 3 * 20 * (60 + 136))
+    assert parts["lm_head"].bytes == 4 * (60 * 97 + 3 * (60 + 97))
 
 
 def test_a_part_takes_its_time_less_that_of_the_parts_inside():
@@ -167,14 +179,15 @@ def test_a_part_takes_its_time_less_that_of_the_parts_inside():
 def test_a_part_is_limited_by_what_takes_longer():
     ceilings = Ceilings(read_gb_per_s=2, copy_gb_per_s=1, matmul_tflops=0.001)
     work = {"a": step_profile.Work(2_000_000_000, 5), "b": step_profile.Work(8, 3_000_000_000)}
-    a, b = step_profile.table({"b": 6.0, "a": 2.0}, work, ceilings)[::-1]
+    a, b = step_profile.table({"b": 6.0, "a": 2.0}, work, ceilings, 4)[::-1]
     assert (a["least_seconds"], a["limited_by"], a["of_roofline"]) == (1, "memory", 0.5)
     assert (b["least_seconds"], b["limited_by"], b["of_roofline"]) == (3, "arithmetic", 0.5)
     assert (a["share"], b["share"]) == (0.25, 0.75)
 
 
+@pytest.mark.parametrize("prefill", [False, True])
 @pytest.mark.parametrize("measure", ["timer", "profiler"])
-def test_every_part_of_the_model_is_measured_and_the_logits_stay_the_same(measure):
+def test_every_part_of_the_model_is_measured_and_the_logits_stay_the_same(measure, prefill):
     config = tiny_config()
     model = random_model(config, torch.float32, torch.device("cpu"))
     ids = random_ids(config, 2, 9)
@@ -183,29 +196,55 @@ def test_every_part_of_the_model_is_measured_and_the_logits_stay_the_same(measur
     cache = KVCache(config, 2, 20, dtype=torch.float32)
     if measure == "timer":
         timer = step_profile.PartTimer(lambda: 0.0)
-        step = step_profile.name_parts(model, cache, timer.part)
+        step = step_profile.parts_of(model, cache, prefill, timer.part)
         names = step_profile.timed_parts(step, timer, 2).keys()
     else:
-        step = step_profile.name_parts(model, cache, step_profile.profiler_part)
+        step = step_profile.parts_of(model, cache, prefill, step_profile.profiler_part)
         clock = step_profile.Clock(torch.device("cpu"))
         found = step_profile.profiled(step, clock, 2)
         names = {part for part, _ in found}
         assert {name for part, name in found if part == "mlp.c_fc"} >= {"aten::addmm", "Python"}
         assert all(seconds >= 0 for seconds in found.values())
-    assert names == step_profile.work(config, 2, 20, torch.float32).keys()
+    assert names == step_profile.work(config, 2, 20, torch.float32, 4, prefill).keys()
     with torch.inference_mode():
         assert torch.equal(model(ids), before)
 
 
-@pytest.mark.parametrize("one_thread", [True, False])
-def test_a_profile_is_written_as_json_and_drawn(tiny_shape, tmp_path: Path, one_thread):
+def test_a_decode_step_is_that_of_the_plain_loop_and_a_prefill_reads_the_whole_context():
+    model = random_model(tiny_config(), torch.float32, torch.device("cpu"))
+    cache = KVCache(model.config, 2, 20, dtype=torch.float32)
+    calls = []  # of the model itself, by numbers of tokens
+    model.register_forward_pre_hook(lambda module, args: calls.append(tuple(args[0].shape)))
+    seen = []  # positions that attention starts at, and keys
+    attend = model.transformer.h[0].attn.attend
+    model.transformer.h[0].attn.attend = lambda q, k, v, start, *rest: (
+        seen.append((start, k.shape[1])) or attend(q, k, v, start, *rest)
+    )
+    step = step_profile.parts_of(model, cache, False, step_profile.profiler_part)
+    step()
+    step()
+    assert (calls, seen) == ([], [(19, 20)] * 2)
+    step = step_profile.parts_of(model, cache, True, step_profile.profiler_part)
+    step()
+    step()
+    assert (calls, seen[2:]) == ([(2, 20)] * 2, [(0, 20)] * 2)
+
+
+@pytest.mark.parametrize(
+    "changes", [[], ["--one-thread"], ["--quantize", "int8"], ["--prefill", "--quantize", "int8"]]
+)
+def test_a_profile_is_written_as_json_and_drawn(tiny_shape, tmp_path: Path, changes, capsys):
     output = tmp_path / "result.json"
     options = ["--shape", tiny_shape, "--device", "cpu", "--context", "20", "--repeats", "2"]
-    step_profile.main([*options, "--output", str(output), *["--one-thread"] * one_thread])
-    figures = json.loads(output.read_text())["figures"]
+    assert step_profile.main([*options, "--output", str(output), *changes]) == 0
+    found = json.loads(output.read_text())
+    figures = found["figures"]
     assert sum(part["share"] for part in figures["parts"]) == pytest.approx(1)
-    assert bool(figures["operators"]) != one_thread
+    assert bool(figures["operators"]) != ("--one-thread" in changes)
+    assert (figures["ceilings"]["int8_matmul_tflops"] is not None) == ("int8" in changes)
+    assert all(option in found["command"] for option in changes)
     assert output.with_suffix(".png").exists() == HAS_MATPLOTLIB
+    assert "of roofline" in capsys.readouterr().out
 
 
 def test_the_answers_in_the_readme_are_those_of_the_results():

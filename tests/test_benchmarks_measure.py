@@ -63,6 +63,7 @@ step_profile --context 0
 step_profile --context 8193
 step_profile --device nonsense
 step_profile --dtype nonsense
+step_profile --quantize nonsense
 step_profile --repeats 1
 step_profile --shape nonsense
 forward_forms --batch 99999999
