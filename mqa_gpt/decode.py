@@ -33,9 +33,10 @@ from mqa_gpt.sampling import (
 # enough that the activations of a long prompt (F times this many numbers per row) stay small.
 PREFILL_CHUNK = 2048
 
-# On a CPU, of all rows together: so few that its caches hold the activations, and that memory for
-# them is not asked of the system anew each time. Fewer than the latter per row slow attention down.
-CPU_PREFILL, CPU_PREFILL_ROW = 256, 32
+# On a CPU the MLP's activations of a pass are at most so many bytes, which its caches hold, and for
+# which memory is not asked of the system anew each time. But fewer positions per row than these
+# slow attention down.
+CPU_PREFILL_BYTES, CPU_PREFILL_CHUNK = 6 << 20, 32
 
 Report = tuple[float | None, tuple[tuple[int, float], ...]]  # logprob and top of a `Token`
 
@@ -73,7 +74,8 @@ def prefill(
     if chunk is None:
         chunk = PREFILL_CHUNK
         if model.device.type == "cpu":
-            chunk = max(CPU_PREFILL // len(prompts), CPU_PREFILL_ROW)
+            position = len(prompts) * model.config.inner_size * model.dtype.itemsize  # bytes
+            chunk = max(CPU_PREFILL_BYTES // position, CPU_PREFILL_CHUNK)
     lengths = [len(prompt) for prompt in prompts]
     width = max(lengths)
     if min(lengths) < width:

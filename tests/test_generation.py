@@ -115,8 +115,8 @@ def test_the_prefill_chunk_limits_each_pass_and_does_not_change_the_tokens(model
 def test_on_a_cpu_prompts_are_read_by_pieces_that_its_caches_hold(
     model, monkeypatch, lengths, width
 ):
-    monkeypatch.setattr(decode, "CPU_PREFILL", 8)
-    monkeypatch.setattr(decode, "CPU_PREFILL_ROW", 3)
+    monkeypatch.setattr(decode, "CPU_PREFILL_BYTES", 8 * CONFIG.inner_size * 4)
+    monkeypatch.setattr(decode, "CPU_PREFILL_CHUNK", 3)
     prompts = random_prompts(CONFIG, lengths)
     expected = generate(model, prompts, 12, prefill_chunk=20)
     widths = []
