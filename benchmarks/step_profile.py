@@ -8,7 +8,7 @@
 
 A model of random weights as `LLM.load` makes it, on a CPU with packed weights, computes what the
 plain loop of `generate` does: the newest token of each row behind a cache of `context` tokens, or
-with `--prefill` prompts of that length, greedy choice included. The time of each part of the model
+with `--prefill` prompts of that length, and the largest logit. The time of each part of the model
 stands beside the least it can take (roofline): its bytes at the memory bandwidth of this machine or
 its operations at the rate of a matrix product, whichever is longer, both measured between steps.
 (What the caches hold is read faster.) Then come the operators, or on a GPU the kernels, that take
@@ -27,10 +27,11 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from clock import Clock
@@ -51,7 +52,15 @@ from measure import (
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mqa_gpt import GPT, GPTConfig, KVCache
-from mqa_gpt.bench import probes, random_model, reached, take_turns, weight_bytes
+from mqa_gpt.bench import (
+    Request,
+    probes,
+    random_model,
+    random_prompts,
+    reached,
+    take_turns,
+    weight_bytes,
+)
 from mqa_gpt.bench_report import Ceilings
 from mqa_gpt.checkpoint import DTYPES, as_device, as_dtype
 from mqa_gpt.decode import prefill
@@ -66,31 +75,43 @@ PREFIX = "part: "  # of the ranges' names, to tell them from operators
 
 
 class Work(NamedTuple):
-    """What a part has to do in a step, all layers together."""
+    """What a part has to do in a step, all layers together; `itemsize`: bytes of a weight."""
 
     bytes: int
     flops: int
+    itemsize: int = 4
 
 
 def work(
-    config: GPTConfig, batch: int, context: int, dtype: torch.dtype, itemsize: int, prefill: bool
+    config: GPTConfig,
+    batch: int,
+    context: int,
+    dtype: torch.dtype,
+    *,
+    itemsize: int,
+    is_prefill: bool,
 ) -> dict[str, Work]:
     """The parts' least work: weights and inputs read once, outputs written once.
 
-    Embeddings, sums and the choice of the token are counted as bytes only. Weights of linear layers
-    have `itemsize` bytes each; everything else is of `dtype`.
+    Embeddings, sums and the choice of the token are counted as bytes only, the scales of 8-bit
+    weights not at all.
+
+    Args:
+        dtype: of all but the weights of linear layers.
+        itemsize: bytes of one of these.
+        is_prefill: of a prompt of `context` tokens instead of a step behind them.
     """
     C, F, V, L = config.n_embd, config.inner_size, config.vocab_size, config.n_layer
     kv = 2 * config.n_kv_head * config.head_dim
     size = dtype.itemsize
-    rows = batch * context if prefill else batch
+    rows = batch * context if is_prefill else batch
     # Pairs of a query and a key that it sees.
-    pairs = batch * (context * (context + 1) // 2 if prefill else context)
+    pairs = batch * (context * (context + 1) // 2 if is_prefill else context)
 
     def linear(rows: int, inputs: int, outputs: int, layers: int = L, bias: bool = True) -> Work:
         weights = itemsize * inputs * outputs + size * bias * outputs
         moved = layers * (weights + size * rows * (inputs + outputs))
-        return Work(moved, layers * 2 * rows * inputs * outputs)
+        return Work(moved, layers * 2 * rows * inputs * outputs, itemsize)
 
     def pointwise(numbers: int, layers: int = L) -> Work:
         return Work(layers * rows * numbers * size, 0)
@@ -110,7 +131,7 @@ def work(
         "mlp.c_proj": linear(rows, F, C),
         "ln_f": pointwise(2 * C, 1),
         "lm_head": linear(batch, C, V, 1, bias=False),
-        "sums, views, argmax": Work(sums + batch * V * size, 0),
+        "rest": Work(sums + batch * V * size, 0),  # residual and other sums, views, argmax
     }
 
 
@@ -138,71 +159,75 @@ def profiler_part(name: str) -> Part:
     return record_function(PREFIX + name)
 
 
-def name_parts(model: GPT, cache: KVCache, part: Callable[[str], Part]) -> None:
+@contextmanager
+def named_parts(model: GPT, cache: KVCache, part: Callable[[str], Part]) -> Iterator[None]:
     """Make every part of the model run as a `part`, but for what stands between them."""
+    with ExitStack() as changes:
 
-    def named(owner: Any, method: str, name: str) -> None:
-        run = getattr(owner, method)
+        def named(owner: Any, method: str, name: str) -> None:
+            run = getattr(owner, method)
 
-        def inside(*args: Any, **kwargs: Any) -> Any:
-            with part(name):
-                return run(*args, **kwargs)
+            def inside(*args: Any, **kwargs: Any) -> Any:
+                with part(name):
+                    return run(*args, **kwargs)
 
-        setattr(owner, method, inside)
+            changes.enter_context(patch.object(owner, method, inside))
 
-    named(cache, "append", "cache")
-    transformer = model.transformer
-    for embedding in (transformer.wte, transformer.wpe):
-        named(embedding, "forward", "wte, wpe")
-    named(transformer.ln_f, "forward", "ln_f")
-    named(model.lm_head, "forward", "lm_head")
-    for block in transformer.h:
-        named(block.attn, "split", "split")
-        named(block.attn, "attend", "attention")
-        named(block.mlp, "activate", "GELU")
-        for norm in (block.ln_1, block.ln_2):
-            named(norm, "forward", "ln_1, ln_2")
-        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-            named(block.get_submodule(name), "forward", name)
+        named(cache, "append", "cache")
+        transformer = model.transformer
+        for embedding in (transformer.wte, transformer.wpe):
+            named(embedding, "forward", "wte, wpe")
+        named(transformer.ln_f, "forward", "ln_f")
+        named(model.lm_head, "forward", "lm_head")
+        for block in transformer.h:
+            named(block.attn, "split", "split")
+            named(block.attn, "attend", "attention")
+            named(block.mlp, "activate", "GELU")
+            for norm in (block.ln_1, block.ln_2):
+                named(norm, "forward", "ln_1, ln_2")
+            for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+                named(block.get_submodule(name), "forward", name)
+        yield
 
 
-def decode_step(forward: Forward, cache: KVCache, device: torch.device) -> Step:
-    """Choose what follows the token at the end of the full cache, again and again."""
-    ids = torch.full((cache.batch_size, 1), 1, device=device)  # (B, 1)
+def make_step(
+    model: GPT, cache: KVCache, is_prefill: bool, inlined: Callable[[GPT], Forward] = inline
+) -> Step:
+    """What chooses the token behind a full cache, or behind prompts that fill it, again and again.
 
-    def step() -> None:
+    Args:
+        inlined: what makes a decode step of a model.
+    """
+    prompts = random_prompts(model.config, Request(cache.batch_size, cache.max_length, 1))
+    ids = torch.full((cache.batch_size, 1), 1, device=model.device)  # (B, 1)
+    forward = inlined(model)
+
+    def read() -> None:
+        cache.set_lengths([0] * cache.batch_size)
+        prefill(model, cache, prompts).argmax(-1)
+
+    def decode() -> None:
         cache.end = cache.max_length - 1
         with torch.inference_mode():
             forward(ids, cache)[:, 0].argmax(-1)
 
-    return step
+    return read if is_prefill else decode
 
 
-def prefill_step(model: GPT, cache: KVCache) -> Step:
-    """Fill the cache with prompts and choose what follows them, again and again."""
-    ids = torch.randint(model.config.vocab_size, (cache.batch_size, cache.max_length))
-    prompts = ids.tolist()
+@contextmanager
+def step_of_parts(
+    model: GPT, cache: KVCache, is_prefill: bool, part: Callable[[str], Part]
+) -> Iterator[Step]:
+    """The same, running as named parts as long as the context lasts."""
+    with named_parts(model, cache, part):
+        # What wraps the parts must not send it back to the modules.
+        inner = make_step(model, cache, is_prefill, without_modules)
 
-    def step() -> None:
-        cache.end = 0
-        prefill(model, cache, prompts).argmax(-1)
+        def step() -> None:
+            with part("rest"):
+                inner()
 
-    return step
-
-
-def parts_of(model: GPT, cache: KVCache, is_prefill: bool, part: Callable[[str], Part]) -> Step:
-    """A step that runs as named parts; `model` and `cache` belong to it from now on."""
-    name_parts(model, cache, part)
-    if is_prefill:
-        inner = prefill_step(model, cache)
-    else:
-        inner = decode_step(without_modules(model), cache, model.device)
-
-    def step() -> None:
-        with part("sums, views, argmax"):
-            inner()
-
-    return step
+        yield step
 
 
 def timed_parts(step: Callable[[], object], timer: PartTimer, repeats: int) -> dict[str, float]:
@@ -216,32 +241,32 @@ def timed_parts(step: Callable[[], object], timer: PartTimer, repeats: int) -> d
     return {name: statistics.median(seconds[name] for seconds in steps) for name in steps[0]}
 
 
-def profiled(
-    step: Callable[[], object], clock: Clock, repeats: int
-) -> dict[tuple[str, str], float]:
-    """Seconds per step of every operator, on a GPU of every kernel, by part and name.
+def profiled(step: Step, clock: Clock, repeats: int) -> dict[tuple[str, str], float]:
+    """Seconds per step of every operator, on a GPU of every kernel, by part and name; medians.
 
-    The median of all its runs, each of one layer, times their number in a step. Python's share of a
-    part is called "Python".
+    Python's share of a part is called "Python".
     """
-    samples: dict[tuple[str, str], list[float]] = defaultdict(list)
+    steps: list[dict[tuple[str, str], float]] = []
     activities = [ProfilerActivity.CPU]
     activities += [ProfilerActivity.CUDA] if clock.has_gpu else []
     for _ in range(repeats):
         with profile(activities=activities) as profiler:
             step()
             clock.synchronize()
+        seconds: dict[tuple[str, str], float] = defaultdict(float)
         for event in profiler.events() or []:
             part = nearest_part(event)
             if part is None:
                 continue
             if clock.has_gpu:
                 for kernel in event.kernels:
-                    samples[part, kernel.name].append(kernel.duration / 1e6)
+                    seconds[part, kernel.name] += kernel.duration / 1e6
             else:
                 name = "Python" if event.name.startswith(PREFIX) else event.name
-                samples[part, name].append(event.self_cpu_time_total / 1e6)
-    return {key: statistics.median(times) * len(times) / repeats for key, times in samples.items()}
+                seconds[part, name] += event.self_cpu_time_total / 1e6
+        steps.append(seconds)
+    keys = {key for seconds in steps for key in seconds}
+    return {key: statistics.median(seconds[key] for seconds in steps) for key in keys}
 
 
 def nearest_part(event: Any) -> str | None:
@@ -252,17 +277,13 @@ def nearest_part(event: Any) -> str | None:
 
 
 def table(
-    parts: dict[str, float], least: dict[str, Work], ceilings: Ceilings, itemsize: int
+    parts: dict[str, float], least: dict[str, Work], ceilings: Ceilings
 ) -> list[dict[str, Any]]:
-    """A row per part, the longest first: seconds, work, rates, and the share of the roofline.
-
-    Args:
-        itemsize: bytes of a weight.
-    """
+    """A row per part, the longest first: seconds, work, rates, and the share of the roofline."""
     whole = sum(parts.values())
     rows = []
     for name, seconds in sorted(parts.items(), key=lambda item: -item[1]):
-        moved, flops = least[name]
+        moved, flops, itemsize = least[name]
         to_move = moved / (ceilings.gb_per_s * 1e9)
         to_compute = flops / (ceilings.tflops(itemsize) * 1e12)
         rows.append(
@@ -302,7 +323,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
     parser.add_argument("--quantize", choices=METHODS, help="8-bit weights, on a CPU")
-    parser.add_argument("--prefill", action="store_true", help="of the whole context, not a step")
+    parser.add_argument(
+        "--prefill", action="store_true", help="profile reading prompts of that context"
+    )
     parser.add_argument("--batch", type=positive, default=1, help="rows at once")
     parser.add_argument("--context", type=positive, default=1024, help="tokens per row")
     parser.add_argument("--repeats", type=several, default=30, help="steps that are measured")
@@ -312,14 +335,16 @@ def main(arguments: list[str] | None = None) -> int:
 
     device, dtype = as_device(options.device), as_dtype(options.dtype)
     where = place(device)
-    kind = "".join(f"_{name}" for name in (options.quantize, "prefill" * options.prefill) if name)
+    kind = "_int8" * (options.quantize is not None) + "_prefill" * options.prefill
     output = result_path(options.output, f"step_profile_{options.shape}_{where}{kind}.json")
     if options.one_thread:
         if device.type != "cpu":
             parser.error("--one-thread is for a CPU: add --device cpu")
         torch.set_num_threads(1)
     if options.quantize is not None and device.type != "cpu":
-        parser.error("--quantize is for a CPU, since a GPU decodes 8-bit weights by other kernels")
+        parser.error(
+            "--quantize is for a CPU, since on a GPU `generate` runs 8-bit weights by other kernels"
+        )
     clock = Clock(device)
     config = GPTConfig.official(options.shape)
     require_context(config, options.context)
@@ -335,10 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     cache = KVCache(config, options.batch, options.context, dtype=dtype, device=device)
     cache.kv.normal_()
     read_clock = time.process_time if options.one_thread else time.perf_counter
-    if options.prefill:
-        whole_step = prefill_step(model, cache)
-    else:
-        whole_step = decode_step(inline(model), cache, device)
+    whole_step = make_step(model, cache, options.prefill)
 
     def undivided() -> float:
         # Behind one more, since what took its turn before this has emptied the caches.
@@ -360,17 +382,24 @@ def main(arguments: list[str] | None = None) -> int:
     operators: dict[tuple[str, str], float] = {}
     if not clock.has_gpu:
         timer = PartTimer(read_clock)
-        step = parts_of(model, cache, options.prefill, timer.part)
-        times |= timed_parts(step, timer, options.repeats)
+        with step_of_parts(model, cache, options.prefill, timer.part) as step:
+            times |= timed_parts(step, timer, options.repeats)
     if not options.one_thread:  # the profiler has no processor time
-        step = parts_of(model, cache, options.prefill, profiler_part)
-        profiled(step, clock, 2)  # a warm-up
-        operators = profiled(step, clock, options.repeats)
+        with step_of_parts(model, cache, options.prefill, profiler_part) as step:
+            profiled(step, clock, 2)  # a warm-up
+            operators = profiled(step, clock, options.repeats)
     if clock.has_gpu:
         for (part, _), spent in operators.items():
             times[part] += spent
-    least_work = work(config, options.batch, options.context, dtype, itemsize, options.prefill)
-    parts = table(times, least_work, ceilings, itemsize)
+    least_work = work(
+        config,
+        options.batch,
+        options.context,
+        dtype,
+        itemsize=itemsize,
+        is_prefill=options.prefill,
+    )
+    parts = table(times, least_work, ceilings)
     whole = sum(times.values())
     longest = sorted(operators.items(), key=lambda item: -item[1])[:15]
     without = statistics.median(seconds["step"])

@@ -11,7 +11,7 @@ program calls it, counted in tokens per second of all rows together:
 Two ceilings give these rates a scale. A decode step has to read the weights and the cache: GB/s,
 and as a share of what this machine reads, MBU (model bandwidth utilisation). A prefill has to
 multiply: TFLOP/s, and as a share of what a matrix product does here, MFU (model FLOPs utilisation);
-with 8-bit weights on a CPU, of what a product of 8-bit integers does. All of it is measured in turn
+with 8-bit weights on a CPU, of what a layer of 8-bit weights does. All of it is measured in turn
 with the tests, so that a busy machine lowers everything alike.
 """
 
@@ -240,7 +240,8 @@ def benchmark(
                         (peer.name, r): peer.generate(ids, r.new) for r, ids in prompts.items()
                     }
             say("warming up the measurement of the ceilings")
-            limits = probes(gpt.device, gpt.dtype, is_quantized(gpt))
+            in_8_bits = any(contender.itemsize == 1 for contender in contenders)
+            limits = probes(gpt.device, gpt.dtype, in_8_bits)
             for probe in limits.values():
                 probe.run()
         actions: dict[Any, Callable[[], object]] = {
@@ -410,11 +411,12 @@ def _require_room(
         )
 
 
-def probes(device: torch.device, dtype: torch.dtype, quantized: bool = False) -> dict[str, Probe]:
+def probes(device: torch.device, dtype: torch.dtype, in_8_bits: bool = False) -> dict[str, Probe]:
     """What measures each field of `Ceilings`, by its name and in its unit.
 
     Args:
-        quantized: whether the model's weights are 8-bit integers; on a CPU its products are too.
+        in_8_bits: whether something has 8-bit weights. Where their layers can be packed, which
+            makes products of 8-bit integers of them, these are measured too.
     """
     memory = torch.rand(PROBE_BYTES // 4, device=device)
     half = len(memory) // 2
@@ -429,23 +431,23 @@ def probes(device: torch.device, dtype: torch.dtype, quantized: bool = False) ->
 
         return run
 
-    def product(kind: Callable[[nn.Linear], nn.Module] = lambda linear: linear) -> Probe:
-        linear = nn.Linear(size, size, bias=False, device=device, dtype=dtype)
-        layer = nn.Sequential(kind(linear)).requires_grad_(False)
+    def product(layer: nn.Module) -> Probe:
+        module = nn.Sequential(layer).requires_grad_(False)
         # Packed where a model's layers would be, which is where that makes them faster.
-        if can_pack(layer):
-            pack(layer)
-        return Probe(finished(lambda: layer(rows)), 2 * size**3 / 1e12)
+        if can_pack(module):
+            pack(module)
+        return Probe(finished(lambda: module(rows)), 2 * size**3 / 1e12)
 
+    linear = nn.Linear(size, size, bias=False, device=device, dtype=dtype)
     limits = {
         "read_gb_per_s": Probe(finished(lambda: memory.sum()), PROBE_BYTES / 1e9),
         "copy_gb_per_s": Probe(
             finished(lambda: memory[:half].copy_(memory[half:])), PROBE_BYTES / 1e9
         ),
-        "matmul_tflops": product(),
+        "matmul_tflops": product(linear),
     }
-    if quantized and device.type == "cpu":
-        limits["int8_matmul_tflops"] = product(Int8Linear)
+    if in_8_bits and can_pack(int8 := Int8Linear(linear)):
+        limits["int8_matmul_tflops"] = product(int8)
     return limits
 
 

@@ -16,7 +16,8 @@ class Ceilings:
     read and wrote, and operations per second of a matrix product.
 
     Attributes:
-        int8_matmul_tflops: the rate of 8-bit products, where the model computes them.
+        int8_matmul_tflops: the same of a layer of 8-bit weights, with the rounding of its rows;
+            None where no product of 8-bit integers is made.
     """
 
     read_gb_per_s: float

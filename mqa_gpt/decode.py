@@ -33,10 +33,10 @@ from mqa_gpt.sampling import (
 # enough that the activations of a long prompt (F times this many numbers per row) stay small.
 PREFILL_CHUNK = 2048
 
-# On a CPU the MLP's activations of a pass are at most so many bytes, which its caches hold, and for
-# which memory is not asked of the system anew each time. But fewer positions per row than these
-# slow attention down.
-CPU_PREFILL_BYTES, CPU_PREFILL_CHUNK = 6 << 20, 32
+# On a CPU fewer: as many as make an activation of the MLP, (B, T, F), so large, which its caches
+# hold, and for which memory is not asked of the system anew each time. But no fewer than the least,
+# which attention is still fast with.
+CPU_PREFILL_BYTES, CPU_PREFILL_LEAST = 6 << 20, 32
 
 Report = tuple[float | None, tuple[tuple[int, float], ...]]  # logprob and top of a `Token`
 
@@ -75,7 +75,7 @@ def prefill(
         chunk = PREFILL_CHUNK
         if model.device.type == "cpu":
             position = len(prompts) * model.config.inner_size * model.dtype.itemsize  # bytes
-            chunk = max(CPU_PREFILL_BYTES // position, CPU_PREFILL_CHUNK)
+            chunk = max(CPU_PREFILL_BYTES // position, CPU_PREFILL_LEAST)
     lengths = [len(prompt) for prompt in prompts]
     width = max(lengths)
     if min(lengths) < width:
@@ -83,13 +83,17 @@ def prefill(
     ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
     ids = ids.to(model.device)  # (B, width)
     last = torch.tensor(lengths, device=model.device) - 1  # (B,)
-    logits = torch.empty(())
+    logits = torch.zeros(())  # then (B, V)
     for begin in range(0, width, chunk):
         piece = ids[:, begin : begin + chunk]  # (B, T)
-        at = last - begin  # (B,): index of each row's last token, if it lies in this piece
-        inside = (at >= 0) & (at < piece.shape[1])  # (B,)
-        new = model(piece, cache=cache, logits_at=at.clamp(0, piece.shape[1] - 1))  # (B, V)
-        logits = new if begin == 0 else torch.where(inside[:, None], new, logits)
+        end = begin + piece.shape[1]
+        if not any(begin < length <= end for length in lengths):  # no row's last token
+            model(piece, cache=cache, logits_at=last[:0])
+            continue
+        at = (last - begin).clamp(0, end - begin - 1)  # (B,)
+        new = model(piece, cache=cache, logits_at=at)  # (B, V)
+        is_inside = (begin <= last) & (last < end)  # (B,)
+        logits = torch.where(is_inside[:, None], new, logits)
     cache.set_lengths(lengths)
     return logits
 

@@ -48,8 +48,8 @@ def generate(
         eos_token_id: the token or tokens that end a row; None never stops early.
         draft: what guesses ahead so that the same tokens take fewer steps (`mqa_gpt.speculation`).
         prefill_chunk: positions per row and forward pass while the prompts are read; None for what
-            is fast on the model's device. Lower it where the activations of a large batch of long
-            prompts do not fit into memory.
+            is fast on the model's device. A small number helps where the activations of a large
+            batch of long prompts do not fit into memory.
 
     Returns:
         The new tokens of each row, the end token included where there is one; prompt i's sample j

@@ -191,10 +191,10 @@ class GPT(nn.Module):
                 positions per row afterwards; without one they start at position 0.
             cache: what came before, or None.
             logits_at: (B,) int64 indices into T. The vocabulary projection is the widest product
-                of the model; this computes it only where it is read.
+                of the model; this computes it only where it is read. Empty, (0,): nowhere.
 
         Returns:
-            (B, T, V), or (B, V) with `logits_at`, in the model's dtype.
+            (B, T, V), or (B, V) or (0, V) with `logits_at`, in the model's dtype.
 
         Raises:
             ValueError: the tokens do not fit into the cache.
@@ -202,8 +202,8 @@ class GPT(nn.Module):
         """
         x = self.transformer(ids, cache)  # (B, T, C)
         if logits_at is not None:
-            x = x[torch.arange(len(x), device=x.device), logits_at]  # (B, C)
-        return self.lm_head(x)  # (B, T, V) or (B, V)
+            x = x[torch.arange(len(logits_at), device=x.device), logits_at]  # (B, C) or (0, C)
+        return self.lm_head(x)  # (B, T, V), (B, V) or (0, V)
 
     @classmethod
     def from_pretrained(

@@ -16,7 +16,7 @@ import step_profile
 import torch
 from torch import nn
 
-from mqa_gpt import GPT, KVCache, bench, config
+from mqa_gpt import GPT, KVCache, bench, config, inlining
 from mqa_gpt.bench import decode_bytes, prefill_flops, random_model, weight_bytes
 from mqa_gpt.bench_report import Ceilings
 from mqa_gpt.packing import can_pack
@@ -140,13 +140,24 @@ def test_a_case_that_does_not_fit_is_left_out_with_the_reason(tiny_shape, monkey
 @pytest.mark.parametrize("multi_query", [True, False])
 def test_the_work_of_the_parts_is_that_of_a_decode_step(multi_query, itemsize):
     config, batch, context = tiny_config(multi_query=multi_query), 3, 20
-    parts = step_profile.work(config, batch, context, torch.float32, itemsize, False)
+    parts = step_profile.work(
+        config, batch, context, torch.float32, itemsize=itemsize, is_prefill=False
+    )
     whole = sum(part.bytes for part in parts.values())
     least = decode_bytes(config, batch, range(context, context + 1), itemsize, torch.float32)
-    assert 0 < whole - least < 0.3 * weight_bytes(config, 4)  # activations are the rest
-    empty = step_profile.work(config, 0, context, torch.float32, itemsize, False)
-    norms = (4 * config.n_layer + 2) * config.n_embd
+    C, L = config.n_embd, config.n_layer
     kv = 2 * config.n_kv_head * config.head_dim
+    # Numbers of a row and layer: in and out of the four linear layers, of attention (q and its
+    # output), GELU, two norms, two sums, and the new slot of the cache (counted twice, as it comes
+    # from c_attn); then those of the embeddings and the head.
+    layer = (2 * C + kv) + 2 * C + 2 * (C + 136) + 2 * C + 2 * 136 + 4 * C + 6 * C + 2 * kv
+    ends = (4 + 3 + 2 + 1) * C + 2 * 97
+    scale_of_biases_and_norms = whole - least - batch * 4 * (L * layer + ends)
+    assert abs(scale_of_biases_and_norms) <= 4 * (L * (7 * C + kv + 136) + 2 * C)
+    empty = step_profile.work(
+        config, 0, context, torch.float32, itemsize=itemsize, is_prefill=False
+    )
+    norms = (4 * config.n_layer + 2) * config.n_embd
     biases = config.n_layer * (3 * config.n_embd + kv + config.inner_size)
     expected = weight_bytes(config, itemsize) - itemsize * (norms + biases) + 4 * biases
     assert sum(part.bytes for part in empty.values()) == expected
@@ -159,7 +170,7 @@ def test_the_work_of_the_parts_is_that_of_a_decode_step(multi_query, itemsize):
 @pytest.mark.parametrize("multi_query", [True, False])
 def test_the_work_of_the_parts_is_that_of_a_prefill(multi_query):
     config, batch, context = tiny_config(multi_query=multi_query), 3, 20
-    parts = step_profile.work(config, batch, context, torch.float32, 4, True)
+    parts = step_profile.work(config, batch, context, torch.float32, itemsize=4, is_prefill=True)
     assert sum(part.flops for part in parts.values()) == prefill_flops(config, batch, context)
     assert parts["mlp.c_fc"].bytes == 2 * 4 * (61 * 136 + 3 * 20 * (60 + 136))
     assert parts["lm_head"].bytes == 4 * (60 * 97 + 3 * (60 + 97))
@@ -179,10 +190,22 @@ def test_a_part_takes_its_time_less_that_of_the_parts_inside():
 def test_a_part_is_limited_by_what_takes_longer():
     ceilings = Ceilings(read_gb_per_s=2, copy_gb_per_s=1, matmul_tflops=0.001)
     work = {"a": step_profile.Work(2_000_000_000, 5), "b": step_profile.Work(8, 3_000_000_000)}
-    a, b = step_profile.table({"b": 6.0, "a": 2.0}, work, ceilings, 4)[::-1]
+    a, b = step_profile.table({"b": 6.0, "a": 2.0}, work, ceilings)[::-1]
     assert (a["least_seconds"], a["limited_by"], a["of_roofline"]) == (1, "memory", 0.5)
     assert (b["least_seconds"], b["limited_by"], b["of_roofline"]) == (3, "arithmetic", 0.5)
     assert (a["share"], b["share"]) == (0.25, 0.75)
+
+
+def test_only_products_with_8_bit_weights_are_measured_by_the_rate_of_8_bit_products():
+    ceilings = Ceilings(2, 1, matmul_tflops=0.001, int8_matmul_tflops=0.004)
+    config = tiny_config()
+    work = step_profile.work(config, 1, 20, torch.float32, itemsize=1, is_prefill=False)
+    assert {name for name, part in work.items() if part.itemsize == 1} == {
+        *("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "lm_head")
+    }
+    work = {"a": step_profile.Work(0, 4_000_000_000, 1), "b": step_profile.Work(0, 1_000_000_000)}
+    rows = step_profile.table({"a": 1.0, "b": 1.0}, work, ceilings)
+    assert [row["least_seconds"] for row in rows] == [1, 1]
 
 
 @pytest.mark.parametrize("prefill", [False, True])
@@ -196,42 +219,81 @@ def test_every_part_of_the_model_is_measured_and_the_logits_stay_the_same(measur
     cache = KVCache(config, 2, 20, dtype=torch.float32)
     if measure == "timer":
         timer = step_profile.PartTimer(lambda: 0.0)
-        step = step_profile.parts_of(model, cache, prefill, timer.part)
-        names = step_profile.timed_parts(step, timer, 2).keys()
+        with step_profile.step_of_parts(model, cache, prefill, timer.part) as step:
+            names = step_profile.timed_parts(step, timer, 2).keys()
     else:
-        step = step_profile.parts_of(model, cache, prefill, step_profile.profiler_part)
         clock = step_profile.Clock(torch.device("cpu"))
-        found = step_profile.profiled(step, clock, 2)
+        with step_profile.step_of_parts(model, cache, prefill, step_profile.profiler_part) as step:
+            found = step_profile.profiled(step, clock, 2)
         names = {part for part, _ in found}
         assert {name for part, name in found if part == "mlp.c_fc"} >= {"aten::addmm", "Python"}
         assert all(seconds >= 0 for seconds in found.values())
-    assert names == step_profile.work(config, 2, 20, torch.float32, 4, prefill).keys()
+    assert (
+        names
+        == step_profile.work(config, 2, 20, torch.float32, itemsize=4, is_prefill=prefill).keys()
+    )
+    assert inlining.is_plain(model)  # nothing is left of the names
+    assert "append" not in vars(cache)
     with torch.inference_mode():
         assert torch.equal(model(ids), before)
 
 
-def test_a_decode_step_is_that_of_the_plain_loop_and_a_prefill_reads_the_whole_context():
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_decode_step_is_that_of_the_plain_loop_and_a_prefill_reads_the_whole_context(
+    in_parts, monkeypatch
+):
     model = random_model(tiny_config(), torch.float32, torch.device("cpu"))
     cache = KVCache(model.config, 2, 20, dtype=torch.float32)
     calls = []  # of the model itself, by numbers of tokens
-    model.register_forward_pre_hook(lambda module, args: calls.append(tuple(args[0].shape)))
-    seen = []  # positions that attention starts at, and keys
-    attend = model.transformer.h[0].attn.attend
-    model.transformer.h[0].attn.attend = lambda q, k, v, start, *rest: (
-        seen.append((start, k.shape[1])) or attend(q, k, v, start, *rest)
+    call = GPT.__call__
+    monkeypatch.setattr(
+        GPT,
+        "__call__",
+        lambda self, ids, **rest: calls.append(ids.shape) or call(self, ids, **rest),
     )
-    step = step_profile.parts_of(model, cache, False, step_profile.profiler_part)
-    step()
-    step()
-    assert (calls, seen) == ([], [(19, 20)] * 2)
-    step = step_profile.parts_of(model, cache, True, step_profile.profiler_part)
-    step()
-    step()
-    assert (calls, seen[2:]) == ([(2, 20)] * 2, [(0, 20)] * 2)
+    seen = []  # numbers of keys in the first layer
+    append = cache.append
+    cache.append = lambda layer, kv: seen.append(cache.end + kv.shape[1]) or append(layer, kv)
+
+    def run(is_prefill: bool) -> None:
+        if in_parts:
+            part = step_profile.profiler_part
+            with step_profile.step_of_parts(model, cache, is_prefill, part) as step:
+                step()
+        else:
+            step_profile.make_step(model, cache, is_prefill)()
+
+    for _ in range(2):
+        run(False)
+    assert (calls, seen) == ([], [20] * 2 * 2)
+    for _ in range(2):
+        run(True)
+    assert (calls, seen) == ([(2, 20)] * 2, [20] * 4 * 2)
+
+
+def test_what_runs_several_times_in_a_step_is_added_up():
+    x = torch.rand(500, 500)
+
+    def step() -> None:
+        with step_profile.profiler_part("a"):
+            for rows in (x, x[:1], x[:1]):
+                rows @ x
+
+    found = step_profile.profiled(step, step_profile.Clock(torch.device("cpu")), 3)
+    times = bench.take_turns({"step": step}, 9, "")["step"]
+    # The median of the three products is that of one row.
+    assert found["a", "aten::mm"] > 0.2 * min(times)
 
 
 @pytest.mark.parametrize(
-    "changes", [[], ["--one-thread"], ["--quantize", "int8"], ["--prefill", "--quantize", "int8"]]
+    "changes",
+    [
+        [],
+        ["--one-thread"],
+        ["--quantize", "int8"],
+        ["--prefill"],
+        ["--one-thread", "--prefill", "--quantize", "int8"],
+    ],
 )
 def test_a_profile_is_written_as_json_and_drawn(tiny_shape, tmp_path: Path, changes, capsys):
     output = tmp_path / "result.json"

@@ -116,7 +116,7 @@ def test_on_a_cpu_prompts_are_read_by_pieces_that_its_caches_hold(
     model, monkeypatch, lengths, width
 ):
     monkeypatch.setattr(decode, "CPU_PREFILL_BYTES", 8 * CONFIG.inner_size * 4)
-    monkeypatch.setattr(decode, "CPU_PREFILL_CHUNK", 3)
+    monkeypatch.setattr(decode, "CPU_PREFILL_LEAST", 3)
     prompts = random_prompts(CONFIG, lengths)
     expected = generate(model, prompts, 12, prefill_chunk=20)
     widths = []
@@ -124,6 +124,14 @@ def test_on_a_cpu_prompts_are_read_by_pieces_that_its_caches_hold(
     assert generate(model, prompts, 12) == expected
     hook.remove()
     assert widths[: 20 // width] == [width] * (20 // width)
+
+
+def test_the_head_is_computed_only_for_the_pieces_that_a_prompt_ends_in(model):
+    sizes = []
+    hook = model.lm_head.register_forward_hook(lambda *call: sizes.append(len(call[-1])))
+    generate(model, random_prompts(CONFIG, [20, 7, 6]), 1, prefill_chunk=3)
+    hook.remove()
+    assert sizes == [0, 3, 3, 0, 0, 0, 3]
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])

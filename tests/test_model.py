@@ -193,6 +193,18 @@ def test_logits_at_gives_the_rows_of_the_full_logits() -> None:
     assert relative_error(some, full[torch.arange(3), at]) < 1e-6
 
 
+def test_an_empty_logits_at_gives_no_logits_and_fills_the_cache() -> None:
+    config = tiny_config()
+    model, ids = our_model(reference_model(config), config), random_ids(config, 2, 7)
+    caches = [KVCache(config, 2, 9) for _ in range(2)]
+    with torch.inference_mode():
+        model(ids, cache=caches[0])
+        logits = model(ids, cache=caches[1], logits_at=torch.tensor([], dtype=torch.int64))
+    assert logits.shape == (0, config.vocab_size)
+    assert caches[1].end == 7
+    assert torch.equal(caches[1].kv, caches[0].kv)
+
+
 def test_a_tokens_logits_do_not_depend_on_later_tokens_or_other_rows() -> None:
     config = tiny_config()
     model, ids = random_model(config), random_ids(config, 2, 8)
