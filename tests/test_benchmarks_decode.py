@@ -323,18 +323,31 @@ def test_the_answers_in_the_readme_are_those_of_the_results():
     away = [q / ratio["median"] - 1 for ratio in ratios.values() for q in ratio["quartiles"]]
     assert max(map(abs, away)) < 0.02
 
-    found = json.loads((folder / "results/step_profile_tiny_starcoder_py_cpu.json").read_text())
-    parts = {part["part"]: part for part in found["figures"]["parts"]}
-    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "lm_head")
-    linear = [parts.pop(name) for name in names]
-    attention = parts.pop("attention")["share"]
-    assert f"**Answer:** {sum(part['share'] for part in linear):.0%} of the step is" in text
-    reached = [part["of_roofline"] for part in linear]
-    assert f"at {min(reached):.0%} to {max(reached):.0%} of the bandwidth" in text
-    assert f"attention takes {attention:.0%}" in text
-    assert f"calls them, {sum(part['share'] for part in parts.values()):.0%}." in text
-    step = found["figures"]["step_seconds"]
-    assert f"takes {step['undivided'] / step['least']:.2f} times the least possible" in text
+
+def test_the_table_of_profiles_in_the_readme_is_that_of_the_results():
+    folder = Path(step_profile.__file__).parent
+    columns = []
+    for kind in ("", "_int8", "_prefill", "_int8_prefill"):
+        path = folder / f"results/step_profile_tiny_starcoder_py_cpu{kind}.json"
+        figures = json.loads(path.read_text())["figures"]
+        step = figures["step_seconds"]
+        parts = {part["part"]: part for part in figures["parts"]}
+        names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "lm_head")
+        linear = [parts.pop(name) for name in names]
+        least = sum(part["least_seconds"] for part in linear)
+        column = [
+            f"{1000 * step['undivided']:,.1f}",
+            f"{step['undivided'] / step['least']:.2f}",
+            f"{sum(part['share'] for part in linear):.0%}",
+            f"{least / sum(part['seconds'] for part in linear):.0%}",
+            f"{parts.pop('attention')['share']:.0%}",
+            f"{parts.pop('GELU')['share']:.0%}",
+            f"{sum(part['share'] for part in parts.values()):.0%}",
+        ]
+        columns.append(column)
+    text = (folder / "README.md").read_text()
+    rows = [list(row) for row in zip(*columns, strict=True)]
+    assert cells_below(text, "| tiny_starcoder_py | a step, float32 |", 1) == rows
 
 
 def test_the_tables_of_the_readme_are_those_of_the_results():
