@@ -33,9 +33,9 @@ from mqa_gpt.sampling import (
 # enough that the activations of a long prompt (F times this many numbers per row) stay small.
 PREFILL_CHUNK = 2048
 
-# On a CPU fewer: as many as make an activation of the MLP, (B, T, F), so large, which its caches
-# hold, and for which memory is not asked of the system anew each time. But no fewer than the least,
-# which attention is still fast with.
+# On a CPU fewer: so many that an activation of the MLP, (B, T, F), takes these bytes, since its
+# caches hold that, and memory for it is not asked of the system anew in every layer. But at least
+# so many, since attention is slow with fewer.
 CPU_PREFILL_BYTES, CPU_PREFILL_LEAST = 6 << 20, 32
 
 Report = tuple[float | None, tuple[tuple[int, float], ...]]  # logprob and top of a `Token`
@@ -83,7 +83,7 @@ def prefill(
     ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
     ids = ids.to(model.device)  # (B, width)
     last = torch.tensor(lengths, device=model.device) - 1  # (B,)
-    logits = torch.zeros(())  # then (B, V)
+    logits = torch.zeros((), device=model.device)  # then (B, V)
     for begin in range(0, width, chunk):
         piece = ids[:, begin : begin + chunk]  # (B, T)
         end = begin + piece.shape[1]
@@ -92,8 +92,8 @@ def prefill(
             continue
         at = (last - begin).clamp(0, end - begin - 1)  # (B,)
         new = model(piece, cache=cache, logits_at=at)  # (B, V)
-        is_inside = (begin <= last) & (last < end)  # (B,)
-        logits = torch.where(is_inside[:, None], new, logits)
+        # Rows that end in a later piece are written again there.
+        logits = torch.where((last >= begin)[:, None], new, logits)
     cache.set_lengths(lengths)
     return logits
 
