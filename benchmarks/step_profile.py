@@ -54,14 +54,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from mqa_gpt import GPT, GPTConfig, KVCache
 from mqa_gpt.bench import (
     Request,
-    probes,
     random_model,
     random_prompts,
-    reached,
     take_turns,
     weight_bytes,
 )
-from mqa_gpt.bench_report import Ceilings
+from mqa_gpt.ceilings import Ceilings, probes, reached
 from mqa_gpt.checkpoint import DTYPES, as_device, as_dtype
 from mqa_gpt.decode import prefill
 from mqa_gpt.inlining import Forward, inline, without_modules

@@ -30,11 +30,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mqa_gpt.attention import acting_backend, select_attention
-from mqa_gpt.bench_report import Ceilings, Report, Result
+from mqa_gpt.bench_report import Report, Result
+from mqa_gpt.ceilings import PROBE_BYTES, Ceilings, probes, reached
 from mqa_gpt.checkpoint import (
     DEMO_DIR,
     as_device,
@@ -53,11 +53,8 @@ from mqa_gpt.model import GPT
 from mqa_gpt.packing import can_pack, pack, packing_bytes
 from mqa_gpt.peers import OURS, PEERS, Contender, ours, require_peers
 from mqa_gpt.progress import status
-from mqa_gpt.quantization import Int8Linear, check_method, is_quantized
+from mqa_gpt.quantization import check_method, is_quantized
 from mqa_gpt.quantization import quantize as quantize_model
-
-PROBE_BYTES = 1 << 30  # more than the caches of a processor hold
-CPU_PROBE_SIZE, GPU_PROBE_SIZE = 2048, 8192  # rows and columns of the matrices multiplied
 
 Key = TypeVar("Key", bound=Hashable)
 Clock = Callable[[], float]
@@ -89,13 +86,6 @@ class Test(NamedTuple):
     less: Request | None = None
     decode: range = range(0)
     is_prefill: bool = False
-
-
-class Probe(NamedTuple):
-    """An action that shows what the machine can do: `amount` of some unit in each run."""
-
-    run: Callable[[], object]
-    amount: float
 
 
 # ----------------------------------------------------------------------------- what has to be done
@@ -409,53 +399,6 @@ def _require_room(
             f"the KV cache, but {room / 1e9:,.2f} GB are available on {device}: take a smaller "
             "model, --dtype or batch, or compare with less"
         )
-
-
-def probes(device: torch.device, dtype: torch.dtype, in_8_bits: bool = False) -> dict[str, Probe]:
-    """What measures each field of `Ceilings`, by its name and in its unit.
-
-    Args:
-        in_8_bits: whether something has 8-bit weights. Where their layers can be packed, which
-            makes products of 8-bit integers of them, these are measured too.
-    """
-    memory = torch.rand(PROBE_BYTES // 4, device=device)
-    half = len(memory) // 2
-    size = GPU_PROBE_SIZE if device.type == "cuda" else CPU_PROBE_SIZE
-    rows = torch.rand(size, size, device=device).to(dtype)
-
-    def finished(action: Callable[[], Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            action()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-        return run
-
-    def product(layer: nn.Module) -> Probe:
-        module = nn.Sequential(layer).requires_grad_(False)
-        # Packed where a model's layers would be, which is where that makes them faster.
-        if can_pack(module):
-            pack(module)
-        return Probe(finished(lambda: module(rows)), 2 * size**3 / 1e12)
-
-    linear = nn.Linear(size, size, bias=False, device=device, dtype=dtype)
-    limits = {
-        "read_gb_per_s": Probe(finished(lambda: memory.sum()), PROBE_BYTES / 1e9),
-        "copy_gb_per_s": Probe(
-            finished(lambda: memory[:half].copy_(memory[half:])), PROBE_BYTES / 1e9
-        ),
-        "matmul_tflops": product(linear),
-    }
-    if in_8_bits and can_pack(int8 := Int8Linear(linear)):
-        limits["int8_matmul_tflops"] = product(int8)
-    return limits
-
-
-def reached(limits: Mapping[str, Probe], seconds: Mapping[Any, list[float]]) -> Ceilings:
-    """What the probes did in the median of their times."""
-    return Ceilings(
-        **{name: probe.amount / statistics.median(seconds[name]) for name, probe in limits.items()}
-    )
 
 
 def _result(

@@ -8,33 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mqa_gpt.attention import backend_text
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What this machine did at most, medians: bytes per second that a sum read and that a copy
-    read and wrote, and operations per second of a matrix product.
-
-    Attributes:
-        int8_matmul_tflops: the same of a layer of 8-bit weights, with the rounding of its rows;
-            None where no product of 8-bit integers is made.
-    """
-
-    read_gb_per_s: float
-    copy_gb_per_s: float
-    matmul_tflops: float
-    int8_matmul_tflops: float | None = None
-
-    @property
-    def gb_per_s(self) -> float:
-        """The faster of the two ways to use the memory."""
-        return max(self.read_gb_per_s, self.copy_gb_per_s)
-
-    def tflops(self, itemsize: int) -> float:
-        """The rate of products with weights of so many bytes each."""
-        if itemsize == 1 and self.int8_matmul_tflops is not None:
-            return self.int8_matmul_tflops
-        return self.matmul_tflops
+from mqa_gpt.ceilings import Ceilings
 
 
 @dataclass(frozen=True)

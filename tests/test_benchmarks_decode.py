@@ -16,9 +16,9 @@ import step_profile
 import torch
 from torch import nn
 
-from mqa_gpt import GPT, KVCache, bench, config, inlining
+from mqa_gpt import GPT, KVCache, bench, ceilings, config, inlining
 from mqa_gpt.bench import decode_bytes, prefill_flops, random_model, weight_bytes
-from mqa_gpt.bench_report import Ceilings
+from mqa_gpt.ceilings import Ceilings
 from mqa_gpt.packing import can_pack
 from tests.helpers import random_ids, relative_error, tiny_config
 
@@ -31,8 +31,8 @@ def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An official shape that is measured in no time; the number of threads is put back."""
     threads = torch.get_num_threads()
     monkeypatch.setitem(config.OFFICIAL_SHAPES, "tiny", TINY)
-    monkeypatch.setattr(bench, "PROBE_BYTES", 1 << 20)
-    monkeypatch.setattr(bench, "CPU_PROBE_SIZE", 64)
+    monkeypatch.setattr(ceilings, "PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr(ceilings, "CPU_PROBE_SIZE", 64)
     yield "tiny"
     torch.set_num_threads(threads)
 
@@ -188,23 +188,23 @@ def test_a_part_takes_its_time_less_that_of_the_parts_inside():
 
 
 def test_a_part_is_limited_by_what_takes_longer():
-    ceilings = Ceilings(read_gb_per_s=2, copy_gb_per_s=1, matmul_tflops=0.001)
+    limits = Ceilings(read_gb_per_s=2, copy_gb_per_s=1, matmul_tflops=0.001)
     work = {"a": step_profile.Work(2_000_000_000, 5), "b": step_profile.Work(8, 3_000_000_000)}
-    a, b = step_profile.table({"b": 6.0, "a": 2.0}, work, ceilings)[::-1]
+    a, b = step_profile.table({"b": 6.0, "a": 2.0}, work, limits)[::-1]
     assert (a["least_seconds"], a["limited_by"], a["of_roofline"]) == (1, "memory", 0.5)
     assert (b["least_seconds"], b["limited_by"], b["of_roofline"]) == (3, "arithmetic", 0.5)
     assert (a["share"], b["share"]) == (0.25, 0.75)
 
 
 def test_only_products_with_8_bit_weights_are_measured_by_the_rate_of_8_bit_products():
-    ceilings = Ceilings(2, 1, matmul_tflops=0.001, int8_matmul_tflops=0.004)
+    limits = Ceilings(2, 1, matmul_tflops=0.001, int8_matmul_tflops=0.004)
     config = tiny_config()
     work = step_profile.work(config, 1, 20, torch.float32, itemsize=1, is_prefill=False)
     assert {name for name, part in work.items() if part.itemsize == 1} == {
         *("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "lm_head")
     }
     work = {"a": step_profile.Work(0, 4_000_000_000, 1), "b": step_profile.Work(0, 1_000_000_000)}
-    rows = step_profile.table({"a": 1.0, "b": 1.0}, work, ceilings)
+    rows = step_profile.table({"a": 1.0, "b": 1.0}, work, limits)
     assert [row["least_seconds"] for row in rows] == [1, 1]
 
 
