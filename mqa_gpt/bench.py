@@ -45,7 +45,7 @@ from mqa_gpt.checkpoint import (
 )
 from mqa_gpt.checks import is_int, shown
 from mqa_gpt.config import GPTConfig
-from mqa_gpt.environment import describe, peak_memory
+from mqa_gpt.environment import command_line, describe, peak_memory
 from mqa_gpt.errors import InputError
 from mqa_gpt.hub import resolve
 from mqa_gpt.memory import available_memory, cache_bytes
@@ -263,6 +263,7 @@ def benchmark(
             for test in tests
             for contender in contenders
         ],
+        command=command_line(),
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         environment=describe(),
     )

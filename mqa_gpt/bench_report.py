@@ -55,6 +55,7 @@ class Report:
         cache_bytes_per_token: of K and V.
         peak_memory_bytes: the most this process held until it had loaded the model and run every
             test once, before any peer was loaded; None where the system does not say.
+        command: of the process that measured.
         environment: see `mqa_gpt.environment.describe`.
     """
 
@@ -73,6 +74,7 @@ class Report:
     peak_memory_bytes: int | None
     ceilings: Ceilings
     results: list[Result]
+    command: str
     date: str
     environment: dict[str, Any]
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ PACKAGES = (
     "safetensors",
     "tokenizers",
     "huggingface_hub",
+    "ctranslate2",
 )
 
 # Installs a checkout and the programs it is compared with, in the words of the README.
@@ -77,6 +79,12 @@ def describe() -> dict[str, Any]:
         "gpus": gpus,
         "backends": {name: _backends(name) for name in (["cpu", "cuda"] if gpus else ["cpu"])},
     }
+
+
+def command_line() -> str:
+    """What this process was started as, as a shell would take it: program and arguments."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["mqa-gpt" if program == "__main__.py" else program, *sys.argv[1:]])
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int | None:

@@ -295,13 +295,15 @@ def short(folder: Path) -> list[str]:
 TESTS = ["pp4", "pp6", "tg3", "pp4+tg3", "tg2 @ d4", "pp6+tg3", "tg2 @ d6"]
 
 
-def test_json_holds_everything(short):
+def test_json_holds_everything(short, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["mqa-gpt", "bench", "-p", "4,6"])
     found = json.loads(invoke(*short, "--output", "json"))
     assert found.keys() == Report.__dataclass_fields__.keys()
     assert [result["test"] for result in found["results"]] == TESTS
     assert all(len(result["seconds"]) == 2 for result in found["results"])
     assert found["weights"] == "checkpoint"
     assert found["config"]["n_layer"] == 2
+    assert found["command"] == "mqa-gpt bench -p 4,6"
     assert found["environment"]["versions"]["torch"] == torch.__version__
     assert found["peak_memory_bytes"] > 1e6
 

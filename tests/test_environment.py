@@ -15,7 +15,7 @@ import tokenizers
 import torch
 
 from mqa_gpt import environment
-from mqa_gpt.environment import describe, peak_memory, version
+from mqa_gpt.environment import command_line, describe, peak_memory, version
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -50,6 +50,12 @@ def test_versions_are_those_of_the_imported_packages():
 
 def test_a_package_that_is_not_there_has_no_version():
     assert version("no-such-package-anywhere") is None
+
+
+@pytest.mark.parametrize("program", ["/usr/bin/mqa-gpt", "/usr/lib/mqa_gpt/__main__.py"])
+def test_the_command_line_can_be_given_to_a_shell(program: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", [program, "bench", "--model", "my models/1B"])
+    assert command_line() == "mqa-gpt bench --model 'my models/1B'"
 
 
 @LINUX
