@@ -37,7 +37,6 @@ from mqa_gpt.cache import KVCache, as_cache_dtype
 from mqa_gpt.checkpoint import load_model, read_config
 from mqa_gpt.checks import is_int
 from mqa_gpt.config import GPTConfig
-from mqa_gpt.decode_graph import can_replay
 from mqa_gpt.environment import INSTALL_PEERS, version
 from mqa_gpt.errors import InputError, PromptError
 from mqa_gpt.generation import check_request, generate
@@ -110,7 +109,7 @@ def verify(
         model.cache_dtype = kept_as
         model_dtype, model_device = model.dtype, model.device
         say("computing")
-        new_ids, logits, replayed = _ours(model, rows, max_new_tokens)
+        new_ids, logits, unwatched = _ours(model, rows, max_new_tokens)
         del model
 
         # The last token is only compared; nothing is computed from it.
@@ -163,7 +162,7 @@ def verify(
         tokens_must_be_equal=not approximate and model_dtype in (torch.float32, torch.float64),
         prompts=[
             _compare(tokenizer, *parts)
-            for parts in zip(rows, replayed, greedy, logits, nearest, strict=True)
+            for parts in zip(rows, unwatched, greedy, logits, nearest, strict=True)
         ],
     )
 
@@ -231,11 +230,13 @@ def _ours(
     model: GPT, rows: list[list[int]], max_new_tokens: int
 ) -> tuple[list[list[int]], list[Tensor], list[list[int]]]:
     """Our new tokens, and per row the logits of each position as (positions, V) on the CPU; and the
-    new tokens as users get them, which on a CUDA device are another path's.
+    new tokens as users get them, which are another path's.
 
     Those within the prompt are a plain forward pass's; the others, from the prompt's last position
     on, are what `generate` chose by, with the weights packed as `LLM` packs them. 8-bit weights
-    are packed for both, since that rounds once more.
+    are packed for both, since that rounds once more. A hook, which the logits need, keeps
+    `generate` from what is faster: from calling no modules, replaying recorded steps and the fused
+    kernels.
     """
     if is_quantized(model) and can_pack(model):
         pack(model)
@@ -247,11 +248,10 @@ def _ours(
     # One piece of prefill, so that lm_head runs once per step.
     new_ids = generate(model, rows, max_new_tokens, prefill_chunk=model.config.n_positions)
     hook.remove()
-    # A hook keeps `generate` from replaying recorded steps and from the fused kernels.
-    replayed = generate(model, rows, max_new_tokens) if can_replay(model) else new_ids
+    unwatched = generate(model, rows, max_new_tokens)
     chosen_by = torch.stack([step.view(len(rows), -1) for step in steps], dim=1)  # (B, N, V)
     logits = [torch.cat(parts) for parts in zip(within, chosen_by, strict=True)]
-    return new_ids, logits, replayed
+    return new_ids, logits, unwatched
 
 
 def _within(model: GPT, row: list[int]) -> Tensor:

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 from transformers import GPTBigCodeForCausalLM
 
-from mqa_gpt import GPT, GPTConfig, KVCache
+from mqa_gpt import GPT, GPTConfig, KVCache, generate
+from mqa_gpt.batching import stream_batched
 from mqa_gpt.config import ACTIVATIONS
+from mqa_gpt.decode import Token
+from mqa_gpt.decode_graph import stream_replayed
 from mqa_gpt.packing import can_pack, pack
+from mqa_gpt.speculation import PromptLookup
 from tests.helpers import (
     error,
     left_padded,
@@ -170,6 +174,25 @@ def test_float32_greedy_tokens_of_a_ragged_batch_are_those_of_transformers(
         ids, logits = our_greedy(model, prompts, NEW_TOKENS)
         assert ids.tolist() == expected_ids.tolist()
         assert relative_error(logits, expected) <= TOLERANCE
+        for way, rows in loops(model, prompts).items():
+            assert rows == expected_ids.tolist(), way
+
+
+def loops(model: GPT, prompts: list[list[int]]) -> dict[str, list[list[int]]]:
+    """The new tokens by each loop there is, without the hook that keeps `our_greedy` from some."""
+
+    def rows_of(tokens: Iterator[Token]) -> list[list[int]]:
+        rows: list[list[int]] = [[] for _ in prompts]
+        for token in tokens:
+            rows[token.row].append(token.id)
+        return rows
+
+    return {
+        "without modules": generate(model, prompts, NEW_TOKENS),
+        "with a draft": generate(model, prompts, NEW_TOKENS, draft=PromptLookup()),
+        "by steps that can be recorded": rows_of(stream_replayed(model, prompts, NEW_TOKENS)),
+        "in two places": rows_of(stream_batched(model, prompts, NEW_TOKENS, 2)),
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
