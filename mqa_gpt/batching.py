@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mqa_gpt.cache import KVCache
 from mqa_gpt.decode import (
+    PREFILL_POSITIONS,
     Report,
     Token,
     draw_numbers,
@@ -287,13 +288,13 @@ def _prefilled(
 ) -> Iterator[Tensor]:
     """Give one row after the other a place, and its logits (1, V) to whoever asks for the next.
 
-    Prompts for as many places as are free are read together; those samples of the last one that
-    found none wait with its keys and values. These are freed with the last one that needs them:
-    the places are decoded while this waits to be asked again.
+    Prompts for free places are read together, as many as `read_together` says; those samples of the
+    last one that found no place wait with its keys and values. These are freed with the last one
+    that needs them: the places are decoded while this waits to be asked again.
     """
     n, begun = request.n, 0
     while begun < len(prompts):
-        group = prompts[begun : begun + ceil(places.free / n)]
+        group = read_together(prompts[begun : begun + ceil(places.free / n)])
         cache = KVCache.of(model, len(group), max(map(len, group)))
         logits = prefill(model, cache, group, request.prefill_chunk).float()  # (B, V)
         for i, prompt in enumerate(group):
@@ -306,3 +307,22 @@ def _prefilled(
                 yield first
                 del first
         begun += len(group)
+
+
+def read_together(prompts: list[list[int]]) -> list[list[int]]:
+    """The first prompts, as many as one forward pass reads, padded to the longest; at least one.
+
+    With more at once nothing would be faster, but their cache could be as large as the places, and
+    where lengths differ more would be padding.
+    """
+    longest = 0
+    for i, prompt in enumerate(prompts):
+        longest = max(longest, len(prompt))
+        if i > 0 and (i + 1) * longest > PREFILL_POSITIONS:
+            return prompts[:i]
+    return prompts
+
+
+def slots_beside(prompts: int, longest: int) -> int:
+    """The most slots of the cache beside the places, for so many free ones and such prompts."""
+    return min(prompts * longest, max(longest, PREFILL_POSITIONS))

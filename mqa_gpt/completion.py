@@ -9,7 +9,7 @@ from functools import partial
 from math import ceil
 from typing import Any, TypedDict
 
-from mqa_gpt.batching import stream_batched
+from mqa_gpt.batching import slots_beside, stream_batched
 from mqa_gpt.checks import is_int, shown
 from mqa_gpt.decode import Token
 from mqa_gpt.errors import PromptError
@@ -244,8 +244,7 @@ class Generation:
         # Before any row: a number that cannot fit would take all memory for them already.
         at_once = count if batch_size is None else min(batch_size, count)
         longest = max(map(len, prompts), default=0)
-        # Prompts that begin together are read into a cache of their own.
-        copied = None if batch_size is None else ceil(at_once / n) * longest
+        copied = None if batch_size is None else slots_beside(ceil(at_once / n), longest)
         require_cache_room(model, at_once, longest + max_new_tokens, copied)
         # A control token leaves no text in which its name could be found.
         named = [id_ for text in stops if (id_ := tokenizer.control_id(text)) is not None]

@@ -29,14 +29,16 @@ from mqa_gpt.sampling import (
     uniforms,
 )
 
-# Positions per row in one forward pass of the prefill: enough to keep the arithmetic busy, few
-# enough that the activations of a long prompt (F times this many numbers per row) stay small.
-PREFILL_CHUNK = 2048
+# Positions of all rows together in one forward pass of the prefill: enough to keep the arithmetic
+# busy, few enough that the activations (F times this many numbers) stay small beside the weights.
+PREFILL_POSITIONS = 8192
 
 # On a CPU fewer: so many that an activation of the MLP, (B, T, F), takes these bytes, since its
-# caches hold that, and memory for it is not asked of the system anew in every layer. But at least
-# so many, since attention is slow with fewer.
-CPU_PREFILL_BYTES, CPU_PREFILL_LEAST = 6 << 20, 32
+# caches hold that, and memory for it is not asked of the system anew in every layer.
+CPU_PREFILL_BYTES = 6 << 20
+
+# But at least so many of each row, since attention is slow with fewer.
+PREFILL_LEAST = 32
 
 Report = tuple[float | None, tuple[tuple[int, float], ...]]  # logprob and top of a `Token`
 
@@ -72,10 +74,10 @@ def prefill(
         chunk: positions per row and forward pass; None for what is fast on the model's device.
     """
     if chunk is None:
-        chunk = PREFILL_CHUNK
+        positions = PREFILL_POSITIONS
         if model.device.type == "cpu":
-            position = len(prompts) * model.config.inner_size * model.dtype.itemsize  # bytes
-            chunk = max(CPU_PREFILL_BYTES // position, CPU_PREFILL_LEAST)
+            positions = CPU_PREFILL_BYTES // (model.config.inner_size * model.dtype.itemsize)
+        chunk = max(positions // len(prompts), PREFILL_LEAST)
     lengths = [len(prompt) for prompt in prompts]
     width = max(lengths)
     if min(lengths) < width:

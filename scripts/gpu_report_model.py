@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from mqa_gpt import GPT, GPTConfig, KVCache
 from mqa_gpt.batching import stream_batched
 from mqa_gpt.cuda_graph import Replay
-from mqa_gpt.decode import PREFILL_CHUNK, Token, prefill, stream_plain
+from mqa_gpt.decode import Token, prefill, stream_plain
 from mqa_gpt.decode_graph import Decoder, decode_step, stream_replayed
 from mqa_gpt.fused_step import can_fuse
 from mqa_gpt.memory import available_memory, cache_bytes
@@ -365,7 +365,8 @@ def measure_loops(clock: Clock, model: GPT, size: Size, new_tokens: int) -> Row:
 
 @torch.inference_mode()
 def measure_prefill(clock: Clock, model: GPT, length: int, repeats: int) -> Row:
-    """Seconds to read one prompt into an empty cache, by pieces as `generate` does, and whole."""
+    """Seconds to read one prompt into an empty cache: whole, as `generate` does with one, and by
+    four pieces, as it does with several that are as long."""
     config = model.config
     cache = KVCache(config, 1, length, dtype=model.dtype, device=model.device)
     generator = torch.Generator().manual_seed(0)
@@ -375,9 +376,7 @@ def measure_prefill(clock: Clock, model: GPT, length: int, repeats: int) -> Row:
         cache.set_lengths([0])
         prefill(model, cache, [prompt], chunk)
 
-    actions = {"whole": partial(read, length)}
-    if length > PREFILL_CHUNK:
-        actions["by pieces"] = partial(read, PREFILL_CHUNK)
+    actions = {"whole": partial(read, length), "by pieces": partial(read, ceil(length / 4))}
     times = clock.times(actions, repeats, f"prefill {length}")
     flops = prefill_flops(model, length)
     return {

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mqa_gpt import GPT, KVCache, batching
-from mqa_gpt.batching import stream_batched
+from mqa_gpt.batching import slots_beside, stream_batched
 from mqa_gpt.decode import Token
 from mqa_gpt.decode_graph import Decoder, DecodeState
 from mqa_gpt.generation import stream_tokens
@@ -241,6 +241,28 @@ def test_multi_head_caches_are_shared_out_too() -> None:
     config = tiny_config(multi_query=False)
     model = our_model(reference_model(config), config)
     found = rows_of(stream_batched(model, PROMPTS, NEW_TOKENS, 3, should_stop=ends))
+    assert found == solo_runs(model, Sampling())
+
+
+def test_prompts_are_read_together_as_far_as_one_pass_holds_them(
+    model: GPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "PREFILL_POSITIONS", 40)
+    sizes = []
+
+    def of(model: GPT, rows: int, slots: int) -> KVCache:
+        sizes.append((rows, slots))
+        return make(model, rows, slots)
+
+    make = KVCache.of
+    monkeypatch.setattr(KVCache, "of", of)
+    # Lengths 17, 3, 40, 1, 9, 9, 28, 2, 5, 33, 1, for six places.
+    found = rows_of(stream_batched(model, PROMPTS, NEW_TOKENS, 6, should_stop=ends))
+    places, *beside = sizes
+    assert places == (6, 40 + NEW_TOKENS - 1)
+    assert beside[:4] == [(2, 17), (1, 40), (3, 9), (1, 28)]
+    assert all(rows * slots <= slots_beside(6, 40) == 40 for rows, slots in beside)
+    monkeypatch.undo()
     assert found == solo_runs(model, Sampling())
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mqa_gpt import GPT, PromptError, decode
+from mqa_gpt import GPT, KVCache, PromptError, decode
+from mqa_gpt.decode import prefill
 from mqa_gpt.generation import check_request, generate, stream_tokens
 from mqa_gpt.sampling import Sampling, draw, filter_logits, uniforms
 from tests.helpers import (
@@ -112,11 +113,25 @@ def test_the_prefill_chunk_limits_each_pass_and_does_not_change_the_tokens(model
 
 
 @pytest.mark.parametrize(("lengths", "width"), [([20], 8), ([20, 5], 4), ([20, 7, 1, 8], 3)])
+def test_elsewhere_than_on_a_cpu_all_rows_of_a_pass_share_its_positions(
+    monkeypatch, lengths, width
+):
+    monkeypatch.setattr(decode, "PREFILL_POSITIONS", 8)
+    monkeypatch.setattr(decode, "PREFILL_LEAST", 3)
+    model = GPT(CONFIG).to("meta").eval()
+    widths = []
+    model.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+    cache = KVCache.of(model, len(lengths), 20)
+    prefill(model, cache, random_prompts(CONFIG, lengths))
+    assert widths[: 20 // width] == [width] * (20 // width)
+
+
+@pytest.mark.parametrize(("lengths", "width"), [([20], 8), ([20, 5], 4), ([20, 7, 1, 8], 3)])
 def test_on_a_cpu_prompts_are_read_by_pieces_that_its_caches_hold(
     model, monkeypatch, lengths, width
 ):
     monkeypatch.setattr(decode, "CPU_PREFILL_BYTES", 8 * CONFIG.inner_size * 4)
-    monkeypatch.setattr(decode, "CPU_PREFILL_LEAST", 3)
+    monkeypatch.setattr(decode, "PREFILL_LEAST", 3)
     prompts = random_prompts(CONFIG, lengths)
     expected = generate(model, prompts, 12, prefill_chunk=20)
     widths = []

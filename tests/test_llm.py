@@ -18,6 +18,7 @@ from mqa_gpt import (
     PromptError,
     PromptLookup,
     Tokenizer,
+    batching,
     memory,
 )
 from mqa_gpt.memory import cache_bytes
@@ -368,6 +369,10 @@ def test_many_prompts_take_the_memory_of_those_under_way(llm, monkeypatch):
         has_slots(rows * room + rows * (room - 5) - 1)
         with pytest.raises(PromptError, match=f"{rows} completions of 20 tokens need"):
             llm.generate_many(prompts, 5, batch_size=rows)
+    # No more of them are read together than one pass holds.
+    monkeypatch.setattr(batching, "PREFILL_POSITIONS", 2 * (room - 5))
+    has_slots(4 * room + 2 * (room - 5))
+    assert len(list(llm.generate_many(prompts, 5, batch_size=4))) == 9
     # However many samples: those that wait take nothing, and those of a prompt share one reading.
     has_slots(4 * room + room - 5)
     next(llm.begin_many(prompts, 5, batch_size=4, n=100_000, temperature=1.0).__iter__())
