@@ -23,7 +23,7 @@ from mqa_gpt.decode import (
     Report,
     Token,
     draw_numbers,
-    prefill,
+    prefill_longest_first,
     report_rows,
     reports_of,
     require_finite,
@@ -296,12 +296,13 @@ def _prefilled(
     while begun < len(prompts):
         group = read_together(prompts[begun : begun + ceil(places.free / n)])
         cache = KVCache.of(model, len(group), max(map(len, group)))
-        logits = prefill(model, cache, group, request.prefill_chunk).float()  # (B, V)
+        chunk = request.prefill_chunk
+        logits, row_of = prefill_longest_first(model, cache, group, chunk)  # (B, V)
         for i, prompt in enumerate(group):
             for index in range((begun + i) * n, (begun + i + 1) * n):
                 row = _Row(names[begun + i], index, len(prompt), request.draws(index, model.device))
-                places.add(row, prompt, cache, i)
-                first = logits[i : i + 1]
+                places.add(row, prompt, cache, row_of[i])
+                first = logits[row_of[i]][None]
                 if index + 1 == (begun + len(group)) * n:
                     del cache, logits
                 yield first

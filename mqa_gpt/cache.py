@@ -203,11 +203,14 @@ class KVCache:
     def view(self, lengths: Sequence[int]) -> KVCache:
         """The first rows as a cache of their own, on the same memory, holding these many tokens.
 
-        What is fed to the view is written here; the counts are the view's own.
+        What is fed to the view is written here, up to the same limits; the counts are the view's
+        own.
         """
         count = len(lengths)
         scales = None if self.scales is None else self.scales[:, :count]
-        return self._with(self.kv[:, :count], scales, lengths)
+        other = self._with(self.kv[:, :count], scales, lengths)
+        other._limits = None if self._limits is None else self._limits[:count]
+        return other
 
     def select(self, rows: Sequence[int]) -> KVCache:
         """A new cache whose row i is a copy of this one's row `rows[i]`.

@@ -68,7 +68,9 @@ def prefill(
 ) -> Tensor:
     """Read the prompts into an empty cache; the logits (B, V) behind each prompt's last token.
 
-    Rows are padded on the right to the longest; the cache, told their true lengths, hides it.
+    Rows are padded on the right to the longest; the cache, told their true lengths, hides it. They
+    are fed by pieces, without the last rows that have ended: so with the longest prompts first
+    little of what is computed is padding.
 
     Args:
         chunk: positions per row and forward pass; None for what is fast on the model's device.
@@ -85,18 +87,25 @@ def prefill(
     ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts])
     ids = ids.to(model.device)  # (B, width)
     last = torch.tensor(lengths, device=model.device) - 1  # (B,)
-    logits = torch.zeros((), device=model.device)  # then (B, V)
+    logits: Tensor | None = None  # (B, V)
     for begin in range(0, width, chunk):
-        piece = ids[:, begin : begin + chunk]  # (B, T)
+        count = max(row for row, length in enumerate(lengths) if length > begin) + 1  # b
+        piece = ids[:count, begin : begin + chunk]  # (b, T)
         end = begin + piece.shape[1]
-        if not any(begin < length <= end for length in lengths):  # no row's last token
-            model(piece, cache=cache, logits_at=last[:0])
-            continue
-        at = (last - begin).clamp(0, end - begin - 1)  # (B,)
-        new = model(piece, cache=cache, logits_at=at)  # (B, V)
-        # Rows that end in a later piece are written again there.
-        logits = torch.where((last >= begin)[:, None], new, logits)
+        some = cache.view([begin] * count)
+        if any(begin < length <= end for length in lengths):
+            at = (last[:count] - begin).clamp(0, end - begin - 1)  # (b,)
+            new = model(piece, cache=some, logits_at=at)  # (b, V)
+            if logits is not None:
+                # Rows that end in a later piece are replaced again there.
+                new = torch.where((last[:count] >= begin)[:, None], new, logits[:count])
+                new = torch.cat((new, logits[count:]))
+            logits = new  # of all rows the first time, since no row has ended before
+        else:
+            model(piece, cache=some, logits_at=last[:0])
+        cache.advance(end - begin)
     cache.set_lengths(lengths)
+    assert logits is not None
     return logits
 
 
@@ -167,11 +176,24 @@ def prefill_samples(
     """
     slots = min(max(map(len, prompts)) + spare - 1, model.config.n_positions)
     cache = KVCache.of(model, len(prompts), slots)
-    logits = prefill(model, cache, prompts, chunk).float()  # (B, V)
-    if n > 1:
-        cache = cache.select([i // n for i in range(len(prompts) * n)])
-        logits = logits.repeat_interleave(n, 0)  # (B n, V)
+    logits, row_of = prefill_longest_first(model, cache, prompts, chunk)  # (B, V)
+    rows = [row for row in row_of for _ in range(n)]
+    if rows != list(range(len(prompts))):
+        cache, logits = cache.select(rows), logits[rows]  # (B n, V)
     return cache, logits
+
+
+def prefill_longest_first(
+    model: GPT, cache: KVCache, prompts: list[list[int]], chunk: int | None
+) -> tuple[Tensor, list[int]]:
+    """`prefill` in the order that computes the least padding.
+
+    Returns:
+        The logits (B, V) float32 of the cache's rows, and the row of each prompt.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    logits = prefill(model, cache, [prompts[i] for i in order], chunk).float()  # (B, V)
+    return logits, sorted(range(len(prompts)), key=order.__getitem__)
 
 
 def draw_numbers(

@@ -141,12 +141,20 @@ def test_on_a_cpu_prompts_are_read_by_pieces_that_its_caches_hold(
     assert widths[: 20 // width] == [width] * (20 // width)
 
 
+def test_prompts_that_have_ended_are_left_out_of_further_pieces(model):
+    shapes = []
+    hook = model.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
+    generate(model, random_prompts(CONFIG, [5, 20, 7, 8]), 1, prefill_chunk=4)
+    hook.remove()
+    assert shapes == [(4, 4), (4, 4), (1, 4), (1, 4), (1, 4)]
+
+
 def test_the_head_is_computed_only_for_the_pieces_that_a_prompt_ends_in(model):
     sizes = []
     hook = model.lm_head.register_forward_hook(lambda *call: sizes.append(len(call[-1])))
     generate(model, random_prompts(CONFIG, [20, 7, 6]), 1, prefill_chunk=3)
     hook.remove()
-    assert sizes == [0, 3, 3, 0, 0, 0, 3]
+    assert sizes == [0, 3, 2, 0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
