@@ -19,6 +19,7 @@ from torch import nn
 from mqa_gpt import GPT, KVCache, bench, ceilings, config, inlining
 from mqa_gpt.bench import decode_bytes, prefill_flops, random_model, weight_bytes
 from mqa_gpt.ceilings import Ceilings
+from mqa_gpt.decode_graph import Decoder
 from mqa_gpt.packing import can_pack
 from tests.helpers import random_ids, relative_error, tiny_config
 
@@ -73,6 +74,25 @@ def test_a_decode_step_attends_to_the_whole_context_each_time():
     step()
     step()
     assert seen == [(3, 20)] * 4
+
+
+def test_a_step_that_generate_would_replay_is_recorded_before_it_is_timed_and_keeps_its_place(
+    tiny_shape, graphs, monkeypatch
+):
+    monkeypatch.setattr(mqa_vs_mha, "can_replay", lambda model: True)
+    places = set()
+    run = Decoder.run
+
+    def seen(self: Decoder) -> None:
+        places.add((*self.state.cache.lengths.tolist(), self.state.cache.max_length))
+        run(self)
+
+    monkeypatch.setattr(Decoder, "run", seen)
+    models = {name: GPT(c).eval() for name, c in mqa_vs_mha.both_configs(tiny_shape).items()}
+    case = mqa_vs_mha.measure(models, 2, 20, 3, False)
+    assert {len(case["times"][name]["seconds"]) for name in ("MQA", "MHA")} == {3}
+    assert places == {(19, 19, 20)}
+    assert [graph.replays for graph in graphs] == [1 + 1 + 3] * 2  # when recorded, to warm up
 
 
 @pytest.mark.parametrize("one_thread", [True, False])
