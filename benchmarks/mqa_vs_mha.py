@@ -57,9 +57,8 @@ from mqa_gpt.sampling import GREEDY
 NAMES = ("MQA", "MHA")
 
 
-def both_configs(shape: str) -> dict[str, GPTConfig]:
-    """The shape with one key/value head and with H, equally many weights in their matrices."""
-    config = GPTConfig.official(shape)
+def both_configs(config: GPTConfig) -> dict[str, GPTConfig]:
+    """A shape with one key/value head and with H, equally many weights in their matrices."""
     mha = dataclasses.replace(config, multi_query=False)
     # K and V of MHA have 2 C (C - D) weights more; a unit of the MLP has 2 C.
     wider = config.inner_size + config.n_embd - config.head_dim
@@ -204,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         if device.type != "cpu":
             parser.error("--one-thread is for a CPU: add --device cpu")
         torch.set_num_threads(1)
-    configs = both_configs(options.shape)
+    configs = both_configs(GPTConfig.official(options.shape))
     require_context(configs["MQA"], max(options.context))
     require_memory(sum(config.parameters for config in configs.values()) * dtype.itemsize, device)
     models = {name: random_model(config, dtype, device) for name, config in configs.items()}

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from clock import Clock
+from mqa_vs_mha import both_configs
 from torch.profiler import ProfilerActivity, profile
 
 from mqa_gpt import GPT, GPTConfig, KVCache
@@ -66,7 +67,8 @@ class ModelPlan(NamedTuple):
             the fused kernels, and so has a large batch once most rows have ended.
         prefill: prompt lengths, of every model.
         profile: one decode step, of every model.
-        heads: name of a model -> where to compare it with multi-head attention of the same size.
+        heads: name of a model -> where to compare one key/value head with one for each query head,
+            in models of as many weights (see `both_configs`).
     """
 
     configs: dict[str, GPTConfig]
@@ -212,16 +214,13 @@ def heads_cases(clock: Clock, plan: ModelPlan, repeats: int) -> Iterator[tuple[R
     """Decoding with one key/value head, and with one for each query head."""
     models = Models(clock)
     for name, sizes in plan.heads.items():
-        for multi_query in (True, False):
-            changes = {"multi_query": multi_query}
-            config = GPTConfig.from_dict(plan.configs[name].to_dict() | changes)
+        for heads, config in both_configs(plan.configs[name]).items():
             for size in sizes:
 
                 def measure(config: GPTConfig = config, size: Size = size) -> Iterator[Row]:
                     yield measure_steps(clock, models.get(config), size, repeats)
 
-                case = {"heads": "MQA" if multi_query else "MHA", **size._asdict()}
-                yield {"model": name, "case": case}, measure
+                yield {"model": name, "case": {"heads": heads, **size._asdict()}}, measure
 
 
 def compare_tokens(clock: Clock, config: GPTConfig, count: int, sampling: Sampling) -> Row:

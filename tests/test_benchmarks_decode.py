@@ -16,7 +16,7 @@ import step_profile
 import torch
 from torch import nn
 
-from mqa_gpt import GPT, KVCache, bench, ceilings, config, inlining
+from mqa_gpt import GPT, GPTConfig, KVCache, bench, ceilings, config, inlining
 from mqa_gpt.bench import decode_bytes, prefill_flops, random_model, weight_bytes
 from mqa_gpt.ceilings import Ceilings
 from mqa_gpt.decode_graph import Decoder
@@ -38,12 +38,17 @@ def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     torch.set_num_threads(threads)
 
 
+def models_of_both(shape: str) -> dict[str, GPT]:
+    configs = mqa_vs_mha.both_configs(GPTConfig.official(shape))
+    return {name: GPT(config).eval() for name, config in configs.items()}
+
+
 def matrices(model: GPT) -> int:
     return sum(p.numel() for p in model.parameters() if p.ndim == 2)
 
 
 def test_both_models_have_the_same_width_layers_and_number_of_weights(tiny_shape):
-    configs = mqa_vs_mha.both_configs(tiny_shape)
+    configs = mqa_vs_mha.both_configs(GPTConfig.official(tiny_shape))
     models = {name: GPT(config) for name, config in configs.items()}
     assert [configs[name].n_kv_head for name in ("MQA", "MHA")] == [1, 3]
     assert {c.n_embd for c in configs.values()} == {60}
@@ -88,7 +93,7 @@ def test_a_step_that_generate_would_replay_is_recorded_before_it_is_timed_and_ke
         run(self)
 
     monkeypatch.setattr(Decoder, "run", seen)
-    models = {name: GPT(c).eval() for name, c in mqa_vs_mha.both_configs(tiny_shape).items()}
+    models = models_of_both(tiny_shape)
     case = mqa_vs_mha.measure(models, 2, 20, 3, False)
     assert {len(case["times"][name]["seconds"]) for name in ("MQA", "MHA")} == {3}
     assert places == {(19, 19, 20)}
@@ -150,7 +155,7 @@ def test_without_matplotlib_there_are_results_and_no_plot(
 
 def test_a_case_that_does_not_fit_is_left_out_with_the_reason(tiny_shape, monkeypatch):
     monkeypatch.setattr(mqa_vs_mha, "available_memory", lambda device: 1000)
-    models = {name: GPT(c) for name, c in mqa_vs_mha.both_configs(tiny_shape).items()}
+    models = models_of_both(tiny_shape)
     case = mqa_vs_mha.measure(models, 1, 20, 3, False)
     assert "do not fit" in case["left_out"]
     assert "times" not in case

@@ -178,10 +178,13 @@ def test_prefill_and_the_kernels_of_a_step_are_measured(run):
     assert row["kernels_per_step"] > 20
 
 
-def test_multi_query_reads_a_smaller_cache_than_multi_head(run):
+def test_multi_query_reads_a_smaller_cache_than_multi_head_and_as_many_weights(run):
     mqa, mha = rows(run, "model_heads")
     assert (mqa["case"]["heads"], mha["case"]["heads"]) == ("MQA", "MHA")
     assert mha["cache_bytes"] == 3 * mqa["cache_bytes"]  # three heads
+    ours, theirs = (row["bytes_per_step"] - row["cache_bytes"] for row in (mqa, mha))
+    # In each of two layers two key/value heads of 16 have 64 biases, and units of the MLP 32.
+    assert theirs - ours == 2 * (64 - 32) * 2
 
 
 def test_autotune_names_a_winner_of_each_kernel(run):
