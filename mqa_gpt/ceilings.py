@@ -19,6 +19,10 @@ from mqa_gpt.quantization import Int8Linear
 PROBE_BYTES = 1 << 30  # more than the caches of a processor hold
 CPU_PROBE_SIZE, GPU_PROBE_SIZE = 2048, 8192  # rows and columns of the matrices multiplied
 
+# In one run of a probe. A GPU makes a pass over the memory in a quarter of a millisecond, in which
+# the time of starting it and of waiting for it would show.
+PASSES = {"cpu": 1, "cuda": 16}
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -48,7 +52,9 @@ class Ceilings:
 
 
 class Probe(NamedTuple):
-    """An action that shows what the machine can do: `amount` of some unit in each run."""
+    """An action that shows what the machine can do: `amount` of some unit in each run, which makes
+    the same pass `PASSES` times.
+    """
 
     run: Callable[[], object]
     amount: float
@@ -65,28 +71,28 @@ def probes(device: torch.device, dtype: torch.dtype, in_8_bits: bool = False) ->
     half = len(memory) // 2
     size = GPU_PROBE_SIZE if device.type == "cuda" else CPU_PROBE_SIZE
     rows = torch.rand(size, size, device=device).to(dtype)
+    passes = PASSES.get(device.type, 1)
 
-    def finished(action: Callable[[], Tensor]) -> Callable[[], None]:
+    def probe(action: Callable[[], Tensor], amount: float) -> Probe:
         def run() -> None:
-            action()
+            for _ in range(passes):
+                action()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
 
-        return run
+        return Probe(run, passes * amount)
 
     def product(layer: nn.Module) -> Probe:
         module = nn.Sequential(layer).requires_grad_(False)
         # Packed where a model's layers would be, which is where that makes them faster.
         if can_pack(module):
             pack(module)
-        return Probe(finished(lambda: module(rows)), 2 * size**3 / 1e12)
+        return probe(lambda: module(rows), 2 * size**3 / 1e12)
 
     linear = nn.Linear(size, size, bias=False, device=device, dtype=dtype)
     limits = {
-        "read_gb_per_s": Probe(finished(lambda: memory.sum()), PROBE_BYTES / 1e9),
-        "copy_gb_per_s": Probe(
-            finished(lambda: memory[:half].copy_(memory[half:])), PROBE_BYTES / 1e9
-        ),
+        "read_gb_per_s": probe(lambda: memory.sum(), PROBE_BYTES / 1e9),
+        "copy_gb_per_s": probe(lambda: memory[:half].copy_(memory[half:]), PROBE_BYTES / 1e9),
         "matmul_tflops": product(linear),
     }
     if in_8_bits and can_pack(int8 := Int8Linear(linear)):

@@ -27,6 +27,7 @@ from mqa_gpt.cli import app
 from mqa_gpt.cli_output import print_json
 from mqa_gpt.environment import INSTALL_PEERS
 from mqa_gpt.errors import InputError
+from tests.fake_cuda import Tape
 from tests.helpers import random_ids, tiny_config
 
 CPU = torch.device("cpu")
@@ -176,6 +177,25 @@ def test_programs_with_8_bit_weights_are_measured_by_products_of_8_bit_integers(
     plain = benchmark(model=folder, device="cpu", clock=clock_of([1.0] * 4), **lengths)
     assert plain.ceilings.tflops(1) == plain.ceilings.matmul_tflops
     assert "8 bits" not in plain.to_markdown()
+
+
+def test_a_probe_counts_all_the_passes_that_it_makes(monkeypatch):
+    assert ceilings.PASSES["cuda"] > ceilings.PASSES["cpu"] == 1
+
+    def operations_and_amounts() -> dict[str, tuple[int, float]]:
+        found = {}
+        for name, probe in ceilings.probes(CPU, torch.float32, in_8_bits=True).items():
+            with torch.inference_mode(), Tape() as tape:
+                probe.run()
+            found[name] = (len(tape.operations), probe.amount)
+        return found
+
+    once = operations_and_amounts()
+    assert min(count for count, _ in once.values()) > 0
+    monkeypatch.setitem(ceilings.PASSES, "cpu", 3)
+    assert operations_and_amounts() == {
+        name: (3 * count, pytest.approx(3 * amount)) for name, (count, amount) in once.items()
+    }
 
 
 def test_a_test_runs_the_prompts_and_new_tokens_of_its_name(folder, monkeypatch):
