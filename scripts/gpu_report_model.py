@@ -91,7 +91,7 @@ def gpu_model_plan() -> ModelPlan:
             *(Size(batch, 1024) for batch in (1, 32, 8, 128, 256)),
             Size(256, 8192 - STEPS),
         ),
-        int8=(Size(1, 1024), Size(8, 1024)),
+        int8=(Size(1, 1024), Size(8, 1024), Size(32, 1024)),
         loops=(Size(1, 1024), Size(32, 1024), Size(8, 1024)),
         new_tokens=64,
         tokens=((SMALL, 5), (SMALL, 40), (replace(SMALL, multi_query=False), 5)),
@@ -198,14 +198,14 @@ def prefill_cases(clock: Clock, plan: ModelPlan, repeats: int) -> Iterator[tuple
             yield {"model": name, "case": {"prompt": length}}, measure
 
 
-def profile_cases(clock: Clock, plan: ModelPlan) -> Iterator[tuple[Row, Measure]]:
+def profile_cases(clock: Clock, plan: ModelPlan, repeats: int) -> Iterator[tuple[Row, Measure]]:
     """Where the time of a decode step goes."""
     models = Models(clock)
     for name, config in plan.configs.items():
         for size in plan.profile:
 
             def measure(config: GPTConfig = config, size: Size = size) -> Iterator[Row]:
-                yield profile_step(clock, models.get(config), size)
+                yield profile_step(clock, models.get(config), size, repeats)
 
             yield {"model": name, "case": size._asdict()}, measure
 
@@ -281,11 +281,7 @@ def measure_steps(clock: Clock, model: GPT, size: Size, repeats: int) -> Row:
     decoder.run()
     recording = clock.wall(decoder.run)
 
-    def steps(step: Callable[[], None]) -> None:
-        cache.lengths.fill_(size.context)  # there is room for STEPS more
-        for _ in range(STEPS):
-            step()
-
+    steps = partial(run_steps, cache, size.context)
     actions = {"replayed": partial(steps, decoder.run), "called": partial(steps, called)}
     if can_fuse(model, size.batch):
         actions["modules"] = partial(steps, Replay(called, model.device))
@@ -320,6 +316,13 @@ def filled_decoder(model: GPT, size: Size) -> tuple[KVCache, Decoder]:
     return cache, Decoder.new(model, cache, GREEDY, None, None, None)
 
 
+def run_steps(cache: KVCache, context: int, step: Callable[[], None]) -> None:
+    """A decode step, STEPS times: behind `context` tokens per row, and those that it adds."""
+    cache.lengths.fill_(context)
+    for _ in range(STEPS):
+        step()
+
+
 def step_bytes(model: GPT, size: Size) -> int:
     """Weights and cache that a decode step has to read, each once.
 
@@ -329,7 +332,7 @@ def step_bytes(model: GPT, size: Size) -> int:
     seldom = [model.transformer.wpe.weight]
     if not model.config.tie_word_embeddings:
         seldom += model.transformer.wte.state_dict().values()
-    tensors = [*model.parameters(), *model.buffers()]  # 8-bit weights are buffers
+    tensors = [*model.parameters(), *model.buffers()]  # the scales of 8-bit weights are buffers
     weights = sum(x.nbytes for x in tensors) - sum(x.nbytes for x in seldom)
     return weights + cache_bytes(model.config, model.dtype, size.batch, size.context)
 
@@ -401,16 +404,17 @@ def prefill_flops(model: GPT, length: int) -> int:
 
 
 @torch.inference_mode()
-def profile_step(clock: Clock, model: GPT, size: Size) -> Row:
+def profile_step(clock: Clock, model: GPT, size: Size, repeats: int) -> Row:
     """The kernels of one replayed decode step, those that take longest first.
 
     On a CPU, operations instead of kernels. What is between the kernels' sum and the step's whole
-    time is waiting, or kernels beside each other.
+    time, which is measured without the profiler, is waiting, or kernels beside each other.
     """
     cache, decoder = filled_decoder(model, size)
     for _ in range(2):
         decoder.run()  # the second records the graph
-    step_seconds = clock.seconds(decoder.run)
+    steps = partial(run_steps, cache, size.context, decoder.run)
+    times = clock.times({"steps": steps}, repeats, f"steps of {size.batch} rows")
     cache.lengths.fill_(size.context)
     activity = ProfilerActivity.CUDA if clock.has_gpu else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
@@ -429,7 +433,7 @@ def profile_step(clock: Clock, model: GPT, size: Size) -> Row:
     ]
     kernels.sort(key=lambda kernel: -kernel["microseconds"])
     return {
-        "step_microseconds": step_seconds * 1e6,
+        "step_microseconds": times["steps"]["median"] / STEPS * 1e6,
         "kernels_microseconds": sum(kernel["microseconds"] for kernel in kernels),
         "kernels_per_step": sum(kernel["count"] for kernel in kernels),
         "kernels": kernels[:MOST_KERNELS],

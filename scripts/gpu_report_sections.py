@@ -406,7 +406,7 @@ def model_prefill(context: Context) -> Iterator[Row]:
 
 def model_profile(context: Context) -> Iterator[Row]:
     """Whole models: the kernels of a decode step."""
-    return context.each(profile_cases(context.clock, context.plan.model))
+    return context.each(profile_cases(context.clock, context.plan.model, context.plan.repeats))
 
 
 def model_heads(context: Context) -> Iterator[Row]:

@@ -27,12 +27,20 @@ from gpu_report_checks import (
     check_integration,
     poisoned_allocations,
 )
-from gpu_report_model import Size, measure_steps, prefill_flops, step_bytes
+from gpu_report_model import (
+    STEPS,
+    Size,
+    measure_steps,
+    prefill_flops,
+    profile_step,
+    step_bytes,
+)
 from gpu_report_pool import in_processes
 from gpu_report_sections import SECTIONS, TUNED, Context, cpu_plan, gpu_plan
 from judge import exact_attention, find_truth, plain_attention
 
 from mqa_gpt import GPT, GPTConfig
+from mqa_gpt.decode_graph import Decoder
 from mqa_gpt.quantization import quantize
 from mqa_kernels import attention
 from scripts import gpu_report
@@ -433,7 +441,7 @@ def test_on_a_gpu_it_times_sequences_to_16k_and_batches_to_256():
     assert {tuning.kernel for tuning in plan.autotune} == set(TUNED)
     model = plan.model
     assert {size.batch for size in model.decode} == {1, 8, 32, 128, 256}
-    assert {size.batch for size in model.int8} == {1, 8}
+    assert {size.batch for size in model.int8} == {1, 8, 32}
     assert set(model.int8) < set(model.decode)
     assert set(model.configs) == set(model.heads) == {"starcoderbase-1b", "starcoderbase-7b"}
     assert {(name, dtype) for name, _, dtype, _ in plan.parity} == {
@@ -474,6 +482,30 @@ def test_a_cache_that_does_not_fit_is_refused(monkeypatch):
     model = GPT(cpu_plan().model.configs["tiny"])
     row = measure_steps(Clock(CPU), model, Size(2, 40), 1)
     assert row == {"refused": "its cache takes 0.0 GB, and 0.0 GB are free"}
+
+
+def test_the_step_beside_a_profile_is_the_median_of_several_behind_the_same_context(monkeypatch):
+    found = iter([9.0, 3.0, 1.0, 2.0])  # the first is the warm-up
+    contexts = []
+    run = Decoder.run
+
+    class Told(Clock):
+        """Measures nothing: it runs the action, and says what it was told."""
+
+        def seconds(self, action):
+            action()
+            return next(found)
+
+    def seen(self):
+        contexts.append(self.state.cache.lengths.tolist())
+        run(self)
+
+    monkeypatch.setattr(Decoder, "run", seen)
+    model = GPT(cpu_plan().model.configs["tiny"]).eval()
+    row = profile_step(Told(CPU), model, Size(2, 12), 3)
+    assert row["step_microseconds"] == pytest.approx(2.0 / STEPS * 1e6)
+    behind = [[12 + i] * 2 for i in range(STEPS)]
+    assert contexts == behind[:2] + 5 * behind  # to record, to measure and to profile
 
 
 def test_operations_and_bytes_are_counted_as_by_hand():
