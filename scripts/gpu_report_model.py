@@ -5,6 +5,7 @@ The weights are random, which takes as long as any others. So is what the caches
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -31,6 +32,7 @@ Row = dict[str, Any]
 Measure = Callable[[], Iterator[Row]]
 
 STEPS = 8  # of decoding in one measurement
+STARTS = 3  # of new decoders, each measured
 MOST_KERNELS = 25  # of a profile
 
 LOOPS = {"replayed": stream_replayed, "plain": stream_plain}
@@ -271,15 +273,14 @@ def measure_steps(clock: Clock, model: GPT, size: Size, repeats: int) -> Row:
 
     Few rows are replayed by the fused kernels; "modules" is then a replay of the model's modules,
     which are also what is called. On a CPU nothing is replayed. "gb_per_s" counts the weights and
-    the filled slots, each read once; "recording_seconds" is the step in which the graph is made.
+    the filled slots, each read once. `measure_start` adds what making the graph costs.
     """
     refusal = lacking_memory(model, size)
     if refusal is not None:
         return {"refused": refusal}
     cache, decoder = filled_decoder(model, size)
+    start = measure_start(clock, model, cache, size.context)
     called = partial(decode_step, model, decoder.state, GREEDY)
-    decoder.run()
-    recording = clock.wall(decoder.run)
 
     steps = partial(run_steps, cache, size.context)
     actions = {"replayed": partial(steps, decoder.run), "called": partial(steps, called)}
@@ -290,7 +291,7 @@ def measure_steps(clock: Clock, model: GPT, size: Size, repeats: int) -> Row:
     read = step_bytes(model, size)
     return {
         "seconds_per_step": seconds,
-        "recording_seconds": recording,
+        **start,
         "tokens_per_s": size.batch / seconds["replayed"],
         "gb_per_s": read / seconds["replayed"] / 1e9,
         "bytes_per_step": read,
@@ -314,6 +315,22 @@ def filled_decoder(model: GPT, size: Size) -> tuple[KVCache, Decoder]:
     cache.kv.normal_()
     cache.advance(size.context)
     return cache, Decoder.new(model, cache, GREEDY, None, None, None)
+
+
+def measure_start(clock: Clock, model: GPT, cache: KVCache, context: int) -> Row:
+    """Seconds that the host sees of a new decoder's first run, of the second, in which its graph is
+    made, and of the third, a replay: medians.
+
+    Each generation has the first two. What a process has once, like compiling, is left out.
+    """
+    names = ("first_run_seconds", "recording_seconds", "replay_seconds")
+    starts = []
+    for _ in range(1 + STARTS):
+        cache.lengths.fill_(context)
+        decoder = Decoder.new(model, cache, GREEDY, None, None, None)
+        starts.append([clock.wall(decoder.run) for _ in names])
+    medians = map(statistics.median, zip(*starts[1:], strict=True))
+    return dict(zip(names, medians, strict=True))
 
 
 def run_steps(cache: KVCache, context: int, step: Callable[[], None]) -> None:

@@ -193,7 +193,9 @@ def step_lines(rows: list[Row], ceilings: Row) -> Iterator[str]:
             text += f"; {seconds['called'] / seconds['replayed']:.2f} x as fast as called"
             if "modules" in seconds:
                 text += f", {seconds['modules'] / seconds['replayed']:.2f} x as modules replayed"
-            yield text + f"; recorded in {row['recording_seconds'] * 1e3:.0f} ms"
+            text += f"; first run {1e3 * row['first_run_seconds']:.1f} ms"
+            text += f", recording {1e3 * row['recording_seconds']:.1f} ms"
+            yield text + f", a replay {1e3 * row['replay_seconds']:.1f} ms"
         elif "loops" in row:
             plain, replayed = (row["loops"][name]["tokens_per_s"] for name in ("plain", "replayed"))
             yield (

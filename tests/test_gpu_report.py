@@ -484,6 +484,27 @@ def test_a_cache_that_does_not_fit_is_refused(monkeypatch):
     assert row == {"refused": "its cache takes 0.0 GB, and 0.0 GB are free"}
 
 
+def test_the_start_of_a_decoder_is_its_first_run_its_recording_and_a_replay(graphs):
+    # What a process does once is in the first line.
+    found = iter([90.0, 90.0, 90.0, 3.0, 5.0, 2.0, 1.0, 4.0, 1.0, 2.0, 6.0, 3.0])
+    done = []
+
+    class Told(Clock):
+        """Notes what graphs an action makes and how many it replays, and says what it was told."""
+
+        def wall(self, action):
+            before = len(graphs), sum(graph.replays for graph in graphs)
+            action()
+            done.append((len(graphs) - before[0], sum(g.replays for g in graphs) - before[1]))
+            return next(found, 1.0)
+
+    model = GPT(cpu_plan().model.configs["tiny"]).eval()
+    row = measure_steps(Told(CPU), model, Size(2, 12), 1)
+    assert done[:12] == [(0, 0), (1, 1), (0, 1)] * 4
+    names = ("first_run", "recording", "replay")
+    assert [row[f"{name}_seconds"] for name in names] == [2.0, 5.0, 2.0]
+
+
 def test_the_step_beside_a_profile_is_the_median_of_several_behind_the_same_context(monkeypatch):
     found = iter([9.0, 3.0, 1.0, 2.0])  # the first is the warm-up
     contexts = []
@@ -528,7 +549,9 @@ def test_the_table_has_a_line_for_everything(capsys):
     case = {"model": "1b", "case": {"batch": 8, "context": 1024}}
     figures = {
         "seconds_per_step": {"replayed": 0.001, "called": 0.003},
+        "first_run_seconds": 0.0314,
         "recording_seconds": 0.02,
+        "replay_seconds": 0.0011,
         "tokens_per_s": 8000.0,
         "gb_per_s": 3000.0,
     }
@@ -551,7 +574,8 @@ def test_the_table_has_a_line_for_everything(capsys):
     assert "2.00 GB, expanded 3.00" in shown
     assert "no time for 1: B 1   T 8192" in shown
     assert "1b batch=8 context=1024:   8000.0 tok/s, 1000 us a step, 0.75 of ceiling" in shown
-    assert "3.00 x as fast as called; recorded in 20 ms" in shown
+    assert "3.00 x as fast as called; first run 31.4 ms" in shown
+    assert "; first run 31.4 ms, recording 20.0 ms, a replay 1.1 ms" in shown
     assert "0.65 of ceiling (2600 GB/s), 1.70 x bfloat16" in shown
     assert "its cache takes too much" in shown
     assert "nothing failed" in shown
