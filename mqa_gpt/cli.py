@@ -389,12 +389,15 @@ def batch(
     INPUT (- is standard input) holds a JSON object per line: an "id", which is a text or a whole
     number, and a "prompt", or a "prefix" and a "suffix" to infill between. Other keys are ignored,
     but no object, nor one within it, may hold a key twice. Each becomes a line of
-    the output, in the same order: its "id", its "prompt_tokens" and its "completions", each with
-    "text", "finish_reason" and "new_tokens".
+    the output, in the same order: its "id", its "prompt_hash", its "prompt_tokens" and its
+    "completions", each with "text", "finish_reason" and "new_tokens".
 
     A command that was interrupted goes on where it was when it is given again: ids that the output
-    holds are skipped, and a line that was only half written is replaced. Results of other prompts
-    or of another --n are refused; the other options must be the same, which nothing checks.
+    holds are skipped, and a line that was only half written is replaced. New results are added at
+    the end, in the input's order; so the whole is in that order if prompts were added at the
+    input's end only. Results of other prompts, told by their hashes (by the number of tokens where
+    an earlier version wrote none), or of another --n are refused; the other options must be the
+    same, which nothing checks.
 
     \b
     Example:

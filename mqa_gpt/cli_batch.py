@@ -4,11 +4,15 @@ A result is written as soon as it and all before it are finished. So the output 
 input, and in float32 a run that was killed and begun anew leaves the same file as one that was not
 (in 16 bits a choice between near equals may depend on the rows beside it). Writing each result at
 once would save little: a row lasts for at most `max_new_tokens` steps, and so does the wait for it.
+
+Lines that are there are never moved, so a run adds its results behind those of earlier ones. Where
+the input has got new prompts before others that are done, the two no longer line up.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -48,6 +52,13 @@ class Item(NamedTuple):
         """How messages call it."""
         return f"line {self.line} (id {shown(self.id)})"
 
+    @property
+    def prompt_hash(self) -> str:
+        """What tells its prompt from others, whatever the tokenizer: the first 16 digits of the
+        SHA-256 of the prompt, or of the list of prefix and suffix, as `json.dumps` writes it.
+        """
+        return hashlib.sha256(json.dumps(self.prompt).encode()).hexdigest()[:16]
+
 
 class Found(NamedTuple):
     """What is asked of an earlier result: where it is, and how it came about."""
@@ -55,6 +66,7 @@ class Found(NamedTuple):
     line: int
     completions: int
     prompt_tokens: object
+    prompt_hash: object
 
 
 class Results(NamedTuple):
@@ -206,7 +218,8 @@ def read_results(file: BinaryIO, path: str, items: Sequence[Item]) -> Results:
                 f"{where} has the id {shown(id_)}, which the input does not have: give each input "
                 "an output of its own"
             )
-        found[id_] = Found(number, len(entry["completions"]), entry.get("prompt_tokens"))
+        tokens, hash_ = entry.get("prompt_tokens"), entry.get("prompt_hash")
+        found[id_] = Found(number, len(entry["completions"]), tokens, hash_)
     return Results(
         file=file,
         path=path,
@@ -219,6 +232,8 @@ def read_results(file: BinaryIO, path: str, items: Sequence[Item]) -> Results:
 def require_same(results: Results, items: Sequence[Item], lengths: Sequence[int], n: int) -> None:
     """Raise InputError if a result that was found is of another prompt or of other options.
 
+    A result without a hash, as they once were, is told by its prompt's length alone.
+
     Args:
         items: those whose results were found.
         lengths: their prompts' tokens.
@@ -228,6 +243,11 @@ def require_same(results: Results, items: Sequence[Item], lengths: Sequence[int]
         found = results.found[item.id]
         if found.completions != n:
             differs = f"{found.completions:,} completions where --n asks for {n:,}"
+        elif found.prompt_hash not in (None, item.prompt_hash):
+            differs = (
+                f"the prompt_hash {shown(found.prompt_hash)} where that of the input's prompt is "
+                f"{item.prompt_hash!r}"
+            )
         elif found.prompt_tokens != length:
             differs = f"a prompt of {found.prompt_tokens} tokens where the input's has {length:,}"
         else:
@@ -351,6 +371,7 @@ def _line(item: Item, completions: list[Completion]) -> bytes:
     ]
     result = {
         "id": item.id,
+        "prompt_hash": item.prompt_hash,
         "prompt_tokens": completions[0].prompt_tokens,
         "completions": texts,
     }

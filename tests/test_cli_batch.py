@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import pty
@@ -56,6 +57,11 @@ def write_lines(path: Path, entries: list[Any]) -> None:
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
+def with_prompt(i: int, prompt: dict[str, str]) -> list[dict[str, Any]]:
+    """`PROMPTS` with another one under the id of the i-th."""
+    return [PROMPTS[j] if j != i else {"id": PROMPTS[i]["id"]} | prompt for j in range(6)]
+
+
 def results(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -73,11 +79,14 @@ def test_each_line_of_the_output_is_the_result_of_that_line_of_the_input(
     assert [entry["completions"][0]["text"] for entry in found] == TEXTS
     assert found[0] == {
         "id": "long",
+        "prompt_hash": hashlib.sha256(b'"0"').hexdigest()[:16],
         "prompt_tokens": 1,
         "completions": [{"text": TEXTS[0], "finish_reason": "length", "new_tokens": 12}],
     }
     assert found[1]["completions"][0] == {"text": "xyz", "finish_reason": "stop", "new_tokens": 4}
     assert [entry["prompt_tokens"] for entry in found] == [1, 3, 1, 30, 8, 1]
+    assert found[4]["prompt_hash"] == hashlib.sha256(rb'["x = ", "\n"]').hexdigest()[:16]
+    assert len({entry["prompt_hash"] for entry in found}) == 6
     assert (tmp_path / "out").read_bytes().isascii()
 
 
@@ -112,7 +121,9 @@ def test_whatever_a_killed_run_has_left_the_next_one_completes_to_the_same_file(
         assert calls == [6 - before] * (before < 6)
 
 
-def test_results_are_found_by_their_ids_wherever_they_are(run: list[str], tmp_path: Path):
+def test_results_are_found_by_their_ids_wherever_they_are_and_new_ones_come_behind_them(
+    run: list[str], tmp_path: Path
+):
     invoke(*run)
     whole = (tmp_path / "out").read_bytes().splitlines(keepends=True)
     (tmp_path / "out").write_bytes(whole[4] + whole[1])
@@ -370,15 +381,46 @@ def test_results_of_another_prompt_or_of_other_options_are_refused_before_the_mo
     assert message.startswith(
         where.format(1, "'long'") + "1 completions where --n asks for 2: go on with the same"
     )
-    for i, prompt in ((1, {"prompt": "uvwx"}), (4, {"prefix": "x", "suffix": "\n"})):
-        entries = [PROMPTS[j] if j != i else {"id": PROMPTS[i]["id"]} | prompt for j in range(6)]
-        write_lines(tmp_path / "in", entries)
-        old, new = (3, 4) if i == 1 else (8, 5)
+    for i, prompt in (
+        (1, {"prompt": "xyz"}),  # of as many tokens
+        (1, {"prompt": "uvwx"}),
+        (4, {"prefix": "x ", "suffix": "=\n"}),
+    ):
+        write_lines(tmp_path / "in", with_prompt(i, prompt))
+        old = json.loads(before.splitlines()[i])["prompt_hash"]
+        (item,) = (item for item in read_items(run[1]) if item.id == PROMPTS[i]["id"])
         assert refusal(*run).startswith(
             where.format(i + 1, PROMPTS[i]["id"])
-            + f"a prompt of {old} tokens where the input's has {new}: go on with the same"
+            + f"the prompt_hash {old!r} where that of the input's prompt is {item.prompt_hash!r}: "
+            "go on with the same"
         )
     assert (tmp_path / "out").read_bytes() == before
+
+
+def test_a_prompt_that_is_read_otherwise_than_before_is_refused_too(run: list[str], tmp_path: Path):
+    write_lines(tmp_path / "in", [{"id": 1, "prompt": "a<fim_pad>"}])
+    invoke(*run)
+    assert "a prompt of 2 tokens where the input's has 10: go on" in refusal(
+        *run, "--no-special-tokens"
+    )
+
+
+def test_results_of_an_earlier_version_which_lack_a_hash_are_told_by_the_number_of_tokens(
+    run: list[str], tmp_path: Path
+):
+    invoke(*run)
+    entries = results(tmp_path / "out")
+    for entry in entries:
+        del entry["prompt_hash"]
+    write_lines(tmp_path / "out", entries[:4])
+    write_lines(tmp_path / "in", with_prompt(1, {"prompt": "uvwx"}))
+    assert refusal(*run).startswith(
+        f"line 2 of the output {str(tmp_path / 'out')!r} (id 7) has a prompt of 3 tokens where the "
+        "input's has 4: go on with the same"
+    )
+    write_lines(tmp_path / "in", PROMPTS)
+    assert "4 were there, 2 are new" in invoke(*run).stderr
+    assert [entry["completions"][0]["text"] for entry in results(tmp_path / "out")] == TEXTS
 
 
 @pytest.mark.parametrize(
