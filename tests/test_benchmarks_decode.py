@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from mqa_gpt.bench import decode_bytes, prefill_flops, random_model, weight_byte
 from mqa_gpt.ceilings import Ceilings
 from mqa_gpt.decode_graph import Decoder
 from mqa_gpt.packing import can_pack
-from tests.helpers import random_ids, relative_error, tiny_config
+from tests.helpers import quartiles_away, random_ids, relative_error, tiny_config
 
 TINY = (2, 3, 60, 97, 112, "gelu", 0)  # layers, heads, width, vocabulary, context
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
@@ -375,23 +377,40 @@ def test_the_table_of_profiles_in_the_readme_is_that_of_the_results():
     assert cells_below(text, "| tiny_starcoder_py | a step, float32 |", 1) == rows
 
 
+BENCHMARKS = Path(mqa_vs_mha.__file__).parent
+MACHINES = {"Zen 4": "zen4", "Zen 5": "zen5", "Intel Xeon": "avx512"}
+# The columns of the tables of `mqa-gpt bench`: of which file, and what.
+RATES = [
+    ("float32", "mqa-gpt"),
+    ("int8", "mqa-gpt"),
+    ("int8", "transformers"),
+    ("int8", "ctranslate2 float32"),
+    ("int8", "ctranslate2 int8"),
+]
+RATIOS = [
+    ("tiny_starcoder_py_float32", "transformers"),
+    ("tiny_starcoder_py_float32", "ctranslate2 float32"),
+    ("tiny_starcoder_py_int8", "transformers"),
+    ("tiny_starcoder_py_int8", "ctranslate2 int8"),
+    ("starcoderbase-1b_int8", "ctranslate2 int8"),
+]
+
+
+def results(name: str) -> Any:
+    return json.loads((BENCHMARKS / f"results/{name}.json").read_text())
+
+
 def test_the_tables_of_the_readme_are_those_of_the_results():
-    folder = Path(mqa_vs_mha.__file__).parent
-    text = (folder / "README.md").read_text()
+    text = (BENCHMARKS / "README.md").read_text()
 
-    def results(name: str) -> Any:
-        return json.loads((folder / f"results/{name}.json").read_text())
-
-    for title, machine in (("Zen 4", "zen4"), ("Zen 5", "zen5"), ("Intel Xeon", "avx512")):
+    for title, machine in MACHINES.items():
         median = {
             (name, result["contender"], result["test"], result["batch"]): result["median"]
             for name in ("float32", "int8")
             for result in results(f"bench_tiny_starcoder_py_{name}_{machine}")["results"]
         }
-        columns = [("float32", "mqa-gpt"), ("int8", "mqa-gpt"), ("int8", "transformers")]
-        columns += [("int8", "ctranslate2 float32"), ("int8", "ctranslate2 int8")]
         rows = [(test, batch) for batch in (1, 8) for test in ("pp128", "tg31 @ d128")]
-        expected = [[f"{median[*column, *row]:,.1f}" for column in columns] for row in rows]
+        expected = [[f"{median[*column, *row]:,.1f}" for column in RATES] for row in rows]
         assert cells_below(text, f"| {title} |", 1) == expected
 
     def faster(machine: str, name: str, peer: str, batch: int) -> str:
@@ -404,18 +423,10 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
         return f"{ratio:.2f}"
 
     for machine in ("zen4", "zen5"):
-
-        def both(name: str, peer: str, machine: str = machine) -> list[str]:
-            return [faster(machine, name, peer, batch) for batch in (1, 8)]
-
         title = machine.replace("zen", "Zen ")
         (line,) = re.findall(rf"\| {title}, how many times as fast \|(.*)", text)
         assert re.findall(r"\d+\.\d\d", line) == [
-            *both("tiny_starcoder_py_float32", "transformers"),
-            *both("tiny_starcoder_py_float32", "ctranslate2 float32"),
-            *both("tiny_starcoder_py_int8", "transformers"),
-            *both("tiny_starcoder_py_int8", "ctranslate2 int8"),
-            *both("starcoderbase-1b_int8", "ctranslate2 int8"),
+            faster(machine, *column, batch) for column in RATIOS for batch in (1, 8)
         ]
 
     bfloat16 = {
@@ -441,6 +452,96 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
         for rows in (1, 2, 8, 128)
     ]
     assert cells_below(text, "| K x N |", 2) == expected
+
+
+def measured(name: str, contender: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """What a file of `mqa-gpt bench` holds of a contender in the tests of the tables."""
+    return {
+        (result["test"], result["batch"]): result
+        for result in results(f"bench_{name}")["results"]
+        if result["contender"] == contender and result["test"] in ("pp128", "tg31 @ d128")
+    }
+
+
+def spread_of_rates(machine: str) -> str:
+    found = [
+        result
+        for name, contender in RATES
+        for result in measured(f"tiny_starcoder_py_{name}_{machine}", contender).values()
+    ]
+    return quartiles_away(
+        (result["median"], [result["tokens"] / seconds for seconds in result["seconds"]])
+        for result in found
+    )
+
+
+def spread_of_ratios(columns: list[tuple[str, str]], tests: str = "") -> str:
+    """Of the tests whose names begin so."""
+    numbers = []
+    for name, peer in columns:
+        ours = measured(name, "mqa-gpt")
+        for case, result in measured(name, peer).items():
+            if case[0].startswith(tests):
+                rounds = zip(result["seconds"], ours[case]["seconds"], strict=True)
+                numbers.append((result["ours_faster"], [their / our for their, our in rounds]))
+    return quartiles_away(numbers)
+
+
+def spread_of_products() -> str:
+    longer = [
+        product["max_ms"] / product["min_ms"] - 1
+        for product in results("cpu_products_zen4")["figures"]
+        if product.get("rows") in (1, 2, 8, 128)
+    ]
+    return f"{math.ceil(100 * statistics.median(longer))}%"
+
+
+def spread_of_speculation() -> str:
+    figures = results("speculation_cpu")["figures"]["by_agreement"].values()
+
+    def speedups(times: dict[str, Any]) -> list[float]:
+        rounds = zip(*(times[name]["seconds"] for name in ("first", "plain", "draft")), strict=True)
+        return [(plain - first) / (draft - first) for first, plain, draft in rounds]
+
+    return quartiles_away((figure["speedup"], speedups(figure["times"])) for figure in figures)
+
+
+ZENS = [(f"{name}_{machine}", peer) for machine in ("zen4", "zen5") for name, peer in RATIOS]
+BFLOAT16 = [
+    (f"{shape}_bfloat16_zen4", "transformers")
+    for shape in ("tiny_starcoder_py", "starcoderbase-1b")
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "spread"),
+    [
+        ("on Zen 4 at most", lambda: spread_of_rates("zen4")),
+        ("on Zen 5 at most", lambda: spread_of_rates("zen5")),
+        ("on the Xeon at most", lambda: spread_of_rates("avx512")),
+        ("The quartiles of the rounds' ratios are at most", lambda: spread_of_ratios(ZENS, "tg")),
+        ("ratios in bfloat16 are at most", lambda: spread_of_ratios(BFLOAT16)),
+        ("the slowest round took at most", spread_of_products),
+        ("The quartiles of the rounds' speedups are at most", spread_of_speculation),
+    ],
+)
+def test_the_spreads_in_the_readme_are_those_of_the_results(words: str, spread: Callable[[], str]):
+    text = " ".join((BENCHMARKS / "README.md").read_text().split())
+    assert re.findall(rf"{words} (\d+%)", text) == [spread()]
+
+
+def test_the_answers_about_speculation_in_the_readme_are_those_of_the_results():
+    text = (BENCHMARKS / "README.md").read_text()
+    figures = results("speculation_cpu")["figures"]
+    speedup = {name: f"{f['speedup']:.2f}" for name, f in figures["by_agreement"].items()}
+    rows = [
+        [speedup[f"{dtype}, agreement {agreement}"] for agreement in (0, 0.3, 0.6, 0.8, 0.95)]
+        for dtype in ("float32", "int8")
+    ]
+    assert cells_below(text, "| draft agrees with |", 1) == rows
+    for task in figures["of_the_prompt"].values():
+        low, high = task["speedup_range"]
+        assert f"{task['speedup']:.2f} times ({low:.2f} to {high:.2f})" in " ".join(text.split())
 
 
 def cells_below(text: str, heading: str, labels: int) -> list[list[str]]:

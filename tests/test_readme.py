@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from mqa_gpt.checkpoint import DEMO_DIR
 from mqa_gpt.cli import app
 from mqa_gpt.environment import INSTALL_PEERS
+from tests.helpers import quartiles_away
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,19 +65,27 @@ def test_every_file_in_the_tree_exists():
         assert (folder / name).exists(), name
 
 
+# Whose decoding is in the table of speeds, by the file of `benchmarks/cpu_decode.py`.
+DECODED = {
+    "tiny_starcoder_py": ["mqa-gpt"],
+    "tiny_starcoder_py_zen4": ["mqa-gpt", "mqa-gpt int8"],
+    "starcoderbase-1b_zen4": ["mqa-gpt", "mqa-gpt int8"],
+    "tiny_starcoder_py_zen5": ["mqa-gpt", "mqa-gpt int8"],
+    "starcoderbase-1b_zen5": ["mqa-gpt", "mqa-gpt int8"],
+    "tiny_starcoder_py_avx512": ["mqa-gpt", "mqa-gpt int8"],
+    "starcoderbase-1b_avx512": ["mqa-gpt", "mqa-gpt int8"],
+}
+
+
+def figures_of(shape: str) -> Any:
+    file = ROOT / f"benchmarks/results/cpu_decode_{shape}.json"
+    return json.loads(file.read_text())["figures"]
+
+
 def test_the_speeds_are_those_of_the_benchmark_results():
     expected = []
-    for shape, names in {
-        "tiny_starcoder_py": ["mqa-gpt"],
-        "tiny_starcoder_py_zen4": ["mqa-gpt", "mqa-gpt int8"],
-        "starcoderbase-1b_zen4": ["mqa-gpt", "mqa-gpt int8"],
-        "tiny_starcoder_py_zen5": ["mqa-gpt", "mqa-gpt int8"],
-        "starcoderbase-1b_zen5": ["mqa-gpt", "mqa-gpt int8"],
-        "tiny_starcoder_py_avx512": ["mqa-gpt", "mqa-gpt int8"],
-        "starcoderbase-1b_avx512": ["mqa-gpt", "mqa-gpt int8"],
-    }.items():
-        file = ROOT / f"benchmarks/results/cpu_decode_{shape}.json"
-        figures = json.loads(file.read_text())["figures"]
+    for shape, names in DECODED.items():
+        figures = figures_of(shape)
         one, eight = figures["batch 1"], figures["batch 8"]
         for name in names:
             ratios = [one[name]["decode_ratio"], eight[name]["decode_ratio"]]
@@ -85,6 +95,47 @@ def test_the_speeds_are_those_of_the_benchmark_results():
             expected.append([f"{ratio:.2f}" for ratio in ratios])
     (table,) = re.findall(r"\| cold start \|\n.*\n((?:\|.*\n)+)", README)
     assert [re.findall(r"\d+\.\d\d", line) for line in table.splitlines()] == expected
+
+
+def rounds_of(figures: Any, batch: str, name: str) -> tuple[list[float], list[float]]:
+    """The seconds that prefill and decoding took in each round."""
+    times = figures[batch]["times"]
+    first, whole = (times[f"{name} {part}"]["seconds"] for part in ("first", "all"))
+    return first, [b - a for a, b in zip(first, whole, strict=True)]
+
+
+def quotients(some: list[float], others: list[float]) -> list[float]:
+    return [a / b for a, b in zip(some, others, strict=True)]
+
+
+def spread_of_decoding() -> str:
+    """Of the ratios in the table of speeds, but for the two that the text names."""
+    numbers = []
+    for shape, names in DECODED.items():
+        figures = figures_of(shape)
+        for name in names:
+            for batch in ("batch 1", "batch 8"):
+                prefill, decode = map(
+                    quotients,
+                    rounds_of(figures, batch, "transformers"),
+                    rounds_of(figures, batch, name),
+                )
+                found = figures[batch][name]
+                if batch == "batch 1":
+                    numbers.append((found["prefill_ratio"], prefill))
+                if (shape, name, batch) != ("starcoderbase-1b_avx512", "mqa-gpt int8", "batch 8"):
+                    numbers.append((found["decode_ratio"], decode))
+        if shape != "starcoderbase-1b_avx512":
+            cold = figures["cold start"]
+            starts = (cold["times"][name]["seconds"] for name in ("transformers", "mqa-gpt"))
+            numbers.append((cold["ratio"], quotients(*starts)))
+    return quartiles_away(numbers)
+
+
+def test_the_spread_of_the_speeds_is_that_of_the_benchmark_results():
+    text = " ".join(README.split())
+    found = re.findall(r"The quartiles of the rounds' ratios are at most (\d+%)", text)
+    assert found == [spread_of_decoding()]
 
 
 def test_what_else_is_needed_is_installed_by_one_command_wherever_it_is_said():
