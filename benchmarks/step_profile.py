@@ -158,7 +158,7 @@ def profiler_part(name: str) -> Part:
 
 
 @contextmanager
-def named_parts(model: GPT, cache: KVCache, part: Callable[[str], Part]) -> Iterator[None]:
+def named_parts(model: GPT, part: Callable[[str], Part]) -> Iterator[None]:
     """Make every part of the model run as a `part`, but for what stands between them."""
     with ExitStack() as changes:
 
@@ -171,7 +171,7 @@ def named_parts(model: GPT, cache: KVCache, part: Callable[[str], Part]) -> Iter
 
             changes.enter_context(patch.object(owner, method, inside))
 
-        named(cache, "append", "cache")
+        named(KVCache, "append", "cache")  # of the class, since a prefill writes to views
         transformer = model.transformer
         for embedding in (transformer.wte, transformer.wpe):
             named(embedding, "forward", "wte, wpe")
@@ -217,7 +217,7 @@ def step_of_parts(
     model: GPT, cache: KVCache, is_prefill: bool, part: Callable[[str], Part]
 ) -> Iterator[Step]:
     """The same, running as named parts as long as the context lasts."""
-    with named_parts(model, cache, part):
+    with named_parts(model, part):
         # What wraps the parts must not send it back to the modules.
         inner = make_step(model, cache, is_prefill, without_modules)
 
