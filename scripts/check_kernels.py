@@ -8,8 +8,8 @@ CPU, and has Triton compile what would be launched: tiles, types, what 16 divide
 constant are the launcher's own. Prints shared memory, registers, spills and tensor-core
 instructions of each kernel, and how many of its blocks fit on a multiprocessor. Fails where one
 does not compile, spills registers, does not fit into shared memory, runs a 16-bit product without
-tensor cores or one of their instructions after the other, or does not wait for its predecessor
-where it should.
+tensor cores or one of their instructions after the other, or starts before its predecessor ends
+and touches what that may write before it waits.
 """
 
 from __future__ import annotations
@@ -68,15 +68,15 @@ TENSOR_MEMORY = 512  # columns, on sm_100
 DTYPES = ("bfloat16", "float16", "float32")
 CALLS = ("train", "ragged", "dropout", "decode", "fused", "fused_int8")
 WIDTHS = (2048, 4096)  # of StarCoderBase-1B and 7B, whose head dim is 128
+PADDED_ROWS = (1, 8, 16)  # of a fused step
 WITHOUT_PRODUCT = ("combine_kernel", "choose_kernel")
-# Those that start before their predecessor ends, and so have to wait before they write anything;
-# the first two, whose inputs all come from it, before they read anything too.
-EARLY = (
-    *("forward_kernel", "combine_kernel"),
-    *("linear_kernel", "qkv_kernel", "argmax_kernel", "choose_kernel"),
-)
-READS = r"ld\.global|cp\.async|cp\.bulk"
-WRITES = r"st\.global|red\.global|atom\.global"
+# What no kernel writes, by the names of their arguments: all that a kernel which starts before its
+# predecessor ends may read before it waits.
+CONSTANT = {"norm_weight_ptr", "norm_bias_ptr", "weight_ptr", "scale_ptr", "bias_ptr"}
+# In PTX: access to memory that kernels share, and an instruction's name, target and sources.
+READS = r"ld\.(\w+\.)*global|cp\.async|cp\.bulk"
+WRITES = r"\b(st|red|atom)\.(\w+\.)*global"
+INSTRUCTION = re.compile(r"(?:@!?%p\d+\s+)?([a-z]\S*)\s+(\{[^}]*\}|\[[^]]*\]|[^,[]+)(.*)")
 
 
 class Case(NamedTuple):
@@ -250,7 +250,7 @@ def call_fused(case: Case) -> None:
 
     for C in WIDTHS:
         norm = empty(C), empty(C), 1e-5
-        for R in (1, 8, 16):
+        for R in PADDED_ROWS:
             x, wide, kv = empty(R, C), empty(R, 4 * C), 2 * G * D
             lengths, slots = torch.zeros(R, dtype=torch.int64), empty(R, 8192, G, 2 * D)
             qkv = weight(C + kv, C), empty(C + kv)
@@ -295,7 +295,11 @@ def examine(case: Case, kernel: str, tiles: str, compiled: triton.compiler.Compi
         blocks=blocks_that_fit(GPUS[case.arch], warps, registers, shared, tensor_memory),
         tensor_cores=", ".join(sorted(set(instructions))),
         serialized="wgmma.mma_async" in instructions and is_serialized(compiled.asm["ptx"]),
-        race=race_with_predecessor(kernel, compiled.asm["ptx"]) if case.arch >= 90 else "",
+        race=(
+            race_with_predecessor(compiled.asm["ptx"], pointers_of(compiled.src.signature))
+            if compiled.metadata.launch_pdl
+            else ""
+        ),
     )
 
 
@@ -312,18 +316,58 @@ def is_serialized(ptx: str) -> bool:
     return "instructions are serialized" in remarks or "warpgroup.wait is injected" in remarks
 
 
-def race_with_predecessor(kernel: str, ptx: str) -> str:
-    """What a kernel that starts early does before it has waited, or nothing."""
-    if kernel not in EARLY:
-        return ""
+def race_with_predecessor(ptx: str, pointers: dict[int, str]) -> str:
+    """What a kernel that starts early does before it has waited, or nothing.
+
+    Args:
+        pointers: the names of its arguments that are addresses, by their numbers in PTX.
+    """
     before, wait, _ = ptx.partition("griddepcontrol.wait")
     if not wait:
         return "does not wait for the kernel before"
     if re.search(WRITES, before):
         return "writes before it waits"
-    if kernel in EARLY[:2] and re.search(READS, before):
-        return "reads before it waits"
-    return ""
+    read = sources_of_loads(before, pointers) - CONSTANT
+    return f"reads {', '.join(sorted(read))} before it waits" if read else ""
+
+
+def pointers_of(signature: dict[str, str]) -> dict[int, str]:
+    """A kernel's arguments that are addresses, by their numbers in PTX, which has no constants."""
+    passed = [(name, kind) for name, kind in signature.items() if kind != "constexpr"]
+    return {number: name for number, (name, kind) in enumerate(passed) if kind.startswith("*")}
+
+
+def sources_of_loads(ptx: str, pointers: dict[int, str]) -> set[str]:
+    """The arguments that the addresses of all loads were computed from.
+
+    "an unknown address" is among them where no argument is found: it came through memory.
+    """
+    sources: dict[str, set[str]] = {}  # of what a register holds
+
+    def found_in(text: str) -> set[str]:
+        numbers = [int(number) for number in re.findall(r"_param_(\d+)\b", text)]
+        found = {pointers[number] for number in numbers if number in pointers}
+        return found.union(*(sources.get(register, ()) for register in registers(text)))
+
+    read = set()
+    for line in ptx.splitlines():
+        for statement in re.sub(r"//.*", "", line).split(";"):
+            match = INSTRUCTION.match(statement.strip())
+            if match is None:
+                continue
+            name, target, rest = match.groups()
+            if re.match(READS, name):
+                # Of two addresses, those of a copy, the second is read.
+                for address in re.findall(r"\[([^]]*)\]", target + rest)[-1:]:
+                    read |= found_in(address) or {"an unknown address"}
+            else:
+                for register in registers(target):
+                    sources.setdefault(register, set()).update(found_in(rest))
+    return read
+
+
+def registers(ptx: str) -> list[str]:
+    return re.findall(r"%[a-z]+\d+", ptx)
 
 
 def blocks_that_fit(gpu: GPU, warps: int, registers: int, shared: int, tensor_memory: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from check_kernels import (
     Usage,
     all_cases,
     is_serialized,
+    pointers_of,
     race_with_predecessor,
     resources,
     verdict,
@@ -268,37 +270,92 @@ def test_decoding_compiles_on_a_machine_without_gpu(tmp_path: Path):
     assert "mma.sync" in done.stdout
 
 
-WAIT, LOAD, STORE = "griddepcontrol.wait;\n", "ld.global.b32 %r1, [%rd1];\n", "st.global.b32 x;\n"
+# Addresses of x_ptr and weight_ptr, as the compiler writes them.
+ADDRESSES = """
+	ld.param.b64 	%rd1, [linear_kernel_param_0];
+	ld.param.b64 	%rd2, [linear_kernel_param_2];  // its number 1 is no address
+	ld.param.b32 	%r1, [linear_kernel_param_1];
+	mad.wide.s32 	%rd3, %r1, 2, %rd1;
+	mov.b64 	{%r2, %r3}, %rd2; mov.b64 %rd4, {%r2, %r3};
+	add.s64 	%rd5, %rd4, 64;
+"""
+SIGNATURE = {"x_ptr": "*bf16", "K": "constexpr", "R": "i32", "weight_ptr": "*i8"}
+WAIT, STORE = "griddepcontrol.wait;\n", "@%p1 st.relaxed.gpu.global.b32 [ %rd3 + 0 ], { %r4 };\n"
+LOAD_X = "@%p1 ld.global.L1::evict_last.b32 { %r4 }, [ %rd3 + 0 ];\n"
+LOAD_WEIGHT = "ld.global.b32 \t%r5, [%rd5+16];\n"
+COPY_X = "cp.async.cg.shared.global [ %r6 + 0 ], [ %rd3 + 0 ], 0x10, 0x10;\n"
+LOAD_BY_WHAT_WAS_LOADED = LOAD_WEIGHT + "mov.b64 %rd6, {%r5, %r5};\nld.global.b32 %r7, [%rd6];\n"
 
 
 @pytest.mark.parametrize(
-    ("kernel", "ptx", "race"),
+    ("ptx", "race"),
     [
-        ("forward_kernel", WAIT + LOAD + STORE, ""),
-        ("forward_kernel", LOAD + WAIT + STORE, "reads before it waits"),
-        ("combine_kernel", "cp.async.cg x;\n" + WAIT + STORE, "reads before it waits"),
-        ("linear_kernel", LOAD + WAIT + STORE, ""),  # weights, which nobody writes
-        ("linear_kernel", LOAD + STORE + WAIT, "writes before it waits"),
-        ("qkv_kernel", LOAD + STORE, "does not wait for the kernel before"),
-        ("dq_kernel", LOAD + STORE, ""),  # it does not start early
+        (LOAD_WEIGHT + WAIT + LOAD_X + STORE, ""),  # weights, which nobody writes
+        (LOAD_X + LOAD_WEIGHT + WAIT + STORE, "reads x_ptr before it waits"),
+        (COPY_X + "cp.async.wait_group 0;\n" + WAIT + STORE, "reads x_ptr before it waits"),
+        (LOAD_BY_WHAT_WAS_LOADED + WAIT + STORE, "reads an unknown address before it waits"),
+        (LOAD_WEIGHT + STORE + WAIT, "writes before it waits"),
+        (LOAD_X + STORE, "does not wait for the kernel before"),
     ],
 )
-def test_a_kernel_that_starts_early_waits_before_it_touches_what_others_write(kernel, ptx, race):
-    assert race_with_predecessor(kernel, ptx) == race
+def test_a_kernel_that_starts_early_waits_before_it_touches_what_others_write(ptx, race):
+    assert race_with_predecessor(ADDRESSES + ptx, pointers_of(SIGNATURE)) == race
+
+
+def races_on_hopper(call: str, kernels: Path) -> set[tuple[str, str]]:
+    """Each kernel of a step with one row and its race, or "".
+
+    Compiled for real, in a process of its own: here kernels are interpreted.
+    """
+    program = (
+        "import check_kernels\n"
+        "check_kernels.PADDED_ROWS = (1,)\n"
+        f"case = check_kernels.Case(90, 'bfloat16', 64, 1, {call!r})\n"
+        "usages = check_kernels.compile_case(case)\n"
+        "assert not any(usage.error for usage in usages), usages\n"
+        "print(*(f'{usage.kernel}: {usage.race}' for usage in usages), sep='\\n')\n"
+    )
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "scripts", kernels, ROOT))),
+        "TRITON_INTERPRET": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, env=environment, stdout=subprocess.PIPE
+    )
+    return {tuple(line.split(": ", 1)) for line in done.stdout.decode().splitlines()}
 
 
 @pytest.mark.parametrize("call", ["decode", "fused"])
 def test_every_kernel_of_a_decode_step_waits_on_hopper(call: str):
-    """Compiled for real, in a process of its own: here kernels are interpreted."""
-    program = (
-        "from check_kernels import *\n"
-        f"usages = compile_case(Case(90, 'bfloat16', 64, 1, {call!r}))\n"
-        "assert usages and not any(u.race or u.error for u in usages), usages\n"
-        "assert all(u.kernel in EARLY for u in usages), usages\n"
-    )
-    folders = ("scripts", "kernels", ".")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in folders),
-        "TRITON_INTERPRET": "0",
+    names = {
+        "decode": ("forward_kernel", "combine_kernel"),
+        "fused": ("linear_kernel", "qkv_kernel", "argmax_kernel", "choose_kernel"),
     }
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+    assert races_on_hopper(call, ROOT / "kernels") == {(name, "") for name in names[call]}
+
+
+def test_kernels_that_wait_too_late_are_found(tmp_path: Path):
+    shutil.copytree(ROOT / "kernels", tmp_path, dirs_exist_ok=True)
+    wait = "    await_inputs(OVERLAP)\n"
+    for name, places in (
+        ("forward", ["    rows = tile * M", "    top = tl.max"]),
+        ("fused", ["    out = products("]),
+        ("argmax", ["    tl.store(best_ptr", "    tl.store(ids_ptr"]),
+    ):
+        file = tmp_path / f"mqa_kernels/{name}.py"
+        source = file.read_text().replace(wait, "")
+        for place in places:
+            assert place in source
+            source = source.replace(place, wait + place)
+        file.write_text(source)
+    assert races_on_hopper("decode", tmp_path) == {
+        ("forward_kernel", "reads start_ptr before it waits"),
+        ("combine_kernel", "reads lses_ptr before it waits"),
+    }
+    assert races_on_hopper("fused", tmp_path) == {
+        ("linear_kernel", ""),  # without a residual
+        ("linear_kernel", "reads residual_ptr before it waits"),
+        ("qkv_kernel", "reads lengths_ptr before it waits"),
+        ("argmax_kernel", "reads x_ptr before it waits"),
+        ("choose_kernel", "reads best_ptr before it waits"),
+    }
