@@ -8,9 +8,13 @@ Rounding moves a weight by at most s / 2, and what the model computes by a littl
 
 `quantize` makes this of a loaded model, `GPT.from_pretrained(..., quantize="int8")` of a checkpoint
 while it is read. Saved like any model, such a checkpoint loads here, and not in transformers. The
-layers below are the definition and run anywhere; on a CPU `mqa_gpt.packing` makes them fast. On a
-CUDA device the kernels of `mqa_gpt.fused_step` read the integers as they are, where steps have few
-rows; with many rows the product takes longer than making floats of the weights, as the layers do.
+layers below are the definition and run anywhere; on a CPU `mqa_gpt.packing` makes them fast.
+
+On a CUDA device kernels read the integers as they are, one byte of each weight: those of
+`mqa_gpt.fused_step` for steps of up to 16 rows, and up to `MOST_ROWS` a layer's own. With more rows
+a layer makes floats of all its weights in every call: in 16 bit it moves 1 + 2 + 2 bytes of each
+where a plain layer moves 2. From some hundred rows on, as in a prefill, that hardly counts beside
+the arithmetic; for decoding rows in between, plain weights are the better choice.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mqa_gpt.attention import HAS_TRITON
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import InputError
 
@@ -29,6 +34,9 @@ if TYPE_CHECKING:
     from mqa_gpt.model import GPT
 
 METHODS = ("int8",)
+
+# Of the kernel that reads the integers of a layer, by the dtype of what is multiplied with them.
+MOST_ROWS = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}
 
 # In `config.json`, under the key that transformers uses for its own methods. Without their
 # "quant_method" it refuses the checkpoint; with a name that it does not know, it would take the
@@ -88,6 +96,16 @@ class _Int8(nn.Module):
         return self
 
 
+def reads_integers(device: torch.device, dtype: torch.dtype, rows: int) -> bool:
+    """Whether a layer multiplies so many rows by a kernel, which has no gradient."""
+    return (
+        HAS_TRITON
+        and device.type == "cuda"
+        and 1 <= rows <= MOST_ROWS.get(dtype, 0)
+        and not torch.is_grad_enabled()
+    )
+
+
 class Int8Linear(_Int8):
     """`nn.Linear` with 8-bit weights, computed as the product with the weights s q.
 
@@ -104,6 +122,13 @@ class Int8Linear(_Int8):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N) in the dtype of x."""
+        rows = x.numel() // x.shape[-1]
+        if self.weight.is_contiguous() and reads_integers(x.device, x.dtype, rows):
+            from mqa_kernels import int8_linear
+
+            x_2d = x.reshape(rows, -1).contiguous()  # (R, K)
+            y = int8_linear(x_2d, self.weight, self.weight_scale, self.bias)  # (R, N)
+            return cast(Tensor, y.view(*x.shape[:-1], -1))
         # Multiplied in float32, then rounded to x's dtype: (N, K) for the time of the product.
         weight = torch.empty_like(self.weight, dtype=x.dtype)
         torch.mul(self.weight, self.weight_scale[:, None], out=weight)

@@ -44,6 +44,7 @@ from triton.runtime import driver
 
 from mqa_kernels import (
     attention,
+    int8_linear,
     linear_residual,
     norm_argmax,
     norm_linear,
@@ -69,6 +70,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 CALLS = ("train", "ragged", "dropout", "decode", "fused", "fused_int8")
 WIDTHS = (2048, 4096)  # of StarCoderBase-1B and 7B, whose head dim is 128
 PADDED_ROWS = (1, 8, 16)  # of a fused step
+# Of an 8-bit layer by itself.
+LAYER_ROWS = {"bfloat16": (16, 32, 64), "float16": (16, 32, 64), "float32": (16,)}
 WITHOUT_PRODUCT = ("combine_kernel", "choose_kernel")
 # What no kernel writes, by the names of their arguments: all that a kernel which starts before its
 # predecessor ends may read before it waits.
@@ -260,6 +263,10 @@ def call_fused(case: Case) -> None:
             norm_linear(x, *norm, weight(4 * C, C), empty(4 * C), gelu, scale(4 * C))
             linear_residual(wide, weight(C, 4 * C), empty(C), x, scale(C))
             norm_argmax(x, *norm, weight(V, C), scale(V))
+        if case.call == "fused_int8":
+            for R in LAYER_ROWS[case.dtype]:
+                for K in (C, 4 * C):
+                    int8_linear(empty(R, K), weight(C, K), torch.empty(C), empty(C))
 
 
 def projection(

@@ -230,6 +230,17 @@ def test_every_warp_of_a_fused_kernel_has_a_product_and_every_wide_gpu_programs(
                     assert int8.num_warps == int8.SHARES
 
 
+@pytest.mark.parametrize("K", [16, 768, 2816, 24_576])
+def test_tiles_of_more_rows_fit_into_any_gpu_s_shared_memory(K: int):
+    for R in range(17, 65):
+        tiles = tuning.linear_tiles(torch.bfloat16, R, 4096, K, int8=True)
+        assert R <= tiles.ROWS <= 64
+        assert tiles.num_warps == tiles.SHARES
+        step = tiles.SHARES * tiles.BLOCK_K * (tiles.BLOCK_N + 2 * tiles.ROWS)  # bytes
+        sums = tiles.SHARES * tiles.BLOCK_N * tiles.ROWS * 4
+        assert max((tiles.STAGES - 1) * step, sums) <= 99 * 1024  # of sm_86, the least
+
+
 def test_a_spill_fails_the_check_and_is_in_the_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

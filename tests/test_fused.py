@@ -6,10 +6,12 @@ On a GPU where there is one and else under Triton's interpreter; errors are judg
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not available on this platform")
 
 from mqa_kernels import (
+    int8_linear,
     linear_residual,
     norm_argmax,
     norm_linear,
@@ -123,6 +125,25 @@ class TestInt8Weights:
         x, bias, residual = wide
         exact = reference.linear_residual(x, weight, bias, residual, wide_scale)
         assert_as_exact(ours, plain, exact)
+
+    # R, K, N: every padding of the rows, several steps along K and one, edges of all three.
+    @pytest.mark.parametrize(
+        ("shape", "dtype"),
+        [
+            *(((R, 80, 70), dtype) for R in (1, 16) for dtype in DTYPES),
+            *(((R, 600, 70), dtype) for R in (17, 33, 64) for dtype in DTYPES[1:]),
+        ],
+        ids=str,
+    )
+    def test_a_layer_by_itself_is_as_exact(self, shape, dtype):
+        R, K, N = shape
+        (x, bias), (wide_x, wide_bias) = randoms(dtype, (R, K), (N,))
+        (weight, scale), (_, wide_scale) = int8_weight(N, K)
+        plain = F.linear(x, reference.dequantized(weight, scale, dtype), bias)
+        exact = F.linear(wide_x, weight * wide_scale[:, None], wide_bias)
+        assert_as_exact(int8_linear(x, weight, scale, bias), plain, exact)
+        without = int8_linear(x, weight, scale)
+        assert torch.equal(without, int8_linear(x, weight, scale, torch.zeros_like(bias)))
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_queries_keys_and_values_are_as_exact(self, dtype):
@@ -333,6 +354,9 @@ class TestOperators:
         torch.library.opcheck(ops.norm_linear, (*inputs, "gelu"))
         torch.library.opcheck(ops.norm_argmax, tuple(inputs[:5]))
         torch.library.opcheck(ops.norm_argmax, (*inputs[:4], *int8_weight(80, 48)[0]))
+        x, bias = torch.randn(20, 48, dtype=torch.bfloat16, device=DEVICE), inputs[5].bfloat16()
+        torch.library.opcheck(ops.int8_linear, (x, *int8_weight(80, 48)[0], bias))
+        torch.library.opcheck(ops.int8_linear, (x, *int8_weight(80, 48)[0], None))
         residual = torch.randn(4, 80, device=DEVICE)
         torch.library.opcheck(ops.linear_residual, (inputs[0], *inputs[4:], residual))
         slots = torch.zeros(2, 5, 1, 32, device=DEVICE)
@@ -368,6 +392,12 @@ class TestRefusals:
     def test_too_many_rows(self):
         with pytest.raises(ValueError, match="x has 17 rows: these kernels take 1 to 16"):
             norm_linear(*self.inputs(R=17))
+
+    @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 16), (torch.float16, 64)], ids=str)
+    def test_too_many_rows_for_a_layer_by_itself(self, dtype, most):
+        x = torch.zeros(most + 1, 48, dtype=dtype, device=DEVICE)
+        with pytest.raises(ValueError, match=f"x has {most + 1} rows: .* take 1 to {most};"):
+            int8_linear(x, *int8_weight(80, 48)[0])
 
     def test_an_unknown_activation(self):
         with pytest.raises(ValueError, match="activation is 'silu'"):

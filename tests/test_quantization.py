@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GPTBigCodeForCausalLM
 
-from mqa_gpt import GPT, LLM, generate, packing
+from mqa_gpt import GPT, LLM, generate, packing, quantization
 from mqa_gpt.checkpoint import DEMO_DIR
 from mqa_gpt.errors import CheckpointError, InputError
 from mqa_gpt.packing import PackedInt8Linear, can_pack, pack
@@ -24,6 +24,7 @@ from mqa_gpt.quantization import (
     Int8Linear,
     quantize,
     quantize_rows,
+    reads_integers,
 )
 from mqa_gpt.verify import verify
 from tests.helpers import (
@@ -192,6 +193,47 @@ def test_in_16_bit_the_product_is_as_exact_as_with_the_same_weights_rounded(dtyp
         plain.bias.copy_(layer.bias)
         error = (layer.to(dtype)(x.to(dtype)) - exact).abs().max()
         assert error <= 2 * (plain(x.to(dtype)) - exact).abs().max() + 1e-5
+
+
+def test_a_gpu_reads_the_integers_of_up_to_64_rows_where_no_gradient_is_needed():
+    pytest.importorskip("triton")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
+    with torch.no_grad():
+        for dtype, most in ((torch.float32, 16), (torch.bfloat16, 64), (torch.float16, 64)):
+            assert [reads_integers(gpu, dtype, rows) for rows in (0, 1, most, most + 1)] == [
+                *(False, True, True, False)
+            ]
+            assert not reads_integers(cpu, dtype, 1)
+        assert not reads_integers(gpu, torch.float64, 1)
+    assert not reads_integers(gpu, torch.bfloat16, 1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(48,), (5, 48), (4, 9, 48)], ids=str)
+def test_a_layer_that_reads_its_integers_is_as_exact_as_one_that_makes_floats(
+    monkeypatch, shape, bias
+):
+    kernels = pytest.importorskip("mqa_kernels")
+    if not kernels.runs_on(torch.device("cpu")):
+        pytest.skip("the kernels are for the GPU where there is one")
+    layer = Int8Linear(nn.Linear(48, 70, bias=bias)).bfloat16()
+    x = torch.randn(2, *shape).bfloat16()[1]
+    exact = F.linear(x.float(), layer.weight * layer.weight_scale[:, None])
+    with torch.inference_mode():
+        if bias:
+            exact = exact + layer.bias.float()
+        plain = layer(x)
+        rows = []
+        monkeypatch.setattr(
+            quantization, "reads_integers", lambda _, dtype, R: rows.append(R) or True
+        )
+        monkeypatch.setattr(quantization.F, "linear", None)
+        y = layer(x)
+        assert rows == [x.numel() // 48]
+        assert y.shape == plain.shape
+        assert (y - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-5
+        apart = x.new_zeros(*shape[:-1], 96)[..., ::2].copy_(x)  # strides that no kernel takes
+        assert torch.equal(layer(apart), y)
 
 
 @needs_int8_products

@@ -9,6 +9,7 @@ few rows. The derivation is in kernels/README.md. Nothing here depends on mqa_gp
 """
 
 from mqa_kernels.fused_ops import (
+    int8_linear,
     linear_residual,
     norm_argmax,
     norm_linear,
@@ -20,6 +21,7 @@ from mqa_kernels.ops import attention
 
 __all__ = [
     "attention",
+    "int8_linear",
     "linear_residual",
     "norm_argmax",
     "norm_linear",

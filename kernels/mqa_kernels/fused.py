@@ -1,14 +1,14 @@
 """The kernels of decoding with few rows: layer norm, product with a weight, and what follows.
 
-R = B * T rows, at most 16, meet a weight (N, K) that is read once, so all that counts is that
-memory never rests. A program owns BLOCK_N outputs of every row: nothing has to be joined across
-programs. It normalises x for itself, which the caches hold by then, and walks over the columns of
-its weights with the next loads always under way.
+R = B * T rows, at most 16 (or 64 before an 8-bit layer by itself), meet a weight (N, K) that is
+read once, so all that counts is that memory never rests. A program owns BLOCK_N outputs of every
+row: nothing has to be joined across programs. It normalises x for itself, which the caches hold by
+then, and walks over the columns of its weights with the next loads always under way.
 
 The product runs on tensor cores as weights (BLOCK_N, BLOCK_K) times x (BLOCK_K, ROWS), as the side
-that must be large is the weights'; the few rows are padded to 1, 8 or 16. A tile of weights with
-few outputs would leave most warps without work, so it has SHARES parts, side by side along K. Each
-warp multiplies its own; their sums are added at the end, in a fixed order.
+that must be large is the weights'; the few rows are padded to 1, or to a power of two from 8 on. A
+tile of weights with few outputs would leave most warps without work, so it has SHARES parts, side
+by side along K. Each warp multiplies its own; their sums are added at the end, in a fixed order.
 
 From sm_90 on, a kernel may start while its predecessor still runs (programmatic dependent launch).
 It then loads its first tile of weights, and waits before it touches what other kernels write.

@@ -112,6 +112,26 @@ def linear_residual(
     return linear_residual_op(x, weight, bias, residual, weight_scale)
 
 
+def int8_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """x @ (weight * weight_scale).T + bias, which reads the integers as they are.
+
+    For a layer by itself, so it takes more rows, and starts when the launches before it have ended:
+    any of them may write the weights.
+
+    Args:
+        x: (R, K) contiguous, R from 1 to 64; in float32, to 16.
+        weight: (N, K) int8, contiguous; weight_scale: (N,) float32; bias: (N,) or None.
+
+    Returns:
+        (R, N) in x's dtype.
+    """
+    _, N = check_rows(x, weight, weight_scale, launch.MAX_INT8_ROWS.get(x.dtype, launch.MAX_ROWS))
+    check_all(x, {"bias": (bias, (N,))})
+    return int8_linear_op(x, weight, weight_scale, bias)
+
+
 def norm_qkv_to_cache(
     x: Tensor,
     norm_weight: Tensor,
@@ -192,6 +212,12 @@ def _linear_residual(
     return _linear(x, None, None, 0.0, weight, weight_scale, bias, residual, "none")
 
 
+def _int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    return _linear(
+        x, None, None, 0.0, weight, weight_scale, bias, None, "none", launch.NO_OVERLAP
+    )  # fmt: skip
+
+
 def _linear(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -202,11 +228,12 @@ def _linear(
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str,
+    options: dict[str, bool] | None = None,
 ) -> Tensor:
     (R, K), N = x.shape, len(weight)
     out = x.new_empty((R, N))
     tiles = linear_tiles(x.dtype, R, N, K, weight_scale is not None)
-    options = launch.overlap(x.device)
+    options = options or launch.overlap(x.device)
     with torch.cuda.device_of(x):
         linear_kernel[(triton.cdiv(N, tiles.BLOCK_N),)](
             x, norm_weight, norm_bias, weight, weight_scale, bias, residual, out, eps, R, N,
@@ -267,6 +294,7 @@ norm_linear_op = torch.library.custom_op("mqa_kernels::norm_linear", _norm_linea
 linear_residual_op = torch.library.custom_op(
     "mqa_kernels::linear_residual", _linear_residual, mutates_args=()
 )
+int8_linear_op = torch.library.custom_op("mqa_kernels::int8_linear", _int8_linear, mutates_args=())
 norm_qkv_to_cache_op = torch.library.custom_op(
     "mqa_kernels::norm_qkv_to_cache", _norm_qkv_to_cache, mutates_args=("slots",)
 )
@@ -281,6 +309,11 @@ def _(x, norm_weight, norm_bias, eps, weight, bias, activation, weight_scale=Non
 @linear_residual_op.register_fake
 def _(x, weight, bias, residual, weight_scale=None):
     return torch.empty_like(residual)
+
+
+@int8_linear_op.register_fake
+def _(x, weight, weight_scale, bias):
+    return x.new_empty((x.shape[0], weight.shape[0]))
 
 
 @norm_qkv_to_cache_op.register_fake

@@ -12,6 +12,8 @@ INTERPRETED = bool(knobs.runtime.interpret)
 MAX_GRID = 65_535  # along a grid's second axis
 MAX_ROWS = 16  # of the fused kernels for few rows
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of `int8_linear`. In float32, without tensor cores, arithmetic takes longer than reading beyond.
+MAX_INT8_ROWS = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}
 
 
 def runs_on(device: torch.device) -> bool:
@@ -36,11 +38,14 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+NO_OVERLAP = {"OVERLAP": False}  # launch options of a kernel that starts when all before have ended
+
+
 def overlap(device: torch.device) -> dict[str, bool]:
     """Launch options of a kernel that may start before its predecessor ends, where GPUs can do that
     (programmatic dependent launch, from sm_90 on); such a kernel waits by itself."""
     if architecture(device) < 90:
-        return {"OVERLAP": False}
+        return NO_OVERLAP
     return {"OVERLAP": True, "launch_pdl": True}
 
 
@@ -103,19 +108,21 @@ def check_inputs(
             )
 
 
-def check_rows(x: Tensor, weight: Tensor, weight_scale: Tensor | None) -> tuple[int, int]:
+def check_rows(
+    x: Tensor, weight: Tensor, weight_scale: Tensor | None, most: int = MAX_ROWS
+) -> tuple[int, int]:
     """K and N of x (R, K) and weight (N, K); ValueError where they do not fit the kernels.
 
-    The weight is of x's dtype, or of int8 with a scale (N,) float32.
+    The weight is of x's dtype, or of int8 with a scale (N,) float32. R is at most `most`.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}: x must be (R, K) and "
             "weight (N, K)"
         )
-    if not 1 <= len(x) <= MAX_ROWS:
+    if not 1 <= len(x) <= most:
         raise ValueError(
-            f"x has {len(x)} rows: these kernels take 1 to {MAX_ROWS}; use the modules for more"
+            f"x has {len(x)} rows: these kernels take 1 to {most}; use the modules for more"
         )
     if x.dtype not in DTYPES:
         raise ValueError(f"x is {x.dtype}: the kernels take float32, bfloat16 or float16")

@@ -100,7 +100,7 @@ class LinearTiles(NamedTuple):
 
 @functools.cache
 def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int, int8: bool = False) -> LinearTiles:
-    """Tiles of a product of R rows with a weight (N, K), for 8 warps.
+    """Tiles of a product of R rows with a weight (N, K), for 8 warps; above 16 rows of int8 only.
 
     Each program normalises all rows for itself, so a large BLOCK_N saves work where there are
     several rows; but there must be about as many programs as a GPU has multiprocessors. That leaves
@@ -113,10 +113,14 @@ def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int, int8: bool = False)
 
     8-bit weights are converted, each by one warp. Triton gives a warp whole shares, so there is one
     for each. Several rows meet them in steps of 16 KiB, at least four of them along K, and in tiles
-    of 32 at most: with 64 some compilers spill.
+    of 32 at most: with 64 some compilers spill. More than 16 rows of x, which every program reads
+    from the L2 cache, are more bytes than the weights, so there a tile is 32 wide even if there are
+    few programs, and its steps are of 8 KiB, which leaves room for x in shared memory.
     """
-    ROWS = 1 if R == 1 else 8 if R <= 8 else 16
+    ROWS = 1 if R == 1 else max(8, triton.next_power_of_2(R))
     BLOCK_N = 16 if R == 1 or N < 4096 else 32 if N < 8192 or int8 else 64
+    if R > 16:
+        BLOCK_N = 32
     if int8 and dtype == torch.float32:
         BLOCK_N = 16
     SHARES = 128 // BLOCK_N
@@ -126,14 +130,15 @@ def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int, int8: bool = False)
         BLOCK_K = 256 if K <= 2048 else 128
     elif int8:
         SHARES = 8
-        BLOCK_K = min(2048 // BLOCK_N, triton.next_power_of_2(triton.cdiv(K, 4 * SHARES)))
+        step = 2048 if R <= 16 else 1024  # weights of a share
+        BLOCK_K = min(step // BLOCK_N, triton.next_power_of_2(triton.cdiv(K, 4 * SHARES)))
     else:
         BLOCK_K = 64
     BLOCK_K = min(BLOCK_K, triton.next_power_of_2(triton.cdiv(K, SHARES)))
     # What fills a tensor core's registers.
     BLOCK_K = max(BLOCK_K, 32 if int8 and dtype != torch.float32 else 16)
     CHUNK = min(triton.next_power_of_2(K), 4096 // ROWS)
-    STAGES = 3 if BLOCK_K >= 128 or (int8 and R == 1) else 4
+    STAGES = 3 if BLOCK_K >= 128 or (int8 and (R == 1 or R > 16)) else 4
     maxnreg = None
     if int8 and BLOCK_N == 32:
         maxnreg = 168  # else some compilers spill to keep to 80 or 128
