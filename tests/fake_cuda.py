@@ -1,18 +1,20 @@
-"""CUDA graphs without a GPU: the fixtures `cuda` and `graphs`.
+"""CUDA without a GPU: the fixtures `cuda` and `graphs`.
 
 What a graph would do to a step is imitated: the step's operations are written down once, and from
-then on repeated with the same arguments.
+then on repeated with the same arguments. Copies to the host that are not waited for arrive when an
+event behind them is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -70,7 +72,7 @@ class TapedGraph:
 
 
 class FakeCuda:
-    """Stands for what `Replay` uses of `torch.cuda`, and writes down what is asked of it.
+    """Stands for what is used of `torch.cuda`, and writes down what is asked of it.
 
     Attributes:
         events: what was asked, in order.
@@ -81,6 +83,14 @@ class FakeCuda:
         self.events: list[Any] = []
         self.device: Any = None
         self.stream: Any = FakeStream(self)
+
+    def pinned(self, make: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
+        """What `make` gives, which is pinned if the options say so."""
+        if not options.pop("pin_memory", False):
+            return make(*arguments, **options)
+        made = make(*arguments, **options).as_subclass(Pinned)
+        made.cuda = self
+        return made
 
     @contextmanager
     def on_device(self, device: torch.device) -> Iterator[None]:
@@ -105,9 +115,52 @@ class FakeCuda:
         self.events.append(("run", self.device, self.stream))
 
 
-class FakeStream:
+class Pinned(Tensor):
+    """Pinned memory of the host, which a device reads and writes while the host goes on."""
+
+    cuda: FakeCuda
+
+    def copy_(self, source: Tensor, non_blocking: bool = False) -> Pinned:
+        """Hold what the source holds, or without blocking nothing of use until that arrives."""
+        self.cuda.events.append(("to the host", non_blocking))
+        if not non_blocking:
+            return super().copy_(source)
+        self.fill_(77)
+        self.cuda.stream.on_the_way.append((self, source.clone()))
+        return self
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Tensor:
+        """A copy on the device, which is the CPU here."""
+        self.cuda.events.append(("to the device", device, non_blocking))
+        return self.as_subclass(Tensor).clone()
+
+
+class FakeEvent:
+    """Stands for `torch.cuda.Event`."""
+
     def __init__(self, cuda: FakeCuda) -> None:
         self._cuda = cuda
+
+    def record(self, stream: FakeStream) -> None:
+        self._before = list(stream.on_the_way)
+
+    def synchronize(self) -> None:
+        """Let the copies arrive that the stream had to make when the event was recorded."""
+        self._cuda.events.append("the host waits")
+        for pinned, values in self._before:
+            pinned.as_subclass(Tensor).copy_(values)
+
+
+class FakeStream:
+    """Stands for `torch.cuda.Stream`.
+
+    Attributes:
+        on_the_way: copies to pinned memory, and what they bring.
+    """
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
+        self.on_the_way: list[tuple[Pinned, Tensor]] = []
 
     def wait_stream(self, other: FakeStream) -> None:
         self._cuda.events.append((self, "waits for", other))
@@ -120,12 +173,15 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     for name, stub in (
         ("device", fake.on_device),
         ("stream", fake.on_stream),
-        ("current_stream", lambda: fake.stream),
+        ("current_stream", lambda device=None: fake.stream),
+        ("Event", lambda: FakeEvent(fake)),
         ("Stream", lambda device: FakeStream(fake)),
         ("CUDAGraph", TapedGraph),
         ("graph", fake.record),
     ):
         monkeypatch.setattr(torch.cuda, name, stub)
+    for name in ("empty", "tensor"):
+        monkeypatch.setattr(torch, name, partial(fake.pinned, getattr(torch, name)))
     monkeypatch.setattr(cuda_graph, "RECORDING_STREAMS", RecordingStreams())
     monkeypatch.setattr(TapedGraph, "made", [])
     return fake

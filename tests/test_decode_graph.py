@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from mqa_gpt import GPT, KVCache, cuda_graph, decode_graph, generation
 from mqa_gpt.attention import reference_attention, sdpa_attention
-from mqa_gpt.cuda_graph import Replay
+from mqa_gpt.cuda_graph import Replay, upload
 from mqa_gpt.decode import Token, stream_plain
 from mqa_gpt.decode_graph import Decoder, can_replay, stream_replayed
 from mqa_gpt.generation import generate, stream_tokens
@@ -303,6 +303,29 @@ def test_what_becomes_of_a_row_after_its_end_is_no_error():
         model, prompts, 9, should_stop=lambda token: token.row == 1 and token.id == free
     )
     assert [token.row for token in tokens] == [0] * 9 + [1]
+
+
+def test_results_come_by_copies_that_the_host_waits_for_when_it_reads_them(model, cuda):
+    decoder = sampling_decoder(model)
+    decoder._model = OnGpu(model)
+    with torch.inference_mode():
+        decoder.run()
+        expected = [x.tolist() for x in (decoder.state.rows.chosen, *decoder.state.rows.reports)]
+        results = decoder.fetch()
+        assert cuda.events == [("to the host", True)] * len(expected)
+        decoder.run()
+        assert decoder.state.rows.reports[0].tolist() != expected[1]
+        assert results() == expected
+    assert cuda.events[len(expected) :] == ["the host waits"]
+
+
+def test_a_list_goes_to_a_gpu_from_pinned_memory_without_a_wait(cuda):
+    for values, dtype in (([3, 1], torch.int64), ([0.25, 0.1], torch.float64)):
+        x = upload(values, DEVICE, dtype)
+        assert (x.tolist(), x.dtype) == (values, dtype)
+        assert cuda.events.pop() == ("to the device", DEVICE, True)
+    assert upload([3, 1], torch.device("cpu")).tolist() == [3, 1]
+    assert not cuda.events
 
 
 def test_the_next_step_is_started_before_the_tokens_are_looked_at(model):
