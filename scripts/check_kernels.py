@@ -48,6 +48,7 @@ from mqa_kernels import (
     linear_residual,
     norm_argmax,
     norm_linear,
+    norm_lm_head,
     norm_qkv_to_cache,
 )
 
@@ -68,7 +69,6 @@ RESERVED = 1024  # bytes of shared memory per block, which are the system's
 TENSOR_MEMORY = 512  # columns, on sm_100
 DTYPES = ("bfloat16", "float16", "float32")
 CALLS = ("train", "ragged", "dropout", "decode", "fused", "fused_int8")
-WIDTHS = (2048, 4096)  # of StarCoderBase-1B and 7B, whose head dim is 128
 PADDED_ROWS = (1, 8, 16)  # of a fused step
 # Of an 8-bit layer by itself.
 LAYER_ROWS = {"bfloat16": (16, 32, 64), "float16": (16, 32, 64), "float32": (16,)}
@@ -83,8 +83,8 @@ INSTRUCTION = re.compile(r"(?:@!?%p\d+\s+)?([a-z]\S*)\s+(\{[^}]*\}|\[[^]]*\]|[^,
 
 
 class Case(NamedTuple):
-    """One call of `attention`, or all of a fused step, on one GPU: G key/value heads and H query
-    heads, and what is computed."""
+    """One call of `attention`, or all of a fused step where C = H D, on one GPU: G key/value
+    heads and H query heads, and what is computed."""
 
     arch: int
     dtype: str
@@ -169,9 +169,10 @@ def all_cases() -> Iterator[Case]:
             yield Case(arch, "bfloat16", D, 1, "dropout")
         for D in (128, 256):
             yield Case(arch, "float32", D, 1, "dropout")
-        for dtype in ("bfloat16", "float32"):
-            yield Case(arch, dtype, 128, 1, "fused")
-            yield Case(arch, dtype, 128, 1, "fused_int8")
+        for call in ("fused", "fused_int8"):
+            for dtype in ("bfloat16", "float32"):
+                for H in (16, 32):  # StarCoderBase-1B and 7B
+                    yield Case(arch, dtype, 128, 1, call, H)
     for D in (16, 32, 96):
         yield Case(90, "bfloat16", D, 1, "train")
         yield Case(90, "bfloat16", D, 1, "decode")
@@ -181,6 +182,15 @@ def all_cases() -> Iterator[Case]:
         yield Case(90, "bfloat16", 128, G, "train", H)
     for H in (12, 16):
         yield Case(90, "bfloat16", 64, 1, "train", H)
+    for H, D in ((12, 64), (22, 128), (48, 128)):  # fused steps of the other official shapes
+        for dtype, call in (
+            ("bfloat16", "fused"),
+            ("bfloat16", "fused_int8"),
+            ("float32", "fused"),
+        ):
+            yield Case(90, dtype, D, 1, call, H)
+    for call in ("fused", "fused_int8"):
+        yield Case(90, "float16", 128, 1, call)
     yield Case(90, "float16", 128, 1, "train")
     yield Case(90, "float16", 128, 1, "decode")
 
@@ -239,34 +249,33 @@ def call_attention(case: Case) -> None:
 
 def call_fused(case: Case) -> None:
     """What a step of decoding launches besides attention, for every padding of its rows."""
-    D, G, V = case.D, case.G, 49_152
-    dtype = getattr(torch, case.dtype)
+    D, G, C, V = case.D, case.G, case.H * case.D, 49_152
+    dtype, int8 = getattr(torch, case.dtype), case.call == "fused_int8"
+    gelu = "gelu" if case.H >= 32 else "gelu_tanh"  # as in the official models
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype)
 
     def weight(N: int, K: int) -> Tensor:
-        return torch.empty(N, K, dtype=torch.int8 if case.call == "fused_int8" else dtype)
+        return torch.empty(N, K, dtype=torch.int8 if int8 else dtype)
 
     def scale(N: int) -> Tensor | None:
-        return torch.empty(N) if case.call == "fused_int8" else None
+        return torch.empty(N) if int8 else None
 
-    for C in WIDTHS:
-        norm = empty(C), empty(C), 1e-5
-        for R in PADDED_ROWS:
-            x, wide, kv = empty(R, C), empty(R, 4 * C), 2 * G * D
-            lengths, slots = torch.zeros(R, dtype=torch.int64), empty(R, 8192, G, 2 * D)
-            qkv = weight(C + kv, C), empty(C + kv)
-            norm_qkv_to_cache(x, *norm, *qkv, slots, lengths, scale(C + kv))
-            linear_residual(x, weight(C, C), empty(C), x, scale(C))
-            gelu = "gelu_tanh" if C == 2048 else "gelu"
-            norm_linear(x, *norm, weight(4 * C, C), empty(4 * C), gelu, scale(4 * C))
-            linear_residual(wide, weight(C, 4 * C), empty(C), x, scale(C))
-            norm_argmax(x, *norm, weight(V, C), scale(V))
-        if case.call == "fused_int8":
-            for R in LAYER_ROWS[case.dtype]:
-                for K in (C, 4 * C):
-                    int8_linear(empty(R, K), weight(C, K), torch.empty(C), empty(C))
+    norm = empty(C), empty(C), 1e-5
+    for R in PADDED_ROWS:
+        x, wide, kv = empty(R, C), empty(R, 4 * C), 2 * G * D
+        lengths, slots = torch.zeros(R, dtype=torch.int64), empty(R, 8192, G, 2 * D)
+        qkv = weight(C + kv, C), empty(C + kv)
+        norm_qkv_to_cache(x, *norm, *qkv, slots, lengths, scale(C + kv))
+        linear_residual(x, weight(C, C), empty(C), x, scale(C))
+        norm_linear(x, *norm, weight(4 * C, C), empty(4 * C), gelu, scale(4 * C))
+        linear_residual(wide, weight(C, 4 * C), empty(C), x, scale(C))
+        norm_lm_head(x, *norm, weight(V, C), scale(V))
+        norm_argmax(x, *norm, weight(V, C), scale(V))
+    for R in LAYER_ROWS[case.dtype] if int8 else ():
+        for K in (C, 4 * C):
+            int8_linear(empty(R, K), weight(C, K), torch.empty(C), empty(C))
 
 
 def projection(

@@ -28,6 +28,7 @@ from check_kernels import (
     verdict,
 )
 
+from mqa_gpt.config import OFFICIAL_SHAPES
 from mqa_kernels import tuning
 
 ROOT = Path(__file__).parents[1]
@@ -154,7 +155,7 @@ def test_every_common_configuration_is_compiled_for_every_gpu_and_once():
                 for call in ("train", "decode"):
                     assert Case(arch, dtype, D, 1, call) in cases
             for call in ("fused", "fused_int8"):
-                assert Case(arch, dtype, 128, 1, call) in cases
+                assert Case(arch, dtype, 128, 1, call, 32) in cases
         for D in (64, 128, 256):
             for call in ("ragged", "dropout"):
                 assert Case(arch, "bfloat16", D, 1, call) in cases
@@ -162,6 +163,18 @@ def test_every_common_configuration_is_compiled_for_every_gpu_and_once():
     assert {case.dtype for case in cases} == {"bfloat16", "float16", "float32"}
     assert {case.call for case in cases if case.G > 1} == {"train", "decode"}
     assert {case.H // case.G for case in cases} == {1, 8, 12, 16, 22, 32, 48}
+
+
+def test_fused_steps_of_every_official_shape_are_compiled():
+    for _, n_head, n_embd, *_ in OFFICIAL_SHAPES.values():
+        for dtype, call in (
+            ("bfloat16", "fused"),
+            ("bfloat16", "fused_int8"),
+            ("float32", "fused"),
+        ):
+            assert Case(90, dtype, n_embd // n_head, 1, call, n_head) in all_cases()
+    for call in ("fused", "fused_int8"):
+        assert Case(90, "float16", 128, 1, call) in all_cases()
 
 
 def test_what_is_recorded_has_every_case_with_two_versions_of_triton_and_no_problem():

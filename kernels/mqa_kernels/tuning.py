@@ -108,6 +108,8 @@ def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int, int8: bool = False)
     would have to wait once more. One row with K up to 2048 is read in a single step, which is all
     under way before x is there.
 
+    Rows of fewer than 1024 columns meet tiles of 32 at most: with 64 some compilers spill.
+
     The smallest tiles need fewer than 128 registers, with which two programs fit a multiprocessor.
     The limit says so to the compiler, which would else spill to make room for a third.
 
@@ -118,7 +120,7 @@ def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int, int8: bool = False)
     few programs, and its steps are of 8 KiB, which leaves room for x in shared memory.
     """
     ROWS = 1 if R == 1 else max(8, triton.next_power_of_2(R))
-    BLOCK_N = 16 if R == 1 or N < 4096 else 32 if N < 8192 or int8 else 64
+    BLOCK_N = 16 if R == 1 or N < 4096 else 32 if N < 8192 or K < 1024 or int8 else 64
     if R > 16:
         BLOCK_N = 32
     if int8 and dtype == torch.float32:
