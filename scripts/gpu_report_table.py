@@ -208,11 +208,12 @@ def prefill_lines(rows: list[Row], ceilings: Row) -> Iterator[str]:
     """Reading prompts: the rate, and its share of the matrix rate (MFU)."""
     for row in rows:
         for way in ("whole", "by pieces"):
-            yield (
-                f"{row['model']} {case_text(row)} {way}: {row[way]['tokens_per_s']:.0f} tok/s, "
-                f"{row[way]['tflops']:.0f} TFLOP/s"
-                + of_ceiling(row[way]["tflops"], ceilings.get("matmul_tflops"))
-            )
+            if way in row:  # as they are where nothing failed
+                yield (
+                    f"{row['model']} {case_text(row)} {way}: {row[way]['tokens_per_s']:.0f} tok/s, "
+                    f"{row[way]['tflops']:.0f} TFLOP/s"
+                    + of_ceiling(row[way]["tflops"], ceilings.get("matmul_tflops"))
+                )
 
 
 def profile_lines(rows: list[Row], ceilings: Row) -> Iterator[str]:
