@@ -19,7 +19,6 @@ from mqa_gpt.inlining import is_plain
 from mqa_gpt.model import GPT, Block
 from mqa_gpt.quantization import Int8Linear
 
-MOST_ROWS = 16  # of the kernels
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,12 +28,13 @@ def can_fuse(model: GPT, rows: int) -> bool:
     It takes the place of Triton's attention on CUDA devices only, and of modules that nobody has
     replaced or cut to another size than the config's.
     """
-    if not HAS_TRITON or model.device.type != "cuda" or rows > MOST_ROWS:
+    if not HAS_TRITON or model.device.type != "cuda":
         return False
-    from mqa_kernels import attention
+    from mqa_kernels import attention, most_rows
 
     return (
-        model.dtype in DTYPES
+        rows <= most_rows(model.device)
+        and model.dtype in DTYPES
         and model.config.head_dim <= 256
         and is_plain(model)
         and model.lm_head.bias is None

@@ -19,6 +19,7 @@ from mqa_gpt.fused_step import can_fuse, fused_hidden, fused_likeliest, fused_lo
 from mqa_gpt.generation import generate
 from mqa_gpt.quantization import quantize
 from mqa_gpt.sampling import GREEDY, Sampling
+from mqa_kernels import launch
 from tests.helpers import (
     error,
     our_model,
@@ -206,7 +207,20 @@ def test_a_step_never_asks_its_device_nor_copies_to_it(fused):
     assert [name for name, x in tensors if x.device.type != "meta"] == []
 
 
-def test_it_is_taken_for_few_rows_of_untouched_modules_on_a_gpu():
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "architecture", lambda device: 90)
+
+
+def test_gpus_with_little_shared_memory_take_fewer_rows(monkeypatch):
+    model = OnGpu(our_model(reference_model(CONFIGS[0]), CONFIGS[0]))
+    for architecture, rows in ((80, 16), (86, 8), (89, 8), (90, 16), (100, 16), (120, 8)):
+        monkeypatch.setattr(launch, "architecture", lambda device, sm=architecture: sm)
+        assert can_fuse(model, rows)
+        assert not can_fuse(model, rows + 1)
+
+
+def test_it_is_taken_for_few_rows_of_untouched_modules_on_a_gpu(hopper):
     class Wrapped(nn.Linear):
         """What adapters do."""
 
@@ -257,7 +271,7 @@ def transpose_a_weight(model: GPT) -> None:
         *(leave_a_norms_weight_out, prune_a_head, transpose_a_weight),
     ],
 )
-def test_it_is_not_taken_where_it_would_compute_something_else(change):
+def test_it_is_not_taken_where_it_would_compute_something_else(hopper, change):
     model = our_model(reference_model(CONFIGS[0]), CONFIGS[0])
     assert can_fuse(OnGpu(model), 1)
     change(model)

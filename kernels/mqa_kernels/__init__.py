@@ -16,13 +16,14 @@ from mqa_kernels.fused_ops import (
     norm_lm_head,
     norm_qkv_to_cache,
 )
-from mqa_kernels.launch import runs_on
+from mqa_kernels.launch import most_rows, runs_on
 from mqa_kernels.ops import attention
 
 __all__ = [
     "attention",
     "int8_linear",
     "linear_residual",
+    "most_rows",
     "norm_argmax",
     "norm_linear",
     "norm_lm_head",

@@ -38,6 +38,12 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def most_rows(device: torch.device) -> int:
+    """Rows that the fused kernels for few take there: 16, or 8 where a block may have 99 KiB of
+    shared memory, into which not all tiles for 16 fit."""
+    return 8 if architecture(device) in (86, 89, 120, 121) else MAX_ROWS
+
+
 NO_OVERLAP = {"OVERLAP": False}  # launch options of a kernel that starts when all before have ended
 
 

@@ -140,7 +140,7 @@ def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int, int8: bool = False)
     # What fills a tensor core's registers.
     BLOCK_K = max(BLOCK_K, 32 if int8 and dtype != torch.float32 else 16)
     CHUNK = min(triton.next_power_of_2(K), 4096 // ROWS)
-    STAGES = 3 if BLOCK_K >= 128 or (int8 and (R == 1 or R > 16)) else 4
+    STAGES = 3 if BLOCK_K >= 128 or (int8 and (R == 1 or R > 8)) else 4
     maxnreg = None
     if int8 and BLOCK_N == 32:
         maxnreg = 168  # else some compilers spill to keep to 80 or 128
