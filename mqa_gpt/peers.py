@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -144,11 +146,27 @@ def load_ctranslate2(folder: Path, model: GPT) -> Iterator[Contender]:
     yield from (contender(name) for name in types if name in supported)
 
 
+def end_with_parent() -> None:
+    """End this process once the one that started it has ended, even if it was killed.
+
+    A worker of a pool would else wait for work for ever, with the weights in memory.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 _generator: Any = None  # CTranslate2's, in its process
 
 
 def _load_generator(folder: str, options: dict[str, Any]) -> None:
     global _generator
+    end_with_parent()
     ctranslate2: Any = import_module("ctranslate2")
     _generator = ctranslate2.Generator(folder, **options)
 

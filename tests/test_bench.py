@@ -10,7 +10,11 @@ import io
 import itertools
 import json
 import math
+import os
+import signal
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -427,6 +431,27 @@ def test_what_exceeds_the_context_is_refused_before_anything_is_loaded(folder, m
 )
 def test_options_that_cannot_be_used_are_refused(arguments, message):
     assert message in refusal(*arguments)
+
+
+KILLED = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from mqa_gpt.peers import end_with_parent
+pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), end_with_parent)
+print(pool.submit(os.getpid).result(), flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_peer_s_process_ends_with_ours_even_if_that_is_killed():
+    process = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    process.kill()
+    try:
+        process.communicate(timeout=60)  # to the end of what the worker could still write
+    except subprocess.TimeoutExpired:
+        os.kill(worker, signal.SIGKILL)
+        raise
 
 
 def test_ctranslate2_refuses_one_key_value_head_per_query_head(tmp_path):
