@@ -23,7 +23,7 @@ from mqa_gpt.decode import (
     Report,
     Token,
     draw_numbers,
-    prefill_longest_first,
+    prefill,
     report_rows,
     reports_of,
     require_finite,
@@ -297,7 +297,7 @@ def _prefilled(
         group = read_together(prompts[begun : begun + ceil(places.free / n)])
         cache = KVCache.of(model, len(group), max(map(len, group)))
         chunk = request.prefill_chunk
-        logits, row_of = prefill_longest_first(model, cache, group, chunk)  # (B, V)
+        logits, row_of = _prefill_longest_first(model, cache, group, chunk)  # (B, V)
         for i, prompt in enumerate(group):
             for index in range((begun + i) * n, (begun + i + 1) * n):
                 row = _Row(names[begun + i], index, len(prompt), request.draws(index, model.device))
@@ -308,6 +308,19 @@ def _prefilled(
                 yield first
                 del first
         begun += len(group)
+
+
+def _prefill_longest_first(
+    model: GPT, cache: KVCache, prompts: list[list[int]], chunk: int | None
+) -> tuple[Tensor, list[int]]:
+    """`prefill` in the order that computes the least padding.
+
+    Returns:
+        The logits (B, V) float32 of the cache's rows, and the row of each prompt.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    logits = prefill(model, cache, [prompts[i] for i in order], chunk).float()  # (B, V)
+    return logits, sorted(range(len(prompts)), key=order.__getitem__)
 
 
 def read_together(prompts: list[list[int]]) -> list[list[int]]:

@@ -184,19 +184,6 @@ def prefill_samples(
     return cache, logits
 
 
-def prefill_longest_first(
-    model: GPT, cache: KVCache, prompts: list[list[int]], chunk: int | None
-) -> tuple[Tensor, list[int]]:
-    """`prefill` in the order that computes the least padding.
-
-    Returns:
-        The logits (B, V) float32 of the cache's rows, and the row of each prompt.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    logits = prefill(model, cache, [prompts[i] for i in order], chunk).float()  # (B, V)
-    return logits, sorted(range(len(prompts)), key=order.__getitem__)
-
-
 def draw_numbers(
     sampling: Sampling, rows: list[int], n: int, count: int, device: torch.device
 ) -> Tensor:

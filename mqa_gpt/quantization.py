@@ -11,10 +11,10 @@ while it is read. Saved like any model, such a checkpoint loads here, and not in
 layers below are the definition and run anywhere; on a CPU `mqa_gpt.packing` makes them fast.
 
 On a CUDA device kernels read the integers as they are, one byte of each weight: those of
-`mqa_gpt.fused_step` for steps of up to 16 rows, and up to `MOST_ROWS` a layer's own. With more rows
-a layer makes floats of all its weights in every call: in 16 bit it moves 1 + 2 + 2 bytes of each
-where a plain layer moves 2. From some hundred rows on, as in a prefill, that hardly counts beside
-the arithmetic; for decoding rows in between, plain weights are the better choice.
+`mqa_gpt.fused_step` for steps of up to 16 rows, and for up to 64 (16 in float32) a layer's own.
+With more rows a layer makes floats of all its weights in every call: in 16 bit it moves 1 + 2 + 2
+bytes of each where a plain layer moves 2. From some hundred rows on, as in a prefill, that hardly
+counts beside the arithmetic; for decoding rows in between, plain weights are the better choice.
 """
 
 from __future__ import annotations
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from mqa_gpt.model import GPT
 
 METHODS = ("int8",)
-
-# Of the kernel that reads the integers of a layer, by the dtype of what is multiplied with them.
-MOST_ROWS = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}
 
 # In `config.json`, under the key that transformers uses for its own methods. Without their
 # "quant_method" it refuses the checkpoint; with a name that it does not know, it would take the
@@ -98,12 +95,11 @@ class _Int8(nn.Module):
 
 def reads_integers(device: torch.device, dtype: torch.dtype, rows: int) -> bool:
     """Whether a layer multiplies so many rows by a kernel, which has no gradient."""
-    return (
-        HAS_TRITON
-        and device.type == "cuda"
-        and 1 <= rows <= MOST_ROWS.get(dtype, 0)
-        and not torch.is_grad_enabled()
-    )
+    if not HAS_TRITON or device.type != "cuda" or torch.is_grad_enabled():
+        return False
+    from mqa_kernels.launch import MAX_INT8_ROWS
+
+    return 1 <= rows <= MAX_INT8_ROWS.get(dtype, 0)
 
 
 class Int8Linear(_Int8):

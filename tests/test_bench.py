@@ -448,7 +448,8 @@ def test_a_peer_s_process_ends_with_ours_even_if_that_is_killed():
     worker = int(process.stdout.readline())
     process.kill()
     try:
-        process.communicate(timeout=60)  # to the end of what the worker could still write
+        # To the end of what the worker, which holds this pipe too, could still write.
+        assert process.communicate(timeout=60) == ("", None)
     except subprocess.TimeoutExpired:
         os.kill(worker, signal.SIGKILL)
         raise
