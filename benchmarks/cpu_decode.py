@@ -40,9 +40,9 @@ from measure import (
 from transformers import GenerationConfig, GPTBigCodeForCausalLM
 
 from mqa_gpt import GPT, LLM, GPTConfig, generate
-from mqa_gpt.bench import weight_bytes
-from mqa_gpt.checkpoint import DEMO_DIR
-from mqa_gpt.memory import cache_bytes
+from mqa_gpt.bench.run import weight_bytes
+from mqa_gpt.cache import cache_bytes
+from mqa_gpt.checkpoints.load import DEMO_DIR
 
 COLD_START = {
     "mqa-gpt": """
@@ -154,7 +154,7 @@ def cold_start(folder: str, prompt: list[int], repeats: int) -> dict[str, Any]:
 
 def require_room(options: argparse.Namespace) -> None:
     """Raise InputError if the context is too short for what is asked, or the memory too small."""
-    config, dtype = GPTConfig.official(options.shape), torch.float32
+    config, dtype = GPTConfig.preset(options.shape), torch.float32
     require_context(config, options.prompt + options.new)
     # In float32 here and in transformers, and in 8 bits; one layer's weights are there twice.
     weights = 2.5 * weight_bytes(config, dtype.itemsize)
@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     with tempfile.TemporaryDirectory() as folder:
         print("writing a checkpoint of random weights", file=sys.stderr)
-        GPT(GPTConfig.official(options.shape)).save_pretrained(folder)
+        GPT(GPTConfig.preset(options.shape)).save_pretrained(folder)
         shutil.copy(DEMO_DIR / "tokenizer.json", folder)  # any: the prompts are ids
         print("loading it in float32 and 8 bits, and with transformers", file=sys.stderr)
         ours, theirs = load_all(folder)

@@ -26,21 +26,21 @@ from measure import (
 )
 
 from mqa_gpt import GPTConfig
-from mqa_gpt.bench import weight_bytes
-from mqa_gpt.checkpoint import DEMO_DIR
+from mqa_gpt.bench.run import weight_bytes
+from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 
 WRITE = """
 from mqa_gpt import GPT, GPTConfig
-GPT(GPTConfig.official({shape!r})).save_pretrained({folder!r}, max_shard_size="2GB")
+GPT(GPTConfig.preset({shape!r})).save_pretrained({folder!r}, max_shard_size="2GB")
 """
 
 DECODE = """
 import json, time
 from mqa_gpt import LLM, generate
-from mqa_gpt.environment import peak_memory
+from mqa_gpt.machine import peak_memory
 imported = peak_memory()
 begin = time.perf_counter()
 llm = LLM.load({folder!r})
@@ -62,7 +62,7 @@ def run(code: str) -> str:
 
 def require_room(shape: str, folder: Path) -> None:
     """Raise InputError if the shape's weights do not fit into memory, or not into the folder."""
-    needed = weight_bytes(GPTConfig.official(shape), torch.float32.itemsize)
+    needed = weight_bytes(GPTConfig.preset(shape), torch.float32.itemsize)
     require_memory(needed, torch.device("cpu"))
     free = shutil.disk_usage(folder).free
     if needed > free:

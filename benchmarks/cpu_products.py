@@ -6,7 +6,7 @@
 A decode step is products of a few rows with weights that no cache holds, so each contender walks
 through as many copies of its weight as `--megabytes` hold. Its time is that of one product, and its
 GB/s the weight's bytes over that. "Repeated" are one and two rows to make four. The answer decides
-what `mqa_gpt.packing` does.
+what `mqa_gpt.fast.packing` does.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from measure import (
 )
 from torch import Tensor, nn
 
-from mqa_gpt.checks import shown
-from mqa_gpt.packing import PackedInt8Linear, PackedLinear, can_pack
-from mqa_gpt.quantization import Int8Linear, quantize_rows
+from mqa_gpt.errors import shown
+from mqa_gpt.fast.int8 import Int8Linear, quantize_rows
+from mqa_gpt.fast.packing import PackedInt8Linear, PackedLinear, can_pack
 
 INT4_GROUP = 32  # columns that share a scale
 INT8_STEP = 16  # columns that PyTorch's product with 8-bit weights reads at a time

@@ -21,12 +21,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from mqa_gpt.bench import take_turns
-from mqa_gpt.checks import shown
-from mqa_gpt.config import MAX_SIZE, OFFICIAL_SHAPES, GPTConfig
-from mqa_gpt.environment import describe
-from mqa_gpt.errors import InputError
-from mqa_gpt.memory import available_memory
+from mqa_gpt.bench.run import take_turns
+from mqa_gpt.config import MAX_SIZE, PRESETS, GPTConfig
+from mqa_gpt.errors import InputError, shown
+from mqa_gpt.machine import available_memory, describe
 
 # Where results go by themselves. Those in results/ are cited, and only --output puts one there.
 OUT = Path(__file__).parent / "out"
@@ -67,10 +65,8 @@ def make_parser(text: str, result: str) -> argparse.ArgumentParser:
 
 def add_shape(parser: argparse.ArgumentParser, default: str = "tiny_starcoder_py") -> None:
     """--shape, by which random weights are made."""
-    help_ = f"one of {', '.join(OFFICIAL_SHAPES)}"
-    parser.add_argument(
-        "--shape", choices=OFFICIAL_SHAPES, default=default, metavar="NAME", help=help_
-    )
+    help_ = f"one of {', '.join(PRESETS)}"
+    parser.add_argument("--shape", choices=PRESETS, default=default, metavar="NAME", help=help_)
 
 
 def within(low: Number, high: Number) -> Callable[[str], Number]:

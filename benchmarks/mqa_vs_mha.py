@@ -47,11 +47,12 @@ from measure import (
 )
 
 from mqa_gpt import GPT, GPTConfig, KVCache
-from mqa_gpt.bench import random_model
-from mqa_gpt.checkpoint import DTYPES, as_device, as_dtype
-from mqa_gpt.decode_graph import Decoder, can_replay
-from mqa_gpt.memory import available_memory, cache_bytes
-from mqa_gpt.packing import can_pack, pack
+from mqa_gpt.bench.run import random_model
+from mqa_gpt.cache import cache_bytes
+from mqa_gpt.checkpoints.load import DTYPES, as_device, as_dtype
+from mqa_gpt.fast.packing import can_pack, pack
+from mqa_gpt.generation.decode_graph import Decoder, can_replay
+from mqa_gpt.machine import available_memory
 from mqa_gpt.sampling import GREEDY
 
 NAMES = ("MQA", "MHA")
@@ -203,7 +204,7 @@ def main(arguments: list[str] | None = None) -> int:
         if device.type != "cpu":
             parser.error("--one-thread is for a CPU: add --device cpu")
         torch.set_num_threads(1)
-    configs = both_configs(GPTConfig.official(options.shape))
+    configs = both_configs(GPTConfig.preset(options.shape))
     require_context(configs["MQA"], max(options.context))
     require_memory(sum(config.parameters for config in configs.values()) * dtype.itemsize, device)
     models = {name: random_model(config, dtype, device) for name, config in configs.items()}

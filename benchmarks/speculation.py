@@ -12,7 +12,7 @@ Two measurements on this machine's CPU, greedy, one prompt, plain loop and specu
   its first lines once more, as when a file is written anew with changes.
 
 In float32 the tokens must be the plain loop's each time. 8-bit products round every row of numbers
-(see `mqa_gpt.packing.PackedInt8Linear`), so there a choice between near equals may differ.
+(see `mqa_gpt.fast.packing.PackedInt8Linear`), so there a choice between near equals may differ.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from measure import (
 )
 
 from mqa_gpt import GPT, LLM, GPTConfig, generate
-from mqa_gpt.bench import weight_bytes
-from mqa_gpt.checkpoint import DEMO_DIR, read_config
-from mqa_gpt.packing import pack
-from mqa_gpt.quantization import quantize
-from mqa_gpt.speculation import Draft, PromptLookup
+from mqa_gpt.bench.run import weight_bytes
+from mqa_gpt.checkpoints.load import DEMO_DIR, read_config
+from mqa_gpt.fast.int8 import quantize
+from mqa_gpt.fast.packing import pack
+from mqa_gpt.generation.speculative import Drafter, PromptLookup
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 from demo_data import HELD_OUT, read_corpus
@@ -59,7 +59,7 @@ MOST_TRIES = 30  # each agrees with the one before for longer
 BETWEEN = "\n\n"  # the piece and its beginning anew: at most a token for each
 
 
-class Knowing(Draft):
+class Knowing(Drafter):
     """Guesses what is known to come, each token right with a probability."""
 
     def __init__(self, text: list[int], agreement: float, vocabulary: int) -> None:
@@ -83,7 +83,7 @@ class Knowing(Draft):
 
 
 def compare(
-    model: GPT, prompt: list[int], draft: Draft, options: argparse.Namespace, label: str
+    model: GPT, prompt: list[int], draft: Drafter, options: argparse.Namespace, label: str
 ) -> dict[str, Any]:
     """Times of the decode steps with and without a draft; the prefill is taken off both."""
     plain = generate(model, [prompt], options.new)
@@ -129,7 +129,7 @@ def by_agreement(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, A
     for method in (None, "int8"):
         print(f"{options.shape}: random weights in {method or 'float32'}", file=sys.stderr)
         torch.manual_seed(0)
-        model = GPT(GPTConfig.official(options.shape)).eval()
+        model = GPT(GPTConfig.preset(options.shape)).eval()
         if method:
             quantize(model)
         pack(model)
@@ -179,7 +179,7 @@ def show(name: str, figure: dict[str, Any]) -> None:
 
 def require_room(options: argparse.Namespace) -> None:
     """Raise InputError if a context is too short for what is asked, or the memory too small."""
-    config = GPTConfig.official(options.shape)
+    config = GPTConfig.preset(options.shape)
     require_context(config, options.prompt + options.new)
     longest = PIECE.stop - PIECE.start + len(BETWEEN) + BEGINNING
     require_context(read_config(DEMO_DIR), longest + options.new)

@@ -52,20 +52,20 @@ from measure import (
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from mqa_gpt import GPT, GPTConfig, KVCache
-from mqa_gpt.bench import (
+from mqa_gpt.bench.ceilings import Ceilings, probes, reached
+from mqa_gpt.bench.run import (
     Request,
     random_model,
     random_prompts,
     take_turns,
     weight_bytes,
 )
-from mqa_gpt.ceilings import Ceilings, probes, reached
-from mqa_gpt.checkpoint import DTYPES, as_device, as_dtype
-from mqa_gpt.decode import prefill
-from mqa_gpt.inlining import Forward, inline, without_modules
-from mqa_gpt.memory import cache_bytes
-from mqa_gpt.packing import can_pack, pack
-from mqa_gpt.quantization import METHODS, quantize
+from mqa_gpt.cache import cache_bytes
+from mqa_gpt.checkpoints.load import DTYPES, as_device, as_dtype
+from mqa_gpt.fast.flat import Forward, inline, without_modules
+from mqa_gpt.fast.int8 import METHODS, quantize
+from mqa_gpt.fast.packing import can_pack, pack
+from mqa_gpt.generation.decode import prefill
 
 Part = AbstractContextManager[Any]
 Step = Callable[[], None]
@@ -344,7 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
             "--quantize is for a CPU, since on a GPU `generate` runs 8-bit weights by other kernels"
         )
     clock = Clock(device)
-    config = GPTConfig.official(options.shape)
+    config = GPTConfig.preset(options.shape)
     require_context(config, options.context)
     held = cache_bytes(config, dtype, options.batch, options.context)
     require_memory(weight_bytes(config, dtype.itemsize) + held, device)

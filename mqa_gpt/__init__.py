@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mqa_gpt.cache import KVCache
-    from mqa_gpt.completion import Completion, Options
     from mqa_gpt.config import GPTConfig
     from mqa_gpt.errors import CheckpointError, ConfigError, InputError, PromptError
-    from mqa_gpt.generation import generate
+    from mqa_gpt.generation.completion import Completion, Options
+    from mqa_gpt.generation.request import generate
+    from mqa_gpt.generation.speculative import DraftModel, PromptLookup
     from mqa_gpt.llm import LLM
     from mqa_gpt.model import GPT
-    from mqa_gpt.speculation import DraftModel, PromptLookup
     from mqa_gpt.tokenizer import Tokenizer
 
 __all__ = [
@@ -37,13 +37,13 @@ __all__ = [
 
 _MODULES = {
     "cache": ["KVCache"],
-    "completion": ["Completion", "Options"],
     "config": ["GPTConfig"],
     "errors": ["CheckpointError", "ConfigError", "InputError", "PromptError"],
-    "generation": ["generate"],
+    "generation.completion": ["Completion", "Options"],
+    "generation.request": ["generate"],
+    "generation.speculative": ["DraftModel", "PromptLookup"],
     "llm": ["LLM"],
     "model": ["GPT"],
-    "speculation": ["DraftModel", "PromptLookup"],
     "tokenizer": ["Tokenizer"],
 }
 

@@ -14,11 +14,11 @@ def main() -> None:
     is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_default:
         signal.signal(signal.SIGINT, _stop)
-    from mqa_gpt import cli  # and torch, which takes seconds
+    from mqa_gpt.cli import app  # and torch, which takes seconds
 
     if is_default:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    cli.main()
+    app.main()
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import InputError
-
-if TYPE_CHECKING:
-    from mqa_gpt.model import GPT
 
 
 class KVCache:
@@ -69,12 +65,6 @@ class KVCache:
         self.end = 0
         self._ragged = False
         self._limits: Tensor | None = None  # (B,) int64 while a padded prefill runs
-
-    @classmethod
-    def of(cls, model: GPT, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache for a model, where it is and of its `cache_dtype`."""
-        dtype = model.cache_dtype or model.dtype
-        return cls(model.config, batch_size, max_length, dtype=dtype, device=model.device)
 
     @property
     def batch_size(self) -> int:
@@ -308,3 +298,9 @@ def dequantize_kv(integers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tenso
     """integers (B, S, G, 2D) int8 and scales (B, S, G, 2) -> (B, S, G, 2D) of this dtype."""
     halves = integers.view(*scales.shape, -1) * scales[..., None]  # (B, S, G, 2, D)
     return halves.flatten(-2).to(dtype)
+
+
+def cache_bytes(config: GPTConfig, dtype: torch.dtype, rows: int = 1, slots: int = 1) -> int:
+    """Bytes of a `KVCache` with `slots` positions in each of `rows` rows."""
+    of_a_head = config.head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)  # its scale
+    return rows * slots * 2 * config.n_layer * config.n_kv_head * of_a_head

@@ -7,8 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from mqa_gpt.checks import is_int, require_number, shown
-from mqa_gpt.errors import ConfigError
+from mqa_gpt.errors import ConfigError, is_int, require_number, shown
 
 # GELU is x * Phi(x) with the normal distribution's Phi; the tanh forms approximate Phi
 # (Hendrycks and Gimpel 2016, equation 2) and differ among themselves only by rounding.
@@ -189,18 +188,18 @@ class GPTConfig:
         return json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def official(cls, name: str) -> GPTConfig:
+    def preset(cls, name: str) -> GPTConfig:
         """The shape of a published checkpoint, by its name on the hub, with or without the owner.
 
         Raises:
             ConfigError: no such shape; lists those there are.
         """
         short = name.split("/")[-1]
-        if short not in OFFICIAL_SHAPES:
+        if short not in PRESETS:
             raise ConfigError(
-                f"{shown(name)} is not an official shape: there are {', '.join(OFFICIAL_SHAPES)}"
+                f"{shown(name)} is not an official shape: there are {', '.join(PRESETS)}"
             )
-        n_layer, n_head, n_embd, vocab_size, n_positions, activation, end = OFFICIAL_SHAPES[short]
+        n_layer, n_head, n_embd, vocab_size, n_positions, activation, end = PRESETS[short]
         return cls(
             n_layer=n_layer,
             n_head=n_head,
@@ -215,7 +214,7 @@ class GPTConfig:
 
 # n_layer, n_head, n_embd, vocab_size, n_positions, activation_function, end-of-text id.
 # Of the Granite family only the 20B model has this architecture.
-OFFICIAL_SHAPES = {
+PRESETS = {
     "tiny_starcoder_py": (20, 12, 768, 49152, 8192, "gelu_pytorch_tanh", 0),
     "gpt_bigcode-santacoder": (24, 16, 2048, 49280, 2048, "gelu_pytorch_tanh", 49152),
     "starcoderbase-1b": (24, 16, 2048, 49152, 8192, "gelu_pytorch_tanh", 0),

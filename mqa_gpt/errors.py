@@ -1,8 +1,16 @@
-"""The errors a caller's input can cause.
+"""The errors a caller's input can cause, and the checks of single values that raise them.
 
 Each is a `ValueError` whose message is one sentence: what is wrong, where, and what to do about it.
 The command line prints that sentence and exits with status 2.
 """
+
+from __future__ import annotations
+
+import math
+import numbers
+import reprlib
+from collections.abc import Callable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -19,3 +27,31 @@ class CheckpointError(InputError):
 
 class PromptError(InputError):
     """A prompt or a generation option that cannot be used."""
+
+
+# How a value from untrusted input is put into a message: quoted, escaped, and not long.
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxlong = _repr.maxother = 120
+shown = _repr.repr
+
+
+def is_int(value: Any) -> bool:
+    """True for integers, NumPy's too; False for booleans."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def require_number(
+    error: type[InputError],
+    name: str,
+    value: Any,
+    range_: str,
+    accept: Callable[[float], bool],
+) -> None:
+    """Raise `error`, naming the value and its range, unless it is a finite number that fits."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    try:
+        is_number = is_number and math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        is_number = False
+    if not is_number or not accept(value):
+        raise error(f"{name} is {shown(value)}: it must be a number {range_}")

@@ -9,16 +9,21 @@ from typing import Any, Literal, Unpack, overload
 import torch
 
 from mqa_gpt.cache import as_cache_dtype
-from mqa_gpt.checkpoint import DEMO_DIR, load_model, read_config
-from mqa_gpt.checks import shown
-from mqa_gpt.completion import Completion, Generation, Options, check_options, encode_prompts
-from mqa_gpt.errors import PromptError
+from mqa_gpt.checkpoints.hub import resolve
+from mqa_gpt.checkpoints.load import DEMO_DIR, load_model, read_config
+from mqa_gpt.checkpoints.save import save_model
+from mqa_gpt.errors import PromptError, shown
+from mqa_gpt.fast.int8 import is_quantized
 from mqa_gpt.fim import infill_prompt, truncated_infill_prompt
-from mqa_gpt.generation import check_request
-from mqa_gpt.hub import resolve
+from mqa_gpt.generation.completion import (
+    Completion,
+    Generation,
+    Options,
+    check_options,
+    encode_prompts,
+)
+from mqa_gpt.generation.request import check_request
 from mqa_gpt.model import GPT
-from mqa_gpt.quantization import is_quantized
-from mqa_gpt.saving import save_model
 from mqa_gpt.tokenizer import Tokenizer
 
 BATCH_SIZE = 16  # rows under way at a time, where there are many prompts
@@ -29,7 +34,7 @@ class LLM:
 
     Attributes:
         model: the `GPT`; from `load` on a CPU its weights may be packed, which is for
-            inference only (see `mqa_gpt.packing`).
+            inference only (see `mqa_gpt.fast.packing`).
         tokenizer: its `Tokenizer`.
     """
 
@@ -58,12 +63,12 @@ class LLM:
         """Load a checkpoint with its tokenizer, ready to generate.
 
         On a CPU, float32 and 8-bit weights are packed for speed, and bfloat16 ones if it has
-        AVX512-BF16 (see `mqa_gpt.packing`). To train, edit or save a model, take
+        AVX512-BF16 (see `mqa_gpt.fast.packing`). To train, edit or save a model, take
         `LLM(GPT.from_pretrained(...), Tokenizer.from_pretrained(...))`.
 
         Args:
             name_or_dir: a folder or a name on the hub; None is the bundled demo checkpoint.
-            revision, device, dtype, backend, quantize: see `mqa_gpt.checkpoint.load_model`.
+            revision, device, dtype, backend, quantize: see `mqa_gpt.checkpoints.load.load_model`.
             cache_dtype: "int8" keeps keys and values as 8-bit integers, see `KVCache`.
 
         Raises:
@@ -84,7 +89,7 @@ class LLM:
         the weights are 8-bit integers.
 
         Arguments, errors and what happens to a folder that exists are those of
-        `mqa_gpt.saving.save_model`.
+        `mqa_gpt.checkpoints.save.save_model`.
 
         Raises:
             InputError: the weights are packed, as `load` packs most on a CPU (see there):
@@ -199,8 +204,8 @@ class LLM:
     ) -> Iterator[Any]:
         """Complete any number of prompts, of which some are under way at a time.
 
-        The next prompt takes the place of one that is finished (`mqa_gpt.batching`). Everything is
-        checked at once, before the first completion.
+        The next prompt takes the place of one that is finished (`mqa_gpt.generation.batching`).
+        Everything is checked at once, before the first completion.
 
         Args:
             prompts: texts, and pairs (prefix, suffix) between which to infill.

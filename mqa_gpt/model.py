@@ -144,7 +144,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, backend: str = "auto") -> None:
         super().__init__()
         self.config = config
-        self.cache_dtype: torch.dtype | None = None  # what `KVCache.of` makes; None: the model's
+        self.cache_dtype: torch.dtype | None = None  # of `new_cache`; None: the model's own
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -181,6 +181,11 @@ class GPT(nn.Module):
             if isinstance(module, MultiQueryAttention):
                 module.attend = attend
 
+    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache where the model is, in its `cache_dtype`; see `KVCache`."""
+        dtype = self.cache_dtype or self.dtype
+        return KVCache(self.config, batch_size, max_length, dtype=dtype, device=self.device)
+
     def forward(
         self, ids: Tensor, cache: KVCache | None = None, logits_at: Tensor | None = None
     ) -> Tensor:
@@ -216,8 +221,8 @@ class GPT(nn.Module):
         backend: str = "auto",
         quantize: str | None = None,
     ) -> GPT:
-        """Load a checkpoint from a hub name or a folder; see `mqa_gpt.checkpoint.load_model`."""
-        from mqa_gpt.checkpoint import load_model
+        """Load a checkpoint from a hub name or a folder; see `mqa_gpt.checkpoints.load`."""
+        from mqa_gpt.checkpoints.load import load_model
 
         return load_model(
             name_or_dir,
@@ -231,19 +236,7 @@ class GPT(nn.Module):
     def save_pretrained(
         self, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB"
     ) -> None:
-        """Write a checkpoint that transformers loads; see `mqa_gpt.saving.save_model`."""
-        from mqa_gpt.saving import save_model
+        """Write a checkpoint that transformers loads; see `mqa_gpt.checkpoints.save.save_model`."""
+        from mqa_gpt.checkpoints.save import save_model
 
         save_model(self, folder, max_shard_size=max_shard_size)
-
-
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of predicting labels[:, t + 1] from logits[:, t], in nats, float32.
-
-    Args:
-        logits: (B, T, V).
-        labels: (B, T) int64, usually the input ids; positions that hold -100 do not count.
-    """
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
-    )

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mqa_gpt.checks import is_int, require_number, shown
-from mqa_gpt.errors import PromptError
+from mqa_gpt.errors import PromptError, is_int, require_number, shown
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How the next token is chosen.
 
     Args:
@@ -75,7 +74,7 @@ class Sampling:
         return self.temperature == 0
 
 
-GREEDY = Sampling()
+GREEDY = SamplingParams()
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -105,7 +104,7 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(probabilities < p * highest, float("-inf"))
 
 
-def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+def filter_logits(logits: Tensor, sampling: SamplingParams, seen: Tensor | None = None) -> Tensor:
     """Apply everything `sampling` asks for, in transformers' order.
 
     Args:
@@ -130,7 +129,7 @@ def filter_logits(logits: Tensor, sampling: Sampling, seen: Tensor | None = None
 
 
 def choose(
-    logits: Tensor, sampling: Sampling, seen: Tensor | None = None, u: Tensor | None = None
+    logits: Tensor, sampling: SamplingParams, seen: Tensor | None = None, u: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The next token of each row, and whether there is one.
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import tokenizers
 
+from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.errors import CheckpointError, PromptError
-from mqa_gpt.hub import resolve
 
 TOKENIZER_FILE = "tokenizer.json"
 

@@ -9,10 +9,10 @@ import time
 import torch
 
 from mqa_gpt import LLM
-from mqa_gpt.completion import Generation
-from mqa_gpt.environment import peak_memory
+from mqa_gpt.checkpoints.inspect import inspect_checkpoint
 from mqa_gpt.errors import InputError
-from mqa_gpt.inspection import inspect_checkpoint
+from mqa_gpt.generation.completion import Generation
+from mqa_gpt.machine import peak_memory
 
 CLASS = """\
 class Reader:

@@ -30,11 +30,11 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from train_demo import LONG_BATCH, SHORT_BATCH, bits_per_byte
 
 from mqa_gpt import LLM
-from mqa_gpt.environment import describe
+from mqa_gpt.checkpoints.inspect import inspect_checkpoint
 from mqa_gpt.errors import InputError
 from mqa_gpt.fim import MODES, truncated_infill_prompt
-from mqa_gpt.generation import generate
-from mqa_gpt.inspection import inspect_checkpoint
+from mqa_gpt.generation.request import generate
+from mqa_gpt.machine import describe
 
 SEED = 0
 FUNCTIONS = 50

@@ -17,8 +17,8 @@ from judge import FACTORS, by_pieces, exact_attention, find_truth, judge, plain_
 from torch import Tensor
 
 from mqa_gpt import GPT, GPTConfig, KVCache
-from mqa_gpt.decode import prefill
-from mqa_gpt.verify import FLOAT32_TOLERANCE
+from mqa_gpt.generation.decode import prefill
+from mqa_gpt.verify.compare import FLOAT32_TOLERANCE
 from mqa_kernels import attention, reference
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -19,14 +19,15 @@ from mqa_vs_mha import both_configs
 from torch.profiler import ProfilerActivity, profile
 
 from mqa_gpt import GPT, GPTConfig, KVCache
-from mqa_gpt.batching import stream_batched
-from mqa_gpt.cuda_graph import Replay
-from mqa_gpt.decode import Token, prefill, stream_plain
-from mqa_gpt.decode_graph import Decoder, decode_step, stream_replayed
-from mqa_gpt.fused_step import can_fuse
-from mqa_gpt.memory import available_memory, cache_bytes
-from mqa_gpt.quantization import is_quantized, quantize
-from mqa_gpt.sampling import GREEDY, Sampling
+from mqa_gpt.cache import cache_bytes
+from mqa_gpt.fast.cuda_graph import Replay
+from mqa_gpt.fast.fused_step import can_fuse
+from mqa_gpt.fast.int8 import is_quantized, quantize
+from mqa_gpt.generation.batching import stream_batched
+from mqa_gpt.generation.decode import Token, prefill, stream_plain
+from mqa_gpt.generation.decode_graph import Decoder, decode_step, stream_replayed
+from mqa_gpt.machine import available_memory
+from mqa_gpt.sampling import GREEDY, SamplingParams
 
 Row = dict[str, Any]
 Measure = Callable[[], Iterator[Row]]
@@ -44,8 +45,8 @@ SMALL = GPTConfig(
 )  # fmt: skip
 SAMPLINGS = {
     "greedy": GREEDY,
-    "penalty": Sampling(repetition_penalty=1.3),
-    "filters": Sampling(1.1, 100, 0.95, 0.01, 1.1, seed=0),
+    "penalty": SamplingParams(repetition_penalty=1.3),
+    "filters": SamplingParams(1.1, 100, 0.95, 0.01, 1.1, seed=0),
 }
 
 
@@ -88,7 +89,7 @@ def gpu_model_plan() -> ModelPlan:
     """For a GPU of 140 GB; what does not fit into a smaller one is refused."""
     names = ("starcoderbase-7b", "starcoderbase-1b")
     return ModelPlan(
-        configs={name: GPTConfig.official(name) for name in names},
+        configs={name: GPTConfig.preset(name) for name in names},
         decode=(
             *(Size(batch, 1024) for batch in (1, 32, 8, 128, 256)),
             Size(256, 8192 - STEPS),
@@ -154,7 +155,7 @@ def token_cases(clock: Clock, plan: ModelPlan) -> Iterator[tuple[Row, Measure]]:
         for name, sampling in SAMPLINGS.items():
 
             def measure(
-                config: GPTConfig = config, count: int = count, sampling: Sampling = sampling
+                config: GPTConfig = config, count: int = count, sampling: SamplingParams = sampling
             ) -> Iterator[Row]:
                 yield compare_tokens(clock, config, count, sampling)
 
@@ -225,7 +226,7 @@ def heads_cases(clock: Clock, plan: ModelPlan, repeats: int) -> Iterator[tuple[R
                 yield {"model": name, "case": {"heads": heads, **size._asdict()}}, measure
 
 
-def compare_tokens(clock: Clock, config: GPTConfig, count: int, sampling: Sampling) -> Row:
+def compare_tokens(clock: Clock, config: GPTConfig, count: int, sampling: SamplingParams) -> Row:
     """Whether replayed steps say what the plain loop does, of prompts of 1 to 9 tokens.
 
     Row i ends after 3 + i tokens at most, so that finished rows stay and leave. "batched" are half

@@ -44,7 +44,7 @@ from judge import Truth, find_truth
 from torch import Tensor
 
 from mqa_gpt import GPTConfig
-from mqa_gpt.environment import describe
+from mqa_gpt.machine import describe
 from mqa_kernels import attention
 from mqa_kernels.tuning import Tiles
 
@@ -121,7 +121,7 @@ def gpu_plan() -> Plan:
     decode += [Problem(B, 1, 16384, 32, 128) for B in (1, 8)]
     training = prefill_problem(8192)
     parity = [
-        (name, GPTConfig.official(name), dtype, 64)
+        (name, GPTConfig.preset(name), dtype, 64)
         for name, dtype in (
             ("starcoderbase-1b", "float32"),
             ("starcoderbase-7b", "bfloat16"),

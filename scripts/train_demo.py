@@ -29,12 +29,12 @@ from demo_start import start_from_induction
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from mqa_gpt.checkpoint import as_device
+from mqa_gpt.checkpoints.load import as_device
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import InputError
 from mqa_gpt.fim import infill_prompt
-from mqa_gpt.generation import generate
-from mqa_gpt.memory import is_out_of_memory
+from mqa_gpt.generation.request import generate
+from mqa_gpt.machine import is_out_of_memory
 from mqa_gpt.model import GPT
 from mqa_gpt.tokenizer import Tokenizer
 

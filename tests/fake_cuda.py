@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mqa_gpt import GPT, cuda_graph
-from mqa_gpt.cuda_graph import RecordingStreams, Replay
-from mqa_gpt.decode_graph import Decoder
+from mqa_gpt import GPT
+from mqa_gpt.fast import cuda_graph
+from mqa_gpt.fast.cuda_graph import RecordingStreams, Replay
+from mqa_gpt.generation.decode_graph import Decoder
 
 
 class Tape(TorchDispatchMode):

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 from mqa_gpt import GPT, GPTConfig
-from mqa_gpt.generation import generate
+from mqa_gpt.generation.request import generate
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Tensors = dict[str, Tensor]

@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from mqa_gpt import GPT, LLM, GPTConfig, KVCache, generate
-from mqa_gpt.batching import stream_batched
-from mqa_gpt.cache import StaticCache, dequantize_kv, quantize_kv
+from mqa_gpt.cache import StaticCache, cache_bytes, dequantize_kv, quantize_kv
 from mqa_gpt.errors import InputError
-from mqa_gpt.memory import cache_bytes
+from mqa_gpt.generation.batching import stream_batched
 from mqa_gpt.model import MultiQueryAttention
-from mqa_gpt.sampling import Sampling
+from mqa_gpt.sampling import SamplingParams
 from tests.helpers import (
     our_model,
     random_ids,
@@ -286,7 +285,7 @@ def test_with_an_int8_cache_attention_sees_what_is_kept(changes):
         return q, dequantize_kv(*quantize_kv(kv), kv.dtype)
 
     with torch.inference_mode():
-        cache = KVCache.of(model, 2, 9)
+        cache = model.new_cache(2, 9)
         got = torch.cat([model(ids[:, :5], cache=cache), model(ids[:, 5:], cache=cache)], 1)
         MultiQueryAttention.split = split
         try:
@@ -312,7 +311,7 @@ def test_rows_of_an_int8_cache_are_those_of_solo_runs(options):
             prompts,
             12,
             2,
-            Sampling(**{k: v for k, v in options.items() if k != "n"}),
+            SamplingParams(**{k: v for k, v in options.items() if k != "n"}),
             n=n,
         )
     )

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from transformers import GPTBigCodeConfig
 
-from mqa_gpt.checkpoint import empty_model
-from mqa_gpt.config import ACTIVATIONS, OFFICIAL_SHAPES, GPTConfig
+from mqa_gpt.checkpoints.load import empty_model
+from mqa_gpt.config import ACTIVATIONS, PRESETS, GPTConfig
 from mqa_gpt.errors import ConfigError
 from tests.helpers import tiny_config
 
@@ -59,18 +59,18 @@ def test_the_defaults_are_those_of_transformers() -> None:
 def test_an_official_shape_has_the_published_number_of_parameters(
     name: str, parameters: int
 ) -> None:
-    model = empty_model(GPTConfig.official(name))
+    model = empty_model(GPTConfig.preset(name))
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
 def test_every_official_shape_is_known_with_and_without_its_owner() -> None:
-    for name in OFFICIAL_SHAPES:
-        assert GPTConfig.official(name) == GPTConfig.official(f"bigcode/{name}")
+    for name in PRESETS:
+        assert GPTConfig.preset(name) == GPTConfig.preset(f"bigcode/{name}")
 
 
 def test_an_unknown_shape_is_answered_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"'starcoder3' is not .* starcoderbase-7b"):
-        GPTConfig.official("starcoder3")
+        GPTConfig.preset("starcoder3")
 
 
 def test_derived_sizes() -> None:

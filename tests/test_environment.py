@@ -14,8 +14,8 @@ import pytest
 import tokenizers
 import torch
 
-from mqa_gpt import environment
-from mqa_gpt.environment import command_line, describe, peak_memory, version
+from mqa_gpt import machine as environment
+from mqa_gpt.machine import command_line, describe, peak_memory, version
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -113,7 +113,7 @@ def test_the_processor_has_a_name_on_every_system(
 def test_peak_memory_rises_with_a_large_allocation_and_does_not_fall_with_its_end():
     # In a new process: this one's peak may be far above what it holds now.
     code = (
-        "from mqa_gpt.environment import peak_memory\n"
+        "from mqa_gpt.machine import peak_memory\n"
         "peaks = [peak_memory()]\n"
         "data = bytearray(b'x') * 300_000_000\n"
         "peaks.append(peak_memory('cpu'))\n"

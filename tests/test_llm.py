@@ -18,11 +18,11 @@ from mqa_gpt import (
     PromptError,
     PromptLookup,
     Tokenizer,
-    batching,
-    memory,
 )
-from mqa_gpt.memory import cache_bytes
-from mqa_gpt.packing import can_pack
+from mqa_gpt import machine as memory
+from mqa_gpt.cache import cache_bytes
+from mqa_gpt.fast.packing import can_pack
+from mqa_gpt.generation import batching
 from tests.helpers import SPECIALS, byte_tokenizer, our_model, reference_model, tiny_config
 
 

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mqa_gpt import GPT, KVCache, PromptError, memory
-from mqa_gpt.memory import available_memory, cache_bytes, is_out_of_memory, require_cache_room
+from mqa_gpt import GPT, KVCache, PromptError
+from mqa_gpt import machine as memory
+from mqa_gpt.cache import cache_bytes
+from mqa_gpt.generation.completion import require_cache_room
+from mqa_gpt.machine import available_memory, is_out_of_memory
 from tests.helpers import tiny_config
 
 CPU = torch.device("cpu")

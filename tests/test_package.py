@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import mqa_gpt
-from tests.test_cli import environment
+from tests.cli.test_app import environment
 
 
 def test_every_public_name_is_there_and_is_its_modules():

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-import mqa_gpt.bench
-import mqa_gpt.ceilings
-import mqa_gpt.verify
+import mqa_gpt.bench.ceilings
+import mqa_gpt.bench.run
+import mqa_gpt.verify.compare
 from mqa_gpt import GPT
 from mqa_gpt.progress import status
 from tests.helpers import tiny_config
@@ -63,7 +63,7 @@ def test_what_takes_long_says_what_it_is_at(
 
     monkeypatch.setattr(getattr(mqa_gpt, command), "status", listening)
     if command == "verify":
-        mqa_gpt.verify.verify(tmp_path, dtype="bfloat16", max_new_tokens=2)
+        mqa_gpt.verify.compare.verify(tmp_path, dtype="bfloat16", max_new_tokens=2)
         assert said == [
             "loading",
             "computing",
@@ -72,9 +72,9 @@ def test_what_takes_long_says_what_it_is_at(
             "computing in transformers in float32",
         ]
     else:
-        monkeypatch.setattr(mqa_gpt.ceilings, "PROBE_BYTES", 1000)
-        monkeypatch.setattr(mqa_gpt.ceilings, "CPU_PROBE_SIZE", 8)
-        mqa_gpt.bench.benchmark(
+        monkeypatch.setattr(mqa_gpt.bench.ceilings, "PROBE_BYTES", 1000)
+        monkeypatch.setattr(mqa_gpt.bench.ceilings, "CPU_PROBE_SIZE", 8)
+        mqa_gpt.bench.run.benchmark(
             model=tmp_path, prompt_lengths=[2], new_lengths=[2], repeats=1, compare=["transformers"]
         )
         assert said == [

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from mqa_gpt.checkpoint import DEMO_DIR
-from mqa_gpt.cli import app
-from mqa_gpt.environment import INSTALL_PEERS
+from mqa_gpt.checkpoints.load import DEMO_DIR
+from mqa_gpt.cli.app import app
+from mqa_gpt.machine import INSTALL_PEERS
 from tests.helpers import quartiles_away
 
 ROOT = Path(__file__).parents[1]

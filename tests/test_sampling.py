@@ -15,7 +15,7 @@ from transformers import (
 
 from mqa_gpt.errors import PromptError
 from mqa_gpt.sampling import (
-    Sampling,
+    SamplingParams,
     choose,
     draw,
     filter_logits,
@@ -90,20 +90,22 @@ def test_all_filters_together_agree_with_transformers_in_its_order(seed):
             MinPLogitsWarper(0.02),
         ]
     )(tokens, logits.clone())
-    sampling = Sampling(temperature=1.4, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.7)
+    sampling = SamplingParams(
+        temperature=1.4, top_k=40, top_p=0.9, min_p=0.02, repetition_penalty=1.7
+    )
     torch.testing.assert_close(filter_logits(logits, sampling, seen_mask(logits, tokens)), theirs)
 
 
 def test_greedy_changes_no_logits():
     logits = random_logits(1)
-    assert torch.equal(filter_logits(logits, Sampling()), logits)
+    assert torch.equal(filter_logits(logits, SamplingParams()), logits)
 
 
 def test_filters_leave_their_input_unchanged():
     logits = random_logits(2)
     before = logits.clone()
     seen = seen_mask(logits, tokens_in(logits, 9))
-    filter_logits(logits, Sampling(1.0, 5, 0.5, 0.1, 2.0), seen)
+    filter_logits(logits, SamplingParams(1.0, 5, 0.5, 0.1, 2.0), seen)
     assert torch.equal(logits, before)
 
 
@@ -133,10 +135,10 @@ def test_a_token_of_probability_one_in_a_million_is_drawn_at_its_rate_in_a_large
 
 def test_choosing_takes_the_likeliest_or_draws_and_notices_what_is_not_finite():
     logits = random_logits(0, rows=4)
-    chosen, is_finite = choose(logits, Sampling())
+    chosen, is_finite = choose(logits, SamplingParams())
     assert chosen.tolist() == logits.argmax(-1).tolist()
     assert is_finite.all()
-    sampling, u = Sampling(0.9, top_k=5), torch.rand(4, dtype=torch.float64)
+    sampling, u = SamplingParams(0.9, top_k=5), torch.rand(4, dtype=torch.float64)
     drawn = draw(filter_logits(logits, sampling), u)
     assert choose(logits, sampling, None, u)[0].tolist() == drawn.tolist()
     logits[1, 7], logits[3, 0] = float("nan"), float("inf")
@@ -188,4 +190,4 @@ def test_streams_of_uniforms_differ_by_seed_and_by_sample_and_repeat():
 )
 def test_an_unusable_option_is_named(options, word):
     with pytest.raises(PromptError, match=word):
-        Sampling(**options)
+        SamplingParams(**options)

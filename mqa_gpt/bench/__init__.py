@@ -1,0 +1,1 @@
+"""Measuring: speed beside the machine's limits and beside other programs."""

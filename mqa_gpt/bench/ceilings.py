@@ -1,0 +1,107 @@
+"""What a machine does at most: how fast it reads its memory and how fast it multiplies matrices.
+
+Measured by `probes`, which run in turn with what is to be compared with them.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mqa_gpt.fast.int8 import Int8Linear
+from mqa_gpt.fast.packing import can_pack, pack
+
+PROBE_BYTES = 1 << 30  # more than the caches of a processor hold
+CPU_PROBE_SIZE, GPU_PROBE_SIZE = 2048, 8192  # rows and columns of the matrices multiplied
+
+# In one run of a probe. A GPU makes a pass over the memory in a quarter of a millisecond, in which
+# the time of starting it and of waiting for it would show.
+PASSES = {"cpu": 1, "cuda": 16}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine did at most, medians: bytes per second that a sum read and that a copy
+    read and wrote, and operations per second of a matrix product.
+
+    Attributes:
+        int8_matmul_tflops: the same of a layer of 8-bit weights, with the rounding of its rows;
+            None where no product of 8-bit integers is made.
+    """
+
+    read_gb_per_s: float
+    copy_gb_per_s: float
+    matmul_tflops: float
+    int8_matmul_tflops: float | None = None
+
+    @property
+    def gb_per_s(self) -> float:
+        """The faster of the two ways to use the memory."""
+        return max(self.read_gb_per_s, self.copy_gb_per_s)
+
+    def tflops(self, itemsize: int) -> float:
+        """The rate of products with weights of so many bytes each."""
+        if itemsize == 1 and self.int8_matmul_tflops is not None:
+            return self.int8_matmul_tflops
+        return self.matmul_tflops
+
+
+class Probe(NamedTuple):
+    """An action that shows what the machine can do: `amount` of some unit in each run, which makes
+    the same pass `PASSES` times.
+    """
+
+    run: Callable[[], object]
+    amount: float
+
+
+def probes(device: torch.device, dtype: torch.dtype, in_8_bits: bool = False) -> dict[str, Probe]:
+    """What measures each field of `Ceilings`, by its name and in its unit.
+
+    Args:
+        in_8_bits: whether something has 8-bit weights. Where their layers can be packed, which
+            makes products of 8-bit integers of them, these are measured too.
+    """
+    memory = torch.rand(PROBE_BYTES // 4, device=device)
+    half = len(memory) // 2
+    size = GPU_PROBE_SIZE if device.type == "cuda" else CPU_PROBE_SIZE
+    rows = torch.rand(size, size, device=device).to(dtype)
+    passes = PASSES.get(device.type, 1)
+
+    def probe(action: Callable[[], Tensor], amount: float) -> Probe:
+        def run() -> None:
+            for _ in range(passes):
+                action()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        return Probe(run, passes * amount)
+
+    def product(layer: nn.Module) -> Probe:
+        module = nn.Sequential(layer).requires_grad_(False)
+        # Packed where a model's layers would be, which is where that makes them faster.
+        if can_pack(module):
+            pack(module)
+        return probe(lambda: module(rows), 2 * size**3 / 1e12)
+
+    linear = nn.Linear(size, size, bias=False, device=device, dtype=dtype)
+    limits = {
+        "read_gb_per_s": probe(lambda: memory.sum(), PROBE_BYTES / 1e9),
+        "copy_gb_per_s": probe(lambda: memory[:half].copy_(memory[half:]), PROBE_BYTES / 1e9),
+        "matmul_tflops": product(linear),
+    }
+    if in_8_bits and can_pack(int8 := Int8Linear(linear)):
+        limits["int8_matmul_tflops"] = product(int8)
+    return limits
+
+
+def reached(limits: Mapping[str, Probe], seconds: Mapping[Any, list[float]]) -> Ceilings:
+    """What the probes did in the median of their times."""
+    return Ceilings(
+        **{name: probe.amount / statistics.median(seconds[name]) for name, probe in limits.items()}
+    )

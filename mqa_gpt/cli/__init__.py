@@ -1,0 +1,1 @@
+"""The `mqa-gpt` command, one file a sub-command."""

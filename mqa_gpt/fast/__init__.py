@@ -1,0 +1,1 @@
+"""How a step runs fast: 8-bit weights, packed and flat CPU steps, CUDA graphs, fused kernels."""

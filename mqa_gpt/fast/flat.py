@@ -1,0 +1,150 @@
+"""The model's forward pass without its modules: the same operators, called one after the other.
+
+On a CPU each weight that a decode step reads drives from the caches what Python needs to get to the
+next one, so that a call costs many times what it costs in a loop that does nothing else. A module
+calls modules, which look for their parameters and hooks; and a step has some ten of them per layer.
+Here they are looked up once, and only what they compute is left to call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all
+
+from mqa_gpt.attention import Attention, is_own, positions_from
+from mqa_gpt.cache import KVCache
+from mqa_gpt.fast.int8 import Int8Embedding, Int8Linear
+from mqa_gpt.fast.packing import PackedInt8Linear, PackedLinear
+from mqa_gpt.model import GPT, MLP, Block, MultiQueryAttention, Transformer
+
+Forward = Callable[[Tensor, KVCache], Tensor]
+Function = Callable[[Tensor], Tensor]
+
+Kinds = tuple[type[nn.Module], ...]
+
+_LINEAR: Kinds = (nn.Linear, Int8Linear, PackedLinear, PackedInt8Linear)
+_EMBEDDING: Kinds = (nn.Embedding, Int8Embedding)
+_NORM: Kinds = (nn.LayerNorm,)
+_DROPOUT: Kinds = (nn.Dropout,)
+
+# Which modules a module of ours holds, by name, and of which types they may be.
+_PLACES: dict[type[nn.Module], dict[str, Kinds]] = {
+    GPT: {"transformer": (Transformer,), "lm_head": _LINEAR},
+    Transformer: {
+        "wte": _EMBEDDING,
+        "wpe": (nn.Embedding,),
+        "drop": _DROPOUT,
+        "h": (nn.ModuleList,),
+        "ln_f": _NORM,
+    },
+    Block: {"ln_1": _NORM, "attn": (MultiQueryAttention,), "ln_2": _NORM, "mlp": (MLP,)},
+    MultiQueryAttention: {"c_attn": _LINEAR, "c_proj": _LINEAR, "resid_dropout": _DROPOUT},
+    MLP: {"c_fc": _LINEAR, "c_proj": _LINEAR, "dropout": _DROPOUT},
+}
+_KINDS: Kinds = (*_PLACES, *_LINEAR, *_EMBEDDING, *_NORM, *_DROPOUT, nn.ModuleList)
+_FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in _KINDS}
+
+
+def is_plain(model: GPT) -> bool:
+    """Whether its forward pass is what `mqa_gpt.model` says and no more.
+
+    It is not where somebody has put code of their own into it: hooks, other modules, another
+    `forward`, `attend` or the like; nor in training mode, for dropout.
+    """
+    if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
+        return False
+    return all(_is_plain(module) for module in model.modules())
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is a module as we made it, in eval mode, and holds such as we put there."""
+    kind = type(module)
+    if kind.forward is not _FORWARDS.get(kind):
+        return False
+    if not vars(module).keys().isdisjoint(("forward", "split", "activate")):
+        return False
+    if module.training or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    if isinstance(module, MultiQueryAttention) and not is_own(module.attend):
+        return False
+    held = module._modules
+    if isinstance(module, nn.ModuleList):
+        return all(type(child) is Block for child in held.values())
+    places = _PLACES.get(kind, {})
+    return held.keys() == places.keys() and all(
+        type(child) in places[name] for name, child in held.items()
+    )
+
+
+def inline(model: GPT) -> Forward:
+    """What takes ids (B, T) and a cache and gives the model's logits (B, T, V), as it would itself.
+
+    Where the model `is_plain`, and is not compiled, its modules are not called. They are those of
+    now: make the function anew where they, their hooks or attention may have been replaced.
+    """
+    is_compiled = any(module._compiled_call_impl for module in model.modules())
+    if type(model) is not GPT or is_compiled or not is_plain(model):
+        return lambda ids, cache: model(ids, cache=cache)
+    return without_modules(model)
+
+
+def without_modules(model: GPT) -> Forward:
+    """The function of `inline`, whatever somebody may have made of the modules: it calls their
+    `forward`, `split`, `attend` and `activate` as they are now, and no hooks."""
+    transformer = model.transformer
+    embed, embed_position = transformer.wte.forward, transformer.wpe.forward
+    layers = [_Layer.of(block) for block in cast(list[Block], transformer.h)]
+    norm, head = transformer.ln_f.forward, model.lm_head.forward
+
+    def forward(ids: Tensor, cache: KVCache) -> Tensor:
+        T = ids.shape[1]
+        cache.require_room(T)
+        start = cache.start
+        x = embed(ids) + embed_position(positions_from(start, T, ids.device))  # (B, T, C)
+        for layer in layers:
+            q, kv = layer.split(layer.c_attn(layer.ln_1(x)))  # (B, T, H, D), (B, T, G, 2D)
+            k, v = cache.append(layer.number, kv).chunk(2, dim=-1)  # (B, S, G, D) each
+            y = layer.attend(q, k, v, start, layer.scale, 0.0)  # (B, T, H, D)
+            x = x + layer.attn_c_proj(y.flatten(2))  # (B, T, C)
+            h = layer.activate(layer.c_fc(layer.ln_2(x)))  # (B, T, F)
+            x = x + layer.mlp_c_proj(h)  # (B, T, C)
+        cache.advance(T)
+        return head(norm(x))  # (B, T, V)
+
+    return forward
+
+
+class _Layer(NamedTuple):
+    """What a layer calls, by the names of its modules."""
+
+    number: int
+    ln_1: Function
+    c_attn: Function
+    split: Callable[[Tensor], tuple[Tensor, Tensor]]
+    attend: Attention
+    scale: float
+    attn_c_proj: Function
+    ln_2: Function
+    c_fc: Function
+    activate: Function
+    mlp_c_proj: Function
+
+    @classmethod
+    def of(cls, block: Block) -> _Layer:
+        attn, mlp = block.attn, block.mlp
+        return cls(
+            number=attn.layer,
+            ln_1=block.ln_1.forward,
+            c_attn=attn.c_attn.forward,
+            split=attn.split,
+            attend=attn.attend,
+            scale=attn.scale,
+            attn_c_proj=attn.c_proj.forward,
+            ln_2=block.ln_2.forward,
+            c_fc=mlp.c_fc.forward,
+            activate=mlp.activate,
+            mlp_c_proj=mlp.c_proj.forward,
+        )

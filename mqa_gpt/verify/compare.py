@@ -1,0 +1,399 @@
+"""Proof: the same checkpoint in this implementation and in transformers, compared number by number.
+
+Both get the same prompts. Ours generates greedily, all prompts in one ragged batch with a cache.
+transformers (eager attention) then computes the logits of every position of our sequences, each
+sequence alone and without a cache, and generates from each prompt by itself. So batching, cache
+and decoding are all on one side of the comparison only.
+
+What must hold depends on the precision:
+
+    float32     logits within 2e-5 of the largest; all tokens equal
+    unscaled    float32 without `scale_attn_weights` is ill-conditioned: our logits may be twice as
+                far from transformers in float64 as transformers in float32 is; all tokens equal
+    16 bit      our logits may be twice as far from transformers in float32 as transformers in the
+                same 16-bit type is; where tokens part is reported, but does not fail
+    8 bit       (`quantize`, `cache_dtype`) is an approximation: how far logits, loss and tokens are
+                from those of the checkpoint itself is reported, and only NaN or infinity fails
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mqa_gpt.attention import acting_backend
+from mqa_gpt.cache import as_cache_dtype
+from mqa_gpt.checkpoints.hub import resolve
+from mqa_gpt.checkpoints.load import load_model, read_config
+from mqa_gpt.config import GPTConfig
+from mqa_gpt.errors import InputError, PromptError, is_int
+from mqa_gpt.fast.int8 import is_quantized, says_quantized
+from mqa_gpt.fast.packing import can_pack, pack
+from mqa_gpt.generation.request import check_request, generate
+from mqa_gpt.machine import INSTALL_PEERS, version
+from mqa_gpt.model import GPT
+from mqa_gpt.progress import status
+from mqa_gpt.tokenizer import TOKENIZER_FILE, Tokenizer
+from mqa_gpt.verify.report import Divergence, PromptReport, Report
+
+FLOAT32_TOLERANCE = 2e-5
+
+# What is compared if no prompts are given: of several lengths, since they run as one ragged batch.
+CODE_PROMPTS = (
+    "def print_hello_world():",
+    'import os\n\n\ndef newest_file(folder):\n    """Return the path of the newest file."""\n',
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
+    "for",
+)
+RANDOM_PROMPT_LENGTHS = (9, 33, 1, 20)  # where a checkpoint has no tokenizer
+
+
+def verify(
+    name_or_dir: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    backend: str = "auto",
+    quantize: str | None = None,
+    cache_dtype: str | None = None,
+    prompts: Sequence[str] | Sequence[Sequence[int]] | None = None,
+    max_new_tokens: int = 64,
+) -> Report:
+    """Compare a checkpoint with transformers' GPTBigCode; see the module's text for the rules.
+
+    The two models are in memory one after the other. A 16-bit reference is converted to float32 in
+    the end, which takes twice the model's memory.
+
+    Args:
+        name_or_dir, revision, device, dtype, backend, quantize: see
+            `mqa_gpt.checkpoints.load.load_model`; the reference is never quantized.
+        cache_dtype: see `LLM.load`. Then all our logits are computed token by token with the cache.
+        prompts: texts or lists of token ids, whose loss is computed too; None takes a few pieces of
+            code, or random ids where the checkpoint has no tokenizer.
+        max_new_tokens: how many greedy tokens are compared per prompt; end tokens do not stop.
+
+    Raises:
+        InputError: transformers is missing, or a version that cannot be the reference.
+        CheckpointError, ConfigError, PromptError: see `load_model` and `generate`.
+    """
+    kept_as = as_cache_dtype(cache_dtype)
+    approximate = quantize is not None or kept_as is not None
+    transformers_version = require_transformers()
+    folder = resolve(name_or_dir, revision)
+    config = read_config(folder)
+    if says_quantized(config):
+        raise InputError(
+            f"{folder} holds 8-bit weights, which transformers does not read: verify the "
+            "checkpoint that they were made from, with quantize='int8' (--quantize int8)"
+        )
+    has_tokenizer = (folder / TOKENIZER_FILE).is_file()
+    tokenizer = Tokenizer.from_pretrained(folder) if has_tokenizer else None
+    rows = _token_ids(config, tokenizer, prompts, folder, max_new_tokens)
+
+    with status() as say:
+        say("loading")
+        model = load_model(folder, device=device, dtype=dtype, backend=backend, quantize=quantize)
+        model.cache_dtype = kept_as
+        model_dtype, model_device = model.dtype, model.device
+        say("computing")
+        new_ids, logits, unwatched = _ours(model, rows, max_new_tokens)
+        del model
+
+        # The last token is only compared; nothing is computed from it.
+        sequences = [row + new[:-1] for row, new in zip(rows, new_ids, strict=True)]
+        exact_dtype = _exact_dtype(config, model_dtype)
+        with quiet_transformers():
+            say("loading in transformers")
+            reference, source = _load_reference(folder, config, model_dtype)
+            reference.to(model_device)
+            say("computing in transformers")
+            expected = _reference_logits(reference, sequences)
+            greedy = [_reference_greedy(reference, row, max_new_tokens) for row in rows]
+            exact: list[Tensor] | None = None
+            if exact_dtype is not None:  # the same rounded weights, computed more precisely
+                say(f"computing in transformers in {str(exact_dtype).removeprefix('torch.')}")
+                # transformers' eager softmax is float32 even in float64; its sdpa's is not.
+                reference.set_attn_implementation(
+                    "sdpa" if exact_dtype == torch.float64 else "eager"
+                )
+                exact = _reference_logits(reference.to(exact_dtype), sequences)
+        del reference
+
+    nearest = exact or expected
+    limit: float | None
+    if exact is None or approximate:
+        rule = "max |ours - transformers| over max |transformers|"
+        largest = max(e.abs().max().item() for e in nearest)
+        # A model whose logits are all 0 has no scale.
+        error = _largest_difference(logits, nearest) / (largest or 1.0)
+        limit = None if approximate else FLOAT32_TOLERANCE
+    else:
+        name = str(exact_dtype).removeprefix("torch.")
+        rule = f"distance from transformers in {name}; the limit is twice its own in this dtype"
+        error = _largest_difference(logits, exact)
+        limit = 2 * _largest_difference(expected, exact)
+    return Report(
+        model=str(name_or_dir),
+        dtype=str(model_dtype).removeprefix("torch."),
+        device=str(model_device),
+        backend=acting_backend(backend, model_device, model_dtype, config.head_dim),
+        asked_backend=backend,
+        quantize=quantize,
+        cache_dtype=cache_dtype,
+        reference=f"transformers {transformers_version}, eager; {source}",
+        rule=rule,
+        logits_error=error,
+        logits_limit=limit,
+        loss=_loss(rows, logits),
+        reference_loss=_loss(rows, nearest),
+        tokens_must_be_equal=not approximate and model_dtype in (torch.float32, torch.float64),
+        prompts=[
+            _compare(tokenizer, *parts)
+            for parts in zip(rows, unwatched, greedy, logits, nearest, strict=True)
+        ],
+    )
+
+
+def require_transformers() -> str:
+    """The installed version of transformers.
+
+    Raises:
+        InputError: there is none, or it is too old, or one that computes wrong logits.
+    """
+    found = version("transformers")
+    if found is None:
+        raise InputError(
+            "verifying compares with transformers, which is not installed: "
+            f"run {INSTALL_PEERS} in the checkout"
+        )
+    numbers = tuple(int(n) for n in re.findall(r"\d+", found)[:3])
+    if (4, 54, 0) <= numbers <= (4, 55, 0):
+        raise InputError(
+            f"transformers {found} cannot be the reference: 4.54.0 to 4.55.0 multiply attention "
+            "scores by the root of the head dim instead of dividing by it; "
+            f"run {INSTALL_PEERS} in the checkout"
+        )
+    if numbers < (5,):
+        raise InputError(
+            f"transformers {found} is too old to be the reference: "
+            f"run {INSTALL_PEERS} in the checkout"
+        )
+    return found
+
+
+def _token_ids(
+    config: GPTConfig,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[str] | Sequence[Sequence[int]] | None,
+    folder: Path,
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """The prompts as ids; only the prompts that nobody asked for are cut to fit the context."""
+    if not is_int(max_new_tokens) or max_new_tokens < 1:
+        raise PromptError(f"max_new_tokens is {max_new_tokens!r}: it must be an integer above 0")
+    rows: list[Any]
+    if prompts is not None:
+        rows = list(prompts)
+        if any(isinstance(row, str) for row in rows):
+            tokenizer = tokenizer or Tokenizer.from_pretrained(folder)  # which says what is missing
+            rows = [tokenizer.encode(row) if isinstance(row, str) else row for row in rows]
+        if not rows:
+            raise PromptError("prompts is empty: give at least one prompt, or None")
+    else:
+        if tokenizer is not None:
+            rows = [tokenizer.encode(text) for text in CODE_PROMPTS]
+        else:
+            generator = torch.Generator().manual_seed(0)
+            rows = [
+                torch.randint(config.vocab_size, (length,), generator=generator).tolist()
+                for length in RANDOM_PROMPT_LENGTHS
+            ]
+        rows = [row[: max(1, config.n_positions - max_new_tokens)] for row in rows]
+    return check_request(config, rows, max_new_tokens)
+
+
+@torch.inference_mode()
+def _ours(
+    model: GPT, rows: list[list[int]], max_new_tokens: int
+) -> tuple[list[list[int]], list[Tensor], list[list[int]]]:
+    """Our new tokens, and per row the logits of each position as (positions, V) on the CPU; and the
+    new tokens as users get them, which are another path's.
+
+    Those within the prompt are a plain forward pass's; the others, from the prompt's last position
+    on, are what `generate` chose by, with the weights packed as `LLM` packs them. 8-bit weights
+    are packed for both, since that rounds once more. A hook, which the logits need, keeps
+    `generate` from what is faster: from calling no modules, replaying recorded steps and the fused
+    kernels.
+    """
+    if is_quantized(model) and can_pack(model):
+        pack(model)
+    within = [_within(model, row).cpu() for row in rows]
+    if can_pack(model):  # not yet packed
+        pack(model)
+    steps: list[Tensor] = []  # (B, V) or (B, 1, V)
+    hook = model.lm_head.register_forward_hook(lambda *call: steps.append(call[-1].cpu()))
+    # One piece of prefill, so that lm_head runs once per step.
+    new_ids = generate(model, rows, max_new_tokens, prefill_chunk=model.config.n_positions)
+    hook.remove()
+    unwatched = generate(model, rows, max_new_tokens)
+    chosen_by = torch.stack([step.view(len(rows), -1) for step in steps], dim=1)  # (B, N, V)
+    logits = [torch.cat(parts) for parts in zip(within, chosen_by, strict=True)]
+    return new_ids, logits, unwatched
+
+
+def _within(model: GPT, row: list[int]) -> Tensor:
+    """Logits (positions, V) of all tokens of a prompt but the last."""
+    ids = torch.tensor([row], device=model.device)
+    if model.cache_dtype is None:
+        return model(ids)[0, :-1]
+    cache = model.new_cache(1, len(row))  # token by token, or little would be read from it
+    steps = [model(ids[:, i : i + 1], cache=cache)[0] for i in range(len(row))]
+    return torch.cat(steps)[:-1]
+
+
+def _exact_dtype(config: GPTConfig, dtype: torch.dtype) -> torch.dtype | None:
+    """What the error of both sides is measured from, or None to measure one from the other."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return torch.float32
+    return None if config.scale_attn_weights or dtype == torch.float64 else torch.float64
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No reports of what the checkpoint holds (ours is strict), bars only on a terminal."""
+    logging: Any = import_module("transformers.utils.logging")
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _load_reference(folder: Path, config: GPTConfig, dtype: torch.dtype) -> tuple[Any, str]:
+    """transformers' model on the CPU, and how it got its weights.
+
+    The proof is strongest where transformers reads the folder itself. It cannot read some old
+    layouts (such as original SantaCoder's), and then gets config and weights from our reader.
+    """
+    transformers: Any = import_module("transformers")
+    from_pretrained = partial(
+        transformers.GPTBigCodeForCausalLM.from_pretrained,
+        dtype=dtype,
+        attn_implementation="eager",
+        use_safetensors=True,
+        local_files_only=True,
+    )
+    try:
+        reference, info = from_pretrained(folder, output_loading_info=True)
+        unused = {
+            name
+            for name in info["unexpected_keys"]
+            if not name.endswith((".attn.bias", ".attn.masked_bias"))
+        }
+        is_complete = not (unused or info["missing_keys"] or info["mismatched_keys"])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+        is_complete = False
+    if is_complete:
+        source = "it read the checkpoint itself"
+    else:
+        reference = from_pretrained(
+            None,
+            config=transformers.GPTBigCodeConfig(**config.to_dict()),
+            state_dict=load_model(folder, dtype=dtype, device="cpu").state_dict(),
+        )
+        source = "it cannot read this layout, so mqa_gpt's reader gave it the weights"
+    # Greedy is the largest logit and nothing else, whatever generation_config.json asks for.
+    reference.generation_config = transformers.GenerationConfig(pad_token_id=0)
+    return reference.eval(), source
+
+
+@torch.inference_mode()
+def _reference_logits(reference: Any, sequences: list[list[int]]) -> list[Tensor]:
+    """Per sequence (positions, V), CPU."""
+    return [
+        reference(torch.tensor([ids], device=reference.device), use_cache=False).logits[0].cpu()
+        for ids in sequences
+    ]
+
+
+@torch.inference_mode()
+def _reference_greedy(reference: Any, row: list[int], count: int) -> tuple[list[int], list[float]]:
+    """transformers' greedy tokens, and how clear each choice was: the top-2 margin."""
+    ids = torch.tensor([row], device=reference.device)
+    output = reference.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),  # or it takes id 0 in a prompt for padding
+        max_new_tokens=count,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    first, second = torch.cat(output.logits).double().topk(2).values.unbind(-1)  # (N,) each
+    return output.sequences[0, len(row) :].tolist(), (first - second).tolist()
+
+
+def _compare(
+    tokenizer: Tokenizer | None,
+    row: list[int],
+    ours: list[int],
+    reference: tuple[list[int], list[float]],
+    logits: Tensor,
+    expected: Tensor,
+) -> PromptReport:
+    theirs, margins = reference
+    pairs = list(zip(ours, theirs, strict=True))
+    equal = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+
+    def text(*ids: int) -> str | None:
+        return None if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=False)
+
+    divergence = None
+    if equal < len(pairs):
+        a, b = pairs[equal]
+        divergence = Divergence(equal, a, b, text(a), text(b), margins[equal])
+    absolute = (logits.double() - expected.double()).abs().amax(-1)  # (positions,)
+    scale = expected.double().abs().amax(-1)  # (positions,)
+    relative = absolute / torch.where(scale == 0, 1.0, scale)
+    return PromptReport(
+        name=text(*row) or " ".join(map(str, row)),
+        prompt_tokens=len(row),
+        new_tokens=len(ours),
+        equal_tokens=equal,
+        divergence=divergence,
+        absolute_error=absolute.tolist(),
+        relative_error=relative.tolist(),
+    )
+
+
+def _loss(rows: list[list[int]], logits: list[Tensor]) -> float | None:
+    """Mean cross-entropy of the prompts' tokens but the first, in nats; None if there are none."""
+    losses = [
+        F.cross_entropy(of_row[: len(row) - 1].double(), torch.tensor(row[1:]), reduction="sum")
+        for row, of_row in zip(rows, logits, strict=True)
+        if len(row) > 1
+    ]
+    count = sum(len(row) - 1 for row in rows)
+    return torch.stack(losses).sum().item() / count if count else None
+
+
+def _largest_difference(a: list[Tensor], b: list[Tensor]) -> float:
+    """max |a - b| over all of the tensors; NaN anywhere gives NaN."""
+    pairs = zip(a, b, strict=True)
+    return torch.stack([(x.double() - y.double()).abs().max() for x, y in pairs]).max().item()

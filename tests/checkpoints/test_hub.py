@@ -1,0 +1,372 @@
+"""Hub names, against a server on loopback; each client is a process of its own, because
+huggingface_hub reads its environment variables when it is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from mqa_gpt import GPT, CheckpointError
+from mqa_gpt.checkpoints.hub import resolve
+from tests.helpers import our_model, reference_model, tiny_config
+from tests.hub_server import (
+    ACCEPTED_TOKEN,
+    EXPIRED_TOKEN,
+    OTHER_TOKEN,
+    Files,
+    HubServer,
+    Repository,
+    commit_of,
+)
+
+NAME = "someone/tiny"
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, GPT]:
+    config = tiny_config()
+    return {seed: our_model(reference_model(config, seed=i), config) for i, seed in enumerate("ab")}
+
+
+@pytest.fixture(scope="module")
+def files(models: dict[str, GPT], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
+    """The files of two checkpoints: "a" in one file, "b" in shards."""
+    saved = {}
+    for name, size in (("a", "5GB"), ("b", 20_000)):
+        folder = tmp_path_factory.mktemp(name)
+        models[name].save_pretrained(folder, max_shard_size=size)
+        saved[name] = {file.name: file.read_bytes() for file in folder.iterdir()}
+        saved[name]["tokenizer.json"] = b"{}"
+    return saved
+
+
+@pytest.fixture
+def hub(files: dict[str, Files]) -> Iterator[HubServer]:
+    never = {
+        "pytorch_model.bin": b"\x80\x02pickle",
+        "modeling.py": b"raise SystemExit('code from a checkpoint was run')",
+        "README.md": b"#",
+        "training/model.safetensors": b"in a sub-folder",
+        ".gitattributes": b"",
+        "generation_config.json": b"{}",
+        "tokenizer_config.json": b"{}",
+        "special_tokens_map.json": b"{}",
+        "vocab.json": b"{}",
+        "merges.txt": b"",
+    }
+    repositories = {
+        NAME: Repository({"main": files["a"] | never, "sharded": files["b"]}),
+        "someone/gated": Repository({"main": files["a"]}, gated=True),
+        "someone/pickles": Repository({"main": {"config.json": files["a"]["config.json"]} | never}),
+    }
+    with HubServer(repositories) as server:
+        yield server
+
+
+class Client:
+    """Runs code in a new process with a hub cache of its own."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def run(self, code: str, endpoint: str, **variables: str) -> str:
+        """What `code` prints; `resolve` is imported, and an error prints as type and message."""
+        script = (
+            "from mqa_gpt.errors import InputError\n"
+            "from mqa_gpt.checkpoints.hub import resolve\n"
+            "try:\n"
+            f"    {code}\n"
+            "except InputError as error:\n"
+            "    print(type(error).__name__ + ':', error)\n"
+        )
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {
+            "HF_ENDPOINT": endpoint,
+            "HF_HOME": str(self.home),
+            "NO_PROXY": "127.0.0.1",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        result = subprocess.run(
+            [sys.executable, "-c", script],
+            env=environment | variables,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    def resolve(
+        self, name: str, endpoint: str, revision: str | None = None, **variables: str
+    ) -> str:
+        """The folder that `resolve` finds, or the error it raises."""
+        return self.run(f"print(resolve({name!r}, {revision!r}))", endpoint, **variables)
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Client:
+    return Client(tmp_path / "home")
+
+
+def same_weights(model: GPT, other: GPT) -> bool:
+    mine, its = model.state_dict(), other.state_dict()
+    return mine.keys() == its.keys() and all(torch.equal(mine[k], its[k]) for k in mine)
+
+
+def test_a_hub_name_is_downloaded_and_loads_by_name(client: Client, hub: HubServer) -> None:
+    printed = client.run(
+        f"from mqa_gpt import GPT; print(GPT.from_pretrained({NAME!r}).config.n_embd)", hub.url
+    )
+    assert printed == str(tiny_config().n_embd)
+
+
+def test_only_what_is_read_is_asked_for(
+    client: Client, hub: HubServer, models: dict[str, GPT]
+) -> None:
+    folder = client.resolve(NAME, hub.url)
+    assert same_weights(GPT.from_pretrained(folder), models["a"])
+    wanted = ["config.json", "model.safetensors", "tokenizer.json"]
+    assert hub.downloads() == wanted
+    assert {request.file for request in hub.log if request.file} <= set(wanted)
+    listings = {"revision/main", f"tree/{commit_of('main')}"}
+    about_models = {r.path for r in hub.log if r.path.startswith("/api/models/")}
+    assert about_models <= {f"/api/models/{NAME}/{listing}" for listing in listings}
+    # A name from the cache is a folder of links to files elsewhere, which is not an escape.
+    assert (Path(folder) / "model.safetensors").is_symlink()
+
+
+def test_a_revision_is_that_revision(
+    client: Client, hub: HubServer, models: dict[str, GPT]
+) -> None:
+    folder = client.resolve(NAME, hub.url, "sharded")
+    assert same_weights(GPT.from_pretrained(folder), models["b"])
+    by_commit = client.resolve(NAME, hub.url, commit_of("sharded"))
+    assert by_commit == folder
+
+
+def test_what_is_cached_is_not_downloaded_again_and_works_offline(
+    client: Client, hub: HubServer
+) -> None:
+    folder = client.resolve(NAME, hub.url)
+    before = hub.downloads()
+    assert client.resolve(NAME, hub.url) == folder
+    assert hub.downloads() == before
+    requests = len(hub.log)
+    assert client.resolve(NAME, hub.url, HF_HUB_OFFLINE="1") == folder
+    assert len(hub.log) == requests
+    nobody_listens = "http://127.0.0.1:9"
+    assert client.resolve(NAME, nobody_listens) == folder
+
+
+def test_offline_and_not_cached_says_so(client: Client, hub: HubServer) -> None:
+    message = client.resolve(NAME, hub.url, HF_HUB_OFFLINE="1")
+    assert message.startswith(f"CheckpointError: there is no folder {NAME} here")
+    assert "HF_HUB_OFFLINE is set: unset it" in message
+    assert not hub.log
+
+
+def test_no_network_and_not_cached_says_so(client: Client) -> None:
+    message = client.resolve(NAME, "http://127.0.0.1:9")
+    assert message.startswith(f"CheckpointError: there is no folder {NAME} here")
+    assert "http://127.0.0.1:9 cannot be reached" in message
+    assert "check the network" in message
+
+
+def test_a_broken_connection_is_resumed_where_it_broke(client: Client, hub: HubServer) -> None:
+    piece = 10 * 2**20  # the client writes that much at a time
+    weights = random.Random(0).randbytes(piece + 1000)
+    hub.repositories[NAME].revisions["main"]["model.safetensors"] = weights
+    hub.cut["model.safetensors"] = piece + 100
+    folder = client.resolve(NAME, hub.url)
+    if "run the same again" in folder:  # huggingface_hub 1.x leaves the rest to the next run
+        folder = client.resolve(NAME, hub.url)
+    ranges = [r.range for r in hub.log if r.method == "GET" and r.file == "model.safetensors"]
+    assert ranges == [None, f"bytes={piece}-"]
+    assert (Path(folder) / "model.safetensors").read_bytes() == weights
+
+
+def test_after_a_failed_download_the_complete_files_are_kept(
+    client: Client, hub: HubServer, models: dict[str, GPT]
+) -> None:
+    hub.failing.add("model.safetensors")
+    message = client.resolve(NAME, hub.url)
+    assert message.startswith(f"CheckpointError: downloading {NAME} failed (")
+    assert "500" in message
+    assert "run the same again" in message
+    assert len(message.splitlines()) == 1
+
+    offline = client.resolve(NAME, hub.url, HF_HUB_OFFLINE="1")
+    if offline.startswith("CheckpointError"):
+        assert f"there is no folder {NAME} here" in offline
+    else:  # huggingface_hub 1.x does not notice
+        with pytest.raises(CheckpointError, match="get the rest if files are missing"):
+            GPT.from_pretrained(offline)
+
+    hub.failing.clear()
+    hub.log.clear()
+    folder = client.resolve(NAME, hub.url)
+    assert "config.json" not in hub.downloads()
+    assert same_weights(GPT.from_pretrained(folder), models["a"])
+
+
+@pytest.mark.parametrize("token", [None, OTHER_TOKEN])
+def test_a_gated_model_names_the_licence_page_and_the_login(
+    client: Client, hub: HubServer, token: str | None
+) -> None:
+    variables = {} if token is None else {"HF_TOKEN": token}
+    message = client.resolve("someone/gated", hub.url, **variables)
+    assert message == (
+        "CheckpointError: someone/gated is gated: accept its licence at "
+        "https://huggingface.co/someone/gated, then run `hf auth login` with a token of that "
+        "account"
+    )
+
+
+def test_a_gated_model_loads_with_the_token_of_an_account_that_may(
+    client: Client, hub: HubServer, models: dict[str, GPT]
+) -> None:
+    folder = client.resolve("someone/gated", hub.url, HF_TOKEN=ACCEPTED_TOKEN)
+    assert same_weights(GPT.from_pretrained(folder), models["a"])
+    assert client.resolve("someone/gated", hub.url, HF_HUB_OFFLINE="1") == folder
+
+
+def test_an_expired_token_is_named_as_the_cause(client: Client, hub: HubServer) -> None:
+    message = client.resolve(NAME, hub.url, HF_TOKEN=EXPIRED_TOKEN)
+    assert "refuses the access token" in message
+    assert "hf auth login" in message
+
+
+def test_a_missing_model_is_neither_folder_nor_model(client: Client, hub: HubServer) -> None:
+    message = client.resolve("someone/nothing", hub.url)
+    assert message.startswith(
+        "CheckpointError: someone/nothing is neither a folder here nor a model on the hub"
+    )
+
+
+def test_a_wrong_revision_names_the_revision(client: Client, hub: HubServer) -> None:
+    message = client.resolve(NAME, hub.url, "v9")
+    assert message.startswith(f"CheckpointError: {NAME} has no revision 'v9'")
+
+
+def test_a_repository_of_pickles_is_refused_without_downloading_them(
+    client: Client, hub: HubServer
+) -> None:
+    folder = client.resolve("someone/pickles", hub.url)
+    assert hub.downloads() == ["config.json"]
+    with pytest.raises(CheckpointError, match=r"opening a pickle .* can run code, so convert"):
+        GPT.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["a b/c", "a//b", "-x", "a/b\0", "x" * 5000, "", " ", "a..b/c"])
+def test_what_is_no_name_at_all_is_said_without_asking_the_hub(name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"neither a folder nor a hub name|no folder"):
+        resolve(name)
+
+
+def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for path in (
+        "./models/x",
+        "../x",
+        "/nowhere/x",
+        "~/nowhere/x",
+        "~nobody/x",
+        "models/x/y",
+        Path("x"),
+    ):
+        with pytest.raises(CheckpointError, match="there is no folder"):
+            resolve(path)
+
+
+def test_a_folder_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bigcode" / "starcoder").mkdir(parents=True)
+    assert resolve("bigcode/starcoder") == Path("bigcode/starcoder")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/bigcode") == tmp_path / "bigcode"
+
+
+def test_a_folder_of_the_owners_name_does_not_hide_the_model_but_one_of_its_name_does(
+    client: Client, hub: HubServer, tmp_path: Path
+) -> None:
+    owner = NAME.split("/")[0]
+    (tmp_path / owner).mkdir()
+    printed = client.run(
+        f"import os; os.chdir({str(tmp_path)!r}); print(resolve({NAME!r})); "
+        f"os.mkdir({NAME!r}); print(resolve({NAME!r}))",
+        hub.url,
+    )
+    assert printed.splitlines() == [str(next(client.home.glob("hub/*/snapshots/*"))), NAME]
+
+
+@pytest.mark.parametrize("revision", ["", "../main", "a..b", "a\0b", "\ud800", "a\nb"])
+def test_what_is_no_revision_at_all_is_said_without_asking_the_hub(revision: str) -> None:
+    with pytest.raises(CheckpointError, match=r"revision is '.*': it must be a br"):
+        resolve(NAME, revision)
+
+
+def test_an_answer_that_is_not_the_hubs_is_an_error(client: Client, hub: HubServer) -> None:
+    hub.login_page = True
+    message = client.resolve(NAME, hub.url)
+    assert message.startswith(f"CheckpointError: downloading {NAME} failed (")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"HF_ENDPOINT": "http://["}, {"HF_ENDPOINT": "nowhere"}, {"HF_HUB_DOWNLOAD_TIMEOUT": "long"}],
+)
+def test_a_setting_that_cannot_be_used_is_an_error(
+    client: Client, variables: dict[str, str]
+) -> None:
+    message = client.resolve(NAME, "http://127.0.0.1:9", **variables)
+    assert message.startswith("CheckpointError: ")
+    assert len(message.splitlines()) == 1
+
+
+def test_a_link_of_the_cache_whose_file_is_gone_is_said_and_mended_online(
+    client: Client, hub: HubServer, models: dict[str, GPT]
+) -> None:
+    folder = client.resolve(NAME, hub.url)
+    (Path(folder) / "model.safetensors").resolve().unlink()
+    with pytest.raises(CheckpointError, match=r"is a link to '.*blobs.*get the file again"):
+        GPT.from_pretrained(folder)
+    assert client.resolve(NAME, hub.url) == folder
+    assert same_weights(GPT.from_pretrained(folder), models["a"])
+
+
+def test_a_folder_has_no_revisions(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"revision is 'main' but .* is a folder"):
+        resolve(tmp_path, "main")
+
+
+def test_a_file_in_place_of_its_folder_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is a file: give the folder that holds it"):
+        resolve(file)
+
+
+def test_a_folder_needs_neither_the_hub_library_nor_a_compiler(
+    tmp_path: Path, files: dict[str, Files]
+) -> None:
+    for name, data in files["a"].items():
+        (tmp_path / name).write_bytes(data)
+    heavy = ("huggingface_hub.hf_api", "transformers", "sympy", "typer")
+    printed = Client(tmp_path / "home").run(
+        f"from mqa_gpt import GPT; GPT.from_pretrained({str(tmp_path)!r}); import sys, json; "
+        f"print(json.dumps([m for m in {heavy!r} if m in sys.modules]))",
+        "http://127.0.0.1:9",
+    )
+    assert json.loads(printed) == []

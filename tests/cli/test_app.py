@@ -1,0 +1,866 @@
+"""The command line, as people and scripts see it: output, messages, exit statuses.
+
+Most tests call the application in this process; those about signals, pipes, terminals and imports
+start the real one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import tomllib
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
+
+from mqa_gpt import GPT, LLM, GPTConfig
+from mqa_gpt.__main__ import main as start_command
+from mqa_gpt.checkpoints.load import DEMO_DIR
+from mqa_gpt.cli.app import app
+from mqa_gpt.verify.report import PromptReport, Report
+from tests.helpers import SPECIALS, byte_tokenizer
+
+CONTEXT = 20_000  # long enough that Ctrl-C comes in time on a busy machine
+
+
+def spelling_checkpoint(folder: Path) -> Path:
+    """A model that knows what follows each byte, whatever was before: a to b to ... z to the end,
+    0 to 1 to ... 9 to 0, é to €; the end of text to a, and what opens an infilling's middle to m.
+    """
+    tokenizer = byte_tokenizer(*SPECIALS)
+    size = tokenizer.get_vocab_size()
+    config = GPTConfig(
+        vocab_size=size,
+        n_positions=CONTEXT,
+        n_embd=size,
+        n_inner=1,
+        n_layer=1,
+        n_head=1,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = GPT(config)
+    torch.nn.init.zeros_(model.transformer.wpe.weight)
+    for name, parameter in model.named_parameters():
+        if ".h." in name and ".ln_" not in name:
+            torch.nn.init.zeros_(parameter)
+    torch.nn.init.eye_(model.transformer.wte.weight)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    chains = ["<|endoftext|>abcdefghijklmnopqrstuvwxyz<|endoftext|>", "01234567890", "é€"]
+    for chain in [*chains, "<fim_middle>m"]:
+        tokens = tokenizer.encode(chain).ids
+        model.lm_head.weight.data[tokens[1:], tokens[:-1]] = 3.0
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(spelling_checkpoint(tmp_path_factory.mktemp("cli") / "checkpoint"))
+
+
+def invoke(*arguments: str, stdin: str | bytes | None = None) -> Result:
+    """Run the application in this process; an exception it should have handled fails the test."""
+    result = CliRunner().invoke(app, arguments, stdin)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def refusal(*arguments: str, stdin: str | bytes | None = None) -> str:
+    """The one line that bad input gets."""
+    result = invoke(*arguments, stdin=stdin)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr.removeprefix("error: ").strip()
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONUNBUFFERED": "1"}
+
+
+# ------------------------------------------------------------------------------------- generate
+
+
+def test_a_completion_in_a_pipe_is_the_completion_and_nothing_else(folder: str):
+    result = invoke("generate", "-m", folder, "uvw")
+    assert (result.stdout, result.stderr, result.exit_code) == ("xyz", "", 0)
+
+
+def test_echo_prints_the_prompt_too(folder: str):
+    assert invoke("generate", "-m", folder, "--echo", "uvw").stdout == "uvwxyz"
+
+
+def test_prompts_come_from_arguments_files_and_standard_input(folder: str, tmp_path: Path):
+    (tmp_path / "prompt").write_bytes(b"line\r\nuvw")
+    run = ["generate", "-m", folder, "--echo"]
+    assert invoke(*run, "-f", str(tmp_path / "prompt")).stdout_bytes == b"line\r\nuvwxyz"
+    assert invoke(*run, "-", stdin="vw").stdout == "vwxyz"
+    assert invoke(*run, "--file", "-", stdin="vw").stdout == "vwxyz"
+    assert invoke(*run, stdin="vw").stdout == "vwxyz"
+
+
+def test_several_completions_stand_under_headings(folder: str):
+    result = invoke("generate", "-m", folder, "uvw", "y\n0", "--max-new-tokens", "3")
+    assert result.stdout == "==> prompt 0 <==\nxyz\n\n==> prompt 1 <==\n123\n\n"
+
+
+def test_samples_are_headed_by_prompt_and_sample(folder: str):
+    result = invoke(
+        *("generate", "-m", folder, "w", "--n", "2", "--temperature", "0.01", "--seed", "1")
+    )
+    assert result.stdout == (
+        "==> prompt 0, sample 0 <==\nxyz\n\n==> prompt 0, sample 1 <==\nxyz\n\n"
+    )
+
+
+def test_rows_of_a_batch_say_what_they_say_alone(folder: str):
+    run = ["generate", "-m", folder, "--json", "--max-new-tokens", "9"]
+    together = json.loads(invoke(*run, "abc", "0", "").stdout)["completions"]
+    for i, prompt in enumerate(["abc", "0", ""]):
+        (alone,) = json.loads(invoke(*run, prompt).stdout)["completions"]
+        assert alone | {"prompt": i} == together[i]
+
+
+def test_json_holds_everything_about_a_completion(folder: str):
+    result = invoke("generate", "-m", folder, "tuvw", "--json", "--logprobs", "2")
+    report = json.loads(result.stdout)
+    (completion,) = report["completions"]
+    assert report["model"] == folder
+    assert completion["text"] == "xyz"
+    assert completion["finish_reason"] == "stop"
+    assert completion["prompt_tokens"] == 4
+    assert len(completion["token_ids"]) == 4  # the end token too
+    assert completion["logprobs"] == pytest.approx([0.0] * 4, abs=1e-3)
+    assert [len(top) for top in completion["top_logprobs"]] == [2] * 4
+    stats = report["stats"]
+    assert (stats["prompt_tokens"], stats["new_tokens"]) == (4, 4)
+    assert all(stats[key] > 0 for key in ("load_seconds", "decode_tokens_per_second"))
+    assert result.stderr == ""
+
+
+def test_statistics_and_log_probabilities_go_to_standard_error(folder: str):
+    result = invoke("generate", "-m", folder, "uvw", "--stats", "--logprobs", "1")
+    assert result.stdout == "xyz"
+    assert "'y'" in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert all(word in line for word in ("load", "prefill", "first token", "decode", "peak memory"))
+
+
+def test_no_decode_rate_is_told_where_nothing_was_decoded(folder: str):
+    run = ["generate", "-m", folder, "a", "--max-new-tokens", "1"]
+    assert json.loads(invoke(*run, "--json").stdout)["stats"]["decode_tokens_per_second"] is None
+    assert "decode" not in invoke(*run, "--stats").stderr
+
+
+def test_no_rate_is_told_where_there_is_no_token(folder: str):
+    run = ["generate", "-m", folder, "a", "--max-new-tokens", "0"]
+    stats = json.loads(invoke(*run, "--json").stdout)["stats"]
+    for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "first_token_seconds"):
+        assert stats[key] is None
+    told = invoke(*run, "--stats").stderr
+    assert [part.split()[0] for part in told.split(" | ")] == ["load", "peak"]
+
+
+@pytest.mark.parametrize("flags", ["--stats", "--logprobs 1"])
+def test_a_report_in_the_same_file_begins_on_a_line_of_its_own(
+    folder: str, tmp_path: Path, flags: str
+):
+    arguments = f"generate -m {folder} uvw {flags}"
+    for redirection in ("2>&1", f"> {tmp_path / 'both'} 2>&1; cat {tmp_path / 'both'}"):
+        first, second, *_ = shell(f"{arguments} {redirection}").stdout.splitlines()
+        assert first == "xyz"
+        assert second.strip().startswith(("load", "token"))
+    apart = shell(arguments)
+    assert apart.stdout == "xyz"
+    assert apart.stderr.strip().startswith(("load", "token"))
+    assert not apart.stderr.startswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("stop", "text"),
+    [("gh", "def"), (r"\n", "defghijklmnopqrstuvwxyz"), ("x", "defghijklmnopqrstuvw")],
+)
+def test_a_stop_string_ends_the_completion_across_tokens(folder: str, stop: str, text: str):
+    assert invoke("generate", "-m", folder, "abc", "--stop", stop).stdout == text
+
+
+def test_stop_strings_may_be_several_and_escaped(folder: str):
+    with mock.patch.object(LLM, "begin", side_effect=KeyboardInterrupt) as begin:
+        invoke("generate", "-m", folder, "a", "--stop", r"\n\tx", "--stop", r"a\\nb\d")
+    assert begin.call_args.kwargs["stop"] == ["\n\tx", r"a\nb\d"]
+
+
+def test_every_option_reaches_the_library(folder: str):
+    options = {
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.5,
+        "seed": 7,
+        "n": 2,
+        "logprobs": 1,
+    }
+    flags = [part for k, v in options.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+    for command in (["generate", "a"], ["infill", "--prefix", "a"]):
+        begin = "begin" if command[0] == "generate" else "begin_infill"
+        with mock.patch.object(LLM, begin, side_effect=KeyboardInterrupt) as called:
+            invoke(*command, "-m", folder, "--max-new-tokens", "5", *flags)
+        assert called.call_args.args[-1] == 5
+        assert called.call_args.kwargs.items() >= options.items()
+
+
+def test_the_model_options_reach_the_library():
+    options = {"revision": "main", "device": "cpu", "dtype": "float32", "backend": "sdpa"}
+    options |= {"quantize": "int8", "cache_dtype": "int8"}
+    flags = [
+        part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)
+    ]
+    for command in ("generate", "infill"):
+        with mock.patch.object(LLM, "load", side_effect=KeyboardInterrupt) as load:
+            invoke(
+                command, "--model", "someone/model", *flags, *["--prefix=a"] * (command == "infill")
+            )
+        load.assert_called_once_with("someone/model", **options)
+
+
+def test_multi_byte_characters_arrive_whole(folder: str):
+    result = invoke("generate", "-m", folder, "é", "--max-new-tokens", "3")
+    assert result.stdout_bytes == "€".encode()
+
+
+def test_control_tokens_in_a_prompt_act_unless_told_not_to(folder: str):
+    run = ["generate", "-m", folder, "--json", "x<fim_middle>"]
+    (acting,) = json.loads(invoke(*run).stdout)["completions"]
+    assert (acting["prompt_tokens"], acting["text"][:2]) == (2, "mn")
+    (plain,) = json.loads(invoke(*run, "--no-special-tokens").stdout)["completions"]
+    assert plain["prompt_tokens"] == 1 + len("<fim_middle>")
+
+
+def test_an_empty_prompt_starts_from_end_of_text(folder: str):
+    assert invoke("generate", "-m", folder, "").stdout == "abcdefghijklmnopqrstuvwxyz"
+
+
+def test_no_new_tokens_is_an_empty_completion(folder: str):
+    assert invoke("generate", "-m", folder, "a", "--max-new-tokens", "0").stdout == ""
+
+
+# --------------------------------------------------------------------------------------- infill
+
+
+def test_two_strings_are_infilled(folder: str):
+    run = ["infill", "-m", folder, "--prefix", "x = ", "--suffix", "\n"]
+    assert invoke(*run).stdout == "mnopqrstuvwxyz"
+    assert invoke(*run, "--whole").stdout == "x = mnopqrstuvwxyz\n"
+
+
+def test_one_side_is_enough(folder: str):
+    assert invoke("infill", "-m", folder, "--prefix", "x", "--whole").stdout[:2] == "xm"
+    assert invoke("infill", "-m", folder, "--suffix", "x", "--whole").stdout[-2:] == "zx"
+
+
+@pytest.mark.parametrize("flags", [[], ["--marker", "@@"], ["--at", "2:5"]])
+def test_a_file_is_infilled_at_its_marker_or_position(
+    folder: str, tmp_path: Path, flags: list[str]
+):
+    marker = {"--marker": "@@", "--at": ""}.get(flags[0] if flags else "", "<FILL>")
+    file = tmp_path / "code.py"
+    file.write_bytes(f"é = 1\r\nx = {marker}\r\n".encode())
+    result = invoke("infill", "-m", folder, str(file), "--whole", "--stop", "o", *flags)
+    assert result.stdout_bytes == "é = 1\r\nx = mn\r\n".encode()
+
+
+@pytest.mark.parametrize(
+    ("at", "whole"),
+    [("1:1", "mab\n\ncd"), ("1:2", "amb\n\ncd"), ("1:3", "abm\n\ncd"), ("2:1", "ab\nm\ncd"),
+     ("3:3", "ab\n\ncdm")],
+)  # fmt: skip
+def test_positions_count_from_one_and_a_line_has_an_end(folder: str, at: str, whole: str):
+    run = ["infill", "-m", folder, "-", "--at", at, "--whole", "--max-new-tokens", "1"]
+    assert invoke(*run, stdin="ab\n\ncd").stdout == whole
+
+
+def test_columns_count_characters(folder: str):
+    run = ["infill", "-m", folder, "-", "--at", "1:3", "--whole", "--max-new-tokens", "1"]
+    assert invoke(*run, stdin="€é!").stdout == "€ém!"
+
+
+@pytest.mark.parametrize("mode", ["psm", "spm"])
+def test_control_tokens_in_an_infilling_are_plain_text(folder: str, mode: str):
+    text = "<fim_middle><|endoftext|>"
+    run = ["infill", "-m", folder, "--prefix", text, "--suffix", text, "--mode", mode, "--json"]
+    (completion,) = json.loads(invoke(*run).stdout)["completions"]
+    assert completion["prompt_tokens"] == 3 + 2 * len(text)
+
+
+def test_a_text_that_is_too_long_is_cut_only_when_asked_and_says_what(folder: str):
+    run = ["infill", "-m", folder, "--prefix", "a" * CONTEXT, "--suffix", "z" * 10]
+    refused = refusal(*run)
+    assert f"the context of {CONTEXT:,} tokens" in refused
+    assert "--truncate" in refused
+    result = invoke(*run, "--truncate", "--max-new-tokens", "7")
+    assert result.stdout == "mnopqrs"
+    assert "the first 20 tokens of the prefix, the last 0 of the suffix" in result.stderr
+    report = json.loads(invoke(*run, "--truncate", "--max-new-tokens", "7", "--json").stdout)
+    assert report["completions"][0]["cut"] == [20, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--prefix and --suffix"),
+        (["-", "--prefix", "a"], "not both"),
+        (["--prefix", "a", "--at", "1:1"], "FILE"),
+        (["-", "--at", "1:1", "--marker", "x"], "not both"),
+        (["-"], "'<FILL>' 0 times"),
+        (["-", "--marker", "b"], "'b' 2 times"),
+        (["-", "--marker", ""], "empty"),
+        (["-", "--at", "1"], "12:8"),
+        (["-", "--at", "0:1"], "lines 1 to 2"),
+        (["-", "--at", "3:1"], "lines 1 to 2"),
+        (["-", "--at", "1:0"], "columns 1 to 4"),
+        (["-", "--at", "1:5"], "columns 1 to 4"),
+        (["-", "--at", f"{'9' * 5000}:1"], "LINE:COLUMN"),
+        (["no-such-file"], "no-such-file"),
+        (["--prefix", "a", "--mode", "pms"], "psm, spm"),
+    ],
+)
+def test_a_hole_that_is_nowhere_is_bad_input(folder: str, arguments: list[str], says: str):
+    assert says in refusal("infill", "-m", folder, *arguments, stdin="abb\ncd")
+
+
+def test_a_checkpoint_without_infilling_tokens_says_so(folder: str, tmp_path: Path):
+    tokenizer = json.loads((Path(folder) / "tokenizer.json").read_text())
+    for token in tokenizer["added_tokens"]:
+        token["content"] = token["content"].replace("fim", "nothing")
+    tokenizer["model"]["vocab"] = {
+        name.replace("fim", "nothing"): id_ for name, id_ in tokenizer["model"]["vocab"].items()
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(Path(folder) / name)
+    assert "cannot infill" in refusal("infill", "-m", str(tmp_path), "--prefix", "a")
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--temperature", "-1"], "temperature"),
+        (["--temperature", "nan"], "temperature"),
+        (["--temperature", "1", "--top-p", "0"], "top_p"),
+        (["--temperature", "1", "--top-p", "1.5"], "top_p"),
+        (["--temperature", "1", "--top-k", "0"], "top_k"),
+        (["--temperature", "1", "--min-p", "2"], "min_p"),
+        (["--top-k", "5"], "temperature"),
+        (["--n", "2"], "temperature"),
+        (["--n", "0"], "n is 0"),
+        (["--repetition-penalty", "0"], "repetition_penalty"),
+        (["--max-new-tokens", "-1"], "max_new_tokens"),
+        (["--max-new-tokens", str(CONTEXT)], str(CONTEXT)),
+        (["--logprobs", "-1"], "logprobs"),
+        (["--stop", ""], "stop"),
+        (["--dtype", "float12"], "float32"),
+        (["--device", "toaster"], "toaster"),
+        (["--backend", "fast"], "reference"),
+        (["--quantize", "int4"], "accepted is int8; leave it out"),
+        (["--cache-dtype", "int4"], "accepted is int8; leave it out"),
+        (["--revision", "main"], "revision"),
+    ],
+)
+def test_an_option_out_of_range_is_bad_input(folder: str, flags: list[str], says: str):
+    assert says in refusal("generate", "-m", folder, "abc", *flags)
+
+
+def test_a_word_where_a_number_belongs_is_a_usage_error(folder: str):
+    result = invoke("generate", "-m", folder, "abc", "--top-k", "many")
+    assert result.exit_code == 2
+    assert "--top-k" in result.stderr
+
+
+def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(folder: str):
+    message = refusal("generate", "-m", folder, "-", stdin="a" * (CONTEXT - 10))
+    assert str(CONTEXT - 10) in message
+    assert str(CONTEXT) in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "says"),
+    [
+        (["-f", "no-such-file"], None, "no-such-file"),
+        (["-f", "."], None, "directory"),
+        (["-"], b"ab\xff", "UTF-8"),
+        (["a\udcffb"], None, "surrogate"),
+    ],
+)
+def test_a_prompt_that_cannot_be_read_is_bad_input(
+    folder: str, arguments: list[str], stdin: bytes | None, says: str
+):
+    assert says in refusal("generate", "-m", folder, *arguments, stdin=stdin)
+
+
+@pytest.mark.parametrize("command", [["generate", "a"], ["infill", "--prefix", "a"], ["inspect"]])
+def test_a_checkpoint_that_is_not_there_is_bad_input(command: list[str], tmp_path: Path):
+    assert "no-such-folder" in refusal(*command, "-m", str(tmp_path / "no-such-folder"))
+
+
+def test_weights_with_nan_are_an_error_and_not_tokens(folder: str, tmp_path: Path):
+    model = GPT.from_pretrained(folder)
+    model.lm_head.weight.data[5] = torch.nan
+    model.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").symlink_to(Path(folder) / "tokenizer.json")
+    assert "check-finite" in refusal("generate", "-m", str(tmp_path), "a")
+    result = invoke("inspect", "-m", str(tmp_path), "--check-finite", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["non_finite"] == [
+        {"name": "lm_head.weight", "nan": 261, "inf": 0}
+    ]
+    assert "lm_head.weight" in invoke("inspect", "-m", str(tmp_path), "--check-finite").stdout
+
+
+@pytest.mark.parametrize("command", [["generate", "a"], ["infill", "--prefix", "a"], ["inspect"]])
+def test_weights_that_are_a_pipe_are_refused_without_waiting(
+    folder: str, tmp_path: Path, command: list[str]
+):
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).symlink_to(Path(folder) / name)
+    os.mkfifo(tmp_path / "model.safetensors")
+    assert "is a pipe or device" in refusal(*command, "-m", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "command", [["generate", "a"], ["infill", "--prefix", "a"], ["inspect"], ["verify"]]
+)
+def test_the_demo_checkpoint_has_no_revisions(command: list[str]):
+    assert "revision is 'main'" in refusal(*command, "--revision", "main")
+
+
+@pytest.mark.parametrize("command", [["generate"], ["infill"]])
+@pytest.mark.parametrize("file", ["", "\ud800", "a\0b", "x" * 5000])
+def test_what_cannot_be_a_file_is_bad_input(folder: str, command: list[str], file: str):
+    flags = ["-f"] * (command == ["generate"])
+    assert "cannot read " in refusal(*command, "-m", folder, *flags, file)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no endless file here")
+def test_a_text_without_end_is_refused_when_it_is_too_long(folder: str):
+    assert "larger than 10,000,000" in refusal("generate", "-m", folder, "-f", "/dev/zero")
+    assert "larger than 10,000,000" in refusal("infill", "-m", folder, "/dev/zero")
+
+
+def test_a_prompt_may_come_from_a_pipe(folder: str, tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=("uvw",))
+    writer.start()
+    assert invoke("generate", "-m", folder, "-f", str(tmp_path / "pipe")).stdout == "xyz"
+    writer.join()
+
+
+@pytest.mark.parametrize(
+    ("command", "tokens"), [(["generate", "a"], 10), (["infill", "--prefix", "a"], 13)]
+)
+def test_more_samples_than_the_memory_holds_are_refused_before_they_are_begun(
+    folder: str, command: list[str], tokens: int
+):
+    run = [*command, "-m", folder, "--temperature", "1", "--n", "100000"]
+    llm = LLM.load(folder)
+    with (
+        mock.patch.object(LLM, "load", return_value=llm),
+        mock.patch("mqa_gpt.machine.available_memory", return_value=1_000_000_000),
+    ):
+        message = refusal(*run, "--max-new-tokens", "9")
+    assert f"100,000 completions of {tokens} tokens need " in message
+    assert "at most 100,000 samples" in refusal(*run, "--n", "100001")
+    assert str(CONTEXT) in refusal(*command, "-m", folder, "--max-new-tokens", "1000000000000")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_full_memory_is_bad_input(folder: str, error: Exception):
+    with mock.patch.object(LLM, "begin", side_effect=error):
+        assert "the memory is full" in refusal("generate", "-m", folder, "a")
+
+
+def test_an_error_of_ours_keeps_its_traceback(folder: str):
+    with (
+        mock.patch.object(LLM, "begin", side_effect=RuntimeError("a bug")),
+        pytest.raises(RuntimeError, match="a bug"),
+    ):
+        invoke("generate", "-m", folder, "a")
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: str) -> LLM:
+    """The model of `folder`, loaded once."""
+    return LLM.load(folder)
+
+
+texts = st.text(st.characters(), max_size=40) | st.lists(
+    st.sampled_from([*SPECIALS, "<FILL>", "a", "\n", "\x1b[31m", "\ud800", "\x00", "é", "-"]),
+    max_size=6,
+).map("".join)
+
+
+@settings(max_examples=50)
+@given(texts, texts)
+@example("\ud800", "")
+@example("a\x1b]0;title\x07", "<fim_middle>")
+def test_any_text_is_completed_and_infilled_or_refused(loaded: LLM, text: str, other: str):
+    readable = not any("\ud800" <= c <= "\udfff" for c in text + other)
+    for arguments in (
+        ["generate", "--max-new-tokens", "1", "--", text + "a", other],
+        ["infill", "--max-new-tokens", "1", f"--prefix={text}", f"--suffix={other}"],
+    ):
+        with mock.patch.object(LLM, "load", return_value=loaded):
+            if not readable:
+                assert "surrogate" in refusal(*arguments)
+            else:
+                assert invoke(*arguments).exit_code == 0
+
+
+@pytest.mark.parametrize("command", [["generate", "abcabcabcab"], ["infill", "--prefix", "abcab"]])
+@pytest.mark.parametrize("draft", ["prompt", "model"])
+def test_a_draft_changes_the_statistics_and_not_the_text(
+    folder: str, command: list[str], draft: str
+):
+    run = [*command, "-m", folder, "--json", "--max-new-tokens", "20"]
+    plain = json.loads(invoke(*run).stdout)
+    drafted = json.loads(invoke(*run, "--draft", folder if draft == "model" else draft).stdout)
+    assert drafted["completions"] == plain["completions"]
+    assert plain["stats"]["drafted_tokens"] is None
+    assert drafted["stats"]["drafted_tokens"] >= drafted["stats"]["accepted_tokens"]
+    if draft == "model":  # it agrees with itself
+        assert drafted["stats"]["accepted_tokens"] > 0
+    assert "there is no folder" in refusal(*run, "--draft", os.devnull + "/nothing")
+
+
+# ------------------------------------------------------------------------ verify, inspect and env
+
+
+def report(**changes: object) -> Report:
+    return Report(
+        **{
+            "model": "someone/model",
+            "dtype": "float32",
+            "device": "cpu",
+            "backend": "sdpa",
+            "asked_backend": "auto",
+            "quantize": None,
+            "cache_dtype": None,
+            "reference": "transformers",
+            "rule": "",
+            "logits_error": 1e-6,
+            "logits_limit": 2e-5,
+            "loss": None,
+            "reference_loss": None,
+            "tokens_must_be_equal": True,
+            "prompts": [PromptReport("a", 1, 2, 2, None, [0.0], [0.0])],
+        }
+        | changes
+    )
+
+
+@pytest.mark.parametrize(("error", "status"), [(1e-6, 0), (1e-4, 1), (float("nan"), 1)])
+def test_verify_reports_and_its_status_says_whether_it_passed(error: float, status: int):
+    with mock.patch(
+        "mqa_gpt.cli.app.verify_checkpoint", return_value=report(logits_error=error)
+    ) as verify:
+        shown = invoke("verify", "-m", "someone/model", "a", "-", "--dtype", "float32", stdin="b")
+        in_json = invoke("verify", "--json")
+    assert verify.call_args_list[0].kwargs["prompts"] == ["a", "b"]
+    assert verify.call_args_list[1].kwargs["prompts"] is None
+    assert verify.call_args_list[1].args == (DEMO_DIR,)
+    assert shown.exit_code == in_json.exit_code == status
+    assert "FAIL" in shown.stdout if status else "FAIL" not in shown.stdout
+    parsed = json.loads(in_json.stdout, parse_constant=pytest.fail)
+    assert parsed["passed"] is (status == 0)
+
+
+def test_verify_proves_a_checkpoint_against_transformers(folder: str):
+    result = invoke("verify", "-m", folder, "abc", "--max-new-tokens", "5")
+    assert result.exit_code == 0
+    assert "5 of 5 greedy tokens equal" in result.stdout
+
+
+def test_inspect_shows_the_published_figures_of_an_official_shape():
+    shown = invoke("inspect", "--shape", "starcoderbase-7b").stdout
+    assert all(figure in shown for figure in ("7,327,263,232", "21,504 B", "688,128 B", "14.7 GB"))
+    report = json.loads(invoke("inspect", "--shape", "bigcode/starcoderbase-7b", "--json").stdout)
+    assert report["parameters"] == 7_327_263_232
+
+
+def test_inspect_has_a_column_of_dtypes_only_for_what_is_stored(folder: str):
+    def headings(*flags: str) -> list[list[str]]:
+        lines = invoke("inspect", *flags).stdout.splitlines()
+        return [line.split() for line in lines if line.split()[:1] == ["tensor"]]
+
+    assert headings("-m", folder) == [["tensor", "shape", "dtype", "parameters", "times"]]
+    assert headings("--shape", "starcoder") == [["tensor", "shape", "parameters", "times"]]
+
+
+def test_inspect_shows_a_checkpoints_tensors_and_hashes(folder: str):
+    result = invoke("inspect", "-m", folder, "--check-finite", "--hash")
+    assert result.exit_code == 0
+    assert "transformer.h.*.attn.c_attn.weight" in result.stdout
+    assert "finite" in result.stdout
+    assert "  model.safetensors" in result.stdout
+    assert "nothing to compare with" in result.stderr
+
+
+def test_inspect_with_every_check_finds_the_checkpoint_once(folder: str):
+    from mqa_gpt.checkpoints import inspect as inspection
+
+    with (
+        mock.patch.object(inspection, "resolve", wraps=inspection.resolve) as resolve,
+        mock.patch.object(inspection, "stored_tensors", wraps=inspection.stored_tensors) as stored,
+    ):
+        assert invoke("inspect", "-m", folder, "--check-finite", "--hash").exit_code == 0
+    assert (resolve.call_count, stored.call_count) == (1, 1)
+
+
+def test_json_is_readable_but_steers_no_terminal(folder: str, tmp_path: Path):
+    odd = {"é": "\x7f\x9b2J\x1b[2J", "lone": "\ud800"}
+    config = json.loads((Path(folder) / "config.json").read_text()) | odd
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(Path(folder) / "model.safetensors")
+    text = invoke("inspect", "-m", str(tmp_path), "--json").stdout
+    assert '"é": ' in text
+    assert all(line.isprintable() for line in text.splitlines())
+    assert json.loads(text)["config"].items() >= odd.items()
+
+
+def test_a_hash_that_differs_fails_the_check(folder: str):
+    from mqa_gpt.checkpoints import inspect as inspection
+
+    wrong = inspection.FileHash("model.safetensors", "0" * 64, "1" * 64, "hub")
+    with mock.patch.object(inspection, "hash_files", return_value=[wrong]):
+        result = invoke("inspect", "-m", folder, "--hash")
+        assert result.exit_code == 1
+        assert "DIFFERS" in result.stderr
+        assert invoke("inspect", "-m", folder, "--hash", "--json").exit_code == 1
+
+
+def test_a_shape_has_no_files_to_check(folder: str):
+    for flags in (["--check-finite"], ["--hash"], ["-m", folder], ["--revision", "main"]):
+        assert "--shape" in refusal("inspect", "--shape", "starcoder", *flags)
+    assert "starcoderbase-7b" in refusal("inspect", "--shape", "gpt2")
+
+
+def test_env_tells_versions_and_backends():
+    report = json.loads(invoke("env", "--json").stdout)
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["backends"]["cpu"][:2] == ["reference", "sdpa"]
+    shown = invoke("env").stdout
+    assert torch.__version__ in shown
+    assert "reference, sdpa" in shown
+
+
+# -------------------------------------------------------------------------- help and interruption
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["generate"], ["infill"], ["batch"], ["verify"], ["inspect"], ["env"]]
+)
+def test_help_explains_each_command_with_an_example(command: list[str]):
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0
+    assert "Example" in result.stdout
+    assert " ".join(["mqa-gpt", *command]) in result.stdout
+
+
+def start(folder: str, *arguments: str, **streams: object) -> subprocess.Popen[bytes]:
+    """The real command, counting upwards for as long as the context lasts."""
+    command = [sys.executable, "-m", "mqa_gpt", "generate", "-m", folder, "0"]
+    return subprocess.Popen(
+        [*command, "--max-new-tokens", str(CONTEXT - 1), *arguments],
+        env=environment(),
+        bufsize=0,  # else reading takes more than it gives, which `communicate` does not find
+        **{"stderr": subprocess.PIPE} | streams,
+    )
+
+
+def test_the_list_of_commands_cuts_no_summary():
+    _, commands = invoke("--help").stdout.split("\nCommands:\n")
+    assert commands.count("\n") == len(app.registered_commands)
+    assert "..." not in commands
+
+
+def ways_to_start() -> dict[str, list[str]]:
+    """What Python gets when the command is started by its name, and by the package's."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    module, _, function = project["scripts"]["mqa-gpt"].partition(":")
+    code = f"import sys; from {module} import {function}; sys.exit({function}())"
+    return {"mqa-gpt": ["-c", code], "python -m mqa_gpt": ["-m", "mqa_gpt"]}
+
+
+@pytest.mark.parametrize("name", ways_to_start())
+def test_ctrl_c_while_torch_is_imported_says_so_and_exits_with_130(name: str, tmp_path: Path):
+    (tmp_path / "torch.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
+    paths = os.pathsep.join([str(tmp_path), environment()["PYTHONPATH"]])
+    process = subprocess.Popen(
+        [sys.executable, *ways_to_start()[name], "env"],
+        env=environment() | {"PYTHONPATH": paths},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"begun\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == (b"", b"interrupted\n")
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("before", [None, signal.SIG_IGN])
+def test_a_handler_of_ctrl_c_that_is_not_pythons_own_is_left_alone(before: object):
+    with (
+        mock.patch("signal.getsignal", return_value=before),
+        mock.patch("signal.signal") as set_handler,
+        mock.patch("mqa_gpt.cli.app.main") as run,
+    ):
+        start_command()
+    run.assert_called_once_with()
+    set_handler.assert_not_called()
+
+
+@pytest.mark.parametrize("name", ways_to_start())
+def test_every_way_to_start_the_command_runs_it(name: str):
+    command = [sys.executable, *ways_to_start()[name], "--version"]
+    shown = subprocess.run(command, env=environment(), capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("mqa-gpt")
+
+
+def test_ctrl_c_keeps_what_was_written_and_exits_with_130(folder: str):
+    process = start(folder, stdout=subprocess.PIPE)
+    beginning = process.stdout.read(5)
+    for _ in range(5):  # Python loses an interrupt that arrives within a callback of C code
+        process.send_signal(signal.SIGINT)
+        try:
+            rest, messages = process.communicate(timeout=20)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    assert process.returncode == 130
+    count = b"1234567890" * (CONTEXT // 10)
+    assert count.startswith(beginning + rest)
+    assert len(beginning + rest) < CONTEXT - 1
+    assert messages == b"interrupted\n"
+
+
+def test_ctrl_c_where_both_streams_are_one_is_told_on_a_line_of_its_own(folder: str):
+    process = start(folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    beginning = process.stdout.read(5)
+    for _ in range(5):  # as above
+        process.send_signal(signal.SIGINT)
+        try:
+            rest, _ = process.communicate(timeout=20)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    text, told = (beginning + rest).decode().splitlines()
+    assert text.isdigit()
+    assert told == "interrupted"
+
+
+def test_ctrl_c_with_json_reports_the_interrupted_completion(folder: str):
+    forward, calls = GPT.forward, iter(range(100))
+
+    def interrupted(self: GPT, *arguments: object, **options: object) -> torch.Tensor:
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(self, *arguments, **options)
+
+    with mock.patch.object(GPT, "forward", interrupted):
+        result = invoke("generate", "-m", folder, "abc", "--json")
+    assert result.exit_code == 130
+    (completion,) = json.loads(result.stdout)["completions"]
+    assert (completion["text"], completion["finish_reason"]) == ("def", "interrupted")
+
+
+def test_a_reader_that_goes_away_ends_the_command_quietly(folder: str):
+    process = start(folder, stdout=subprocess.PIPE)
+    assert process.stdout.read(1) == b"1"
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 141
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ("env --json >&-", 0, ""),
+        ("generate -m {folder} - <&-", 2, "error: standard input is closed: give"),
+        ("generate -m {folder}/nothing abc 2>&-", 2, ""),
+        ("generate -m {folder} abc --stats <&- 2>&-", 0, ""),
+    ],
+)
+def test_a_stream_that_is_closed_from_the_start_is_no_error_unless_it_is_needed(
+    folder: str, arguments: str, status: int, message: str
+):
+    result = shell(arguments.format(folder=folder))
+    assert result.returncode == status
+    assert result.stderr.startswith(message)
+    assert result.stderr.count("\n") == bool(message)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device here")
+@pytest.mark.parametrize("arguments", ["--help", "env --help", "env", "generate -m {folder} abc"])
+def test_an_output_that_is_full_is_an_error_of_one_line(folder: str, arguments: str):
+    result = shell(arguments.format(folder=folder) + " > /dev/full")
+    assert result.returncode == 2
+    assert result.stderr == "error: standard output: No space left on device\n"
+
+
+def shell(arguments: str) -> subprocess.CompletedProcess[str]:
+    """The real command with redirections."""
+    return subprocess.run(
+        f"{sys.executable} -m mqa_gpt {arguments}",
+        shell=True,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_a_terminal_sees_the_prompt_and_no_control_characters(folder: str):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "mqa_gpt", "generate", "-m", folder, "\x1b]0;title\x07\tw"]
+    process = subprocess.Popen(
+        command, env=environment() | {"TERM": "xterm"}, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while piece := os.read(ours, 1000):
+            shown += piece
+    except OSError:  # how Linux reports that the other side is closed
+        pass
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    assert b"\x07" not in shown
+    assert b"\x1b]" not in shown
+    assert rb"\x1b]0;title\x07" in shown
+    assert shown.endswith(b"xyz\r\n")

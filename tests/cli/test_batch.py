@@ -1,0 +1,520 @@
+"""`mqa-gpt batch`: a file of prompts in, a file of results out, whatever happens in between."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from mqa_gpt import GPT, LLM
+from mqa_gpt.cli.batch import read_items
+from tests.cli.test_app import CONTEXT, environment, invoke, refusal, spelling_checkpoint
+
+PROMPTS: list[dict[str, Any]] = [
+    {"id": "long", "prompt": "0"},  # counts up to the limit; the others end with z, or at 9
+    {"id": 7, "prompt": "uvw", "note": "other keys are left alone"},
+    {"id": "7", "prompt": ""},
+    {"id": "é\ud800", "prompt": "w" * 30},
+    {"id": -1, "prefix": "x = ", "suffix": "\n"},
+    {"id": "", "prompt": "y"},
+]
+TEXTS = ["123456789012", "xyz", "abcdefghijkl", "xyz", "mnopqrstuvwx", "z"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(spelling_checkpoint(tmp_path_factory.mktemp("batch") / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: str) -> LLM:
+    return LLM.load(folder)
+
+
+@pytest.fixture
+def run(loaded: LLM, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The command line for `PROMPTS`, two at a time, into `out` of the test's folder."""
+    monkeypatch.setattr(LLM, "load", lambda *args, **options: loaded)
+    write_lines(tmp_path / "in", PROMPTS)
+    files = [str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    return ["batch", *files, "-m", folder, "--batch-size", "2", "--max-new-tokens", "12"]
+
+
+def write_lines(path: Path, entries: list[Any]) -> None:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def with_prompt(i: int, prompt: dict[str, str]) -> list[dict[str, Any]]:
+    """`PROMPTS` with another one under the id of the i-th."""
+    return [PROMPTS[j] if j != i else {"id": PROMPTS[i]["id"]} | prompt for j in range(6)]
+
+
+def results(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_each_line_of_the_output_is_the_result_of_that_line_of_the_input(
+    run: list[str], tmp_path: Path
+):
+    result = invoke(*run)
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr.startswith(
+        f"6 of 6 results in {tmp_path / 'out'}: 0 were there, 6 are new"
+    )
+    found = results(tmp_path / "out")
+    assert [entry["id"] for entry in found] == [entry["id"] for entry in PROMPTS]
+    assert [entry["completions"][0]["text"] for entry in found] == TEXTS
+    assert found[0] == {
+        "id": "long",
+        "prompt_hash": hashlib.sha256(b'"0"').hexdigest()[:16],
+        "prompt_tokens": 1,
+        "completions": [{"text": TEXTS[0], "finish_reason": "length", "new_tokens": 12}],
+    }
+    assert found[1]["completions"][0] == {"text": "xyz", "finish_reason": "stop", "new_tokens": 4}
+    assert [entry["prompt_tokens"] for entry in found] == [1, 3, 1, 30, 8, 1]
+    assert found[4]["prompt_hash"] == hashlib.sha256(rb'["x = ", "\n"]').hexdigest()[:16]
+    assert len({entry["prompt_hash"] for entry in found}) == 6
+    assert (tmp_path / "out").read_bytes().isascii()
+
+
+def test_samples_of_a_prompt_are_in_its_line(run: list[str], tmp_path: Path):
+    options = ["--n", "3", "--temperature", "15", "--seed", "1"]
+    assert invoke(*run, *options).exit_code == 0
+    for entry, found in zip(PROMPTS[:2], results(tmp_path / "out"), strict=False):
+        alone = invoke("generate", entry["prompt"], "--max-new-tokens", "12", "--json", *options)
+        texts = [completion["text"] for completion in json.loads(alone.stdout)["completions"]]
+        assert [completion["text"] for completion in found["completions"]] == texts
+        assert len(set(texts)) > 1
+
+
+def test_whatever_a_killed_run_has_left_the_next_one_completes_to_the_same_file(
+    run: list[str], loaded: LLM, tmp_path: Path
+):
+    out = tmp_path / "out"
+    invoke(*run)
+    whole = out.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    cuts = [0, 1, 9, ends[0] - 1, ends[0], ends[0] + 1, ends[2] - 20, ends[3], len(whole) - 1]
+    for cut in [*cuts, len(whole)]:
+        out.write_bytes(whole[:cut])
+        before = sum(end - 1 <= cut for end in ends)  # a line without its newline is whole
+        begin_many = mock.Mock(side_effect=loaded.begin_many)
+        with mock.patch.object(loaded, "begin_many", begin_many):
+            result = invoke(*run)
+        assert out.read_bytes() == whole
+        assert f"{before} were there, {6 - before} are new" in result.stderr
+        # What was there is not computed again.
+        calls = [len(call.args[0]) for call in begin_many.call_args_list]
+        assert calls == [6 - before] * (before < 6)
+
+
+def test_results_are_found_by_their_ids_wherever_they_are_and_new_ones_come_behind_them(
+    run: list[str], tmp_path: Path
+):
+    invoke(*run)
+    whole = (tmp_path / "out").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out").write_bytes(whole[4] + whole[1])
+    invoke(*run)
+    order = [4, 1, 0, 2, 3, 5]
+    assert (tmp_path / "out").read_bytes().splitlines(keepends=True) == [whole[i] for i in order]
+
+
+def test_prompts_that_are_added_to_the_input_are_completed_by_the_next_run(
+    run: list[str], tmp_path: Path
+):
+    write_lines(tmp_path / "in", PROMPTS[:2])
+    invoke(*run)
+    write_lines(tmp_path / "in", PROMPTS)
+    invoke(*run)
+    assert [entry["completions"][0]["text"] for entry in results(tmp_path / "out")] == TEXTS
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_keeps_what_is_done_and_the_next_run_goes_on(
+    run: list[str], tmp_path: Path, as_json: bool
+):
+    invoke(*run)
+    whole = (tmp_path / "out").read_bytes()
+    (tmp_path / "out").unlink()
+    forward, calls = GPT.forward, iter(range(100))
+
+    def interrupted(self: GPT, *arguments: object, **options: object) -> torch.Tensor:
+        if next(calls) == 16:
+            raise KeyboardInterrupt
+        return forward(self, *arguments, **options)
+
+    with mock.patch.object(GPT, "forward", interrupted):
+        result = invoke(*run, *["--json"] * as_json)
+    assert result.exit_code == 130
+    kept = (tmp_path / "out").read_bytes()
+    done = kept.count(b"\n")
+    assert 0 < done < 6
+    assert whole.startswith(kept)
+    assert kept.endswith(b"\n")
+    if as_json:
+        report = json.loads(result.stdout)
+        assert (report["interrupted"], report["written"], report["prompts"]) == (True, done, 6)
+    else:
+        assert f"{done} of 6 results" in result.stderr
+        assert result.stderr.endswith("the same command goes on from there\ninterrupted\n")
+    invoke(*run)
+    assert (tmp_path / "out").read_bytes() == whole
+
+
+def test_a_run_that_is_killed_has_written_what_was_finished(folder: str, tmp_path: Path):
+    write_lines(tmp_path / "in", [{"id": i, "prompt": "y" if i < 3 else "0"} for i in range(4)])
+    command = ["batch", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-m", folder]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mqa_gpt", *command, "--max-new-tokens", str(CONTEXT - 1)],
+        env=environment(),
+    )
+    while not (tmp_path / "out").exists() or (tmp_path / "out").read_bytes().count(b"\n") < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [entry["completions"][0]["text"] for entry in results(tmp_path / "out")] == ["z"] * 3
+    assert "3 were there, 1 are new" in invoke(*command, "--max-new-tokens", "5").stderr
+
+
+def test_json_sums_up(run: list[str], tmp_path: Path):
+    report = json.loads(invoke(*run, "--json").stdout)
+    assert report["output"] == str(tmp_path / "out")
+    assert (report["prompts"], report["found"], report["written"]) == (6, 0, 6)
+    stats, entries = report["stats"], results(tmp_path / "out")
+    assert stats["new_tokens"] == sum(e["completions"][0]["new_tokens"] for e in entries)
+    assert stats["prompt_tokens"] == sum(e["prompt_tokens"] for e in entries)
+    assert stats["tokens_per_second"] == pytest.approx(stats["new_tokens"] / stats["total_seconds"])
+    again = json.loads(invoke(*run, "--json").stdout)
+    assert (again["found"], again["written"], again["interrupted"]) == (6, 0, False)
+    assert again["stats"]["tokens_per_second"] is None
+    assert invoke(*run).stderr.endswith("6 were there, 0 are new\n")
+
+
+def test_every_option_reaches_the_library(run: list[str]):
+    options: dict[str, Any] = {
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.5,
+        "seed": 7,
+        "n": 2,
+        "mode": "spm",
+        "batch_size": 9,
+    }
+    flags = [part for k, v in options.items() for part in (f"--{k.replace('_', '-')}", str(v))]
+    with mock.patch.object(LLM, "begin_many", side_effect=KeyboardInterrupt) as begin:
+        invoke(*run, *flags, "--no-special-tokens", "--stop", r"\n", "--stop", "b")
+    assert begin.call_args.args[1] == 12
+    expected = options | {"special_tokens": False, "stop": ["\n", "b"]}
+    assert begin.call_args.kwargs.items() >= expected.items()
+
+
+def test_the_input_may_be_standard_input_with_empty_lines(run: list[str], tmp_path: Path):
+    lines = "\n\n".join(map(json.dumps, PROMPTS))
+    assert invoke(run[0], "-", *run[2:], stdin=lines).exit_code == 0
+    assert [entry["completions"][0]["text"] for entry in results(tmp_path / "out")] == TEXTS
+    assert [item.line for item in read_items(str(tmp_path / "in"))] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_input_may_begin_with_a_byte_order_mark(tmp_path: Path):
+    (tmp_path / "in").write_text('{"id": 1, "prompt": "a"}\n', encoding="utf-8-sig")
+    assert [item.prompt for item in read_items(str(tmp_path / "in"))] == ["a"]
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("{", "line 2 of {} is not JSON: Expecting"),
+        ("[" * 100_000, "line 2 of {} is not JSON"),
+        ('{"id": ' + "9" * 5000 + "}", "line 2 of {} is not JSON"),
+        ('"def f(x):"', "line 2 of {} is 'def f(x):': it must be a JSON object"),
+        ('{"prompt": "a"}', "line 2 of {} has no id"),
+        ('{"id": null, "prompt": "a"}', "line 2 of {} has the id None: it must be a text"),
+        ('{"id": true, "prompt": "a"}', "line 2 of {} has the id True"),
+        ('{"id": 1.0, "prompt": "a"}', "line 2 of {} has the id 1.0"),
+        ('{"id": "a", "prompt": "a"}', "line 2 of {} has the id 'a' of line 1"),
+        ('{"id": 1}', "line 2 of {} holds nothing to complete"),
+        ('{"id": 1, "prefix": "a"}', "line 2 of {} holds prefix: it must"),
+        ('{"id": 1, "prompt": "a", "suffix": "b"}', "line 2 of {} holds prompt and suffix"),
+        ('{"id": 1, "prompt": 5}', "line 2 of {} has the prompt 5: it must be a text"),
+        ('{"id": 1, "prefix": "a", "suffix": 3}', "line 2 of {} has the suffix 3: it must be a"),
+        ('{"id": 1, "prompt": "a", "prompt": "b"}', "line 2 of {} has the key 'prompt' more than"),
+        ('{"id": 1, "id": 2, "prompt": "a"}', "line 2 of {} has the key 'id' more than once"),
+        ('{"id": 1, "prompt": "a", "x": [{"y": 1, "y": 2}]}', "line 2 of {} has the key 'y' more"),
+        ('{"id": 1, "prompt": "\\ud800"}', "line 2 (id 1): text holds a lone surrogate"),
+        ('{"id": 1, "prompt": ["a", "b"]}', "line 2 of {} has the prompt ['a', 'b']: it must"),
+    ],
+)
+def test_a_line_that_cannot_be_used_is_named(run: list[str], tmp_path: Path, line: str, says: str):
+    (tmp_path / "in").write_text('{"id": "a", "prompt": "b"}\n' + line)
+    assert refusal(*run).startswith(says.format(repr(str(tmp_path / "in"))))
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_prompts_that_are_too_long_are_named_before_anything_is_written(
+    run: list[str], tmp_path: Path
+):
+    long = "a" * CONTEXT
+    write_lines(tmp_path / "in", [PROMPTS[0], *({"id": i, "prompt": long} for i in "abc")])
+    message = refusal(*run)
+    assert message.startswith(f"line 2 (id 'a') has {CONTEXT} tokens and max_new_tokens is 12")
+    assert message.endswith("(2 more cannot be used: line 3 (id 'b'), line 4 (id 'c'))")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("print('important')\n", "line 1 of {} is not JSON"),
+        ("important", "line 1 of {} is not JSON"),
+        ('{"id": "long", "prompt": "0"}\n', "line 1 of {} is not a result of this command"),
+        ('{"id": "long", "prompt": "0"}', "line 1 of {} is not a result of this command"),
+        ('{"id": 7}', "line 1 of {} is not a result of this command"),
+        ('{"id": "b", "completions": []}', "line 1 of {} has the id 'b', which the input does"),
+        ('{"id": "b", "completions": []}\n', "line 1 of {} has the id 'b', which the input does"),
+        ('{"id": 7, "completions": []}\n' * 2, "line 2 of {} has the id 7 of line 1"),
+        ('{"id": 7, "completions": []}\n\n', "line 2 of {} is not JSON"),
+        ('{"id": 7, "comple\n{"id": "7", "completions": []}\n', "line 1 of {} is not JSON"),
+        ("\xff\xfe\n", "line 1 of {} is not JSON"),
+    ],
+)
+def test_an_output_that_holds_something_else_is_refused_and_left_alone(
+    run: list[str], tmp_path: Path, text: str, says: str
+):
+    (tmp_path / "out").write_text(text, encoding="latin-1")
+    message = refusal(*run)
+    assert message.startswith(says.format(f"the output {str(tmp_path / 'out')!r}"))
+    assert (tmp_path / "out").read_text(encoding="latin-1") == text
+
+
+def test_the_input_is_not_taken_for_the_output(run: list[str], tmp_path: Path):
+    # As lines that are results and prompts at once, nothing else would tell them apart.
+    write_lines(tmp_path / "in", [{"id": 1, "prompt": "a", "completions": []}])
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    before = (tmp_path / "in").read_bytes()
+    for output in (run[1], str(tmp_path / "link")):
+        assert "is the input too" in refusal(*run, "--output", output)
+        assert (tmp_path / "in").read_bytes() == before
+
+
+def test_a_second_run_on_the_same_output_is_refused_while_the_first_goes_on(
+    run: list[str], loaded: LLM, tmp_path: Path
+):
+    refusals = []
+
+    def begin_many(*arguments: Any, **options: Any) -> Any:
+        size = (tmp_path / "out").stat().st_size
+        refusals.append(refusal(*run))
+        assert (tmp_path / "out").stat().st_size == size  # nothing of the first run's was removed
+        return LLM.begin_many(loaded, *arguments, **options)
+
+    with mock.patch.object(loaded, "begin_many", begin_many):
+        assert invoke(*run).exit_code == 0
+    assert len(refusals) == 1
+    assert refusals[0].startswith(f"another run is writing the output {str(tmp_path / 'out')!r}")
+    assert [entry["completions"][0]["text"] for entry in results(tmp_path / "out")] == TEXTS
+    assert "6 were there" in invoke(*run).stderr
+
+
+def test_two_runs_are_not_kept_apart_where_nothing_can_be_locked(
+    run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("mqa_gpt.cli.batch.fcntl", None)
+    assert invoke(*run).exit_code == 0
+    assert len(results(tmp_path / "out")) == 6
+
+
+def test_a_model_is_not_loaded_for_what_is_done_or_cannot_be_written(
+    run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    invoke(*run)
+    monkeypatch.setattr(LLM, "load", mock.Mock(side_effect=AssertionError))
+    assert "6 were there, 0 are new" in invoke(*run).stderr
+    denied = PermissionError(errno.EACCES, "Permission denied")
+    for output in ("out", "new"):
+        with mock.patch.object(Path, "open", side_effect=[(tmp_path / "in").open("rb"), denied]):
+            message = refusal(*run, "--output", str(tmp_path / output))
+        assert message == f"cannot write the output {str(tmp_path / output)!r}: Permission denied"
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_refused_run_leaves_no_file_where_none_was_and_the_one_that_was(
+    run: list[str], tmp_path: Path
+):
+    for existed in (False, True):
+        refusal(*run, "--batch-size", "0")
+        assert (tmp_path / "out").exists() == existed
+        (tmp_path / "out").touch()
+
+
+@pytest.mark.parametrize("all_done", [True, False])
+def test_results_of_another_prompt_or_of_other_options_are_refused_before_the_model_is_loaded(
+    run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_done: bool
+):
+    invoke(*run)
+    whole = (tmp_path / "out").read_bytes()
+    if not all_done:
+        (tmp_path / "out").write_bytes(whole[: whole.rindex(b'{"id"') + 12])
+    before = (tmp_path / "out").read_bytes()
+    monkeypatch.setattr(LLM, "load", mock.Mock(side_effect=AssertionError))
+    where = f"line {{}} of the output {str(tmp_path / 'out')!r} (id {{}}) has "
+
+    message = refusal(*run, "--n", "2", "--temperature", "1")
+    assert message.startswith(
+        where.format(1, "'long'") + "1 completions where --n asks for 2: go on with the same"
+    )
+    for i, prompt in (
+        (1, {"prompt": "xyz"}),  # of as many tokens
+        (1, {"prompt": "uvwx"}),
+        (4, {"prefix": "x ", "suffix": "=\n"}),
+    ):
+        write_lines(tmp_path / "in", with_prompt(i, prompt))
+        old = json.loads(before.splitlines()[i])["prompt_hash"]
+        (item,) = (item for item in read_items(run[1]) if item.id == PROMPTS[i]["id"])
+        assert refusal(*run).startswith(
+            where.format(i + 1, PROMPTS[i]["id"])
+            + f"the prompt_hash {old!r} where that of the input's prompt is {item.prompt_hash!r}: "
+            "go on with the same"
+        )
+    assert (tmp_path / "out").read_bytes() == before
+
+
+def test_a_prompt_that_is_read_otherwise_than_before_is_refused_too(run: list[str], tmp_path: Path):
+    write_lines(tmp_path / "in", [{"id": 1, "prompt": "a<fim_pad>"}])
+    invoke(*run)
+    assert "a prompt of 2 tokens where the input's has 10: go on" in refusal(
+        *run, "--no-special-tokens"
+    )
+
+
+def test_results_of_an_earlier_version_which_lack_a_hash_are_told_by_the_number_of_tokens(
+    run: list[str], tmp_path: Path
+):
+    invoke(*run)
+    entries = results(tmp_path / "out")
+    for entry in entries:
+        del entry["prompt_hash"]
+    write_lines(tmp_path / "out", entries[:4])
+    write_lines(tmp_path / "in", with_prompt(1, {"prompt": "uvwx"}))
+    assert refusal(*run).startswith(
+        f"line 2 of the output {str(tmp_path / 'out')!r} (id 7) has a prompt of 3 tokens where the "
+        "input's has 4: go on with the same"
+    )
+    write_lines(tmp_path / "in", PROMPTS)
+    assert "4 were there, 2 are new" in invoke(*run).stderr
+    assert [entry["completions"][0]["text"] for entry in results(tmp_path / "out")] == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [
+        ("-", "the output is -: name a file"),
+        ("", "cannot write the output: the file name is empty"),
+        (".", "is not a file"),
+        (os.devnull, "is not a file"),
+        ("no/such/folder/out", "is in a folder that does not exist"),
+        ("a\0b", "null"),
+        ("\ud800", "surrogate"),
+        ("x" * 5000, "name too long"),
+    ],
+)
+def test_an_output_that_cannot_be_a_file_is_refused(run: list[str], output: str, says: str):
+    assert says in refusal(*run, "--output", output)
+
+
+def test_a_full_disk_is_an_error_of_one_line_that_names_the_output(run: list[str], tmp_path: Path):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with mock.patch("mqa_gpt.cli.batch._line", side_effect=full):
+        assert refusal(*run) == f"cannot write {tmp_path / 'out'}: No space left on device"
+
+
+@pytest.mark.parametrize("blocks", [0, 1])  # of 512 or 1,024 bytes
+def test_a_disk_that_is_full_keeps_whole_results_and_no_empty_file(
+    folder: str, tmp_path: Path, blocks: int
+):
+    write_lines(tmp_path / "in", [{"id": i, "prompt": "w"} for i in range(20)])
+    command = f"{sys.executable} -m mqa_gpt batch in -o out -m {folder}"
+    result = subprocess.run(
+        f"ulimit -f {blocks}; {command}",
+        shell=True,
+        env=environment(),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert result.stderr == "error: cannot write out: File too large\n"
+    if blocks == 0:
+        assert not (tmp_path / "out").exists()
+    else:
+        *whole, _ = (tmp_path / "out").read_text().split("\n")
+        assert whole
+        assert [json.loads(line)["id"] for line in whole] == list(range(len(whole)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--batch-size", "0"], "batch_size is 0"),
+        (["--n", "2"], "n is 2 but temperature is 0"),
+        (["--mode", "pms"], "mode is 'pms': accepted are psm, spm"),
+        (["--stop", ""], "stop"),
+    ],
+)
+def test_an_option_out_of_range_is_bad_input(run: list[str], flags: list[str], says: str):
+    assert says in refusal(*run, *flags)
+
+
+def test_a_mode_that_there_is_not_is_bad_input_without_a_hole_too(run: list[str], tmp_path: Path):
+    write_lines(tmp_path / "in", PROMPTS[:2])
+    assert "mode is 'bogus'" in refusal(*run, "--mode", "bogus")
+
+
+def test_an_input_that_is_not_there_is_bad_input(run: list[str]):
+    assert "no-such-file" in refusal(run[0], "no-such-file", *run[2:])
+    assert refusal(run[0], "", *run[2:]) == "cannot read '': the file name is empty"
+
+
+def test_a_terminal_sees_a_progress_bar_with_the_speed(folder: str, tmp_path: Path):
+    write_lines(tmp_path / "in", PROMPTS)
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    command = ["batch", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-m", folder]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mqa_gpt", *command, "--max-new-tokens", "5"],
+        env=environment() | {"TERM": "xterm"},
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while piece := os.read(ours, 1000):
+            shown += piece
+    except OSError:  # how Linux reports that the other side is closed
+        pass
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    assert process.stdout is not None
+    assert process.stdout.read() == b""
+    assert b"6/6" in shown
+    assert shown.count(b"tok/s") > 1

@@ -1,0 +1,286 @@
+"""The decode step by fused kernels: as exact as the modules, and the same tokens."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("triton", reason="Triton is not available on this platform")
+
+from mqa_gpt import GPT, GPTConfig, KVCache
+from mqa_gpt.attention import reference_attention
+from mqa_gpt.cache import StaticCache
+from mqa_gpt.fast.fused_step import can_fuse, fused_hidden, fused_likeliest, fused_logits
+from mqa_gpt.fast.int8 import quantize
+from mqa_gpt.generation import decode_graph
+from mqa_gpt.generation.decode import prefill
+from mqa_gpt.generation.decode_graph import Decoder, stream_replayed
+from mqa_gpt.generation.request import generate
+from mqa_gpt.sampling import GREEDY, SamplingParams
+from mqa_kernels import launch
+from tests.generation.test_decode_graph import (
+    OnGpu,
+    Tape,
+    check_same_tokens,
+    decoder_on_meta,
+    tensors_in_a_step,
+)
+from tests.helpers import (
+    error,
+    our_model,
+    random_ids,
+    random_prompts,
+    reference_model,
+    relative_error,
+    tiny_config,
+)
+
+# NumPy says so where exp is infinite, as it should be: the sigmoid of that is 0.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+
+LENGTHS = [9, 1, 5]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+CONFIGS = [
+    tiny_config(),
+    tiny_config(multi_query=False, activation_function="gelu", scale_attn_weights=False),
+    tiny_config(activation_function="relu", tie_word_embeddings=False, n_inner=None),
+]
+
+
+def model_of(config: GPTConfig, dtype: torch.dtype = torch.float32) -> GPT:
+    return our_model(reference_model(config).to(dtype), config).to(DEVICE)
+
+
+def filled_cache(model: GPT) -> StaticCache:
+    """Behind three prompts of different lengths, with room for a few tokens."""
+    cache = KVCache(model.config, 3, 12, dtype=model.dtype, device=DEVICE)
+    model(random_ids(model.config, 3, max(LENGTHS)).to(DEVICE), cache=cache)
+    cache.set_lengths(LENGTHS)
+    return StaticCache(cache)
+
+
+@torch.inference_mode()
+def plain_steps(model: GPT, steps: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits (N, B, V) of N steps, each of one token per row, and the cache's contents."""
+    cache = filled_cache(model)
+    return torch.stack([model(ids, cache=cache)[:, 0] for ids in steps]), cache.kv
+
+
+@torch.inference_mode()
+def fused_steps(model: GPT, steps: list[Tensor]) -> tuple[Tensor, Tensor]:
+    cache = filled_cache(model)
+    logits = [fused_logits(model, fused_hidden(model, ids, cache)) for ids in steps]
+    assert cache.lengths.tolist() == [n + len(steps) for n in LENGTHS]
+    return torch.stack(logits), cache.kv
+
+
+def random_steps(config: GPTConfig) -> list[Tensor]:
+    return list(random_ids(config, 2, 3, 1, seed=1).to(DEVICE))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["mqa", "mha", "relu"])
+def test_logits_and_cache_are_the_modules(config):
+    model, steps = model_of(config), random_steps(config)
+    for ours, expected in zip(fused_steps(model, steps), plain_steps(model, steps), strict=True):
+        assert relative_error(ours, expected) <= 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_as_close_to_float32_as_the_modules_are(dtype):
+    model, steps = model_of(CONFIGS[0], dtype), random_steps(CONFIGS[0])[:1]
+    exact, _ = plain_steps(copy.deepcopy(model).float(), steps)
+    ours, _ = fused_steps(model, steps)
+    plain, _ = plain_steps(model, steps)
+    assert ours.dtype == dtype
+    assert error(ours, exact) <= 2 * error(plain, exact)
+
+
+@pytest.mark.parametrize("config", CONFIGS[1:], ids=["mha", "relu"])
+def test_8_bit_weights_give_the_logits_and_cache_of_their_modules(config):
+    model, steps = model_of(config), random_steps(config)
+    quantize(model)
+    for ours, expected in zip(fused_steps(model, steps), plain_steps(model, steps), strict=True):
+        assert relative_error(ours, expected) <= 2e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_8_bit_weights_in_low_precision_are_as_close_to_float32_as_their_modules_are(dtype):
+    model, steps = model_of(CONFIGS[0], dtype), random_steps(CONFIGS[0])[:1]
+    quantize(model)
+    exact, _ = plain_steps(copy.deepcopy(model).float(), steps)
+    ours, _ = fused_steps(model, steps)
+    plain, _ = plain_steps(model, steps)
+    assert ours.dtype == dtype
+    assert error(ours, exact) <= 2 * error(plain, exact)
+
+
+@torch.inference_mode()
+def test_the_likeliest_token_is_the_logits_argmax():
+    model = model_of(CONFIGS[0])
+    x = torch.randn(5, 60, device=DEVICE)
+    logits = fused_logits(model, x)
+    ids, highest = fused_likeliest(model, x)
+    assert ids.tolist() == logits.argmax(-1).tolist()
+    assert highest.tolist() == logits.amax(-1).tolist()
+    x[2, 7] = float("nan")
+    assert fused_likeliest(model, x)[1].isnan().tolist() == [i == 2 for i in range(5)]
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """Every decoder takes the fused step; its calls are counted."""
+    calls = []
+    plain = decode_graph.fused_step
+    monkeypatch.setattr(decode_graph, "can_fuse", lambda model, rows: True)
+    monkeypatch.setattr(
+        decode_graph, "fused_step", lambda *arguments: (calls.append(1), plain(*arguments))
+    )
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("sampling", "options"),
+    [
+        (GREEDY, {}),
+        (SamplingParams(repetition_penalty=1.5), {}),
+        (SamplingParams(1.3, 40, 0.95, 0.01, 1.2, seed=5), {"n": 2}),
+    ],
+    ids=["greedy", "penalty", "sampled"],
+)
+def test_tokens_are_the_plain_loop_s(fused, sampling, options):
+    config = CONFIGS[0]
+    check_same_tokens(model_of(config), random_prompts(config, [5, 2]), 4, sampling, **options)
+    assert fused
+
+
+def test_tokens_of_8_bit_weights_are_the_plain_loop_s(fused):
+    model = model_of(CONFIGS[0])
+    quantize(model)
+    check_same_tokens(model, random_prompts(CONFIGS[0], [5, 1, 2]), 4, GREEDY)
+    assert len(fused) == 3
+
+
+def test_log_probabilities_come_with_the_tokens(fused):
+    tokens = list(stream_replayed(model_of(CONFIGS[0]), [[3, 4]], 2, logprobs=2))
+    assert all(token.logprob == token.top[0][1] for token in tokens)  # greedy
+    assert len(fused) == 1
+
+
+def test_logits_that_are_not_numbers_are_an_error(fused):
+    model = model_of(CONFIGS[0])
+    with torch.no_grad():
+        model.transformer.wpe.weight[5] = float("nan")
+    tokens = stream_replayed(model, random_prompts(CONFIGS[0], [4]), 5)
+    assert [next(tokens).finished for _ in range(2)] == [None, None]
+    with pytest.raises(FloatingPointError, match="not finite"):
+        next(tokens)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there a CUDA graph is recorded, not a tape")
+@torch.inference_mode()
+def test_a_step_that_is_repeated_as_recorded_gives_the_tokens(fused):
+    model, prompts = model_of(CONFIGS[0]), random_prompts(CONFIGS[0], [5, 2])
+    cache = KVCache(model.config, 2, 9)
+    logits = prefill(model, cache, prompts)
+    decoder = Decoder.new(model, cache, GREEDY, None, None, None)
+    decoder.choose(logits)
+    tokens = [decoder.fetch()()[0]]
+    with Tape() as tape:
+        decoder.run()
+    for _ in range(3):
+        tokens.append(decoder.fetch()()[0])
+        tape.replay()
+    assert list(map(list, zip(*tokens, strict=True))) == generate(model, prompts, 4)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels are for the GPU where there is one")
+def test_a_step_never_asks_its_device_nor_copies_to_it(fused):
+    tensors = tensors_in_a_step(decoder_on_meta())
+    names = {name for name, _ in tensors}
+    assert names >= {
+        f"mqa_kernels.{name}.default"
+        for name in ("norm_qkv_to_cache", "attention_forward", "linear_residual", "norm_linear")
+    }
+    assert [name for name, x in tensors if x.device.type != "meta"] == []
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "architecture", lambda device: 90)
+
+
+def test_gpus_with_little_shared_memory_take_fewer_rows(monkeypatch):
+    model = OnGpu(our_model(reference_model(CONFIGS[0]), CONFIGS[0]))
+    for architecture, rows in ((80, 16), (86, 8), (89, 8), (90, 16), (100, 16), (120, 8)):
+        monkeypatch.setattr(launch, "architecture", lambda device, sm=architecture: sm)
+        assert can_fuse(model, rows)
+        assert not can_fuse(model, rows + 1)
+
+
+def test_it_is_taken_for_few_rows_of_untouched_modules_on_a_gpu(hopper):
+    class Wrapped(nn.Linear):
+        """What adapters do."""
+
+    model = our_model(reference_model(CONFIGS[0]), CONFIGS[0])
+    on_gpu = OnGpu(model)
+    assert can_fuse(on_gpu, 16)
+    assert not can_fuse(on_gpu, 17)
+    assert not can_fuse(model, 1)  # on the CPU
+    quantize(model)
+    assert can_fuse(on_gpu, 16)
+    model.transformer.h[1].attn.attend = reference_attention
+    assert not can_fuse(on_gpu, 1)
+    model.set_backend("auto")
+    model.transformer.h[1].mlp.c_fc = Wrapped(60, 136)
+    assert not can_fuse(on_gpu, 1)
+
+
+def give_the_head_a_bias(model: GPT) -> None:
+    model.lm_head.bias = nn.Parameter(torch.ones(97))
+
+
+def activate_otherwise(model: GPT) -> None:
+    model.transformer.h[1].mlp.activate = torch.tanh
+
+
+def split_otherwise(model: GPT) -> None:
+    attn = model.transformer.h[1].attn
+    attn.split = lambda qkv: type(attn).split(attn, -qkv)
+
+
+def leave_a_norms_weight_out(model: GPT) -> None:
+    model.transformer.h[1].ln_1 = nn.LayerNorm(60, elementwise_affine=False).eval()
+
+
+def prune_a_head(model: GPT) -> None:
+    model.transformer.h[1].attn.n_head -= 1
+
+
+def transpose_a_weight(model: GPT) -> None:
+    c_fc = model.transformer.h[1].mlp.c_fc
+    c_fc.weight = nn.Parameter(c_fc.weight.T.contiguous().T)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(give_the_head_a_bias, activate_otherwise, split_otherwise),
+        *(leave_a_norms_weight_out, prune_a_head, transpose_a_weight),
+    ],
+)
+def test_it_is_not_taken_where_it_would_compute_something_else(hopper, change):
+    model = our_model(reference_model(CONFIGS[0]), CONFIGS[0])
+    assert can_fuse(OnGpu(model), 1)
+    change(model)
+    assert not can_fuse(OnGpu(model), 1)
+
+
+def test_each_layer_has_its_own_activation():
+    model = model_of(CONFIGS[0])
+    model.transformer.h[1].mlp.activation = "relu"
+    steps = random_steps(model.config)
+    assert relative_error(fused_steps(model, steps)[0], plain_steps(model, steps)[0]) < 1e-5

@@ -1,0 +1,385 @@
+"""The check that compiles the kernels: which calls it makes, and what it calls a problem."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not available on this platform")
+
+import check_kernels
+import triton
+from check_kernels import (
+    Case,
+    Usage,
+    all_cases,
+    is_serialized,
+    pointers_of,
+    race_with_predecessor,
+    resources,
+    verdict,
+)
+
+from mqa_gpt.config import PRESETS
+from mqa_kernels import tuning
+
+ROOT = Path(__file__).parents[2]
+RECORDED = json.loads((ROOT / "benchmarks/results/kernel_resources.json").read_text())
+LARGE = Case(90, "bfloat16", 128, 1, "train")
+FITS = Usage("dq_kernel", "64x64", 98_304, 0, 218, 0, 2, "wgmma.mma_async")
+
+REPORT = """
+Fatbin elf code:
+arch = sm_90
+
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function forward_kernel:
+  REG:255 STACK:24 SHARED:0 LOCAL:8 CONSTANT[0]:628 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+
+
+# Two products into the same accumulators, what is done to them in between, and their sum.
+PRODUCTS = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.visible .entry kernel(.param .u64 out, .param .u64 descriptor)
+{{
+  .reg .f32 %f<5>;
+  .reg .b64 %d<3>;
+  ld.param.u64 %d1, [out];
+  ld.param.u64 %d2, [descriptor];
+  mov.f32 %f1, 0f00000000;
+  mov.f32 %f2, %f1;
+  mov.f32 %f3, %f1;
+  mov.f32 %f4, %f1;
+  wgmma.fence.sync.aligned;
+  wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16
+    {{%f1, %f2, %f3, %f4}}, %d2, %d2, 1, 1, 1, 0, 0;
+  {between}
+  wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16
+    {{%f1, %f2, %f3, %f4}}, %d2, %d2, 1, 1, 1, 0, 0;
+  wgmma.commit_group.sync.aligned;
+  wgmma.wait_group.sync.aligned 0;
+  add.f32 %f1, %f1, %f2;
+  add.f32 %f1, %f1, %f3;
+  add.f32 %f1, %f1, %f4;
+  st.global.f32 [%d1], %f1;
+  ret;
+}}
+"""
+
+
+def spilling(case: Case) -> list[Usage]:
+    """In place of the compiler."""
+    return [FITS, FITS._replace(kernel="dkv_kernel", spilled=8)]
+
+
+def test_what_fits_is_no_problem():
+    assert verdict(LARGE, FITS) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"spilled": 8}, "8 bytes spilled"),
+        ({"shared": 232_449}, "232449 bytes of shared memory of 232448"),
+        ({"tensor_memory": 513}, "513 columns of tensor memory of 512"),
+        ({"tensor_cores": ""}, "no tensor cores"),
+        ({"serialized": True}, "wgmma instructions wait for each other"),
+        ({"race": "reads before it waits"}, "reads before it waits"),
+        ({"error": "CompilationError: no"}, "CompilationError: no"),
+        ({"spilled": 8, "tensor_cores": ""}, "8 bytes spilled; no tensor cores"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict[str, object], problem: str):
+    assert verdict(LARGE, FITS._replace(**change)) == problem
+
+
+def test_each_gpu_has_a_limit_of_shared_memory_of_its_own():
+    usage = FITS._replace(shared=200_000)
+    assert verdict(LARGE, usage) == ""
+    assert "shared memory" in verdict(LARGE._replace(arch=80), usage)
+
+
+def test_float32_and_the_joining_of_parts_need_no_tensor_cores():
+    assert verdict(LARGE._replace(dtype="float32"), FITS._replace(tensor_cores="")) == ""
+    for kernel in ("combine_kernel", "choose_kernel"):
+        assert verdict(LARGE, FITS._replace(kernel=kernel, tensor_cores="")) == ""
+
+
+def test_as_many_blocks_fit_as_registers_shared_and_tensor_memory_and_warps_allow():
+    small = {"warps": 4, "registers": 32, "shared": 1024, "tensor_memory": 0}
+    for change, blocks in (
+        ({}, 16),  # 64 warps
+        ({"warps": 1}, 32),
+        ({"registers": 128}, 4),  # all registers
+        ({"registers": 129}, 3),
+        ({"warps": 8, "registers": 168}, 1),  # 12 warps
+        ({"shared": 113 * 1024}, 2),  # and 1 KB more each, of 228 KB
+        ({"shared": 113 * 1024 + 1}, 1),
+        ({"tensor_memory": 256}, 2),
+    ):
+        assert check_kernels.blocks_that_fit(check_kernels.GPUS[100], **small | change) == blocks
+
+
+def test_spills_are_what_the_stack_and_local_memory_hold():
+    assert resources(REPORT) == (255, 32)
+
+
+def test_products_wait_for_each_other_where_something_else_touches_their_sums():
+    commit, wait = "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 1;"
+    touch, fence = "add.f32 %f1, %f1, %f2;", "wgmma.fence.sync.aligned;"
+    assert not is_serialized(PRODUCTS.format(between=""))
+    assert not is_serialized(PRODUCTS.format(between=commit))
+    assert is_serialized(PRODUCTS.format(between=commit + wait + touch + fence))
+    assert is_serialized(PRODUCTS.format(between=commit + "st.global.f32 [%d1], %f2;"))
+
+
+def test_every_common_configuration_is_compiled_for_every_gpu_and_once():
+    cases = list(all_cases())
+    assert len(set(cases)) == len(cases)
+    for arch in (80, 90, 100):
+        for dtype in ("bfloat16", "float32"):
+            for D in (64, 80, 128, 256):
+                for call in ("train", "decode"):
+                    assert Case(arch, dtype, D, 1, call) in cases
+            for call in ("fused", "fused_int8"):
+                assert Case(arch, dtype, 128, 1, call, 32) in cases
+        for D in (64, 128, 256):
+            for call in ("ragged", "dropout"):
+                assert Case(arch, "bfloat16", D, 1, call) in cases
+    assert {case.D for case in cases} == {16, 32, 64, 80, 96, 128, 256}
+    assert {case.dtype for case in cases} == {"bfloat16", "float16", "float32"}
+    assert {case.call for case in cases if case.G > 1} == {"train", "decode"}
+    assert {case.H // case.G for case in cases} == {1, 8, 12, 16, 22, 32, 48}
+
+
+def test_fused_steps_of_every_official_shape_are_compiled():
+    for _, n_head, n_embd, *_ in PRESETS.values():
+        for dtype, call in (
+            ("bfloat16", "fused"),
+            ("bfloat16", "fused_int8"),
+            ("float32", "fused"),
+        ):
+            assert Case(90, dtype, n_embd // n_head, 1, call, n_head) in all_cases()
+    for call in ("fused", "fused_int8"):
+        assert Case(90, "float16", 128, 1, call) in all_cases()
+
+
+def test_what_is_recorded_has_every_case_with_two_versions_of_triton_and_no_problem():
+    assert len(RECORDED["runs"]) == 2
+    for version in RECORDED["runs"]:
+        mine = [row for row in RECORDED["kernels"] if row["triton"] == version]
+        cases = [Case(*(row[field] for field in Case._fields)) for row in mine]
+        assert set(cases) == set(all_cases())
+        for case, row in zip(cases, mine, strict=True):
+            assert verdict(case, Usage(*(row[field] for field in Usage._fields))) == ""
+
+
+def test_the_table_in_the_readme_is_what_is_recorded():
+    kernels = {"forward_kernel": "forward", "dq_kernel": "dQ", "dkv_kernel": "dK, dV"}
+    lines: dict[tuple[int, int, str], dict[int, str]] = {}
+    for row in RECORDED["kernels"]:
+        key = row["triton"], row["dtype"], row["G"], row["H"], row["call"] in ("train", "decode")
+        if key != ("3.7.1", "bfloat16", 1, 32, True) or row["kernel"] not in kernels:
+            continue
+        if row["D"] in (64, 128, 256):
+            name = "decode" if row["call"] == "decode" else kernels[row["kernel"]]
+            order = row["D"], (*kernels.values(), "decode").index(name)
+            start = f"| {row['D']} | {name} | {row['tiles']} |"
+            figures = row["registers"], f"{row['shared'] / 1024:.0f} KB", row["blocks"]
+            cell = " / ".join(map(str, figures)) + f", {row['tensor_cores']}"
+            lines.setdefault((*order, start), {})[row["arch"]] = cell
+    table = "\n".join(
+        f"{start} {' | '.join(cells.get(arch, '') for arch in (80, 90, 100))} |"
+        for (_, _, start), cells in sorted(lines.items())
+    )
+    assert len(lines) == 13  # the tiles of dK and dV at D = 128 are others on sm_80
+    assert table in (ROOT / "kernels/README.md").read_text(encoding="utf-8"), table
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tiles_are_powers_of_two_that_a_matrix_product_takes(dtype: torch.dtype, dropout: bool):
+    for D in range(1, 257):
+        tiles = [tuning.query_tiles(dtype, D, dropout)]
+        tiles += [
+            tuning.key_tiles(dtype, D, dropout, architecture) for architecture in (0, 90, 120)
+        ]
+        tiles += [
+            tuning.forward_tiles(dtype, D, rows, dropout) for rows in (1, 16, 17, 32, 33, 65_536)
+        ]
+        for M, N, warps, stages in tiles:
+            assert M in (16, 32, 64, 128)
+            assert N in (16, 32, 64, 128)
+            assert warps in (4, 8)
+            assert 1 <= stages <= 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_warp_of_a_fused_kernel_has_a_product_and_every_wide_gpu_programs(dtype: torch.dtype):
+    for C in (768, 2048, 2816, 4096, 6144):
+        for R in range(1, 17):
+            for N, K in ((C, C), (C + 256, C), (4 * C, C), (C, 4 * C), (49_152, C)):
+                tiles = tuning.linear_tiles(dtype, R, N, K)
+                assert R <= tiles.ROWS <= 16
+                assert tiles.num_warps == tiles.BLOCK_N // 16 * tiles.SHARES
+                assert triton.cdiv(N, tiles.BLOCK_N) >= min(128, N // 16)
+                int8 = tuning.linear_tiles(dtype, R, N, K, int8=True)
+                assert int8.ROWS == tiles.ROWS
+                assert int8.BLOCK_N <= tiles.BLOCK_N
+                if dtype != torch.float32:  # each weight is converted by one warp
+                    assert int8.num_warps == int8.SHARES
+
+
+@pytest.mark.parametrize("K", [16, 768, 2816, 24_576])
+def test_tiles_of_more_rows_fit_into_any_gpu_s_shared_memory(K: int):
+    for R in range(17, 65):
+        tiles = tuning.linear_tiles(torch.bfloat16, R, 4096, K, int8=True)
+        assert R <= tiles.ROWS <= 64
+        assert tiles.num_warps == tiles.SHARES
+        step = tiles.SHARES * tiles.BLOCK_K * (tiles.BLOCK_N + 2 * tiles.ROWS)  # bytes
+        sums = tiles.SHARES * tiles.BLOCK_N * tiles.ROWS * 4
+        assert max((tiles.STAGES - 1) * step, sums) <= 99 * 1024  # of sm_86, the least
+
+
+def test_a_spill_fails_the_check_and_is_in_the_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(check_kernels, "ProcessPoolExecutor", ThreadPoolExecutor)
+    monkeypatch.setattr(check_kernels, "compile_case", spilling)
+    monkeypatch.setattr(sys, "argv", ["check", "--head-dim", "16", "--call", "decode"])
+    assert check_kernels.main() == 1
+    printed = capsys.readouterr().out
+    assert "8 bytes spilled" in printed
+    assert f"Triton {triton.__version__}: 2 kernels, 1 with a problem" in printed
+
+
+def test_a_file_keeps_the_tables_of_other_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    file = tmp_path / "table.json"
+    monkeypatch.setattr(sys, "argv", ["/a/check_kernels.py", "--arch", "90", f"--json={file}"])
+    for version, shared in (("3.6.0", 1), ("3.7.1", 2), ("3.6.0", 3)):
+        monkeypatch.setattr(triton, "__version__", version)
+        check_kernels.write_json(file, [(LARGE, FITS._replace(shared=shared))])
+    found = json.loads(file.read_text())
+    assert found["runs"].keys() == {"3.6.0", "3.7.1"}
+    command = "python scripts/check_kernels.py --arch 90 --json=table.json"  # wherever that was
+    assert found["runs"]["3.6.0"]["command"] == command
+    kernels = [(row["triton"], row["kernel"], row["D"], row["shared"]) for row in found["kernels"]]
+    assert kernels == [("3.7.1", "dq_kernel", 128, 2), ("3.6.0", "dq_kernel", 128, 3)]
+
+
+def test_decoding_compiles_on_a_machine_without_gpu(tmp_path: Path):
+    # In a process of its own, as in this one the kernels may be the interpreter's; with an empty
+    # folder of compiled kernels, so that the compiler runs.
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/check_kernels.py", "--head-dim", "16", "--call", "decode"],
+        env=os.environ | {"PYTHONPATH": str(ROOT / "kernels"), "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"Triton {triton.__version__}: 2 kernels, 0 with a problem" in done.stdout
+    assert "mma.sync" in done.stdout
+
+
+# Addresses of x_ptr and weight_ptr, as the compiler writes them.
+ADDRESSES = """
+	ld.param.b64 	%rd1, [linear_kernel_param_0];
+	ld.param.b64 	%rd2, [linear_kernel_param_2];  // its number 1 is no address
+	ld.param.b32 	%r1, [linear_kernel_param_1];
+	mad.wide.s32 	%rd3, %r1, 2, %rd1;
+	mov.b64 	{%r2, %r3}, %rd2; mov.b64 %rd4, {%r2, %r3};
+	add.s64 	%rd5, %rd4, 64;
+"""
+SIGNATURE = {"x_ptr": "*bf16", "K": "constexpr", "R": "i32", "weight_ptr": "*i8"}
+WAIT, STORE = "griddepcontrol.wait;\n", "@%p1 st.relaxed.gpu.global.b32 [ %rd3 + 0 ], { %r4 };\n"
+LOAD_X = "@%p1 ld.global.L1::evict_last.b32 { %r4 }, [ %rd3 + 0 ];\n"
+LOAD_WEIGHT = "ld.global.b32 \t%r5, [%rd5+16];\n"
+COPY_X = "cp.async.cg.shared.global [ %r6 + 0 ], [ %rd3 + 0 ], 0x10, 0x10;\n"
+LOAD_BY_WHAT_WAS_LOADED = LOAD_WEIGHT + "mov.b64 %rd6, {%r5, %r5};\nld.global.b32 %r7, [%rd6];\n"
+
+
+@pytest.mark.parametrize(
+    ("ptx", "race"),
+    [
+        (LOAD_WEIGHT + WAIT + LOAD_X + STORE, ""),  # weights, which nobody writes
+        (LOAD_X + LOAD_WEIGHT + WAIT + STORE, "reads x_ptr before it waits"),
+        (COPY_X + "cp.async.wait_group 0;\n" + WAIT + STORE, "reads x_ptr before it waits"),
+        (LOAD_BY_WHAT_WAS_LOADED + WAIT + STORE, "reads an unknown address before it waits"),
+        (LOAD_WEIGHT + STORE + WAIT, "writes before it waits"),
+        (LOAD_X + STORE, "does not wait for the kernel before"),
+    ],
+)
+def test_a_kernel_that_starts_early_waits_before_it_touches_what_others_write(ptx, race):
+    assert race_with_predecessor(ADDRESSES + ptx, pointers_of(SIGNATURE)) == race
+
+
+def races_on_hopper(call: str, kernels: Path) -> set[tuple[str, str]]:
+    """Each kernel of a step with one row and its race, or "".
+
+    Compiled for real, in a process of its own: here kernels are interpreted.
+    """
+    program = (
+        "import check_kernels\n"
+        "check_kernels.PADDED_ROWS = (1,)\n"
+        f"case = check_kernels.Case(90, 'bfloat16', 64, 1, {call!r})\n"
+        "usages = check_kernels.compile_case(case)\n"
+        "assert not any(usage.error for usage in usages), usages\n"
+        "print(*(f'{usage.kernel}: {usage.race}' for usage in usages), sep='\\n')\n"
+    )
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "scripts", kernels, ROOT))),
+        "TRITON_INTERPRET": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=True, env=environment, stdout=subprocess.PIPE
+    )
+    return {tuple(line.split(": ", 1)) for line in done.stdout.decode().splitlines()}
+
+
+@pytest.mark.parametrize("call", ["decode", "fused"])
+def test_every_kernel_of_a_decode_step_waits_on_hopper(call: str):
+    names = {
+        "decode": ("forward_kernel", "combine_kernel"),
+        "fused": ("linear_kernel", "qkv_kernel", "argmax_kernel", "choose_kernel"),
+    }
+    assert races_on_hopper(call, ROOT / "kernels") == {(name, "") for name in names[call]}
+
+
+def test_kernels_that_wait_too_late_are_found(tmp_path: Path):
+    shutil.copytree(ROOT / "kernels", tmp_path, dirs_exist_ok=True)
+    wait = "    await_inputs(OVERLAP)\n"
+    for name, places in (
+        ("forward", ["    rows = tile * M", "    top = tl.max"]),
+        ("fused", ["    out = products("]),
+        ("argmax", ["    tl.store(best_ptr", "    tl.store(ids_ptr"]),
+    ):
+        file = tmp_path / f"mqa_kernels/{name}.py"
+        source = file.read_text().replace(wait, "")
+        for place in places:
+            assert place in source
+            source = source.replace(place, wait + place)
+        file.write_text(source)
+    assert races_on_hopper("decode", tmp_path) == {
+        ("forward_kernel", "reads start_ptr before it waits"),
+        ("combine_kernel", "reads lses_ptr before it waits"),
+    }
+    assert races_on_hopper("fused", tmp_path) == {
+        ("linear_kernel", ""),  # without a residual
+        ("linear_kernel", "reads residual_ptr before it waits"),
+        ("qkv_kernel", "reads lengths_ptr before it waits"),
+        ("argmax_kernel", "reads x_ptr before it waits"),
+        ("choose_kernel", "reads best_ptr before it waits"),
+    }
