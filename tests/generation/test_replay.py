@@ -13,18 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from mqa_gpt.fast.cuda_graph import Replay, upload
+from mqa_gpt.generation.decode import Token, stream_plain
+from mqa_gpt.generation.decode_graph import Decoder, can_replay, stream_replayed
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from mqa_gpt import GPT, KVCache
 from mqa_gpt.attention import reference_attention, sdpa_attention
 from mqa_gpt.fast import cuda_graph
-from mqa_gpt.fast.cuda_graph import Replay, upload
 from mqa_gpt.fast.int8 import quantize
 from mqa_gpt.generation import decode_graph
 from mqa_gpt.generation import request as generation
-from mqa_gpt.generation.decode import Token, stream_plain
-from mqa_gpt.generation.decode_graph import Decoder, can_replay, stream_replayed
 from mqa_gpt.generation.request import generate, stream_tokens
 from mqa_gpt.sampling import GREEDY, SamplingParams
 from tests.fake_cuda import Tape, TapedGraph
