@@ -34,6 +34,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mqa_gpt.attention import acting_backend, select_attention
 from mqa_gpt.bench.ceilings import PROBE_BYTES, Ceilings, probes, reached
+from mqa_gpt.bench.counts import decode_bytes, prefill_flops, weight_bytes
 from mqa_gpt.bench.peers import OURS, PEERS, Contender, ours, require_peers
 from mqa_gpt.bench.report import Report, Result
 from mqa_gpt.cache import cache_bytes
@@ -85,48 +86,6 @@ class Test(NamedTuple):
     less: Request | None = None
     decode: range = range(0)
     is_prefill: bool = False
-
-
-# ----------------------------------------------------------------------------- what has to be done
-
-
-def weight_bytes(config: GPTConfig, itemsize: int) -> int:
-    """Bytes of weights that a forward pass reads, `itemsize` each.
-
-    All but the embeddings, of which it takes one row per token; a tied token embedding is read
-    whole nevertheless, as the head.
-    """
-    parts = config.parameters_by_part
-    read = config.parameters - parts["position embedding"]
-    if not config.tie_word_embeddings:
-        read -= parts["token embedding"]
-    return read * itemsize
-
-
-def decode_bytes(
-    config: GPTConfig, batch: int, steps: range, weight_itemsize: int, dtype: torch.dtype
-) -> int:
-    """Bytes that decode steps have to read: each the weights, and K and V of each row's tokens.
-
-    Args:
-        steps: the positions that each step attends to, its own included.
-        dtype: of the cache.
-    """
-    weights = len(steps) * weight_bytes(config, weight_itemsize)
-    return weights + cache_bytes(config, dtype, batch, sum(steps))
-
-
-def prefill_flops(config: GPTConfig, batch: int, T: int) -> int:
-    """Floating point operations of a prefill of T tokens, additions and multiplications.
-
-    Those of matrix products: of the attention what causality leaves to do, 2 C T (T + 1) for each
-    row and layer; of the head the last position.
-    """
-    C, F = config.n_embd, config.inner_size
-    qkv = C + 2 * config.n_kv_head * config.head_dim
-    linear = 2 * T * (C * qkv + C * C + 2 * C * F)
-    attention = 2 * C * T * (T + 1)
-    return batch * (config.n_layer * (linear + attention) + 2 * C * config.vocab_size)
 
 
 # ------------------------------------------------------------------------------------- measurement

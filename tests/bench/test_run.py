@@ -27,8 +27,9 @@ from typer.testing import CliRunner
 from mqa_gpt import GPT, KVCache
 from mqa_gpt.bench import ceilings, peers
 from mqa_gpt.bench import run as bench
+from mqa_gpt.bench.counts import decode_bytes, prefill_flops, weight_bytes
 from mqa_gpt.bench.report import Report
-from mqa_gpt.bench.run import benchmark, decode_bytes, prefill_flops, random_model, weight_bytes
+from mqa_gpt.bench.run import benchmark, random_model
 from mqa_gpt.cli.app import app
 from mqa_gpt.cli.output import print_json
 from mqa_gpt.errors import InputError
