@@ -22,7 +22,7 @@ from mqa_gpt import GPT, GPTConfig, KVCache, config
 from mqa_gpt.bench import ceilings
 from mqa_gpt.bench import run as bench
 from mqa_gpt.bench.ceilings import Ceilings
-from mqa_gpt.bench.counts import Work, decode_bytes, prefill_flops, weight_bytes, work_by_part
+from mqa_gpt.bench.counts import Work, work_by_part
 from mqa_gpt.bench.run import random_model
 from mqa_gpt.fast import flat as inlining
 from mqa_gpt.fast.packing import can_pack
@@ -165,42 +165,6 @@ def test_a_case_that_does_not_fit_is_left_out_with_the_reason(tiny_shape, monkey
     case = mqa_vs_mha.measure(models, 1, 20, 3, False)
     assert "do not fit" in case["left_out"]
     assert "times" not in case
-
-
-@pytest.mark.parametrize("itemsize", [4, 1])
-@pytest.mark.parametrize("multi_query", [True, False])
-def test_the_work_of_the_parts_is_that_of_a_decode_step(multi_query, itemsize):
-    config, batch, context = tiny_config(multi_query=multi_query), 3, 20
-    parts = work_by_part(config, batch, context, torch.float32, itemsize=itemsize, is_prefill=False)
-    whole = sum(part.bytes for part in parts.values())
-    least = decode_bytes(config, batch, range(context, context + 1), itemsize, torch.float32)
-    C, L = config.n_embd, config.n_layer
-    kv = 2 * config.n_kv_head * config.head_dim
-    # Numbers of a row and layer: in and out of the four linear layers, of attention (q and its
-    # output), GELU, two norms, two sums, and the new slot of the cache (counted twice, as it comes
-    # from c_attn); then those of the embeddings and the head.
-    layer = (2 * C + kv) + 2 * C + 2 * (C + 136) + 2 * C + 2 * 136 + 4 * C + 6 * C + 2 * kv
-    ends = (4 + 3 + 2 + 1) * C + 2 * 97
-    scale_of_biases_and_norms = whole - least - batch * 4 * (L * layer + ends)
-    assert abs(scale_of_biases_and_norms) <= 4 * (L * (7 * C + kv + 136) + 2 * C)
-    empty = work_by_part(config, 0, context, torch.float32, itemsize=itemsize, is_prefill=False)
-    norms = (4 * config.n_layer + 2) * config.n_embd
-    biases = config.n_layer * (3 * config.n_embd + kv + config.inner_size)
-    expected = weight_bytes(config, itemsize) - itemsize * (norms + biases) + 4 * biases
-    assert sum(part.bytes for part in empty.values()) == expected
-    # Products of a token: two operations per weight of a matrix, and the attention's.
-    weights = 2 * (60 * (60 + kv) + 60 * 60 + 2 * 60 * 136) + 97 * 60
-    attention = 2 * 2 * (2 * 60 * context)
-    assert sum(part.flops for part in parts.values()) == batch * (2 * weights + attention)
-
-
-@pytest.mark.parametrize("multi_query", [True, False])
-def test_the_work_of_the_parts_is_that_of_a_prefill(multi_query):
-    config, batch, context = tiny_config(multi_query=multi_query), 3, 20
-    parts = work_by_part(config, batch, context, torch.float32, itemsize=4, is_prefill=True)
-    assert sum(part.flops for part in parts.values()) == prefill_flops(config, batch, context)
-    assert parts["mlp.c_fc"].bytes == 2 * 4 * (61 * 136 + 3 * 20 * (60 + 136))
-    assert parts["lm_head"].bytes == 4 * (60 * 97 + 3 * (60 + 97))
 
 
 def test_a_part_takes_its_time_less_that_of_the_parts_inside():
