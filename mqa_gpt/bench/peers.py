@@ -94,7 +94,7 @@ def require_peers(names: Sequence[str]) -> None:
     for name in names:
         if not isinstance(name, str) or name not in PEERS:
             raise InputError(
-                f"there is no program {shown(name)} to compare with: accepted are {', '.join(PEERS)}"
+                f"there is no program {shown(name)} to compare with: there are {', '.join(PEERS)}"
             )
         missing = [package for package in PEERS[name].packages if version(package) is None]
         if missing:

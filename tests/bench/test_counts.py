@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mqa_gpt import GPT, KVCache
-from mqa_gpt.bench.counts import decode_bytes, prefill_flops, weight_bytes
+from mqa_gpt.bench.counts import decode_bytes, prefill_flops, weight_bytes, work_by_part
 from tests.helpers import random_ids, tiny_config
 
 

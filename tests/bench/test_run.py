@@ -353,8 +353,7 @@ def test_parameters_are_shown_in_three_digits_of_a_fitting_unit(count: int, text
 
 def test_an_unknown_peer_is_refused():
     assert refusal("--compare", "transformers,vllm") == (
-        "error: there is no program 'vllm' to compare with: "
-        "accepted are transformers, ctranslate2\n"
+        "error: there is no program 'vllm' to compare with: there are transformers, ctranslate2\n"
     )
 
 
