@@ -142,11 +142,8 @@ def format_report(report: VerifyReport) -> str:
             f"loss    info  {report.loss:.4f} nats per token of the prompts, "
             f"{report.reference_loss:.4f} in transformers"
         )
-    promise = ""
-    if not report.tokens_must_be_equal:
-        promise = (
-            f", which {report.quantize or report.cache_dtype or report.dtype} does not promise"
-        )
+    rounding = report.quantize or report.cache_dtype or report.dtype
+    promise = "" if report.tokens_must_be_equal else f", which {rounding} does not promise"
     lines.append(f"tokens  {tokens}  {equal_tokens} of {total} greedy tokens equal{promise}")
     return "\n".join(lines)
 

@@ -385,7 +385,7 @@ def test_a_report_shows_control_characters_as_escapes(tmp_path: Path) -> None:
     add_tokenizer(save(tmp_path))
     report = verify(tmp_path, prompts=[[40, 96]], max_new_tokens=2)
     assert report.prompts[0].name == "G\n"
-    assert "\nG\\n    " in format_report(report)
+    assert "  G\\n\n" in format_report(report)
 
 
 # ------------------------------------------------------------------------------------ bad requests
