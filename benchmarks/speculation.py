@@ -50,8 +50,8 @@ from mqa_gpt.fast.int8 import quantize
 from mqa_gpt.fast.packing import pack
 from mqa_gpt.generation.speculative import Drafter, PromptLookup
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from demo_data import HELD_OUT, read_corpus
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts/demo"))
+from corpus import HELD_OUT, read_corpus
 
 PIECE = slice(100, 400)  # of a held-out module's tokens: what is to be continued
 BEGINNING = 48  # of its tokens that are given once more where it is to be edited
