@@ -62,10 +62,10 @@ from mqa_gpt.bench.run import (
 )
 from mqa_gpt.cache import cache_bytes
 from mqa_gpt.checkpoints.load import DTYPES, as_device, as_dtype
-from mqa_gpt.fast.flat import Forward, inline, without_modules
+from mqa_gpt.fast.flat import Forward, flat_forward, without_modules
 from mqa_gpt.fast.int8 import METHODS, quantize
 from mqa_gpt.fast.packing import can_pack, pack
-from mqa_gpt.generation.decode import prefill
+from mqa_gpt.generation.prefill import prefill
 
 Part = AbstractContextManager[Any]
 Step = Callable[[], None]
@@ -128,7 +128,7 @@ def named_parts(model: GPT, part: Callable[[str], Part]) -> Iterator[None]:
 
 
 def make_step(
-    model: GPT, cache: KVCache, is_prefill: bool, inlined: Callable[[GPT], Forward] = inline
+    model: GPT, cache: KVCache, is_prefill: bool, inlined: Callable[[GPT], Forward] = flat_forward
 ) -> Step:
     """What chooses the token behind a full cache, or behind prompts that fill it, again and again.
 

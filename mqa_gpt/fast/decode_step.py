@@ -11,17 +11,18 @@ say how many of them to read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mqa_gpt.cache import KVCache
 from mqa_gpt.fast.fused_step import can_fuse, fused_argmax, fused_hidden, fused_logits
-from mqa_gpt.fast.graph import upload
+from mqa_gpt.fast.graph import Replay, upload
 from mqa_gpt.model import GPT
-from mqa_gpt.sampling import SamplingParams, choose, is_finite, log_probabilities
+from mqa_gpt.sampling import GREEDY, SamplingParams, choose, is_finite, log_probabilities
 
 Reports = tuple[Tensor, Tensor, Tensor]  # what `log_probabilities` gives
 
@@ -114,6 +115,20 @@ class StepState:
     def _tensors(self) -> dict[str, Tensor]:
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def greedy_step(model: GPT, cache: KVCache) -> tuple[Callable[[], None], StepState]:
+    """The step of a CUDA device for all rows of a filled cache, and its state, for measuring.
+
+    Calling it feeds each row's newest token, token 0 at first, and chooses the next; on a CUDA
+    device it is replayed from the second call on. `state.lengths` says where the rows continue.
+    """
+    state = StepState.empty(cache.batch_size, 0, model.device)
+    state.lengths.copy_(cache.lengths)
+    state.active.fill_(1)
+    static = StaticCache(cache, state.lengths, state.active)
+    step = partial(decode_step, model, static, state, GREEDY)
+    return (Replay(step, model.device) if model.device.type == "cuda" else step), state
 
 
 def decode_step(

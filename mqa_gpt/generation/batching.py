@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -63,6 +64,15 @@ class Token(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass
+class _Waiting:
+    """A request whose rows of these numbers have no slots yet, and the seed of its draws."""
+
+    request: Request
+    numbers: range
+    seed: int
+
+
 class Engine:
     """Runs requests on a model: rows are added, stepped and cancelled.
 
@@ -93,7 +103,8 @@ class Engine:
         kind = GraphStepper if can_replay(model) and not drafts else ModelStepper
         self._stepper: Stepper = kind(model, slots, size)
         self._slots, self._used = slots, 0  # `_used`: slots that have held a row
-        self._waiting: deque[Row] = deque()
+        self._waiting: deque[_Waiting] = deque()
+        self._cancelled: set[int] = set()  # rows that wait
         self._running: list[Row] = []  # by slot
         self._rows = 0
         # The logits (V,) after a prompt some of whose samples still wait.
@@ -182,21 +193,16 @@ class Engine:
         if request.drafter is not None and not self._drafts:
             raise PromptError(f"{request.name} has a drafter: make the engine with drafts=True")
         numbers = range(self._rows, self._rows + request.n)
-        if request.max_new_tokens:
-            sampling = request.sampling
-            seed = fresh_seed() if sampling.seed is None else sampling.seed
-            # A graph begins a token more than a row has before it is known to have ended.
-            count = 0 if sampling.greedy else request.max_new_tokens + 1
-            self._waiting += [
-                Row(request, number, i, uniforms(seed, i, count), list(request.prompt))
-                for i, number in enumerate(numbers)
-            ]
         self._rows += request.n
+        if request.max_new_tokens:
+            seed = request.sampling.seed
+            self._waiting.append(_Waiting(request, numbers, fresh_seed() if seed is None else seed))
         return numbers
 
     def cancel(self, row: int) -> None:
         """End a row at once; it gets no further tokens. A row that has ended is left alone."""
-        self._waiting = deque(waiting for waiting in self._waiting if waiting.number != row)
+        if any(row in waiting.numbers for waiting in self._waiting):
+            self._cancelled.add(row)
         for slot, running in enumerate(self._running):
             if running.number == row:
                 self._release([slot])
@@ -211,7 +217,7 @@ class Engine:
         """
         free = self._slots - len(self._running)
         if self._waiting and (not self._running or free >= SHARE_TO_FILL * self._slots):
-            self._begin([self._waiting.popleft() for _ in range(min(free, len(self._waiting)))])
+            self._begin(self._next_rows(free))
         if not self._running:
             return []
         tokens, finished = [], []
@@ -236,8 +242,29 @@ class Engine:
             finished = "length"
         return Token(row.number, choice.id, finished, choice.logprob, choice.top)
 
+    def _next_rows(self, most: int) -> list[Row]:
+        """The first rows that wait."""
+        rows: list[Row] = []
+        while self._waiting and len(rows) < most:
+            waiting = self._waiting[0]
+            request, number = waiting.request, waiting.numbers[0]
+            waiting.numbers = waiting.numbers[1:]
+            if not waiting.numbers:
+                self._waiting.popleft()
+            if number in self._cancelled:
+                self._cancelled.remove(number)
+                continue
+            sample = request.n - len(waiting.numbers) - 1
+            # A graph begins a token more than a row has before it is known to have ended.
+            count = 0 if request.sampling.greedy else request.max_new_tokens + 1
+            draws = uniforms(waiting.seed, sample, count)
+            rows.append(Row(request, number, sample, draws, list(request.prompt)))
+        return rows
+
     def _begin(self, rows: list[Row]) -> None:
         """Give rows the next slots, their prompts in the cache and their first logits."""
+        if not rows:  # all that waited were cancelled
+            return
         following = self._waiting[0].request if self._waiting else None
         if following is not None:
             # Which of many prompts comes first is open: the longest first gives little padding.
@@ -271,7 +298,7 @@ class Engine:
         self._used = max(self._used, end)
 
     def _release(self, slots: list[int]) -> None:
-        """Drop the rows of these slots; the last rows move there, so that rows fill the first ones."""
+        """Drop the rows of these slots; the last rows move there, which leaves no gap."""
         for slot in reversed(slots):  # so that the last row is never one that leaves
             last = len(self._running) - 1
             self._stepper.remove(slot, last)

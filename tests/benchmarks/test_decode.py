@@ -16,6 +16,7 @@ import mqa_vs_mha
 import pytest
 import step_profile
 import torch
+from mqa_gpt.generation.decode_graph import Decoder
 from torch import nn
 
 from mqa_gpt import GPT, GPTConfig, KVCache, config
@@ -26,7 +27,6 @@ from mqa_gpt.bench.counts import Work, work_by_part
 from mqa_gpt.bench.run import random_model
 from mqa_gpt.fast import flat as inlining
 from mqa_gpt.fast.packing import can_pack
-from mqa_gpt.generation.decode_graph import Decoder
 from tests.helpers import quartiles_away, random_ids, relative_error, tiny_config
 
 TINY = (2, 3, 60, 97, 112, "gelu", 0)  # layers, heads, width, vocabulary, context

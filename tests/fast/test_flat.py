@@ -14,6 +14,7 @@ from mqa_gpt.attention import reference_attention, sdpa_attention
 from mqa_gpt.cache import KVCache
 from mqa_gpt.fast.flat import flat_forward, is_plain
 from mqa_gpt.fast.int8 import Int8Linear, quantize
+from mqa_gpt.fast.int8_cache import Int8KVCache
 from mqa_gpt.fast.packing import can_pack, pack
 from mqa_gpt.generation.speculative import DraftModel, PromptLookup
 from mqa_gpt.model import MLP
@@ -91,17 +92,17 @@ def test_it_gives_the_models_bits(changes: dict[str, object], form: Callable[[GP
     assert_same(model)
 
 
-@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+@pytest.mark.parametrize("cache_class", [KVCache, Int8KVCache])
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_it_has_the_models_cache_and_backend(model, cache_dtype, backend):
-    model.cache_dtype = cache_dtype
+def test_it_has_the_models_cache_and_backend(model, cache_class, backend):
+    model.cache_class = cache_class
     model.set_backend(backend)
     assert_same(model)
 
 
 @torch.inference_mode()
 def assert_same(model: GPT) -> None:
-    """Of one and of several tokens, behind rows of equal and of different lengths."""
+    """Of one and of several tokens, after rows of equal and of different lengths."""
     assert is_inlined(model)
     forward = flat_forward(model)
     for lengths in ([9, 9, 9], [9, 4, 1]):
