@@ -76,7 +76,11 @@ class GPTConfig:
                 f"n_embd is {self.n_embd} and n_head is {self.n_head}: "
                 "n_embd must be a multiple of n_head"
             )
-        activation_formula(self.activation_function)
+        name = self.activation_function
+        if not isinstance(name, str) or name not in ACTIVATIONS:
+            raise ConfigError(
+                f"activation_function is {shown(name)}: accepted are {', '.join(ACTIVATIONS)}"
+            )
         for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             require_number(
                 ConfigError, key, getattr(self, key), "from 0 to below 1", lambda x: 0 <= x < 1
@@ -211,19 +215,6 @@ class GPTConfig:
             bos_token_id=end,
             eos_token_id=end,
         )
-
-
-def activation_formula(name: Any) -> str:
-    """The formula of an activation's name: "gelu", "gelu_tanh" or "relu".
-
-    Raises:
-        ConfigError: not a name of `ACTIVATIONS`.
-    """
-    if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise ConfigError(
-            f"activation_function is {shown(name)}: accepted are {', '.join(ACTIVATIONS)}"
-        )
-    return ACTIVATIONS[name]
 
 
 # n_layer, n_head, n_embd, vocab_size, n_positions, activation_function, end-of-text id.

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mqa_gpt.attention import Attention, auto_attention, positions_from, select_attention
 from mqa_gpt.cache import KVCache
-from mqa_gpt.config import GPTConfig, activation_formula
+from mqa_gpt.config import ACTIVATIONS, GPTConfig
 
 
 class MultiQueryAttention(nn.Module):
@@ -79,7 +79,7 @@ class MLP(nn.Module):
 
     def activate(self, x: Tensor) -> Tensor:
         """The nonlinearity: x (B, T, F) -> (B, T, F)."""
-        formula = activation_formula(self.activation)
+        formula = ACTIVATIONS[self.activation]
         if formula == "relu":
             return F.relu(x)
         return F.gelu(x, approximate="tanh" if formula == "gelu_tanh" else "none")

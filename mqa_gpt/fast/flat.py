@@ -56,7 +56,9 @@ def is_plain(model: GPT) -> bool:
     """
     if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
         return False
-    return all(_is_plain(module) for module in model.modules())
+    modules = list(model.modules())
+    attends = {module.attend for module in modules if isinstance(module, MultiQueryAttention)}
+    return all(map(_is_plain, modules)) and all(map(is_own, attends))
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -67,8 +69,6 @@ def _is_plain(module: nn.Module) -> bool:
     if not vars(module).keys().isdisjoint(("forward", "split", "activate")):
         return False
     if module.training or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    if isinstance(module, MultiQueryAttention) and not is_own(module.attend):
         return False
     held = module._modules
     if isinstance(module, nn.ModuleList):

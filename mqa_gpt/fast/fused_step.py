@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mqa_gpt.attention import HAS_TRITON, auto_attention
 from mqa_gpt.cache import KVCache
-from mqa_gpt.config import activation_formula
+from mqa_gpt.config import ACTIVATIONS
 from mqa_gpt.fast.flat import is_plain
 from mqa_gpt.fast.int8 import Int8Linear
 from mqa_gpt.model import GPT, Block
@@ -78,7 +78,7 @@ def fused_hidden(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
         weight, scale = _weight(attn.c_proj)
         x = linear_residual(y.flatten(1), weight, attn.c_proj.bias, x, scale)  # (B, C)
         weight, scale = _weight(mlp.c_fc)
-        activation = activation_formula(mlp.activation)
+        activation = ACTIVATIONS[mlp.activation]
         h = norm_linear(x, *_norm(block.ln_2), weight, mlp.c_fc.bias, activation, scale)  # (B, F)
         weight, scale = _weight(mlp.c_proj)
         x = linear_residual(h, weight, mlp.c_proj.bias, x, scale)  # (B, C)

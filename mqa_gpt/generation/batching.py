@@ -76,8 +76,8 @@ class _Waiting:
 class Engine:
     """Runs requests on a model: rows are added, stepped and cancelled.
 
-    The model's modules, hooks and attention are those at the time the engine is made: replace them
-    between engines, not while one runs.
+    The model's modules, hooks and attention are those of the first step: replace them between
+    engines, not while one runs.
 
     Args:
         model: in eval mode.

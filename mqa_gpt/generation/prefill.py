@@ -34,18 +34,19 @@ def prefill(
     Args:
         chunk: positions per row and forward pass; None for what is fast on the model's device.
     """
+    device = cache.kv.device
     if chunk is None:
         positions = PREFILL_POSITIONS
-        if model.device.type == "cpu":
-            positions = CPU_PREFILL_BYTES // (model.config.inner_size * model.dtype.itemsize)
+        if device.type == "cpu":
+            positions = CPU_PREFILL_BYTES // (model.config.inner_size * cache.dtype.itemsize)
         chunk = max(positions // len(prompts), MIN_CHUNK)
     lengths = [len(prompt) for prompt in prompts]
     width = max(lengths)
     if min(lengths) < width:
         cache.limit(lengths)
     ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
-    ids = ids.to(model.device)  # (B, width)
-    last = torch.tensor(lengths, device=model.device) - 1  # (B,)
+    ids = ids.to(device)  # (B, width)
+    last = torch.tensor(lengths, device=device) - 1  # (B,)
     logits: Tensor | None = None  # (B, V)
     for begin in range(0, width, chunk):
         b = max(row for row, length in enumerate(lengths) if length > begin) + 1

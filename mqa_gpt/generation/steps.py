@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mqa_gpt.cache import KVCache
-from mqa_gpt.fast.flat import flat_forward
+from mqa_gpt.fast.flat import Forward, flat_forward
 from mqa_gpt.generation.request import Request
 from mqa_gpt.generation.speculative import Drafter, Speculation
 from mqa_gpt.model import GPT
@@ -100,7 +100,8 @@ class ModelStepper:
     def __init__(self, model: GPT, slots: int, length: int) -> None:
         self.cache = model.new_cache(slots, length)
         self.speculations: dict[Drafter, Speculation] = {}
-        self._model, self._forward = model, flat_forward(model)
+        self._model = model
+        self._forward: Forward | None = None  # made at the first step, as a first token needs none
         self._begun: tuple[int, Tensor] | None = None  # first slot and logits (B, V) of new rows
         self._seen: Tensor | None = None  # (slots, V) bool, once a request penalises repetition
 
@@ -131,6 +132,8 @@ class ModelStepper:
             for row, guess in zip(rows, guesses, strict=True)
         ]
         ids = torch.tensor(feed, device=self._model.device)  # (B, T)
+        if self._forward is None:
+            self._forward = flat_forward(self._model)
         logits = self._forward(ids, cache).float()  # (B, T, V)
         return list(enumerate(self._accept(logits, rows, guesses)))
 
