@@ -46,6 +46,12 @@ class _Packed(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError(f"packed weights cannot be copied or pickled: {UNPACKED}")
 
+    def train(self, mode: bool = True) -> _Packed:
+        """Only evaluation mode is left."""
+        if mode:
+            raise RuntimeError(f"packed weights cannot be trained: {UNPACKED}")
+        return super().train(mode)
+
     def _apply(self, *args: Any, **kwargs: Any) -> _Packed:
         raise RuntimeError(f"packed weights cannot be moved or converted: {UNPACKED}")
 
@@ -289,7 +295,7 @@ def _pack_layer(layer: nn.Module) -> _Packed:
         packed = PackedInt8Linear(layer)
     else:
         packed = PackedLinear(cast(nn.Linear, layer))
-    return packed.train(layer.training)
+    return packed.eval()
 
 
 def _has_products(dtype: torch.dtype, device: torch.device) -> bool:
