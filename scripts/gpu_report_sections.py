@@ -27,7 +27,6 @@ from contenders import (
     measure_decode,
     measure_forward,
 )
-from forward_forms import DESCRIBED, GLUON, SPECIALIZED, Form, attend
 from gpu_report_checks import CASES, FEW_CASES, Case, check_numerics, check_parity
 from gpu_report_model import (
     ModelPlan,
@@ -51,7 +50,6 @@ from mqa_kernels.tuning import Tiles
 # Where the launch functions look up what is to be tuned.
 TUNED = {
     "forward": "mqa_kernels.forward.forward_tiles",
-    "forms": f"{__name__}.chosen_form",
     "decode": "mqa_kernels.forward.forward_tiles",
     "decode splits": "mqa_kernels.forward.split_count",
     "dq": "mqa_kernels.backward.query_tiles",
@@ -62,7 +60,7 @@ COMPILING = 0.6  # share of the time of "autotune" after which no more settings 
 
 
 class Tuning(NamedTuple):
-    """What to try for one kernel: tiles, in how many shares decoding splits the keys, or forms."""
+    """What to try for one kernel: tiles, or in how many shares decoding splits the keys."""
 
     kernel: str
     problem: Problem
@@ -131,14 +129,12 @@ def gpu_plan() -> Plan:
     ]
     autotune = (
         Tuning("forward", training, grid((64, 128), (64, 128), (4, 8), (2, 3, 4))),
-        Tuning("forms", training, (*DESCRIBED, *SPECIALIZED)),
         Tuning("decode", decode[1], grid((32,), (32, 64, 128), (4, 8), (2, 3, 4))),
         Tuning("decode", decode[2], grid((32,), (32, 64, 128), (4, 8), (2, 3, 4))),
         Tuning("decode splits", decode[1], (4, 8, 12, 16, 24, 32)),
         Tuning("decode splits", decode[2], (16, 24, 32, 48, 64)),
         Tuning("dkv", training, grid((32, 64, 128), (64, 128), (4, 8), (1, 2, 3))),
         Tuning("dq", training, grid((64, 128), (32, 64), (4, 8), (1, 2, 3))),
-        Tuning("forms", training, GLUON),  # last, for what waits for a barrier may wait for ever
     )
     return Plan(
         repeats=15,
@@ -180,7 +176,6 @@ def cpu_plan() -> Plan:
         flex=frozenset([("forward", small), ("decode", step)]),
         autotune=(
             Tuning("forward", small, tiles),
-            Tuning("forms", small, (Form("descriptors", tiles[0]),)),
             Tuning("decode splits", step, (2,)),
             Tuning("dkv", small, tiles[:1]),
             Tuning("dq", small, tiles[:1]),
@@ -312,11 +307,6 @@ def autotune(context: Context) -> Iterator[Row]:
     )
 
 
-def chosen_form() -> Form:
-    """The one that is shipped, until a setting takes its place."""
-    return Form()
-
-
 def try_setting(device: torch.device, kernel: str, problem: Problem, setting: Any) -> Row:
     """Compile a kernel with one setting, and see whether it runs."""
     run, _ = tuned_run(device, kernel, problem)
@@ -361,8 +351,6 @@ def tuned_run(
 
     def forward() -> dict[str, Tensor | None]:
         with torch.no_grad():
-            if kernel == "forms":
-                return {"out": attend(chosen_form(), q, k, v)}
             return {"out": attention(q, k, v, start)}
 
     if kernel not in ("dq", "dkv"):
@@ -380,9 +368,7 @@ def tuned_run(
 
 
 def setting_text(setting: Any) -> str:
-    """As in the table: "64x64, 4 warps, 2 stages", "8 shares", or a form's name."""
-    if isinstance(setting, Form):
-        return setting.name
+    """As in the table: "64x64, 4 warps, 2 stages" or "8 shares"."""
     if isinstance(setting, int):
         return f"{setting} shares"
     M, N, warps, stages = setting
