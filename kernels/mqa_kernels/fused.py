@@ -1,6 +1,6 @@
 """Kernels for decoding a few rows: layer norm, matrix product, bias, activation, residual.
 
-num_rows = B * T rows of x, at most 16 (64 in `int8_linear`), meet a weight (N, K), as `nn.Linear`
+num_rows = B * T rows of x, at most 16 (64 in `int8_linear`), times a weight (N, K), as `nn.Linear`
 holds it. Every weight is read once, so the time is that of reading them, if memory never idles. A
 program computes BLOCK_N outputs of every row, so nothing has to be combined across programs. It
 normalizes x itself (x is in the L2 cache) and loops over the columns of its weights, with the next
