@@ -18,7 +18,7 @@ from mqa_gpt.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ["cpu_decode", "cpu_memory", "cpu_products", "mqa_vs_mha", "speculation", "step_profile"]
-ON_TRITON = ["attention", "forward_forms"]
+ON_TRITON = ["attention"]
 
 NONSENSE = """
 cpu_decode --new 1
@@ -66,11 +66,6 @@ step_profile --dtype nonsense
 step_profile --quantize nonsense
 step_profile --repeats 1
 step_profile --shape nonsense
-forward_forms --batch 99999999
-forward_forms --length 0
-forward_forms --heads 0
-forward_forms --head-dim 0
-forward_forms --head-dim 257
 attention --only nonsense
 attention --repeats 0
 """
@@ -105,7 +100,7 @@ def test_nonsense_is_one_sentence_and_status_2_and_no_result(command, tmp_path, 
     assert not list(tmp_path.rglob("*.json"))
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "forward_forms"])
+@pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("obstacle", ["a folder", "below a file", "not JSON"])
 def test_a_result_that_cannot_be_written_is_refused_before_anything_is_measured(
     name, obstacle, tmp_path, capsys

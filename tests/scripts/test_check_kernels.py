@@ -234,13 +234,13 @@ def test_every_warp_of_a_fused_kernel_has_a_product_and_every_wide_gpu_programs(
             for N, K in ((C, C), (C + 256, C), (4 * C, C), (C, 4 * C), (49_152, C)):
                 tiles = tuning.linear_tiles(dtype, R, N, K)
                 assert R <= tiles.ROWS <= 16
-                assert tiles.num_warps == tiles.BLOCK_N // 16 * tiles.SHARES
+                assert tiles.num_warps == tiles.BLOCK_N // 16 * tiles.SPLIT_K
                 assert triton.cdiv(N, tiles.BLOCK_N) >= min(128, N // 16)
                 int8 = tuning.linear_tiles(dtype, R, N, K, int8=True)
                 assert int8.ROWS == tiles.ROWS
                 assert int8.BLOCK_N <= tiles.BLOCK_N
                 if dtype != torch.float32:  # each weight is converted by one warp
-                    assert int8.num_warps == int8.SHARES
+                    assert int8.num_warps == int8.SPLIT_K
 
 
 @pytest.mark.parametrize("K", [16, 768, 2816, 24_576])
@@ -248,9 +248,9 @@ def test_tiles_of_more_rows_fit_into_any_gpu_s_shared_memory(K: int):
     for R in range(17, 65):
         tiles = tuning.linear_tiles(torch.bfloat16, R, 4096, K, int8=True)
         assert R <= tiles.ROWS <= 64
-        assert tiles.num_warps == tiles.SHARES
-        step = tiles.SHARES * tiles.BLOCK_K * (tiles.BLOCK_N + 2 * tiles.ROWS)  # bytes
-        sums = tiles.SHARES * tiles.BLOCK_N * tiles.ROWS * 4
+        assert tiles.num_warps == tiles.SPLIT_K
+        step = tiles.SPLIT_K * tiles.BLOCK_K * (tiles.BLOCK_N + 2 * tiles.ROWS)  # bytes
+        sums = tiles.SPLIT_K * tiles.BLOCK_N * tiles.ROWS * 4
         assert max((tiles.STAGES - 1) * step, sums) <= 99 * 1024  # of sm_86, the least
 
 
@@ -362,8 +362,8 @@ def test_kernels_that_wait_too_late_are_found(tmp_path: Path):
     shutil.copytree(ROOT / "kernels", tmp_path, dirs_exist_ok=True)
     wait = "    await_inputs(OVERLAP)\n"
     for name, places in (
-        ("forward", ["    rows = tile * M", "    top = tl.max"]),
-        ("fused", ["    out = products("]),
+        ("forward", ["    rows = tile * M", "    m = tl.max"]),
+        ("fused", ["    out = matmul("]),
         ("argmax", ["    tl.store(best_ptr", "    tl.store(ids_ptr"]),
     ):
         file = tmp_path / f"mqa_kernels/{name}.py"
