@@ -55,3 +55,16 @@ def require_number(
         is_number = False
     if not is_number or not accept(value):
         raise error(f"{name} is {shown(value)}: it must be a number {range_}")
+
+
+def require_text(name: str, value: Any) -> None:
+    """Raise PromptError, naming the value, unless it is a str that UTF-8 can express."""
+    if not isinstance(value, str):
+        raise PromptError(f"{name} is {type(value).__name__}: it must be a str")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{name} holds a lone surrogate (U+{ord(value[error.start]):04X}) at character "
+            f"{error.start}: it cannot be written as UTF-8; remove or replace it"
+        ) from None
