@@ -29,10 +29,14 @@ class PromptError(InputError):
     """A prompt or a generation option that cannot be used."""
 
 
-# How a value from untrusted input is put into a message: quoted, escaped, and not long.
 _repr = reprlib.Repr()
-_repr.maxstring = _repr.maxlong = _repr.maxother = 120
-shown = _repr.repr
+_repr.maxlevel, _repr.maxstring, _repr.maxlong, _repr.maxother = 3, 120, 120, 120
+
+
+def shown(value: Any) -> str:
+    """A value from untrusted input for a message: quoted, escaped, at most 200 characters."""
+    text = _repr.repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def is_int(value: Any) -> bool:

@@ -93,20 +93,19 @@ def truncated_infill_prompt(
             f"max_tokens is {shown(max_tokens)}: an infilling prompt needs {taken} tokens before "
             "there is room for text; ask for fewer new tokens"
         )
-    room = max_tokens - taken
+    room = int(max_tokens) - taken
     # More characters than `room` tokens can hold would be tokenized in vain.
     fits = max(room * tokenizer.max_token_bytes, COUNTED)
-    cut_prefix = tokenizer.min_tokens(prefix[:-fits])
-    cut_suffix = tokenizer.min_tokens(suffix[fits:])
     before = tokenizer.encode(prefix[-fits:], special_tokens=False)
     after = tokenizer.encode(suffix[:fits], special_tokens=False)
     kept_after = min(len(after), max(room // 2, room - len(before)))
     kept_before = min(len(before), room - kept_after)
-    cut_prefix += len(before) - kept_before
-    cut_suffix += len(after) - kept_after
-    before = before[len(before) - kept_before :]
-    ids = _arrange(fim, source + before, after[:kept_after], mode)
-    return TruncatedPrompt(ids, cut_prefix, cut_suffix)
+    first = len(before) - kept_before
+    return TruncatedPrompt(
+        ids=_arrange(fim, source + before[first:], after[:kept_after], mode),
+        cut_prefix=tokenizer.min_tokens(prefix[:-fits]) + first,
+        cut_suffix=tokenizer.min_tokens(suffix[fits:]) + len(after) - kept_after,
+    )
 
 
 def fim_transform(

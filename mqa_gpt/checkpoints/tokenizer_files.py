@@ -24,6 +24,7 @@ VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 # StarCoder's file has 1.5 MB and 49,152 entries.
 MAX_FILE_BYTES = 16_000_000
 MAX_ENTRIES = 2**20  # merges too; ids are below it
+MAX_ADDED = 10_000
 
 # Bytes that UTF-8 never holds, or only in characters that are not assigned: StarCoder has no entry
 # for most of them.
@@ -98,7 +99,7 @@ def _describe(vocab: Any, lines: list[str]) -> dict[str, Any]:
         raise _UnusableError("it does not map entries to ids")
     merges = [line for line in lines if line and not line.startswith("#version")]
     made = {merge.replace(" ", "", 1) for merge in merges}
-    control = vocab.keys() - made - BYTE_OF_LETTER.keys()
+    control = [entry for entry in vocab if entry not in made and entry not in BYTE_OF_LETTER]
     pre_tokenizer: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False}
     if not any(re.search("[0-9]", entry) for entry in made):
         digits = {"type": "Digits", "individual_digits": True}
@@ -106,8 +107,7 @@ def _describe(vocab: Any, lines: list[str]) -> dict[str, Any]:
     return {
         "model": {"type": "BPE", "vocab": vocab, "merges": merges},
         "added_tokens": [
-            {"id": vocab[entry], "content": entry, "special": True}
-            for entry in sorted(control, key=list(vocab).index)
+            {"id": vocab[entry], "content": entry, "special": True} for entry in control
         ],
         "pre_tokenizer": pre_tokenizer,
         "decoder": {"type": "ByteLevel"},
@@ -117,7 +117,7 @@ def _describe(vocab: Any, lines: list[str]) -> dict[str, Any]:
 def _build(parts: Any) -> tokenizers.Tokenizer:
     """The tokenizer that a parsed `tokenizer.json` describes."""
     if not isinstance(parts, dict):
-        raise _UnusableError(f"it holds {shown(parts)} where an object with a model was expected")
+        raise _UnusableError(f"it holds a {type(parts).__name__}, not an object with a model")
     model, vocab = _model(parts.get("model"))
     tokenizer = tokenizers.Tokenizer(model)
     match parts.get("normalizer"):
@@ -148,8 +148,10 @@ def _build(parts: Any) -> tokenizers.Tokenizer:
         case other:
             raise _refusal("decoder", other, "ByteLevel")
     match parts.get("post_processor"):
-        case None | {"type": "TemplateProcessing", "special_tokens": {}}:  # changes nothing
+        case None:
             pass
+        case {"type": "TemplateProcessing"} as template if not template.get("special_tokens"):
+            pass  # as transformers 5 saves it; changes nothing
         case {"type": "ByteLevel"} as letters:
             tokenizer.post_processor = processors.ByteLevel(**_flags(letters, BYTE_LEVEL))
         case other:
@@ -194,8 +196,8 @@ def _model(part: Any) -> tuple[models.BPE, dict[str, int]]:
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, tokens: Any, vocab: dict[str, int]) -> None:
     """Add the tokens that are found whole in a text, before it is split."""
-    if not isinstance(tokens, list):
-        raise _refusal("added_tokens", tokens, "a list")
+    if not isinstance(tokens, list) or len(tokens) > MAX_ADDED:
+        raise _UnusableError(f"its added_tokens are not a list of at most {MAX_ADDED:,}")
     ids = {}
     for token in tokens:
         match token:
