@@ -66,7 +66,7 @@ class Tokenizer:
 
     Attributes:
         vocab_size: entries, control tokens included.
-        special_ids: ids of the control tokens; in an infilled text, each of them is its end.
+        special_ids: ids of the control tokens; any of them ends an infilled text.
         end_of_text_id: id of `<|endoftext|>`, or None.
         fim: ids of the fill-in-the-middle tokens, or None if the tokenizer has none.
 

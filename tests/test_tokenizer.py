@@ -242,6 +242,17 @@ def test_no_text_has_fewer_tokens_than_its_lower_bound(tokenizer, text):
     assert tokenizer.min_tokens(text) <= len(tokenizer.encode(text, special_tokens=False))
 
 
+def test_the_lower_bound_holds_where_nine_bytes_become_one_token_of_three():
+    first, second, third = "íķľ"  # the bytes of the syllable, in GPT-2's letters
+    inner = byte_tokenizer()
+    entries = inner.get_vocab() | {first + second: 256, first + second + third: 257}
+    inner.model = models.BPE(entries, [(first, second), (first + second, third)])
+    inner.normalizer = normalizers.NFC()
+    tokenizer = Tokenizer(inner)
+    assert tokenizer.encode("\u1112\u1161\u11ab") == [257]
+    assert tokenizer.min_tokens("\u1112\u1161\u11ab") == 1
+
+
 def test_composing_shortens_no_character_by_more_than_the_lower_bound_allows():
     for character in map(chr, [*range(0xD800), *range(0xE000, 0x110000)]):
         composed = unicodedata.normalize("NFC", character)

@@ -201,10 +201,10 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, tokens: Any, vocab: dict[str, i
     ids = {}
     for token in tokens:
         match token:
-            case {"id": int(id_), "content": str(content)} if content and content.isprintable():
+            case {"id": int(id_), "content": str(content)} if _is_name(content):
                 ids[content] = id_
             case _:
-                raise _refusal("added token", token, "an id and a printable content")
+                raise _refusal("added token", token, "an id and 1 to 256 printable characters")
         flags = _flags(token, {"single_word": False, "lstrip": False, "rstrip": False})
         if any(flags.values()):
             raise _UnusableError(
@@ -223,6 +223,10 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, tokens: Any, vocab: dict[str, i
             raise _UnusableError(
                 f"its token {shown(content)} has the id {shown(id_)}, where {actual} is next"
             )
+
+
+def _is_name(content: str) -> bool:
+    return 1 <= len(content) <= 256 and content.isprintable()
 
 
 def _flags(part: Any, defaults: dict[str, bool]) -> dict[str, bool]:

@@ -153,9 +153,9 @@ def mutate(rng: random.Random, value: Any) -> Any:
             case 0:
                 del value[key]
             case 1:
-                value[key] = copy.deepcopy(rng.choice(pool))
+                value[key] = pick(rng, pool)
             case 2:
-                value[rng.choice([k for k in JUNK if isinstance(k, str)])] = rng.choice(JUNK)
+                value[rng.choice([k for k in JUNK if isinstance(k, str)])] = pick(rng, JUNK)
             case _:
                 value[key] = mutate(rng, value[key])
         return value
@@ -165,9 +165,9 @@ def mutate(rng: random.Random, value: Any) -> Any:
             case 0:
                 del value[at]
             case 1:
-                value.insert(at, rng.choice(JUNK))
+                value.insert(at, pick(rng, JUNK))
             case 2:
-                return value * rng.choice([2, 100])
+                return [copy.deepcopy(v) for _ in range(rng.choice([2, 100])) for v in value]
             case 3:
                 rng.shuffle(value)
             case _:
@@ -177,7 +177,11 @@ def mutate(rng: random.Random, value: Any) -> Any:
         return "".join(rng.choices(value + "aé猫\x00 ", k=rng.randrange(9)))
     if isinstance(value, int) and rng.random() < 0.5:
         return value + rng.randrange(-3, 4)
-    return rng.choice(JUNK)
+    return pick(rng, JUNK)
+
+
+def pick(rng: random.Random, pool: list[Any]) -> Any:
+    return copy.deepcopy(rng.choice(pool))
 
 
 def mutate_bytes(rng: random.Random, data: bytes) -> bytes:

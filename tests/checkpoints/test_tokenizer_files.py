@@ -214,6 +214,7 @@ REFUSED = {
     "many added": (changed(added_tokens=[{}] * 10_001), "not a list of at most 10,000"),
     "added null": (changed(added_tokens=[None]), "its added token is None"),
     "added nothing": (with_token(content=""), "its added token is"),
+    "added text": (with_token(content="x" * 257), "1 to 256 printable characters"),
     "added number": (with_token(content=3), "its added token is"),
     "added surrogate": (with_token(content="\udc80"), "its added token is"),
     "added control": (with_token(content="\x1b[2J"), r"\x1b[2J"),
