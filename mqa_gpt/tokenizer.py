@@ -165,8 +165,9 @@ class Tokenizer:
         """The longest piece of text that one token can stand for, in bytes of UTF-8."""
         added = self._tokenizer.get_added_tokens_decoder().values()
         lengths = [len(token.content.encode()) for token in added]
-        lengths += map(len, self._tokenizer.get_vocab(with_added_tokens=False))  # a letter a byte
-        composing = 3 if self._tokenizer.normalizer is not None else 1  # NFC: a Hangul syllable
+        lengths += map(len, self._tokenizer.get_vocab(with_added_tokens=False))  # letters are bytes
+        # NFC composes up to nine bytes, those of a Hangul syllable's parts, into three.
+        composing = 1 if self._tokenizer.normalizer is None else 3
         return composing * max(lengths, default=1)
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:

@@ -24,7 +24,7 @@ from mqa_gpt.errors import CheckpointError, PromptError
 from mqa_gpt.tokenizer import FIM_SPELLINGS, StreamDecoder, Tokenizer
 from tests.helpers import byte_tokenizer
 
-INPUTS = int(os.environ.get("MQA_GPT_FUZZ", "400"))
+INPUTS = int(os.environ.get("MQA_GPT_FUZZ", "200"))
 SECONDS, BYTES = 10, 2_000_000_000  # what one input may take
 
 SOUND = json.loads(byte_tokenizer("<|endoftext|>", *FIM_SPELLINGS[0], "<é>", pair="ab").to_str())
