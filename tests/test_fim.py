@@ -136,7 +136,7 @@ def test_text_that_cannot_be_encoded_is_refused_on_either_side(text):
         with pytest.raises(PromptError, match="suffix"):
             infill(STARCODER, "a", text)
     with pytest.raises(PromptError, match="text"):
-        fim_transform(text, STARCODER, random.Random(0))
+        fim_transform(text, STARCODER, random.Random(0), rate=1)
 
 
 def test_truncation_keeps_what_is_nearest_to_the_hole():

@@ -219,10 +219,12 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, tokens: Any, vocab: dict[str, i
     taken = set(vocab.values())
     for content, id_ in ids.items():
         actual = tokenizer.token_to_id(content)
-        if id_ != actual or (content not in vocab and id_ in taken):
+        if id_ != actual:
             raise _UnusableError(
                 f"its token {shown(content)} has the id {shown(id_)}, where {actual} is next"
             )
+        if content not in vocab and id_ in taken:
+            raise _UnusableError(f"its token {shown(content)} has the id {id_} of another entry")
 
 
 def _is_name(content: str) -> bool:

@@ -221,8 +221,8 @@ REFUSED = {
     "wrong id": (with_token(id=3), "'<|endoftext|>' has the id 3, where 0 is next"),
     "new wrong id": (with_token(id=3, content="<x>"), "'<x>' has the id 3, where 262 is next"),
     "taken id": (
-        with_token(id=262, content="<x>") | {"model": with_model(vocab=entries(xx=262))["model"]},
-        "'<x>' has the id 262, where 263 is next",
+        with_token(id=263, content="<x>") | {"model": with_model(vocab=entries(xx=263))["model"]},
+        "'<x>' has the id 263 of another entry",
     ),
     "strip": (with_token(lstrip=True), "'<|endoftext|>' takes in its surroundings"),
     "single word": (with_token(single_word=True), "'<|endoftext|>' takes in its surroundings"),
