@@ -388,7 +388,7 @@ def test_no_prompts_and_no_new_tokens_are_nothing_to_do(llm):
         (None, {}, "prompts are None"),
         (["a", 5], {}, "prompt 1: text is int"),
         (["a", ("b", "c", "d")], {}, "prompt 1: text is tuple"),
-        (["a", ("b", None)], {}, "prompt 1: text is NoneType"),
+        (["a", ("b", None)], {}, "prompt 1: suffix is NoneType"),
         (["a", "\ud800"], {}, "prompt 1: .* surrogate"),
         (["a", ("b", "c")], {"mode": "pms"}, "^mode is 'pms'"),
         (["a"], {"mode": "pms"}, "^mode is 'pms'"),
