@@ -49,10 +49,10 @@ from benchmarks.measure import (
 from mqa_gpt import GPT, GPTConfig, KVCache
 from mqa_gpt.bench.run import random_model
 from mqa_gpt.cache import cache_bytes
+from mqa_gpt.fast.decode_step import greedy_step
 from mqa_gpt.fast.packing import can_pack, pack
-from mqa_gpt.generation.decode_graph import Decoder, can_replay
+from mqa_gpt.generation.replay import can_replay
 from mqa_gpt.machine import available_memory
-from mqa_gpt.sampling import GREEDY
 
 NAMES = ("MQA", "MHA")
 
@@ -72,11 +72,11 @@ def decode_step(model: GPT, batch: int, context: int) -> Callable[[], object]:
     cache = KVCache(model.config, batch, context, dtype=model.dtype, device=model.device)
     cache.kv.normal_()
     if can_replay(model):  # as `generate` does on a GPU
-        decoder = Decoder.new(model, cache, GREEDY, None, None, None)
+        run, state = greedy_step(model, cache)
 
         def step() -> None:
-            cache.lengths.fill_(context - 1)  # each run adds a token
-            decoder.run()
+            state.lengths.fill_(context - 1)  # each run adds a token
+            run()
     else:
         ids = torch.randint(model.config.vocab_size, (batch, 1), device=model.device)  # (B, 1)
 
@@ -86,7 +86,7 @@ def decode_step(model: GPT, batch: int, context: int) -> Callable[[], object]:
 
     inference_step = torch.inference_mode()(step)
     for _ in range(2):
-        inference_step()  # the second run of a decoder records the graph
+        inference_step()  # on a GPU the second run records the graph
     return inference_step
 
 

@@ -58,10 +58,10 @@ from mqa_gpt.bench.counts import Work, weight_bytes, work_by_part
 from mqa_gpt.bench.run import Workload, random_model, random_prompts
 from mqa_gpt.bench.timing import take_turns
 from mqa_gpt.cache import cache_bytes
-from mqa_gpt.fast.flat import inline, without_modules
+from mqa_gpt.fast.flat import flat_forward, without_modules
 from mqa_gpt.fast.int8 import METHODS, quantize
 from mqa_gpt.fast.packing import can_pack, pack
-from mqa_gpt.generation.decode import prefill
+from mqa_gpt.generation.prefill import prefill
 
 Part = Callable[[str], AbstractContextManager[Any]]
 Step = Callable[[], None]
@@ -134,7 +134,7 @@ def make_step(model: GPT, cache: KVCache, is_prefill: bool, in_parts: bool = Fal
     """
     prompts = random_prompts(model.config, Workload(cache.batch_size, cache.max_length, 1))
     ids = torch.full((cache.batch_size, 1), 1, device=model.device)  # (B, 1)
-    forward = without_modules(model) if in_parts else inline(model)
+    forward = without_modules(model) if in_parts else flat_forward(model)
 
     def read() -> None:
         cache.set_lengths([0] * cache.batch_size)

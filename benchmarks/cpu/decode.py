@@ -115,7 +115,7 @@ def lines(rows: int, figures: dict[str, Any]) -> Iterator[str]:
         if found["decode_tok_s"] is not None:
             decode = f"{found['decode_tok_s']:.1f}{shown_ratio(found['decode_ratio'])}"
         prefill = f"{found['prefill_s']:.3f}{shown_ratio(found['prefill_ratio'])}"
-        yield f"{rows:>5}  {name:19}{prefill:>22}{decode:>22}"
+        yield f"{rows:>5}  {name:19}{prefill:>20}  {decode:>22}"
     if not figures["same_tokens"]:
         yield "       mqa-gpt in float32 gives OTHER TOKENS than transformers"
 
@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"{options.shape}, prompts of {options.prompt} tokens and {options.new} new ones; medians\n"
         "ratios are to transformers: above 1 a program is faster\n"
-        f"{'batch':>5}  {'':19}{'prefill, s   ratio':>22}{'decode, tok/s   ratio':>22}",
+        f"{'batch':>5}  {'':19}{'prefill, s   ratio':>20}  {'decode, tok/s   ratio':>22}",
         flush=True,
     )
     with temporary_folder() as folder:

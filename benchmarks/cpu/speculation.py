@@ -47,7 +47,10 @@ from mqa_gpt.bench.counts import weight_bytes
 from mqa_gpt.checkpoints.load import DEMO_DIR, read_config
 from mqa_gpt.fast.int8 import quantize
 from mqa_gpt.fast.packing import pack
-from mqa_gpt.generation.speculative import Drafter, PromptLookup
+from mqa_gpt.generation.batching import Engine
+from mqa_gpt.generation.request import make_requests
+from mqa_gpt.generation.speculative import Drafter, PromptLookup, Proposer
+from mqa_gpt.sampling import GREEDY
 
 sys.path.insert(0, str(ROOT / "scripts/demo"))
 from corpus import HELD_OUT, read_corpus
@@ -63,11 +66,10 @@ class Knowing(Drafter):
 
     def __init__(self, text: list[int], agreement: float, vocabulary: int) -> None:
         self._text, self._agreement, self._vocabulary = text, agreement, vocabulary
-        super().__init__()
 
-    def begin(self) -> None:
-        super().begin()
+    def start(self, rows: int) -> Proposer:
         self._random = random.Random(0)
+        return self
 
     def propose(
         self, rows: Sequence[int], texts: Sequence[list[int]], most: int
@@ -81,13 +83,25 @@ class Knowing(Drafter):
         ]
 
 
+def drafted(
+    model: GPT, prompt: list[int], count: int, drafter: Drafter
+) -> tuple[list[int], int, int]:
+    """The new tokens of `generate`, how many tokens were drafted, and how many accepted."""
+    requests = make_requests(model.config, [prompt], count, GREEDY, drafter=drafter)
+    engine = Engine.for_requests(model, requests)
+    engine.add(requests[0])
+    tokens = []
+    while engine.is_busy:
+        tokens += [token.id for token in engine.step()]
+    return tokens, *engine.drafted
+
+
 def compare(
     model: GPT, prompt: list[int], drafter: Drafter, options: argparse.Namespace, label: str
 ) -> dict[str, Any]:
     """Times of the decode steps with and without a drafter; the prefill is subtracted from both."""
-    plain = generate(model, [prompt], options.new)
-    same = generate(model, [prompt], options.new, draft=drafter) == plain
-    proposed, accepted = drafter.proposed, drafter.accepted
+    tokens, proposed, accepted = drafted(model, prompt, options.new, drafter)
+    same = [tokens] == generate(model, [prompt], options.new)
     times = interleaved(
         {
             "first": partial(generate, model, [prompt], 1),

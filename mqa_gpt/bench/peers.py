@@ -24,7 +24,7 @@ import torch
 
 from mqa_gpt.errors import InputError, shown
 from mqa_gpt.fast.int8 import is_quantized
-from mqa_gpt.generation.request import generate
+from mqa_gpt.generation.loop import generate
 from mqa_gpt.machine import INSTALL_PEERS, version
 from mqa_gpt.model import GPT
 from mqa_gpt.verify.compare import quiet_transformers

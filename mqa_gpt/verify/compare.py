@@ -33,14 +33,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mqa_gpt.attention import acting_backend
-from mqa_gpt.cache import as_cache_dtype
+from mqa_gpt.cache import KVCache
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.load import load_model, read_config
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import InputError, PromptError, is_int, shown
 from mqa_gpt.fast.int8 import is_quantized, says_quantized
+from mqa_gpt.fast.int8_cache import cache_class
 from mqa_gpt.fast.packing import can_pack, pack
-from mqa_gpt.generation.request import check_request, generate
+from mqa_gpt.generation.loop import generate, greedy_steps
+from mqa_gpt.generation.request import make_requests
 from mqa_gpt.machine import INSTALL_PEERS, version
 from mqa_gpt.model import GPT
 from mqa_gpt.progress import status
@@ -89,8 +91,8 @@ def verify(
         InputError: transformers is missing, or is a version that cannot be the reference.
         CheckpointError, ConfigError, PromptError: see `load_model` and `generate`.
     """
-    kept_as = as_cache_dtype(cache_dtype)
-    approximate = quantize is not None or kept_as is not None
+    new_cache_class = cache_class(cache_dtype)
+    approximate = quantize is not None or cache_dtype is not None
     transformers_version = require_transformers()
     folder = resolve(name_or_dir, revision)
     config = read_config(folder)
@@ -107,7 +109,7 @@ def verify(
     with status() as say:
         say("loading")
         model = load_model(folder, device=device, dtype=dtype, backend=backend, quantize=quantize)
-        model.cache_dtype = kept_as
+        model.cache_class = new_cache_class
         model_dtype, model_device = model.dtype, model.device
         say("computing")
         new_ids, logits, as_users_get = _ours(model, rows, max_new_tokens)
@@ -227,7 +229,7 @@ def _token_ids(
                 for length in RANDOM_PROMPT_LENGTHS
             ]
         rows = [row[: max(1, config.n_positions - max_new_tokens)] for row in rows]
-    return check_request(config, rows, max_new_tokens)
+    return [list(request.prompt) for request in make_requests(config, rows, max_new_tokens)]
 
 
 @torch.inference_mode()
@@ -246,32 +248,18 @@ def _ours(
     within = [_within(model, row).cpu() for row in rows]
     if can_pack(model):  # not yet packed
         pack(model)
-    new_ids, chosen_by = _through_modules(model, rows, max_new_tokens)
+    ids, logits = zip(*greedy_steps(model, rows, max_new_tokens), strict=True)
+    new_ids = torch.stack(ids, dim=1).tolist()
+    chosen_by = torch.stack(logits, dim=1).cpu()  # (B, N, V)
     as_users_get = generate(model, rows, max_new_tokens)
-    logits = [torch.cat(parts) for parts in zip(within, chosen_by, strict=True)]
-    return new_ids, logits, as_users_get
-
-
-def _through_modules(
-    model: GPT, rows: list[list[int]], max_new_tokens: int
-) -> tuple[list[list[int]], Tensor]:
-    """New tokens by the model's modules, and the logits (B, N, V) they were chosen by, on the CPU.
-
-    The hook that reads the logits also keeps `generate` from its faster ways: flat forward passes,
-    recorded steps and fused kernels.
-    """
-    steps: list[Tensor] = []  # (B, V) or (B, 1, V)
-    hook = model.lm_head.register_forward_hook(lambda *call: steps.append(call[-1].cpu()))
-    # Prefill in one chunk, so that lm_head runs once per step.
-    new_ids = generate(model, rows, max_new_tokens, prefill_chunk=model.config.n_positions)
-    hook.remove()
-    return new_ids, torch.stack([step.view(len(rows), -1) for step in steps], dim=1)
+    rows_of_logits = [torch.cat(parts) for parts in zip(within, chosen_by, strict=True)]
+    return new_ids, rows_of_logits, as_users_get
 
 
 def _within(model: GPT, row: list[int]) -> Tensor:
     """Logits (positions, V) of a prompt's tokens except the last."""
     ids = torch.tensor([row], device=model.device)
-    if model.cache_dtype is None:
+    if model.cache_class is KVCache:
         return model(ids)[0, :-1]
     cache = model.new_cache(1, len(row))  # token by token, so that attention reads it
     steps = [model(ids[:, i : i + 1], cache=cache)[0] for i in range(len(row))]

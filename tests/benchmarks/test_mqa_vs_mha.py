@@ -12,7 +12,6 @@ from benchmarks import mqa_vs_mha
 from benchmarks.measure import ROOT
 from mqa_gpt import GPT, GPTConfig, KVCache
 from mqa_gpt.bench.run import random_model
-from mqa_gpt.generation.decode_graph import Decoder
 from tests.helpers import tiny_config
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None

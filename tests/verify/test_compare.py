@@ -21,7 +21,7 @@ from mqa_gpt import GPT, CheckpointError, GPTConfig, PromptError
 from mqa_gpt.attention import HAS_TRITON
 from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.errors import InputError
-from mqa_gpt.generation.request import generate
+from mqa_gpt.generation.loop import generate
 from mqa_gpt.machine import INSTALL_PEERS
 from mqa_gpt.verify.compare import verify
 from mqa_gpt.verify.report import format_report

@@ -40,7 +40,7 @@ def test_the_drafter_that_knows_follows_what_speculation_writes(model, monkeypat
     plain = [*prompt, 4, 5, 6, 7]
 
     def generate(model, prompts, count, *, draft):
-        known = draft.propose([0], prompts, count)[0]
+        known = draft.start(1).propose([0], prompts, count)[0]
         agreeing = next((i for i in range(count) if known[i] != 50 + i), count)
         written = [50 + i for i in range(agreeing + 1)] + [9] * count
         return [written[:count]]
