@@ -260,7 +260,7 @@ def test_the_answers_about_speculation_in_the_readme_are_those_of_the_results():
         [speedup[f"{dtype}, agreement {agreement}"] for agreement in (0, 0.3, 0.6, 0.8, 0.95)]
         for dtype in ("float32", "int8")
     ]
-    assert cells_below("| draft agrees with |", 1) == rows
+    assert cells_below("| the drafter is right |", 1) == rows
     for task in figures["of_the_prompt"].values():
         low, high = task["speedup_range"]
         assert f"{task['speedup']:.2f} times ({low:.2f} to {high:.2f})" in TEXT
