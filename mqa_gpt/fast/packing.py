@@ -13,7 +13,7 @@ oneDNN's where those are faster.
 On Intel's processors with AVX-512 a float32 product with one or two rows reads the plain layout as
 fast, and a packed layer is slower there, though faster from about four rows on. A single prompt
 being the common case, only the head is packed then, which gains from the third row and loses
-nothing before. `benchmarks/cpu_products.py` shows how it is on a processor.
+nothing before. `benchmarks/cpu/products.py` shows how it is on a processor.
 """
 
 from __future__ import annotations
