@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import evaluate_demo
 import pytest
 import torch
+from corpus import HELD_OUT, Corpus
 from evaluate_demo import (
     complete_functions,
     fill_holes,
@@ -19,6 +22,7 @@ from evaluate_demo import (
 )
 
 from mqa_gpt import LLM
+from mqa_gpt.checkpoints.load import DEMO_DIR
 
 SOURCE = '''\
 """A module whose text says def: def no_function():
@@ -287,3 +291,10 @@ def test_generated_text_stops_at_the_end_token_and_says_whether_it_was_reached(
     monkeypatch.setattr(evaluate_demo, "generate", lambda model, prompts, *_, **__: prompts)
     expected = [(f"x = {i}", i != 3) for i in range(12)]
     assert evaluate_demo.write(llm, rows, 8, "test") == expected
+
+
+def test_the_card_of_the_bundled_checkpoint_is_what_its_figures_give(llm: LLM) -> None:
+    results = Path(__file__).parents[3] / "benchmarks/results/demo_checkpoint.json"
+    corpus = Corpus({}, dict.fromkeys(HELD_OUT, ""))
+    text = evaluate_demo.card(llm, corpus, json.loads(results.read_text("utf-8")))
+    assert text == (DEMO_DIR / "README.md").read_text("utf-8")
