@@ -228,7 +228,7 @@ def test_tiles_are_powers_of_two_that_tl_dot_accepts(dtype: torch.dtype, dropout
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_fused_kernels_have_a_product_for_every_warp_and_a_program_for_every_multiprocessor(
+def test_fused_kernels_occupy_every_warp_and_every_multiprocessor(
     dtype: torch.dtype,
 ):
     for C in (768, 2048, 2816, 4096, 6144):
@@ -268,9 +268,7 @@ def test_a_spill_fails_the_check_and_is_in_the_table(
     assert f"Triton {triton.__version__}: 2 kernels, 1 with a problem" in printed
 
 
-def test_the_file_keeps_the_tables_of_other_triton_versions(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_the_file_keeps_tables_of_other_tritons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     file = tmp_path / "table.json"
     monkeypatch.setattr(sys, "argv", ["/a/check_kernels.py", "--arch", "90", f"--json={file}"])
     for version, shared in (("3.6.0", 1), ("3.7.1", 2), ("3.6.0", 3)):

@@ -90,13 +90,13 @@ class TestSections:
             "large",
         ]
 
-    def test_fused_judges_steps_of_every_number_of_rows_in_16_bits_and_int8(self):
+    def test_fused_judges_steps_in_16_bits_and_int8_and_their_replays(self):
         rows = list(gpu_kernels.fused(CPU))
         assert all(row["passed"] for row in rows), rows
         kinds = [("bfloat16", "bfloat16"), ("bfloat16", "int8"), ("float16", "float16")]
         steps = [(r["dtype"], r["weights"], r["rows"]) for r in rows if "rows" in r]
-        assert steps == [(*kind, count) for kind in kinds for count in (1, 3, 8, 16)]
-        assert [row["equal"] for row in rows if "steps" in row] == [3, 3, 3]  # and the cache
+        assert steps == [(*kind, count) for kind in kinds for count in (1, 3)]
+        assert [row["equal"] for row in rows if "steps" in row] == [2, 2, 2]  # and the cache
 
     def test_parity_compares_with_transformers_and_replays_with_modules(self):
         rows = list(gpu_models.parity(CPU))
