@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from mqa_gpt import GPT, GPTConfig, KVCache
-from mqa_gpt.cache import StaticCache
-from mqa_gpt.fast.fused_step import fused_hidden, fused_likeliest, fused_logits
+from mqa_gpt.fast.decode_step import StaticCache
+from mqa_gpt.fast.fused_step import fused_argmax, fused_hidden, fused_logits
 from mqa_gpt.fast.int8 import quantize
 from mqa_kernels import attention, launch
 
@@ -323,8 +323,9 @@ def fused_step(model: GPT, ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor,
 
     Here and in `gpu_models.decoding` this script uses what is not public.
     """
-    x = fused_hidden(model, ids, StaticCache(cache))  # (B, C)
-    return fused_logits(model, x), *fused_likeliest(model, x)
+    static = StaticCache(cache, cache.lengths, torch.ones_like(cache.lengths))
+    x = fused_hidden(model, ids, static)  # (B, C)
+    return fused_logits(model, x), *fused_argmax(model, x)
 
 
 def filled_cache(model: GPT, rows: int, spare: int, lost: float) -> KVCache:

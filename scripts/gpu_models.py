@@ -20,15 +20,13 @@ from triton.testing import do_bench
 from mqa_gpt import GPT, GPTConfig, KVCache, generate
 from mqa_gpt.bench.ceilings import probes
 from mqa_gpt.bench.counts import decode_bytes, prefill_flops
+from mqa_gpt.fast.decode_step import greedy_step
 from mqa_gpt.fast.int8 import quantize
-from mqa_gpt.generation.decode_graph import Decoder
 from mqa_gpt.machine import describe
-from mqa_gpt.sampling import GREEDY
 from mqa_gpt.verify.compare import verify
 
 STEPS = 8  # decode steps in one measurement
 NEW_TOKENS = 64  # of a measured generation
-REPORTED_KERNELS = 20  # of a profile
 
 # (batch, tokens in the cache) of what is decoded, by weights; the most telling first.
 DECODE = {
@@ -192,12 +190,12 @@ def decoding(model: GPT, batch: int, context: int) -> Callable[[], None]:
     cache = KVCache(model.config, batch, slots, dtype=model.dtype, device=model.device)
     cache.kv.normal_()
     cache.advance(context)
-    decoder = Decoder.new(model, cache, GREEDY, None, None, None)
+    step, state = greedy_step(model, cache)
 
     def run() -> None:
-        cache.lengths.fill_(context)
+        state.lengths.fill_(context)
         for _ in range(STEPS):
-            decoder.run()
+            step()
 
     run()  # compiles the kernels, and records the graph
     return run
@@ -280,5 +278,5 @@ def profile_step(model: GPT, batch: int, context: int) -> Row:
         "kernels_us": sum(kernel["us"] for kernel in kernels),
         "kernels_per_step": sum(kernel["count"] for kernel in kernels),
         "longest": kernels[0]["kernel"][:60],
-        "kernels": kernels[:REPORTED_KERNELS],
+        "kernels": kernels[:20],
     }

@@ -1,4 +1,4 @@
-"""What a command is at: on a terminal, in one line that is gone at the end."""
+"""The status line: rewritten on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import pytest
 import mqa_gpt.bench.ceilings
 import mqa_gpt.bench.run
 import mqa_gpt.verify.compare
-from mqa_gpt import GPT
+from mqa_gpt import GPT, progress
 from mqa_gpt.progress import status
 from tests.helpers import tiny_config
 
 
 def read_all(descriptor: int) -> str:
-    """What was written to a terminal whose other end is closed; it arrives by and by."""
+    """What was written to a terminal, until its other end is closed."""
     text = b""
     with contextlib.suppress(OSError), os.fdopen(descriptor, "rb", buffering=0) as terminal:
         while piece := terminal.read(1000):
@@ -31,7 +31,7 @@ def read_all(descriptor: int) -> str:
     return text.decode()
 
 
-def test_a_terminal_sees_what_a_command_is_at_until_it_is_done(monkeypatch: pytest.MonkeyPatch):
+def test_a_terminal_shows_each_stage_until_it_is_done(monkeypatch: pytest.MonkeyPatch):
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     with os.fdopen(theirs, "w") as terminal:
@@ -43,15 +43,34 @@ def test_a_terminal_sees_what_a_command_is_at_until_it_is_done(monkeypatch: pyte
     assert shown.split("\r")[-4:] == ["loading", "at it  ", "     ", ""]
 
 
-def test_elsewhere_nothing_is_written(monkeypatch: pytest.MonkeyPatch):
+def test_a_log_gets_a_line_now_and_then_and_none_for_what_is_short(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    seconds = iter([0, 10, 29, 31, 60, 61])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with status() as say:
-        say("loading")
-    assert sys.stderr.getvalue() == ""
+        for stage in ("a", "b", "c", "d", "e"):
+            say(stage)
+    assert sys.stderr.getvalue() == "c\ne\n"
+
+
+@pytest.mark.parametrize("stream", ["none", "a closed pipe"])
+def test_without_a_reader_the_work_goes_on(stream: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress, "INTERVAL", 0.0)
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stderr", None if stream == "none" else pipe)
+        with status() as say:
+            say("loading")
+        monkeypatch.undo()
+        with contextlib.suppress(OSError):
+            pipe.close()
 
 
 @pytest.mark.parametrize("command", ["verify", "bench"])
-def test_what_takes_long_says_what_it_is_at(
+def test_long_commands_name_their_stages(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     GPT(tiny_config()).save_pretrained(tmp_path)
@@ -61,7 +80,8 @@ def test_what_takes_long_says_what_it_is_at(
     def listening() -> Iterator[Callable[[str], None]]:
         yield said.append
 
-    monkeypatch.setattr(getattr(mqa_gpt, command), "status", listening)
+    module = mqa_gpt.bench.run if command == "bench" else mqa_gpt.verify.compare
+    monkeypatch.setattr(module, "status", listening)
     if command == "verify":
         mqa_gpt.verify.compare.verify(tmp_path, dtype="bfloat16", max_new_tokens=2)
         assert said == [
@@ -77,9 +97,16 @@ def test_what_takes_long_says_what_it_is_at(
         mqa_gpt.bench.run.benchmark(
             model=tmp_path, prompt_lengths=[2], new_lengths=[2], repeats=1, compare=["transformers"]
         )
-        assert said == [
+        workloads = ["1 x 2+1 tokens", "1 x 1+2 tokens", "1 x 2+2 tokens"]
+        assert said[:6] == [
             "loading",
-            "warming up",
-            "loading transformers and warming it up",
-            "warming up the measurement of the ceilings",
+            "writing a checkpoint for the other programs",
+            *(f"warming up: mqa-gpt {workload}" for workload in workloads),
+            "loading transformers",
         ]
+        assert said[-11:-8] == [
+            "warming up: transformers 1 x 2+2 tokens",
+            "warming up the measurement of the ceilings",
+            "measuring: round 1 of 1, mqa-gpt 1 x 2+1 tokens",
+        ]
+        assert said[-1] == "measuring: round 1 of 1, matmul_tflops"

@@ -33,7 +33,7 @@ from mqa_gpt import LLM
 from mqa_gpt.checkpoints.inspect import inspect_checkpoint
 from mqa_gpt.errors import InputError
 from mqa_gpt.fim import MODES, truncated_infill_prompt
-from mqa_gpt.generation.request import generate
+from mqa_gpt.generation.loop import generate
 from mqa_gpt.machine import describe
 
 CARD = Path(__file__).with_name("card.md")  # with the names of the figures in braces

@@ -33,7 +33,7 @@ from mqa_gpt.checkpoints.load import as_device
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import InputError
 from mqa_gpt.fim import infill_prompt
-from mqa_gpt.generation.request import generate
+from mqa_gpt.generation.loop import generate
 from mqa_gpt.machine import is_out_of_memory
 from mqa_gpt.model import GPT
 from mqa_gpt.tokenizer import Tokenizer

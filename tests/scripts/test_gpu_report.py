@@ -23,7 +23,6 @@ import gpu_report
 from gpu_kernels import CASES, TINY, Case, Twins, check_attention, plain_attention, verdict
 
 from mqa_gpt.config import PRESETS, GPTConfig
-from mqa_gpt.generation.decode_graph import Decoder
 from mqa_kernels import attention, launch
 
 ROOT = Path(__file__).parents[2]
@@ -303,9 +302,9 @@ def test_a_step_that_depends_on_overlap_fails(twins, monkeypatch):
         return logits + overlaps, *chosen
 
     monkeypatch.setattr(launch, "overlap", lambda device: dict(launch.NO_OVERLAP))
-    assert gpu_kernels.check_replays(twins.model, 2)["passed"]
+    assert gpu_kernels.check_replays(twins.model, 1)["passed"]
     monkeypatch.setattr(gpu_kernels, "fused_step", racing)
-    row = gpu_kernels.check_replays(twins.model, 2)
+    row = gpu_kernels.check_replays(twins.model, 1)
     assert not row["passed"]
     assert row["equal"] == 1  # the cache
 
@@ -321,13 +320,18 @@ def test_replays_that_choose_other_tokens_than_the_modules_fail(twins, monkeypat
 
 
 def test_every_measured_step_follows_the_same_context(twins, monkeypatch):
-    contexts, run = [], Decoder.run
+    contexts, greedy_step = [], gpu_models.greedy_step
 
-    def seen(self):
-        contexts.append(self.state.cache.lengths.tolist())
-        run(self)
+    def told(model, cache):
+        step, state = greedy_step(model, cache)
 
-    monkeypatch.setattr(Decoder, "run", seen)
+        def run():
+            contexts.append(state.lengths.tolist())
+            step()
+
+        return run, state
+
+    monkeypatch.setattr(gpu_models, "greedy_step", told)
     row = gpu_models.step_speed(twins.plain, 2, 12)
     assert contexts == 2 * [[12 + i] * 2 for i in range(gpu_models.STEPS)]  # to warm up, to measure
     # The weights once, and 12.5 earlier tokens and the new one of two rows.
