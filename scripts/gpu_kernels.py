@@ -171,7 +171,7 @@ def check_attention(device: torch.device, case: Case, dtype: torch.dtype) -> Row
         for other in (dtype, torch.float32, torch.float64)
     )
     plain["lse"] = wide["lse"]  # of scores that are not rounded
-    lse = lse[-3:].where(mask.any(-1)[..., None], 0.0)  # else nobody reads it
+    lse = lse[-3:].where(mask.any(-1)[..., None], 0.0)  # undefined where nothing is visible
     answers = zip(plain, (out, lse, *gradients), strict=True)
     return verdict({n: judge(n, x[-3:], plain[n], exact[n]) for n, x in answers})
 
@@ -392,23 +392,23 @@ def check_replays(model: GPT, steps: int) -> Row:
             seen.append(logits.clone())
         return [*seen, cache.kv.clone()]
 
-    replayed = run(recorded(step))
+    replayed = run(recorded(step, model.device))
     with patch.object(launch, "overlap", lambda device: launch.NO_OVERLAP):
         called = run(step)
     equal = sum(map(torch.equal, replayed, called))
     return {"passed": equal == len(called), "equal": equal, "of": len(called)}
 
 
-def recorded(action: Action) -> Action:
+def recorded(action: Action, device: torch.device) -> Action:
     """Replays a CUDA graph of the action; without a GPU, the action itself."""
-    if not torch.cuda.is_available():
+    if device.type == "cpu":
         return action
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
+    stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):  # compiling and workspaces must not be recorded
         action()
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         action()
     return graph.replay

@@ -65,7 +65,7 @@ def environment(device: torch.device) -> Iterator[Row]:
 
 
 def ceilings(device: torch.device) -> Iterator[Row]:
-    """The memory's and the multipliers' rates, which the other rates are compared with."""
+    """The rates of memory and matrix products, which limit those of the sections below."""
     limits = probes(device, torch.bfloat16)
     yield {name: probe.amount / seconds_of(probe.run) for name, probe in limits.items()}
 
@@ -80,7 +80,10 @@ def parity(device: torch.device) -> Iterator[Row]:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             yield from each(
-                ({"model": name}, partial(compare, folder, device, *settings))
+                (
+                    {"model": name, "as": " ".join(filter(None, settings))},
+                    partial(compare, folder, device, *settings),
+                )
                 for settings in COMPARED
             )
         yield from each(
@@ -97,13 +100,10 @@ def compare(
     report = verify(
         folder, device=device, dtype=dtype, backend=backend, quantize=quantize, max_new_tokens=count
     )
-    fields = ("dtype", "backend", "quantize", "passed", "logits_error", "logits_limit")
-    return {
-        **{name: getattr(report, name) for name in fields},
+    fields = ("passed", "logits_error", "logits_limit", "loss", "reference_loss")
+    return {name: getattr(report, name) for name in fields} | {
         "equal_tokens": sum(prompt.equal_tokens for prompt in report.prompts),
         "tokens": count * len(report.prompts),
-        "loss": report.loss,
-        "reference_loss": report.reference_loss,
     }
 
 

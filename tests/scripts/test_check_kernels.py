@@ -316,7 +316,7 @@ LOAD_BY_WHAT_WAS_LOADED = LOAD_WEIGHT + "mov.b64 %rd6, {%r5, %r5};\nld.global.b3
 @pytest.mark.parametrize(
     ("ptx", "race"),
     [
-        (LOAD_WEIGHT + WAIT + LOAD_X + STORE, ""),  # weights, which nobody writes
+        (LOAD_WEIGHT + WAIT + LOAD_X + STORE, ""),  # weights, which no kernel writes
         (LOAD_X + LOAD_WEIGHT + WAIT + STORE, "reads x_ptr before it waits"),
         (COPY_X + "cp.async.wait_group 0;\n" + WAIT + STORE, "reads x_ptr before it waits"),
         (LOAD_BY_WHAT_WAS_LOADED + WAIT + STORE, "reads an unknown address before it waits"),
