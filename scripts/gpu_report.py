@@ -169,7 +169,7 @@ def share_of_limit(row: Row, sections: dict[str, Row]) -> Row:
 
 def line_of(row: Row) -> str:
     """A row on one line: whether it passed, then its numbers and words; lists stay in the JSON."""
-    words = [{True: "pass", False: "FAIL"}.get(row.get("passed"), "    ")]
+    words = ["pass" if row.get("passed") else "FAIL" if "passed" in row else "    "]
     for key, value in row.items():
         if key == "error":
             words.append(last_line(value))
