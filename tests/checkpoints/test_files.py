@@ -1,4 +1,4 @@
-"""What is said of weight files that are not what their names say, and what odd ones are."""
+"""Messages for weight files that are not what their names say, and unusual files that are valid."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ import torch
 from safetensors.torch import save_file
 
 from mqa_gpt import CheckpointError, ConfigError
-from mqa_gpt.checkpoints import files as weight_files
 from mqa_gpt.checkpoints.files import INDEX_FILE, WEIGHTS_FILE, read_json, stored_tensors
 
 SHARD = "model-00001-of-00001.safetensors"
 
 
 def safetensors(header: str, size: int) -> bytes:
-    """A file of this header and so many bytes of data."""
+    """A file of this header and `size` bytes of data."""
     return struct.pack("<Q", len(header)) + header.encode() + bytes(size)
 
 
@@ -100,16 +99,13 @@ def test_any_other_zip_file_is_said_to_be_one(tmp_path: Path, damaged: bool) -> 
         stored_tensors(tmp_path)
 
 
-def test_a_json_file_without_end_is_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(weight_files, "MAX_JSON_BYTES", 1000)
+def test_a_json_file_above_the_limit_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(" " * 998 + "{}")
-    assert read_json(file, ConfigError) == {}
+    assert read_json(file, ConfigError, 1000) == {}
     file.write_text(" " * 999 + "{}")
     with pytest.raises(ConfigError, match=r"config\.json is larger than 1,000 bytes: get it again"):
-        read_json(file, ConfigError)
+        read_json(file, ConfigError, 1000)
 
 
 # ------------------------------------------------------------------------------- odd but permitted
@@ -136,7 +132,10 @@ def test_a_name_that_an_index_repeats_must_be_where_it_is_named_last(tmp_path: P
     save_file({"a": torch.zeros(1)}, tmp_path / SHARD)
     save_file({"b": torch.zeros(1)}, tmp_path / other)
     sharded(tmp_path, json.dumps({"b": other})[:-1] + f', "a": "{other}", "a": "{SHARD}"}}')
-    assert [(t.name, t.file.name) for t in stored_tensors(tmp_path)] == [("a", SHARD), ("b", other)]
+    assert [(t.name, t.file.path.name) for t in stored_tensors(tmp_path)] == [
+        ("a", SHARD),
+        ("b", other),
+    ]
     sharded(tmp_path, json.dumps({"b": other})[:-1] + f', "a": "{SHARD}", "a": "{other}"}}')
     with pytest.raises(CheckpointError, match=f"{other} lacks 'a'"):
         stored_tensors(tmp_path)

@@ -271,7 +271,7 @@ def test_tensors_of_several_dtypes_load_in_the_one_that_holds_them_all(
     assert all(torch.equal(p, tensors[name].float()) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("dtype", ["int8", "half", "", torch.int8, torch.float8_e4m3fn, 16])
+@pytest.mark.parametrize("dtype", ["int8", "int", "", torch.int8, torch.float8_e4m3fn, 16])
 def test_an_unknown_dtype_is_answered_with_the_known_ones(tmp_path: Path, dtype: Any) -> None:
     with pytest.raises(InputError, match=r"dtype is .*accepted are float32, bfloat16"):
         load_model(tmp_path, dtype=dtype)
@@ -296,12 +296,36 @@ def test_quantized_weights_are_refused_by_name(
     name = "transformer.h.1.mlp.c_fc.weight"
     tensors = weights_of(reference)
     tensors[name] = torch.zeros_like(tensors[name]).to(dtype)
-    config = tiny_config(quantization_config={"quant_method": "some"})
+    folder = write_checkpoint(tmp_path, tensors, tiny_config())
+    with pytest.raises(CheckpointError, match=f"{name} has the dtype .*only F32, BF16, F16, F64 "):
+        load_model(folder)
+    write_checkpoint(
+        tmp_path, tensors, tiny_config(quantization_config={"quant_method": "bitsandbytes"})
+    )
+    with pytest.raises(CheckpointError, match="are quantized by 'bitsandbytes', which is not read"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "gptq_model-4bit-128g.safetensors"])
+@pytest.mark.parametrize("says", ["names", "quantize_config.json", "quant_config.json"])
+def test_weights_that_gptq_or_awq_quantized_are_said_to_be_that(
+    tmp_path: Path, reference: GPTBigCodeForCausalLM, file: str, says: str
+) -> None:
+    tensors = weights_of(reference)
+    del tensors["transformer.h.0.attn.c_proj.weight"]
+    if says == "names":
+        tensors["transformer.h.0.attn.c_proj.qweight"] = torch.zeros(2, 3, dtype=torch.int32)
+    write_checkpoint(tmp_path, tensors, tiny_config())
+    (tmp_path / WEIGHTS).rename(tmp_path / file)
+    if says != "names":
+        (tmp_path / says).write_text("{}")
+    method = {"names": "GPTQ or AWQ", "quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
     with pytest.raises(CheckpointError) as caught:
-        load_model(write_checkpoint(tmp_path, tensors, config))
-    assert f"{name} has the dtype" in str(caught.value)
-    assert "only F32, BF16, F16, F64 are read" in str(caught.value)
-    assert "quantized" in str(caught.value)
+        load_model(tmp_path)
+    assert str(caught.value) == (
+        f"the weights in {tmp_path} are quantized by {method[says]}, which is not read: load the "
+        "checkpoint that they were made from, with quantize='int8' to save memory"
+    )
 
 
 # ------------------------------------------------------------------------------------ damaged files
@@ -679,7 +703,7 @@ def test_stored_tensors_describes_what_is_there(
     shards = halves(tensors)
     write_sharded(tmp_path, shards, tiny_config())
     found = stored_tensors(tmp_path)
-    assert {t.name: (t.shape, t.file.name) for t in found} == {
+    assert {t.name: (t.shape, t.file.path.name) for t in found} == {
         name: (tuple(tensor.shape), file)
         for file, part in shards.items()
         for name, tensor in part.items()

@@ -63,12 +63,14 @@ def test_what_is_saved_loads_in_transformers_bit_for_bit(
 
     files = {file.name for file in folder.iterdir()}
     if max_shard_size == "5GB":
-        assert files == {"config.json", WEIGHTS}
+        assert files == {"config.json", "generation_config.json", WEIGHTS}
         assert ("lm_head.weight" in load_file(folder / WEIGHTS)) == (not tied)
     else:
         index = json.loads((folder / INDEX).read_text())
         assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
-        assert files == {"config.json", INDEX, *index["weight_map"].values()}
+        assert files == {
+            "config.json", "generation_config.json", INDEX, *index["weight_map"].values()
+        }  # fmt: skip
         assert len(files) > 4
 
 
