@@ -6,9 +6,11 @@ Range. It logs requests, can break a connection, fail, gate a repository and cha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -63,6 +65,7 @@ class HubServer:
     cut: file name -> bytes after which its next download breaks off, once. The client writes in
         pieces of 10 MiB and resumes after the last complete one.
     failing: files whose contents are answered with status 500.
+    pause: seconds before each byte of a body.
     change: gets every request and answer, and returns the answer to send.
     """
 
@@ -70,6 +73,7 @@ class HubServer:
     cut: dict[str, int] = field(default_factory=dict)
     failing: set[str] = field(default_factory=set)
     change: Callable[[Request, Answer], Answer] | None = None
+    pause: float = 0.0
     log: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> HubServer:
@@ -171,8 +175,17 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body[:cut])
+            if self.hub.pause:
+                self.drip(body)
+            else:
+                self.wfile.write(body[:cut])
             self.close_connection = cut is not None
+
+    def drip(self, body: bytes) -> None:
+        with contextlib.suppress(OSError):  # until the client has had enough
+            for i in range(len(body)):
+                time.sleep(self.hub.pause)
+                self.wfile.write(body[i : i + 1])
 
 
 def _is_large(file: str) -> bool:

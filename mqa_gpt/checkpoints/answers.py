@@ -20,7 +20,8 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 ETAG = re.compile(r'(W/)?"?[0-9A-Za-z_][0-9A-Za-z_.+=:-]{0,127}"?')
 
 LONGEST_PAUSE = 60  # seconds that an answer may ask to wait
-MIN_BYTES_PER_SECOND = 100  # of any answer, after the first minute
+PATIENCE = 60  # seconds before an answer must have come at this rate
+MIN_BYTES_PER_SECOND = 100
 MAX_LISTING_BYTES = 20_000_000
 
 NO_HUB = "check HF_ENDPOINT, and whether the network asks for a login"
@@ -67,23 +68,25 @@ def _check_answer(response: Any) -> None:
             f"{place} answers with status {response.status_code} and asks to wait {pause:,} "
             "seconds: run the same again after that time"
         )
-    is_listing = re.search(r"/api/models/.+/(revision|tree)/", url.path)
-    response.stream = _watched(response.stream, place, MAX_LISTING_BYTES if is_listing else None)
-    if is_listing and response.status_code == 200:
+    listing = re.search(r"/api/models/.+/(revision|tree)/", url.path)
+    response.stream = _watched(response.stream, place, MAX_LISTING_BYTES if listing else None)
+    if listing and response.status_code == 200:
         response.read()
         try:
             answer = response.json()
         except (ValueError, RecursionError):
-            answer = None
-        _check_listing(place, answer)
+            answer = response.text
+        _check_listing(place, listing[1], answer)
 
 
-def _check_listing(place: str, answer: Any) -> None:
-    """CheckpointError unless an answer of the API describes a model or lists its files."""
-    if isinstance(answer, dict) and isinstance(answer.get("sha"), str):
-        _require_name(place, "commit", answer["sha"], COMMIT)
+def _check_listing(place: str, kind: str, answer: Any) -> None:
+    """CheckpointError unless the API's answer is a model's info ("revision") or files ("tree")."""
+    if kind == "revision" and isinstance(answer, dict):
+        _require_name(place, "commit", str(answer.get("sha")), COMMIT)
         return
-    for entry in answer if isinstance(answer, list) else [answer]:
+    if kind != "tree" or not isinstance(answer, list):
+        raise CheckpointError(f"{place} answers {shown(answer)}, not as a hub does: {NO_HUB}")
+    for entry in answer:
         large = entry.get("lfs") if isinstance(entry, dict) else None
         if not (isinstance(entry, dict) and isinstance(large, dict | None)):
             raise CheckpointError(f"{place} answers {shown(entry)}, not as a hub does: {NO_HUB}")
@@ -110,7 +113,7 @@ def _watched(stream: Any, place: str, max_bytes: int | None) -> Any:
             for chunk in stream:
                 received += len(chunk)
                 seconds = time.monotonic() - start
-                if seconds > 60 and received < MIN_BYTES_PER_SECOND * seconds:
+                if seconds > PATIENCE and received < MIN_BYTES_PER_SECOND * seconds:
                     raise CheckpointError(
                         f"{place} sent {received:,} bytes in {seconds:.0f} seconds: run the same "
                         "again when it is faster"

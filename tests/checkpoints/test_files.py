@@ -14,7 +14,15 @@ import torch
 from safetensors.torch import save_file
 
 from mqa_gpt import CheckpointError, ConfigError
-from mqa_gpt.checkpoints.files import INDEX_FILE, WEIGHTS_FILE, read_json, stored_tensors
+from mqa_gpt.checkpoints.files import (
+    INDEX_FILE,
+    MAX_HEADER_BYTES,
+    WEIGHTS_FILE,
+    read_json,
+    stored_tensors,
+)
+from mqa_gpt.checkpoints.load import read_config
+from mqa_gpt.errors import InputError
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -146,3 +154,28 @@ def test_a_file_may_hold_no_tensors_and_a_tensor_no_elements(tmp_path: Path) -> 
     assert stored_tensors(tmp_path) == []
     save_file({"a": torch.zeros(0), "b": torch.zeros(2, 0, 3)}, tmp_path / WEIGHTS_FILE)
     assert [(t.name, t.shape) for t in stored_tensors(tmp_path)] == [("a", (0,)), ("b", (2, 0, 3))]
+
+
+def test_a_long_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    header = "{" + " " * MAX_HEADER_BYTES + "}"
+    (tmp_path / WEIGHTS_FILE).write_bytes(safetensors(header, 0))
+    with pytest.raises(CheckpointError, match=r"its header of 10,000,002 bytes is longer than 10"):
+        stored_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_config_takes_little_memory_however_long_it_is(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text('{"a": [' + "{}," * 400_000 + "{}]}")
+    with pytest.raises(InputError, match=rf"{name} is larger than 1,000,000 bytes: get it again"):
+        read_config(tmp_path)
+
+
+def test_a_weights_file_is_closed_when_nothing_refers_to_it(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / WEIGHTS_FILE)
+    found = stored_tensors(tmp_path)
+    descriptor = found[0].file._descriptor
+    assert os.fstat(descriptor).st_size > 0
+    del found
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)

@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from tests.hub_server import (
     Files,
     HubServer,
     Repository,
+    Request,
     commit_of,
 )
 
@@ -107,6 +110,17 @@ class Client:
     ) -> str:
         """The folder that `resolve` finds, or the error it raises."""
         return self.run(f"print(resolve({name!r}, {revision!r}))", endpoint, **variables)
+
+    def resolve_each(self, names: list[str], endpoint: str) -> list[str]:
+        """What `resolve` finds or raises for each name, in one process."""
+        code = (
+            f"for name in {names!r}:\n"
+            "        try: print(resolve(name))\n"
+            "        except InputError as error: print(f'{type(error).__name__}: {error}')"
+        )
+        lines = self.run(code, endpoint).splitlines()
+        assert len(lines) == len(names)
+        return lines
 
 
 @pytest.fixture
@@ -309,7 +323,10 @@ def test_a_folder_of_the_owners_name_does_not_hide_the_model_but_one_of_its_name
     assert printed.splitlines() == [str(next(client.home.glob("hub/*/snapshots/*"))), NAME]
 
 
-@pytest.mark.parametrize("revision", ["", "../main", "a..b", "a\0b", "\ud800", "a\nb"])
+@pytest.mark.parametrize(
+    "revision",
+    ["", "../main", "a..b", "a\0b", "\ud800", "a\nb", "/etc/passwd", "a//b", ".", "a\\b"],
+)
 def test_what_is_no_revision_at_all_is_said_without_asking_the_hub(revision: str) -> None:
     with pytest.raises(CheckpointError, match=r"revision is '.*': it must be a br"):
         resolve(NAME, revision)
@@ -319,8 +336,8 @@ def test_a_login_page_is_not_taken_for_the_hub(client: Client, hub: HubServer) -
     hub.change = lambda *_: Answer(200, b"<html>Welcome</html>", {"Content-Type": "text/html"})
     message = client.resolve(NAME, hub.url)
     assert message == (
-        "CheckpointError: http://127.0.0.1 answers None, not as a hub does: check HF_ENDPOINT, and "
-        "whether the network asks for a login"
+        "CheckpointError: http://127.0.0.1 answers '<html>Welcome</html>', not as a hub does: "
+        "check HF_ENDPOINT, and whether the network asks for a login"
     )
 
 
@@ -371,3 +388,168 @@ def test_a_folder_needs_neither_the_hub_library_nor_a_compiler(
         "http://127.0.0.1:9",
     )
     assert json.loads(printed) == []
+
+
+# ------------------------------------------------------------------- answers that no hub gives
+
+Change = Callable[[Request, Answer], Answer]
+
+
+def with_header(name: str, value: str) -> Change:
+    return lambda _, answer: answer._replace(headers=answer.headers | {name: value})
+
+
+def with_listing(change: Callable[[Any], Any], kind: str = "revision") -> Change:
+    """Changes the model info or, with "tree", the list of files."""
+
+    def changed(request: Request, answer: Answer) -> Answer:
+        if not request.path.startswith("/api/models/") or f"/{kind}/" not in request.path:
+            return answer
+        body = change(json.loads(answer.body))
+        return answer._replace(body=body if isinstance(body, bytes) else json.dumps(body).encode())
+
+    return changed
+
+
+def every_entry(**values: Any) -> Change:
+    return with_listing(lambda entries: [entry | values for entry in entries], "tree")
+
+
+@pytest.mark.parametrize("path", ["{outside}", "../../../../outside", "..", "a/b", "x\\y", ""])
+def test_no_answer_becomes_a_path_out_of_the_cache(
+    client: Client, hub: HubServer, tmp_path: Path, path: str
+) -> None:
+    path = path.format(outside=tmp_path / "outside")
+    changes = [
+        with_header("X-Repo-Commit", path),
+        with_header("ETag", f'"{path}"'),
+        with_header("X-Linked-Etag", f'W/"{path}"'),
+        with_listing(lambda info: info | {"sha": path}),
+        every_entry(oid=path),
+        every_entry(lfs={"oid": path, "size": 1, "pointerSize": 1}),
+        every_entry(xetHash=path),
+    ]
+    names = [f"someone/case{i}" for i in range(len(changes))]
+    for name in names:
+        hub.repositories[name] = hub.repositories[NAME]
+
+    def changed(request: Request, answer: Answer) -> Answer:
+        found = re.search(r"/someone/case(\d)/", request.path)
+        return changes[int(found[1])](request, answer) if found else answer
+
+    hub.change = changed
+    for name, message in zip(names, client.resolve_each(names, hub.url), strict=True):
+        assert message.startswith("CheckpointError: http://127.0.0.1 names the "), name
+        assert message.endswith("whether the network asks for a login"), name
+    assert not list(client.home.glob("hub/**/blobs/*"))
+    assert [file.name for file in tmp_path.iterdir()] == ["home"]
+
+
+def test_answers_of_another_form_are_errors_of_one_line(client: Client, hub: HubServer) -> None:
+    forms: list[Any] = [
+        None, [], {}, 5, "sha", {"sha": None}, {"sha": ["a"]}, [None], [[]], b"[" * 100_000,
+        b"{", b"\xff", b"", {"sha": "0" * 40, "siblings": 5}, [{"type": "file"}],
+        [{"type": "file", "path": 5, "size": "x", "oid": "0"}], [{"path": "a", "lfs": [1]}],
+    ]  # fmt: skip
+    names = [f"someone/{kind}{i}" for i in range(len(forms)) for kind in ("revision", "tree")]
+    for name in names:
+        hub.repositories[name] = hub.repositories[NAME]
+
+    def changed(request: Request, answer: Answer) -> Answer:
+        found = re.match(r"/api/models/someone/(revision|tree)(\d+)/\1/", request.path)
+        if not found:
+            return answer
+        form = forms[int(found[2])]
+        return answer._replace(body=form if isinstance(form, bytes) else json.dumps(form).encode())
+
+    hub.change = changed
+    lines = client.resolve_each(names, hub.url)
+    accepted = ("revision7", "tree1")  # odd siblings are not read; an empty repository
+    for name, line in zip(names, lines, strict=True):
+        if name.split("/")[1] not in accepted:
+            assert line.startswith("CheckpointError: "), (name, line)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (403, "answers with status 403 (Forbidden): it refuses access: check what the access"),
+        (429, "answers with status 429 (Too Many Requests): it limits the rate of requests"),
+        (500, "answers with status 500 (Internal Server Error): run the same again later"),
+        (599, "answers with status 599 (unknown): run the same again later"),
+    ],
+)
+def test_a_refusal_is_named_with_its_status(
+    client: Client, hub: HubServer, code: int, expected: str
+) -> None:
+    hub.change = lambda _, answer: answer._replace(status=code)
+    assert f"; {hub.url} {expected}" in client.resolve(NAME, hub.url)
+
+
+@pytest.mark.parametrize("header", [("Retry-After", "259200"), ("RateLimit", '"api";r=0;t=259200')])
+def test_a_wait_of_days_is_an_error(
+    client: Client, hub: HubServer, header: tuple[str, str]
+) -> None:
+    change = with_header(*header)
+    hub.change = lambda *exchange: change(*exchange)._replace(status=429)
+    assert client.resolve(NAME, hub.url) == (
+        "CheckpointError: http://127.0.0.1 answers with status 429 and asks to wait 259,200 "
+        "seconds: run the same again after that time"
+    )
+
+
+def test_an_answer_that_hardly_proceeds_is_an_error(client: Client, hub: HubServer) -> None:
+    hub.pause = 0.05
+    code = "from mqa_gpt.checkpoints import answers; answers.PATIENCE = 0.5"
+    message = client.run(f"{code}; print(resolve({NAME!r}))", hub.url)
+    assert re.fullmatch(
+        r"CheckpointError: http://127\.0\.0\.1 sent \d+ bytes in 1 seconds: run the same again "
+        "when it is faster",
+        message,
+    )
+
+
+def test_a_listing_without_end_is_an_error(client: Client, hub: HubServer) -> None:
+    hub.change = with_listing(lambda info: info | {"padding": "x" * 21_000_000})
+    message = client.resolve(NAME, hub.url)
+    assert message.startswith("CheckpointError: http://127.0.0.1 lists more than 20,000,000 bytes")
+
+
+def test_passwords_and_tokens_are_not_printed(client: Client, hub: HubServer) -> None:
+    token = "hf_" + "s3cret" * 4
+    hub.change = lambda _, answer: answer._replace(
+        status=400, headers=answer.headers | {"X-Error-Message": f"\x1b[2J token {token} mine"}
+    )
+    endpoint = hub.url.replace("//", "//user:p4ssword@")
+    for mode in ("0", "1"):
+        message = client.resolve(NAME, endpoint, HF_TOKEN=token, HF_HUB_OFFLINE=mode)
+        assert message.startswith("CheckpointError: ")
+        assert "p4ssword" not in message
+        assert "s3cret" not in message
+        assert message.isprintable()
+
+
+def test_a_file_that_was_changed_on_the_way_is_deleted_and_fetched_again(
+    client: Client, hub: HubServer, models: dict[str, GPT]
+) -> None:
+    def changed(request: Request, answer: Answer) -> Answer:
+        if request.method == "HEAD" or request.file != "model.safetensors":
+            return answer
+        return answer._replace(body=answer.body[:-1] + b"?")
+
+    hub.change = changed
+    message = client.resolve(NAME, hub.url)
+    assert message.startswith("CheckpointError: a downloaded file does not have the SHA-256")
+    hub.change = None
+    folder = client.resolve(NAME, hub.url)
+    assert same_weights(GPT.from_pretrained(folder), models["a"])
+
+
+def test_an_error_of_the_hub_does_not_show_the_errors_below_it(
+    client: Client, hub: HubServer
+) -> None:
+    code = (
+        f"from mqa_gpt import LLM\n    try: LLM.load({NAME!r})\n"
+        "    except InputError as error: print(error.__cause__, error.__context__)"
+    )
+    assert client.run(code, hub.url, HF_HUB_OFFLINE="1") == "None None"
