@@ -13,7 +13,7 @@ import stat
 import struct
 import weakref
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -58,7 +58,7 @@ class Version(NamedTuple):
         return cls(*(getattr(status, name) for name in cls._fields))
 
 
-def versions(folder: Path, names: tuple[str, ...]) -> list[Version | None]:
+def versions(folder: Path, names: Sequence[str]) -> list[Version | None]:
     """The versions of files in a folder, None for those that are not there.
 
     Equal before and after others were opened, they say that no saving came between: it replaces
@@ -284,12 +284,13 @@ def _holds_pickle(archive: Path) -> bool:
 def _no_weights(folder: Path) -> str:
     """The message for a folder without the files that loading starts from."""
     message = f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}"
-    written = list(folder.glob(f"{WRITTEN}*"))
-    if written:
-        newest = max(written, key=lambda path: path.lstat().st_mtime_ns)
+    saved = [path.name for path in folder.glob(f"{WRITTEN}*")]
+    dated = zip(versions(folder, saved), saved, strict=True)
+    found = [(version.st_mtime_ns, name) for version, name in dated if version is not None]
+    if found:
         return (
             f"{message}: saving into it was interrupted, or is not finished; if nothing is being "
-            f"saved, move all files of {newest} into {folder}"
+            f"saved, move all files of {folder / max(found)[1]} into {folder}"
         )
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     if others:

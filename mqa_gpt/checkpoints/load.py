@@ -192,9 +192,14 @@ def _read_headers(folder: Path) -> tuple[GPTConfig, list[StoredTensor]]:
     watched = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, WEIGHTS_FILE)
     for _ in range(5):
         before = versions(folder, watched)
-        config, tensors = read_config(folder), stored_tensors(folder)
-        if versions(folder, watched) == before:
-            return config, tensors
+        try:
+            config, tensors = read_config(folder), stored_tensors(folder)
+        except InputError:
+            if versions(folder, watched) == before:
+                raise
+        else:
+            if versions(folder, watched) == before:
+                return config, tensors
     raise CheckpointError(
         f"{folder} is being written by another process: load it when that has finished"
     )
