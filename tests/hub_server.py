@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 ACCEPTED_TOKEN = "hf_accepted"  # of an account that may read gated repositories
@@ -77,7 +78,7 @@ class HubServer:
     log: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> HubServer:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self  # type: ignore[attr-defined]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self._thread.start()
@@ -95,6 +96,12 @@ class HubServer:
     def downloads(self) -> list[str]:
         """The names of the files whose contents were requested, sorted."""
         return sorted(r.file for r in self.log if r.method == "GET" and r.file)
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):  # of a client that breaks off
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

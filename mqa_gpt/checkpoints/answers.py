@@ -20,7 +20,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 ETAG = re.compile(r'(W/)?"?[0-9A-Za-z_][0-9A-Za-z_.+=:-]{0,127}"?')
 
 LONGEST_PAUSE = 60  # seconds that an answer may ask to wait
-PATIENCE = 60  # seconds before an answer must have come at this rate
+PATIENCE = 60  # seconds without a byte, or before a body must have come at this rate
 MIN_BYTES_PER_SECOND = 100
 MAX_LISTING_BYTES = 20_000_000
 
@@ -37,14 +37,21 @@ def check_answers() -> None:
 
     def checking_client() -> Any:
         client = make_client()
-        hooks = client.event_hooks
-        client.event_hooks = {**hooks, "response": [*hooks.get("response", []), _check_answer]}
+        hooks, ours = client.event_hooks, {"request": _limit_waiting, "response": _check_answer}
+        client.event_hooks = {when: [*hooks.get(when, []), hook] for when, hook in ours.items()}
         return client
 
     checking_client.checks_answers = True  # type: ignore[attr-defined]
     _http.set_client_factory(checking_client)
     for handler in logging.getLogger("huggingface_hub").handlers:
         handler.addFilter(_mask_record)
+
+
+def _limit_waiting(request: Any) -> None:
+    """Give up on a connection on which nothing comes; the client asks for no limit."""
+    limits = request.extensions.setdefault("timeout", {})
+    for kind in ("connect", "read", "write"):
+        limits[kind] = limits.get(kind) or PATIENCE
 
 
 def _check_answer(response: Any) -> None:

@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from tests.hub_server import (
 )
 
 NAME = "someone/tiny"
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))  # what `make fuzz` asks for
 
 
 @pytest.fixture(scope="module")
@@ -508,6 +510,13 @@ def test_an_answer_that_hardly_proceeds_is_an_error(client: Client, hub: HubServ
     )
 
 
+def test_a_server_that_never_answers_is_an_error(client: Client, hub: HubServer) -> None:
+    hub.change = lambda _, answer: answer._replace(status=100)  # and the client waits for another
+    code = "from mqa_gpt.checkpoints import answers; answers.PATIENCE = 0.5"
+    message = client.run(f"{code}; print(resolve({NAME!r}))", hub.url)
+    assert f"{hub.url} cannot be reached (ReadTimeout: timed out): check the network" in message
+
+
 def test_a_listing_without_end_is_an_error(client: Client, hub: HubServer) -> None:
     hub.change = with_listing(lambda info: info | {"padding": "x" * 21_000_000})
     message = client.resolve(NAME, hub.url)
@@ -552,3 +561,77 @@ def test_an_error_of_the_hub_does_not_show_the_errors_below_it(
         "    except InputError as error: print(error.__cause__, error.__context__)"
     )
     assert client.run(code, hub.url, HF_HUB_OFFLINE="1") == "None None"
+
+
+def mutated(answer: Answer, chance: random.Random) -> Answer:
+    """The answer with one thing wrong in its status, headers or body."""
+    junk = [None, [], {}, "", "../../x", "/etc/x", -1, 2**70, 0.5, True, "\x1b[2J", "x" * 10_000]
+    match chance.randrange(5):
+        case 0:
+            statuses = [100, 204, 206, 301, 302, 400, 401, 403, 404, 416, 418, 429, 500, 503, 599]
+            return answer._replace(status=chance.choice(statuses))
+        case 1:
+            names = [
+                *answer.headers,
+                "Location",
+                "X-Error-Code",
+                "Link",
+                "X-Xet-Hash",
+                "X-Repo-Commit",
+            ]
+            texts = ["", "../../x", "/etc/x", "-1", "9" * 40, "a b", '"', "http://127.0.0.1:9/x"]
+            values = {chance.choice(names): chance.choice(texts)}
+            return answer._replace(headers=answer.headers | values)
+        case 2:
+            kept = chance.sample(sorted(answer.headers), len(answer.headers) // 2)
+            return answer._replace(headers={name: answer.headers[name] for name in kept})
+        case 3:
+            place = chance.randrange(len(answer.body) + 1)
+            return answer._replace(body=answer.body[:place] + chance.randbytes(chance.randrange(9)))
+    try:
+        values = json.loads(answer.body)
+    except ValueError:
+        return answer._replace(body=b"")
+    inside = values
+    while isinstance(inside, dict | list) and inside:
+        key = chance.choice(list(inside) if isinstance(inside, dict) else range(len(inside)))
+        if chance.random() < 0.4 or not isinstance(inside[key], dict | list):
+            inside[key] = chance.choice(junk)
+            break
+        inside = inside[key]
+    return answer._replace(body=json.dumps(values).encode())
+
+
+def test_whatever_a_hub_answers_is_a_folder_or_a_typed_error(
+    client: Client, hub: HubServer, tmp_path: Path
+) -> None:
+    names = [f"someone/fuzz{i}" for i in range(max(60, EXAMPLES // 100))]
+    for name in names:
+        hub.repositories[name] = hub.repositories[NAME]
+    counts: Counter[str] = Counter()
+
+    def changed(request: Request, answer: Answer) -> Answer:
+        found = re.search(r"/someone/fuzz\d+/", request.path)
+        if not found:
+            return answer
+        counts[found[0]] += 1
+        chance = random.Random(f"{found[0]} {counts[found[0]]}")
+        return mutated(answer, chance) if chance.random() < 0.4 else answer
+
+    hub.change = changed
+    lines = []
+    for first in range(0, len(names), 100):
+        code = (
+            "import time; from mqa_gpt.checkpoints import answers\n"
+            "    time.sleep = lambda seconds: None\n"  # before a retry
+            "    answers.PATIENCE = 0.5\n"
+            f"    for name in {names[first : first + 100]!r}:\n"
+            "        try: print(resolve(name))\n"
+            "        except InputError as error: print(f'{type(error).__name__}: {error}')"
+        )
+        printed = client.run(code, hub.url, HF_HUB_DOWNLOAD_TIMEOUT="1", HF_HUB_ETAG_TIMEOUT="1")
+        lines += printed.splitlines()
+    kinds = Counter(line.split(":")[0] == "CheckpointError" for line in lines)
+    assert kinds[True] + kinds[False] == len(names)
+    assert kinds[True] > len(names) / 5
+    assert [file.name for file in tmp_path.iterdir()] == ["home"]
