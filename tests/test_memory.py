@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mqa_gpt import GPT, KVCache, PromptError
-from mqa_gpt import machine as memory
 from mqa_gpt.cache import cache_bytes
+from mqa_gpt.generation import completion
 from mqa_gpt.generation.completion import require_cache_room
 from mqa_gpt.machine import available_memory, is_out_of_memory
 from tests.helpers import tiny_config
@@ -89,13 +89,13 @@ def test_a_cache_that_does_not_fit_is_refused_with_numbers(monkeypatch: pytest.M
     model = GPT(tiny_config())
     needed = 2 * cache_bytes(model.config, torch.float32, 10**6, 50)  # rows that leave: a copy
     for room in (None, needed):
-        monkeypatch.setattr(memory, "available_memory", lambda device, room=room: room)
+        monkeypatch.setattr(completion, "available_memory", lambda device, room=room: room)
         require_cache_room(model, 10**6, 50)
-    monkeypatch.setattr(memory, "available_memory", lambda device: needed - 1)
+    monkeypatch.setattr(completion, "available_memory", lambda device: needed - 1)
     with pytest.raises(PromptError, match=r"1,000,000 completions of 50 tokens need 32\.00 GB"):
         require_cache_room(model, 10**6, 50)
     one = cache_bytes(model.config, torch.float32, 1, 50)
-    monkeypatch.setattr(memory, "available_memory", lambda device: one)
+    monkeypatch.setattr(completion, "available_memory", lambda device: one)
     require_cache_room(model, 1, 50)
 
 

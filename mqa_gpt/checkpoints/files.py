@@ -185,7 +185,7 @@ def stored_tensors(folder: str | PathLike[str]) -> list[StoredTensor]:
         stored += tensors
     if problems:
         raise all_problems(
-            f"{folder / INDEX_FILE} does not fit the files beside it; get them all again", problems
+            f"{folder / INDEX_FILE} does not fit the files next to it; get them all again", problems
         )
     return stored
 

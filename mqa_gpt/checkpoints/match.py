@@ -93,7 +93,7 @@ def match(
     if config.tie_word_embeddings and LM_HEAD in left:
         head = left.pop(LM_HEAD)
         if left.setdefault(WTE, head) is not head:
-            problems += _amiss(head, (config.vocab_size, config.n_embd), wanted[WTE].dtype)
+            problems += _problems_of(head, (config.vocab_size, config.n_embd), wanted[WTE].dtype)
     for weight_name, weight in wanted.items():
         shape = tuple(weight.shape)
         names = [(weight_name, shape)]
@@ -111,7 +111,7 @@ def match(
                 problems.append(f"{name} is missing")
                 continue
             stored_shape = part_shape[::-1] if transposed else part_shape
-            problems += _amiss(tensor, stored_shape, weight.dtype)
+            problems += _problems_of(tensor, stored_shape, weight.dtype)
             parts[weight_name].append((tensor, transposed))
     problems += [f"{shown(tensor.name)} is unexpected" for tensor in left.values()]
     if problems:
@@ -144,8 +144,8 @@ def _refuse_prefix(folder: Path, names: list[str]) -> None:
         )
 
 
-def _amiss(tensor: StoredTensor, shape: tuple[int, ...], dtype: torch.dtype) -> list[str]:
-    """What is wrong with one stored tensor."""
+def _problems_of(tensor: StoredTensor, shape: tuple[int, ...], dtype: torch.dtype) -> list[str]:
+    """What is wrong with the shape and dtype of one stored tensor."""
     problems = []
     if tensor.shape != shape:
         problems.append(

@@ -84,9 +84,9 @@ def save_model(
     values["dtype"] = str(model.dtype).removeprefix("torch.")
 
     # On the same disk as the folder. pathlib would raise where the folder may not be seen.
-    beside = folder if os.path.isdir(folder) else folder.parent  # noqa: PTH112
+    disk = folder if os.path.isdir(folder) else folder.parent  # noqa: PTH112
     unique = uuid.uuid4().hex[:8]
-    temporary = beside / f".writing-{unique}"
+    temporary = disk / f".writing-{unique}"
     moving = False
     try:
         temporary.mkdir(parents=True)

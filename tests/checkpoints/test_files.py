@@ -41,7 +41,7 @@ def sharded(folder: Path, weight_map: str) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------- names that are no files
+# ------------------------------------------------------------------------------- not regular files
 
 
 def link_to_nothing(file: Path) -> str:
@@ -71,7 +71,7 @@ def endless_device(file: Path) -> str:
 
 @pytest.mark.parametrize("make", [link_to_nothing, link_to_itself, subfolder, pipe, endless_device])
 @pytest.mark.parametrize("name", [WEIGHTS_FILE, INDEX_FILE, SHARD])
-def test_a_name_taken_by_something_else_is_said_to_be_that(
+def test_what_is_no_regular_file_is_named(
     tmp_path: Path, name: str, make: Callable[[Path], str]
 ) -> None:
     if name == SHARD:
@@ -97,7 +97,7 @@ def test_what_torch_saves_is_a_pickle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_any_other_zip_file_is_said_to_be_one(tmp_path: Path, damaged: bool) -> None:
+def test_any_other_zip_file_is_named_as_one(tmp_path: Path, damaged: bool) -> None:
     file = tmp_path / WEIGHTS_FILE
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("model.safetensors", bytes(100))

@@ -176,8 +176,8 @@ def test_what_is_cached_is_not_downloaded_again_and_works_offline(
     requests = len(hub.log)
     assert client.resolve(NAME, hub.url, HF_HUB_OFFLINE="1") == folder
     assert len(hub.log) == requests
-    nobody_listens = "http://127.0.0.1:9"
-    assert client.resolve(NAME, nobody_listens) == folder
+    unused_port = "http://127.0.0.1:9"
+    assert client.resolve(NAME, unused_port) == folder
 
 
 def test_offline_and_not_cached_says_so(client: Client, hub: HubServer) -> None:
@@ -281,7 +281,7 @@ def test_a_repository_of_pickles_is_refused_without_downloading_them(
 
 
 @pytest.mark.parametrize("name", ["a b/c", "a//b", "-x", "a/b\0", "x" * 5000, "", " ", "a..b/c"])
-def test_what_is_no_name_at_all_is_said_without_asking_the_hub(name: str) -> None:
+def test_an_invalid_name_is_refused_without_asking_the_hub(name: str) -> None:
     with pytest.raises(CheckpointError, match=r"neither a folder nor a hub name|no folder"):
         resolve(name)
 
@@ -329,7 +329,7 @@ def test_a_folder_of_the_owners_name_does_not_hide_the_model_but_one_of_its_name
     "revision",
     ["", "../main", "a..b", "a\0b", "\ud800", "a\nb", "/etc/passwd", "a//b", ".", "a\\b"],
 )
-def test_what_is_no_revision_at_all_is_said_without_asking_the_hub(revision: str) -> None:
+def test_an_invalid_revision_is_refused_without_asking_the_hub(revision: str) -> None:
     with pytest.raises(CheckpointError, match=r"revision is '.*': it must be a br"):
         resolve(NAME, revision)
 
@@ -347,15 +347,13 @@ def test_a_login_page_is_not_taken_for_the_hub(client: Client, hub: HubServer) -
     "variables",
     [{"HF_ENDPOINT": "http://["}, {"HF_ENDPOINT": "nowhere"}, {"HF_HUB_DOWNLOAD_TIMEOUT": "long"}],
 )
-def test_a_setting_that_cannot_be_used_is_an_error(
-    client: Client, variables: dict[str, str]
-) -> None:
+def test_an_invalid_setting_is_an_error(client: Client, variables: dict[str, str]) -> None:
     message = client.resolve(NAME, "http://127.0.0.1:9", **variables)
     assert message.startswith("CheckpointError: ")
     assert len(message.splitlines()) == 1
 
 
-def test_a_link_of_the_cache_whose_file_is_gone_is_said_and_mended_online(
+def test_a_broken_link_in_the_cache_is_reported_and_repaired_online(
     client: Client, hub: HubServer, models: dict[str, GPT]
 ) -> None:
     folder = client.resolve(NAME, hub.url)
@@ -418,7 +416,7 @@ def every_entry(**values: Any) -> Change:
 
 
 @pytest.mark.parametrize("path", ["{outside}", "../../../../outside", "..", "a/b", "x\\y", ""])
-def test_no_answer_becomes_a_path_out_of_the_cache(
+def test_no_answer_becomes_a_path_outside_the_cache(
     client: Client, hub: HubServer, tmp_path: Path, path: str
 ) -> None:
     path = path.format(outside=tmp_path / "outside")
@@ -447,7 +445,7 @@ def test_no_answer_becomes_a_path_out_of_the_cache(
     assert [file.name for file in tmp_path.iterdir()] == ["home"]
 
 
-def test_answers_of_another_form_are_errors_of_one_line(client: Client, hub: HubServer) -> None:
+def test_malformed_answers_are_typed_errors(client: Client, hub: HubServer) -> None:
     forms: list[Any] = [
         None, [], {}, 5, "sha", {"sha": None}, {"sha": ["a"]}, [None], [[]], b"[" * 100_000,
         b"{", b"\xff", b"", {"sha": "0" * 40, "siblings": 5}, [{"type": "file"}],
@@ -499,7 +497,7 @@ def test_a_wait_of_days_is_an_error(
     )
 
 
-def test_an_answer_that_hardly_proceeds_is_an_error(client: Client, hub: HubServer) -> None:
+def test_an_answer_that_trickles_is_an_error(client: Client, hub: HubServer) -> None:
     hub.pause = 0.05
     code = "from mqa_gpt.checkpoints import answers; answers.PATIENCE = 0.5"
     message = client.run(f"{code}; print(resolve({NAME!r}))", hub.url)
@@ -537,7 +535,7 @@ def test_passwords_and_tokens_are_not_printed(client: Client, hub: HubServer) ->
         assert message.isprintable()
 
 
-def test_a_file_that_was_changed_on_the_way_is_deleted_and_fetched_again(
+def test_a_corrupted_download_is_deleted_and_fetched_again(
     client: Client, hub: HubServer, models: dict[str, GPT]
 ) -> None:
     def changed(request: Request, answer: Answer) -> Answer:
@@ -553,9 +551,7 @@ def test_a_file_that_was_changed_on_the_way_is_deleted_and_fetched_again(
     assert same_weights(GPT.from_pretrained(folder), models["a"])
 
 
-def test_an_error_of_the_hub_does_not_show_the_errors_below_it(
-    client: Client, hub: HubServer
-) -> None:
+def test_a_hub_error_hides_the_errors_that_caused_it(client: Client, hub: HubServer) -> None:
     code = (
         f"from mqa_gpt import LLM\n    try: LLM.load({NAME!r})\n"
         "    except InputError as error: print(error.__cause__, error.__context__)"

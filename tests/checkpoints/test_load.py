@@ -339,12 +339,12 @@ def test_the_stored_dtype_is_found_without_loading(
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:x", "xla", "meta", "hpu", "mkldnn", ""])
 @pytest.mark.filterwarnings("error")
-def test_an_absent_device_is_named(tmp_path: Path, device: str) -> None:
+def test_an_unavailable_device_is_named(tmp_path: Path, device: str) -> None:
     with pytest.raises(InputError, match=rf"device is '{device}'.*'cpu' always works"):
         load_model(tmp_path, device=device)
 
 
-def test_an_unknown_backend_is_said_before_anything_is_read(tmp_path: Path) -> None:
+def test_an_unknown_backend_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="backend is 'flash'"):
         load_model(tmp_path / "nowhere", backend="flash")
 
@@ -368,7 +368,7 @@ def test_quantized_weights_are_refused_by_name(
 
 @pytest.mark.parametrize("file", [WEIGHTS, "gptq_model-4bit-128g.safetensors"])
 @pytest.mark.parametrize("says", ["names", "quantize_config.json", "quant_config.json"])
-def test_weights_that_gptq_or_awq_quantized_are_said_to_be_that(
+def test_gptq_and_awq_weights_are_named_as_such(
     tmp_path: Path, reference: GPTBigCodeForCausalLM, file: str, says: str
 ) -> None:
     tensors = weights_of(reference)
@@ -446,9 +446,7 @@ def test_a_damaged_file_is_named_with_its_size(tmp_path: Path, kind: str) -> Non
         (b"\x80\x02}q\x00." + bytes(9), "is a pickle (PyTorch's .bin format), which can run code"),
     ],
 )
-def test_what_is_no_safetensors_file_is_called_what_it_is(
-    tmp_path: Path, head: bytes, expected: str
-) -> None:
+def test_other_file_formats_are_named(tmp_path: Path, head: bytes, expected: str) -> None:
     (tmp_path / "config.json").write_text(tiny_config().to_json())
     (tmp_path / WEIGHTS).write_bytes(head)
     with pytest.raises(CheckpointError) as caught:
@@ -465,7 +463,7 @@ def test_a_file_that_may_not_be_read_is_named(
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    with monkeypatch.context() as patch:  # permissions do not bind root, so they are played
+    with monkeypatch.context() as patch:  # root ignores permissions, so they are simulated
         patch.setattr(weight_files, "safe_open", refuse)
         patch.setattr(Path, "open", refuse)
         with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: Permission"):
@@ -716,7 +714,7 @@ def test_a_missing_shard_and_keys_that_are_elsewhere_are_listed_at_once(
         {},
     ],
 )
-def test_an_index_that_names_anything_but_a_file_beside_it_is_refused(
+def test_an_index_that_names_anything_but_a_file_in_its_folder_is_refused(
     tmp_path: Path, reference: GPTBigCodeForCausalLM, monkeypatch: pytest.MonkeyPatch, shard: Any
 ) -> None:
     folder = tmp_path / "checkpoint"
@@ -777,7 +775,7 @@ def test_an_index_may_leave_out_what_is_not_needed(
     assert_same_weights(load_model(tmp_path), reference)
 
 
-def test_a_head_that_an_index_promises_is_missed_where_nothing_ties_it(
+def test_an_untied_head_that_only_the_index_promises_is_missing(
     tmp_path: Path, reference: GPTBigCodeForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(tie_word_embeddings=False)
@@ -810,7 +808,7 @@ def test_a_prefix_of_one_name_is_not_that_of_all(
 
 
 @pytest.mark.parametrize("base", ['"bigcode/starcoderbase-1b"', "null", "[1]"])
-def test_the_folder_of_an_adapter_is_said_to_be_that(tmp_path: Path, base: str) -> None:
+def test_an_adapter_folder_is_named_as_one(tmp_path: Path, base: str) -> None:
     (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": {base}}}')
     save_file({"base_model.model.x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     expected = f"{tmp_path} holds a peft adapter for {json.loads(base)!r}, not a model: load the"
@@ -818,7 +816,7 @@ def test_the_folder_of_an_adapter_is_said_to_be_that(tmp_path: Path, base: str) 
         load_model(tmp_path)
 
 
-def test_what_is_not_used_of_a_checkpoint_is_noted(
+def test_ignored_files_and_defaults_are_noted(
     tmp_path: Path, reference: GPTBigCodeForCausalLM
 ) -> None:
     write_checkpoint(tmp_path, weights_of(reference), tiny_config())

@@ -86,7 +86,7 @@ def test_what_is_saved_loads_in_transformers_bit_for_bit(
         assert len(files) > 4
 
 
-def test_saved_files_can_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
+def test_saved_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
     config = tiny_config()
     GPT(config).save_pretrained(tmp_path / "x", max_shard_size=50_000)
     (tmp_path / "plain").write_text("")
@@ -296,7 +296,7 @@ def test_a_folder_that_may_not_be_seen_or_named_is_an_error(
         raise PermissionError(13, "Permission denied")
 
     model = GPT(tiny_config())
-    with monkeypatch.context() as patch:  # permissions do not bind root, so they are played
+    with monkeypatch.context() as patch:  # root ignores permissions, so they are simulated
         patch.setattr(Path, "exists", refuse)
         patch.setattr(Path, "mkdir", refuse)
         with pytest.raises(CheckpointError, match=r"cannot be written to .*Permission denied"):
@@ -317,7 +317,7 @@ def test_a_head_that_was_untied_by_hand_is_not_lost_silently(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "size", ["5 parsecs", "", "GB", "-1GB", "0GB", "0.0001KB", "1e3GB", 0, -1, 1.5, True, None]
 )
-def test_a_shard_size_that_is_none_is_an_error(tmp_path: Path, size: Any) -> None:
+def test_an_invalid_shard_size_is_an_error(tmp_path: Path, size: Any) -> None:
     with pytest.raises(InputError, match=r"max_shard_size is .*: it must be a positive number of"):
         GPT(tiny_config()).save_pretrained(tmp_path / "x", max_shard_size=size)
     assert not (tmp_path / "x").exists()
@@ -332,7 +332,7 @@ def test_a_shard_size_is_bytes_or_text(tmp_path: Path, size: int | str, files: i
 
 
 @pytest.mark.parametrize("folder", ["a\0b", "\ud800", "~nobody-of-this-name/x", 5, None, "loop/x"])
-def test_a_folder_that_cannot_be_is_an_error(
+def test_an_impossible_folder_name_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -342,7 +342,7 @@ def test_a_folder_that_cannot_be_is_an_error(
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_everything_is_on_the_disk_before_it_is_moved_and_after(
+def test_files_are_synced_before_they_are_moved_and_folders_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
 ) -> None:
     folder = tmp_path / "x"
@@ -372,7 +372,7 @@ def test_everything_is_on_the_disk_before_it_is_moved_and_after(
     assert {inode for _, inode in events[last + 1 :]} == expected
 
 
-# ----------------------------------------------------------------- what transformers makes of it
+# ----------------------------------------------------------------- saved folders in transformers
 
 
 TEXT = "def f(x):\n    return  x  # caf\u00e9 <fim_prefix>a<|endoftext|> b  \n\n"
