@@ -57,6 +57,8 @@ DTYPES = {
     "float64": torch.float64,
 }
 
+SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+
 # The same, by the names that safetensors writes. Anything else is a quantized checkpoint.
 STORED_DTYPES = {
     "F32": torch.float32,
@@ -191,7 +193,12 @@ def empty_model(config: GPTConfig) -> GPT:
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """The dtype of that name; InputError if a model cannot have it."""
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    found: torch.dtype | None
+    if isinstance(dtype, str):
+        name = dtype.removeprefix("torch.")
+        found = DTYPES.get(SHORT_DTYPES.get(name, name))
+    else:
+        found = dtype
     if found is None or found not in DTYPES.values():
         raise InputError(f"dtype is {dtype!r}: accepted are {', '.join(DTYPES)}")
     return found
