@@ -58,6 +58,8 @@ def progress(total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
         def show(done: int, remark: str) -> None:
             bar.set_postfix_str(remark, refresh=False)
             bar.update(done - bar.n)
+            if done == total:
+                bar.refresh()
 
         yield show
 

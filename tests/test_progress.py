@@ -1,4 +1,4 @@
-"""What a command is at: on a terminal, in one line that is gone at the end."""
+"""Progress: a line or a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -11,47 +11,111 @@ import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 import mqa_gpt.bench.ceilings
 import mqa_gpt.bench.run
+import mqa_gpt.progress
 import mqa_gpt.verify.compare
 from mqa_gpt import GPT
-from mqa_gpt.progress import status
+from mqa_gpt.progress import progress, status
 from tests.helpers import tiny_config
 
 
-def read_all(descriptor: int) -> str:
-    """What was written to a terminal whose other end is closed; it arrives by and by."""
-    text = b""
-    with contextlib.suppress(OSError), os.fdopen(descriptor, "rb", buffering=0) as terminal:
-        while piece := terminal.read(1000):
-            text += piece
-    return text.decode()
-
-
-def test_a_terminal_sees_what_a_command_is_at_until_it_is_done(monkeypatch: pytest.MonkeyPatch):
+@contextmanager
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
+    """Standard error is a terminal; gives a function for all that it has shown at the end."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
-    with os.fdopen(theirs, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        with status() as say:
-            say("loading")
-            say("at it")
-    shown = read_all(ours)
-    assert shown.split("\r")[-4:] == ["loading", "at it  ", "     ", ""]
+
+    def read_all() -> str:
+        text = b""
+        with contextlib.suppress(OSError), os.fdopen(ours, "rb", buffering=0) as stream:
+            while piece := stream.read(1000):
+                text += piece
+        return text.decode()
+
+    with os.fdopen(theirs, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        yield read_all
 
 
-def test_elsewhere_nothing_is_written(monkeypatch: pytest.MonkeyPatch):
+class Log(io.StringIO):
+    """A stream that is no terminal, which tells when it was written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = Event()
+
+    def flush(self) -> None:
+        self.written.set()
+
+
+def test_a_terminal_shows_the_current_stage_until_the_end(monkeypatch: pytest.MonkeyPatch):
+    with terminal(monkeypatch) as shown, status() as say:
+        say("loading")
+        say("at it")
+    assert shown().split("\r")[-4:] == ["loading", "at it  ", "     ", ""]
+
+
+def test_a_terminal_shows_a_bar_until_the_end(monkeypatch: pytest.MonkeyPatch):
+    with terminal(monkeypatch) as shown, progress(3, "row") as show:
+        for done in range(1, 4):
+            show(done, f"{done} tok/s")
+    text = shown()
+    assert "| 3/3 [" in text
+    assert "3 tok/s" in text
+    assert text.split("\r")[-2].isspace()
+
+
+def test_elsewhere_what_is_quick_writes_nothing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with status() as say:
         say("loading")
+    with progress(3, "row") as show:
+        show(1, "")
     assert sys.stderr.getvalue() == ""
 
 
+def test_elsewhere_what_takes_long_writes_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(mqa_gpt.progress, "PERIOD", 0.01)
+    monkeypatch.setattr(sys, "stderr", log := Log())
+    with status() as say:
+        say("loading")
+        assert log.written.wait(60)
+        say("computing")
+        log.written.clear()
+        assert log.written.wait(60)
+    assert dict.fromkeys(log.getvalue().split()).keys() == {"loading", "computing"}
+
+    monkeypatch.setattr(sys, "stderr", log := Log())
+    with progress(1000, "row") as show:
+        show(12, "3 tok/s")
+        assert log.written.wait(60)
+    assert log.getvalue().startswith("12 of 1,000 rows, 3 tok/s\n")
+
+
+def test_a_closed_or_failing_stream_is_no_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with status() as say:
+        say("loading")
+
+    class Failing(Log):
+        def write(self, text: str) -> int:
+            self.written.set()
+            raise BrokenPipeError
+
+    monkeypatch.setattr(mqa_gpt.progress, "PERIOD", 0.01)
+    monkeypatch.setattr(sys, "stderr", log := Failing())
+    with status() as say:
+        say("loading")
+        assert log.written.wait(60)
+
+
 @pytest.mark.parametrize("command", ["verify", "bench"])
-def test_what_takes_long_says_what_it_is_at(
+def test_commands_that_take_long_name_their_stages(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     GPT(tiny_config()).save_pretrained(tmp_path)
@@ -61,7 +125,8 @@ def test_what_takes_long_says_what_it_is_at(
     def listening() -> Iterator[Callable[[str], None]]:
         yield said.append
 
-    monkeypatch.setattr(getattr(mqa_gpt, command), "status", listening)
+    module = mqa_gpt.verify.compare if command == "verify" else mqa_gpt.bench.run
+    monkeypatch.setattr(module, "status", listening)
     if command == "verify":
         mqa_gpt.verify.compare.verify(tmp_path, dtype="bfloat16", max_new_tokens=2)
         assert said == [

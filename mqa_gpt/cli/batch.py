@@ -33,7 +33,7 @@ from mqa_gpt.cli.options import (
 )
 from mqa_gpt.cli.output import BAD_INPUT, note, print_json, rate_text
 from mqa_gpt.config import GPTConfig
-from mqa_gpt.errors import InputError, PromptError
+from mqa_gpt.errors import InputError, PromptError, shown
 from mqa_gpt.fim import check_mode
 from mqa_gpt.generation.completion import Generation, Stats, encode_prompts
 from mqa_gpt.llm import BATCH_SIZE
@@ -91,7 +91,7 @@ def batch(
     Example:
       mqa-gpt batch prompts.jsonl --output results.jsonl --max-new-tokens 128
     """
-    items = read_items(file)
+    items, keys = read_items(file)
     model.check()
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: it must be an integer of at least 1")
@@ -105,6 +105,9 @@ def batch(
             own = {"mode": mode} if item.is_infilling else {"special_tokens": not no_special_tokens}
             item.options = shared | own | item.own_options
         require_same(results, items, force=force)
+        if keys:
+            more = ", ..." if len(keys) > MAX_NOTES else ""
+            note(f"note: keys without effect: {', '.join(map(shown, keys[:MAX_NOTES]))}{more}")
         waiting = [item for item in items if item.id not in results.found]
         left_out: dict[str, str] = {}
         if waiting and not generation.truncate:
@@ -238,6 +241,7 @@ def _write_results(
                     write_finished()
                     show(stats.finished_rows, rate_text(stats))
                 write_finished()
+                show(stats.finished_rows, rate_text(stats))
     except KeyboardInterrupt:
         interrupted = True
     except OSError as error:

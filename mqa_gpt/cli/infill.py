@@ -86,8 +86,8 @@ def infill(
     cut_prefix, cut_suffix = started.completions[0].cut
     if cut_prefix or cut_suffix:
         note(
-            f"note: cut the first {cut_prefix:,} tokens of the prefix and the last {cut_suffix:,} "
-            f"of the suffix to fit the context of {llm.model.config.n_positions:,} tokens"
+            f"note: cut {cut_prefix:,} tokens at the beginning of the prefix and {cut_suffix:,} at "
+            f"the end of the suffix to fit the context of {llm.model.config.n_positions:,} tokens"
         )
     run(
         llm,

@@ -76,12 +76,11 @@ def unescape(text: str) -> str:
     r"""A --stop text with \n, \t, \r and \\ replaced by what they stand for.
 
     Raises:
-        PromptError: it is not UTF-8 text.
+        PromptError: it is empty or not UTF-8.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(f"--stop is {shown(text)}, which is not UTF-8 text") from error
+    is_text = not any("\ud800" <= letter <= "\udfff" for letter in text)  # bytes that are not
+    if not text or not is_text:
+        raise PromptError(f"--stop is {shown(text)}: it must be a text in UTF-8, not empty")
     escapes = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
     return re.sub(r"\\([ntr\\])", lambda match: escapes[match[1]], text)
 

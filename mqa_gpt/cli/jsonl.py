@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from mqa_gpt.cli.input import name_of, read_text
-from mqa_gpt.cli.output import note
 from mqa_gpt.errors import InputError, is_int, shown
 from mqa_gpt.generation.completion import Completion
 
@@ -112,8 +111,10 @@ class Results(NamedTuple):
             self.file.flush()
 
 
-def read_items(path: str) -> list[Item]:
-    """The prompts of a file; "-" is standard input. Empty lines do not count.
+def read_items(path: str) -> tuple[list[Item], list[str]]:
+    """The prompts of a file, and the keys in it that have no effect.
+
+    The path "-" is standard input. Empty lines do not count.
 
     Raises:
         InputError: a file or line that cannot be used, or an id that comes twice.
@@ -135,11 +136,7 @@ def read_items(path: str) -> list[Item]:
         )
         without_effect |= dict.fromkeys(entry.keys() - {*PROMPT_KEYS, *LINE_OPTIONS})
         items[item.id] = item
-    if without_effect:
-        names = sorted(without_effect)
-        more = ", ..." if len(names) > 8 else ""
-        note(f"note: keys without effect: {', '.join(map(shown, names[:8]))}{more}")
-    return list(items.values())
+    return list(items.values()), sorted(without_effect)
 
 
 def _id(entry: dict[str, Any], where: str) -> int | str:

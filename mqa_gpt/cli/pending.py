@@ -40,7 +40,8 @@ def check_options(
 ) -> None:
     """`make_requests(config, [], max_new_tokens, SamplingParams(**sampling), n=n, stop=stop,
     min_new_tokens=min_new_tokens)`, and a check of `ignore_eos`."""
-    if isinstance(stop, dict) or not all(isinstance(t, str) and t for t in [*(stop or ())]):
+    texts: Any = [stop] if isinstance(stop, str) else stop or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
         raise PromptError(f"stop is {shown(stop)}: it must be a non-empty text or several")
     if not isinstance(ignore_eos, bool):
         raise PromptError(f"ignore_eos is {shown(ignore_eos)}: it must be true or false")
