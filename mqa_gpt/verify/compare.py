@@ -19,7 +19,6 @@ What must hold depends on the precision:
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -272,12 +271,11 @@ def _exact_dtype(config: GPTConfig, dtype: torch.dtype) -> torch.dtype | None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No reports of what the checkpoint holds (ours is strict), bars only on a terminal."""
+    """No reports of what the checkpoint holds (ours is strict) and no progress bars."""
     logging: Any = import_module("transformers.utils.logging")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    logging.disable_progress_bar()
     try:
         yield
     finally:

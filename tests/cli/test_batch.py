@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pty
+import random
 import signal
 import subprocess
 import sys
@@ -198,6 +199,44 @@ def test_a_run_that_is_killed_has_written_what_was_finished(folder: str, tmp_pat
     assert [entry["completions"][0]["text"] for entry in results(tmp_path / "out")] == ["z"] * 3
     again = invoke(*command, "--max-new-tokens", "5", "--force")
     assert "3 were there, 1 are new" in again.stderr
+
+
+@pytest.mark.slow
+def test_fifty_kills_lose_nothing(run: list[str], tmp_path: Path):
+    lines = [PROMPTS[i % 6] | {"id": i} for i in range(200)]
+    write_lines(tmp_path / "in", lines)
+    invoke(*run)
+    whole = (tmp_path / "out").read_bytes()
+    (tmp_path / "out").unlink()
+    rng = random.Random(0)
+    kills, longest = 0, 0
+    while kills < 50:
+        process = os.fork()  # which spares the import of torch
+        if process == 0:
+            try:
+                invoke(*run)
+            finally:
+                os._exit(0)
+        goal = longest + rng.randrange(800)  # of bytes
+        while os.waitpid(process, os.WNOHANG) == (0, 0):
+            size = (tmp_path / "out").stat().st_size if (tmp_path / "out").exists() else 0
+            if size >= goal:
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+                kills += 1
+                break
+        kept = (tmp_path / "out").read_bytes()
+        complete = kept[: kept.rfind(b"\n") + 1]
+        assert whole.startswith(complete)
+        assert len(complete) >= longest
+        longest = len(complete)
+        if kept == whole:  # on to the next round
+            (tmp_path / "out").unlink()
+            longest = 0
+        elif rng.random() < 0.3:  # as a kill within a write leaves it
+            (tmp_path / "out").write_bytes(kept + whole[len(kept) :][: rng.randrange(100)])
+    invoke(*run)
+    assert (tmp_path / "out").read_bytes() == whole
 
 
 def test_json_sums_up(run: list[str], tmp_path: Path):
