@@ -30,6 +30,9 @@ from mqa_gpt.llm import LLM
 from mqa_gpt.machine import peak_memory
 from mqa_gpt.progress import progress
 
+# Of tables, in columns: where there is no terminal, and at least, so that no number is cut.
+PIPE_WIDTH, TABLE_WIDTH = 160, 60
+
 CHECK_FAILED, BAD_INPUT, INTERRUPTED, READER_GONE = 1, 2, 130, 141  # exit statuses
 
 
@@ -160,12 +163,12 @@ def _print_logprobs(llm: LLM, completion: Completion) -> None:
     ):
         likeliest = ", ".join(f"{name(other)} {math.exp(value):.2f}" for other, value in top)
         table.add_row(name(id_), f"{logprob:.4f}", f"{math.exp(logprob):.4f}", Text(likeliest))
-    new_console(stderr=True).print(table)
+    print_table(table, stderr=True)
 
 
 def print_inspection(found: Inspection) -> None:
     """The sizes of a model as tables."""
-    config, console, sizes = found.config, new_console(), found.to_dict()
+    config, sizes = found.config, found.to_dict()
     if config.multi_query:
         heads = f"{config.n_head} heads of {config.head_dim} sharing one K and V"
     else:
@@ -184,35 +187,25 @@ def print_inspection(found: Inspection) -> None:
             table.add_row(part, f"{count:,}", f"{count / sizes['parameters']:.1%}")
     table.add_section()
     table.add_row("all", f"{sizes['parameters']:,}", "100%")
-    console.print(table, "")
+    print_table(table)
+    write("\n")
 
-    context = f"{config.n_positions:,} tokens"
-    table = new_table(
-        "in",
-        ">weights",
-        ">KV cache per token\nas MQA",
-        ">\nas MHA",
-        f">of {context}\nas MQA",
-        ">\nas MHA",
-    )
+    table = new_table("dtype", ">weights", "KV cache of", ">as MQA", ">as MHA")
     for dtype, weights in sizes["weight_bytes"].items():
         cache = sizes["cache_bytes_per_token"][dtype]
-        table.add_row(
-            dtype,
-            size_text(weights),
-            f"{cache['mqa']:,} B",
-            f"{cache['mha']:,} B",
-            size_text(cache["mqa"] * config.n_positions),
-            size_text(cache["mha"] * config.n_positions),
-        )
-    console.print(table, "")
+        one = (f"{cache['mqa']:,} B", f"{cache['mha']:,} B")
+        table.add_row(dtype, size_text(weights), "1 token", *one)
+        full = (size_text(size * config.n_positions) for size in cache.values())
+        table.add_row("", "", f"{config.n_positions:,} tokens", *full)
+    print_table(table)
+    write("\n")
 
     stored = found.file_bytes is not None  # a preset has no dtype
     table = new_table("tensor", "shape", *["dtype"] * stored, ">parameters", ">times")
     for (name, shape, dtype), count in Counter(_without_layer(found.tensors)).items():
         cells = [visible(name), "x".join(map(str, shape)), *[dtype or ""] * stored]
         table.add_row(*cells, f"{prod(shape):,}", str(count))
-    console.print(table)
+    print_table(table)
     if found.file_bytes is not None:
         write(f"\n{len(found.tensors):,} tensors, {size_text(found.file_bytes)} in files\n")
 
@@ -231,7 +224,7 @@ def print_non_finite(bad: list[NonFinite], checked: int) -> None:
     table = new_table("not finite", ">NaN", ">infinite")
     for tensor in bad:
         table.add_row(visible(tensor.name), f"{tensor.nan:,}", f"{tensor.inf:,}")
-    new_console().print(table)
+    print_table(table)
 
 
 def print_hashes(hashes: list[FileHash]) -> None:
@@ -273,7 +266,7 @@ def print_environment(found: dict[str, Any]) -> None:
     for device, backends in found["backends"].items():
         table.add_row(f"attention on {device}", ", ".join(backends))
     table.show_header = False
-    new_console().print(table)
+    print_table(table)
 
 
 def new_table(*headings: str) -> Table:
@@ -293,6 +286,13 @@ def new_table(*headings: str) -> Table:
     return table
 
 
+def print_table(table: Table, *, stderr: bool = False) -> None:
+    """Print a table, as wide as the terminal; if that is too narrow, it wraps the lines itself."""
+    console = new_console(stderr=stderr)
+    console.width = max(console.width, TABLE_WIDTH)
+    console.print(table)
+
+
 class _Console(Console):
     """rich's console, but a closed pipe is reported as for any other output."""
 
@@ -304,7 +304,7 @@ def new_console(*, stderr: bool = False) -> Console:
     """Where tables go; a pipe has no width to fit, so it gets one line per row."""
     stream = sys.stderr if stderr else sys.stdout
     return _Console(
-        stderr=stderr, width=None if stream.isatty() else 160, markup=False, highlight=False
+        stderr=stderr, width=None if stream.isatty() else PIPE_WIDTH, markup=False, highlight=False
     )
 
 

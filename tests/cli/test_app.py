@@ -736,6 +736,22 @@ def test_inspect_has_a_column_of_dtypes_only_for_what_is_stored(folder: str):
     assert headings("--preset", "starcoder") == [["tensor", "shape", "parameters", "times"]]
 
 
+@pytest.mark.parametrize("width", [30, 60, 100])
+def test_tables_on_narrow_terminals_cut_neither_names_nor_numbers(
+    width: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(output, "PIPE_WIDTH", width)
+    shown = invoke("inspect", "--preset", "starcoderbase-7b").stdout
+    assert "…" not in shown
+    for number in ("7,327,263,232", "29.3 GB", "21,504 B", "688,128 B", "176 MB", "201,326,592"):
+        assert number in shown
+    *_, tensors = shown.split("tensor ")
+    names = "".join(line.split("  ")[0] for line in tensors.splitlines()[2:])
+    assert "transformer.h.*.attn.c_attn.weight" in names
+    *_, last = invoke("env").stdout.split("attention on cpu")
+    assert "reference" in last
+
+
 def test_inspect_shows_a_checkpoints_tensors_and_hashes(folder: str):
     result = invoke("inspect", "-m", folder, "--check-finite", "--hash")
     assert result.exit_code == 0
