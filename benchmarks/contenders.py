@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from mqa_gpt.bench.counts import BACKWARD, attention_flops
 from mqa_kernels import attention
 
 OURS, PLAIN, FLEX = "mqa_kernels", "plain PyTorch", "FlexAttention"
@@ -54,8 +55,7 @@ class Problem(NamedTuple):
 
     def flops(self) -> int:
         """Multiplications and additions of both products, hidden scores left out."""
-        scores = self.T * (self.S - self.T) + self.T * (self.T + 1) // 2  # of one head
-        return 4 * self.B * self.H * self.D * scores
+        return attention_flops(self.B, self.T, self.S, self.H, self.D)
 
     def kv_bytes(self) -> int:
         """Keys and values, each read once."""
@@ -330,7 +330,7 @@ def measure_backward(problem: Problem, clock: Clock, repeats: int, flex: bool) -
     )
     for row in measured(rows):
         row["backward_seconds"] = row["both"]["median"] - row["forward"]["median"]
-        row["tflops"] = 2.5 * problem.flops() / row["backward_seconds"] / 1e12
+        row["tflops"] = BACKWARD * problem.flops() / row["backward_seconds"] / 1e12
     return rows
 
 

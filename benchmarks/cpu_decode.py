@@ -40,7 +40,7 @@ from measure import (
 from transformers import GenerationConfig, GPTBigCodeForCausalLM
 
 from mqa_gpt import GPT, LLM, GPTConfig, generate
-from mqa_gpt.bench.run import weight_bytes
+from mqa_gpt.bench.counts import weight_bytes
 from mqa_gpt.cache import cache_bytes
 from mqa_gpt.checkpoints.load import DEMO_DIR
 

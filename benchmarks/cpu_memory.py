@@ -26,7 +26,7 @@ from measure import (
 )
 
 from mqa_gpt import GPTConfig
-from mqa_gpt.bench.run import weight_bytes
+from mqa_gpt.bench.counts import weight_bytes
 from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.errors import InputError
 

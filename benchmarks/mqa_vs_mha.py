@@ -50,10 +50,10 @@ from mqa_gpt import GPT, GPTConfig, KVCache
 from mqa_gpt.bench.run import random_model
 from mqa_gpt.cache import cache_bytes
 from mqa_gpt.checkpoints.load import DTYPES, as_device, as_dtype
+from mqa_gpt.fast.decode_step import greedy_step
 from mqa_gpt.fast.packing import can_pack, pack
-from mqa_gpt.generation.decode_graph import Decoder, can_replay
+from mqa_gpt.generation.replay import can_replay
 from mqa_gpt.machine import available_memory
-from mqa_gpt.sampling import GREEDY
 
 NAMES = ("MQA", "MHA")
 
@@ -86,12 +86,12 @@ def decode_step(model: GPT, batch: int, context: int) -> Callable[[], object]:
 
 def replayed_step(model: GPT, cache: KVCache) -> Callable[[], object]:
     """The same as `generate` does it on a GPU, in a cache that is full with this token."""
-    decoder = Decoder.new(model, cache, GREEDY, None, None, None)
+    run, state = greedy_step(model, cache)
 
     def step() -> None:
         with torch.inference_mode():
-            cache.lengths.fill_(cache.max_length - 1)  # each run adds a token
-            decoder.run()
+            state.lengths.fill_(cache.max_length - 1)  # each run adds a token
+            run()
 
     for _ in range(2):
         step()  # the second run records the graph

@@ -44,14 +44,14 @@ from measure import (
 )
 
 from mqa_gpt import GPT, LLM, GPTConfig, generate
-from mqa_gpt.bench.run import weight_bytes
+from mqa_gpt.bench.counts import weight_bytes
 from mqa_gpt.checkpoints.load import DEMO_DIR, read_config
 from mqa_gpt.fast.int8 import quantize
 from mqa_gpt.fast.packing import pack
 from mqa_gpt.generation.speculative import Drafter, PromptLookup
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from demo_data import HELD_OUT, read_corpus
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts/demo"))
+from corpus import HELD_OUT, read_corpus
 
 PIECE = slice(100, 400)  # of a held-out module's tokens: what is to be continued
 BEGINNING = 48  # of its tokens that are given once more where it is to be edited

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -53,84 +53,23 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mqa_gpt import GPT, GPTConfig, KVCache
 from mqa_gpt.bench.ceilings import Ceilings, probes, reached
+from mqa_gpt.bench.counts import Work, weight_bytes, work_by_part
 from mqa_gpt.bench.run import (
     Request,
     random_model,
     random_prompts,
     take_turns,
-    weight_bytes,
 )
 from mqa_gpt.cache import cache_bytes
 from mqa_gpt.checkpoints.load import DTYPES, as_device, as_dtype
-from mqa_gpt.fast.flat import Forward, inline, without_modules
+from mqa_gpt.fast.flat import Forward, flat_forward, without_modules
 from mqa_gpt.fast.int8 import METHODS, quantize
 from mqa_gpt.fast.packing import can_pack, pack
-from mqa_gpt.generation.decode import prefill
+from mqa_gpt.generation.prefill import prefill
 
 Part = AbstractContextManager[Any]
 Step = Callable[[], None]
 PREFIX = "part: "  # of the ranges' names, to tell them from operators
-
-
-class Work(NamedTuple):
-    """What a part has to do in a step, all layers together; `itemsize`: bytes of a weight."""
-
-    bytes: int
-    flops: int
-    itemsize: int = 4
-
-
-def work(
-    config: GPTConfig,
-    batch: int,
-    context: int,
-    dtype: torch.dtype,
-    *,
-    itemsize: int,
-    is_prefill: bool,
-) -> dict[str, Work]:
-    """The parts' least work: weights and inputs read once, outputs written once.
-
-    Embeddings, sums and the choice of the token are counted as bytes only, the scales of 8-bit
-    weights not at all.
-
-    Args:
-        dtype: of all but the weights of linear layers.
-        itemsize: bytes of one of these.
-        is_prefill: of a prompt of `context` tokens instead of a step behind them.
-    """
-    C, F, V, L = config.n_embd, config.inner_size, config.vocab_size, config.n_layer
-    kv = 2 * config.n_kv_head * config.head_dim
-    size = dtype.itemsize
-    rows = batch * context if is_prefill else batch
-    # Pairs of a query and a key that it sees.
-    pairs = batch * (context * (context + 1) // 2 if is_prefill else context)
-
-    def linear(rows: int, inputs: int, outputs: int, layers: int = L, bias: bool = True) -> Work:
-        weights = itemsize * inputs * outputs + size * bias * outputs
-        moved = layers * (weights + size * rows * (inputs + outputs))
-        return Work(moved, layers * 2 * rows * inputs * outputs, itemsize)
-
-    def pointwise(numbers: int, layers: int = L) -> Work:
-        return Work(layers * rows * numbers * size, 0)
-
-    held = cache_bytes(config, dtype, batch, context)
-    sums = pointwise(3 * C, 1).bytes + pointwise(6 * C).bytes
-    return {
-        "wte, wpe": pointwise(4 * C, 1),
-        "ln_1, ln_2": pointwise(4 * C),
-        "attn.c_attn": linear(rows, C, C + kv),
-        "split": Work(0, 0),
-        "cache": pointwise(2 * kv),
-        "attention": Work(held + L * rows * 2 * C * size, L * 4 * C * pairs),
-        "attn.c_proj": linear(rows, C, C),
-        "mlp.c_fc": linear(rows, C, F),
-        "GELU": pointwise(2 * F),
-        "mlp.c_proj": linear(rows, F, C),
-        "ln_f": pointwise(2 * C, 1),
-        "lm_head": linear(batch, C, V, 1, bias=False),
-        "rest": Work(sums + batch * V * size, 0),  # residual and other sums, views, argmax
-    }
 
 
 class PartTimer:
@@ -189,7 +128,7 @@ def named_parts(model: GPT, part: Callable[[str], Part]) -> Iterator[None]:
 
 
 def make_step(
-    model: GPT, cache: KVCache, is_prefill: bool, inlined: Callable[[GPT], Forward] = inline
+    model: GPT, cache: KVCache, is_prefill: bool, inlined: Callable[[GPT], Forward] = flat_forward
 ) -> Step:
     """What chooses the token behind a full cache, or behind prompts that fill it, again and again.
 
@@ -389,7 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
     if clock.has_gpu:
         for (part, _), spent in operators.items():
             times[part] += spent
-    least_work = work(
+    least_work = work_by_part(
         config,
         options.batch,
         options.context,

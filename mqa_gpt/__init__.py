@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mqa_gpt.config import GPTConfig
     from mqa_gpt.errors import CheckpointError, ConfigError, InputError, PromptError
     from mqa_gpt.generation.completion import Completion, Options
-    from mqa_gpt.generation.request import generate
+    from mqa_gpt.generation.loop import generate
     from mqa_gpt.generation.speculative import DraftModel, PromptLookup
     from mqa_gpt.llm import LLM
     from mqa_gpt.model import GPT
@@ -40,7 +40,7 @@ _MODULES = {
     "config": ["GPTConfig"],
     "errors": ["CheckpointError", "ConfigError", "InputError", "PromptError"],
     "generation.completion": ["Completion", "Options"],
-    "generation.request": ["generate"],
+    "generation.loop": ["generate"],
     "generation.speculative": ["DraftModel", "PromptLookup"],
     "llm": ["LLM"],
     "model": ["GPT"],

@@ -1,5 +1,5 @@
-"""Causal attention with G key/value heads shared by H query heads: the definition, the fast
-backends, and the one place that picks between them.
+"""Causal attention with G key/value heads shared by H query heads: the definition, PyTorch's fused
+form of it, and the one place that picks a backend.
 
 Every backend is a function
 
@@ -11,10 +11,10 @@ Every backend is a function
                             number lets a backend drop the mask), else int64 per row
     scale    float          what the scores are multiplied by, D^-0.5 as a rule
 
-A key's position is its slot s in S. Query t of row b stands at position start[b] + t and sees the
-slots s <= start[b] + t; what lies behind them (padding, unwritten cache) has no influence as long
-as it is finite: its weight is 0, but 0 times NaN is NaN. (The kernels of `mqa_kernels` never load
-it, so there it may be anything.)
+A key's position is its index s in S. Query t of row b is at position start[b] + t and sees the keys
+s <= start[b] + t. The keys after these (padding, unwritten cache) have no influence as long as they
+are finite: their weight is 0, but 0 times NaN is NaN. (The kernels of `mqa_kernels` never load
+them, so there they may be anything.)
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mqa_gpt.errors import InputError
+from mqa_gpt.errors import InputError, shown
 
 Attention = Callable[[Tensor, Tensor, Tensor, "int | Tensor", float, float], Tensor]
 
@@ -104,39 +104,30 @@ def sdpa_attention(
     return y.transpose(1, 2)  # (B, T, H, D)
 
 
+# ---------------------------------------------------------------------- which backend computes
+
+
 def auto_attention(
     q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, scale: float, dropout_p: float = 0.0
 ) -> Tensor:
     """The fused kernels of `mqa_kernels` for tensors on a CUDA device, else `sdpa_attention`.
 
-    Chosen at each call, because a model may be moved after it is made. float64 and head dims above
-    256 are beyond the kernels and stay with `sdpa_attention`.
+    Chosen at each call, because a model may be moved after it is made.
     """
-    if _auto_is_fused(q.is_cuda, q.dtype, q.shape[3]):
+    if _is_fused(q.is_cuda, q.dtype, q.shape[3]):
         from mqa_kernels import attention
 
         return cast(Tensor, attention(q, k, v, start, scale, dropout_p))
     return sdpa_attention(q, k, v, start, scale, dropout_p)
 
 
-def _auto_is_fused(is_cuda: bool, dtype: torch.dtype, head_dim: int) -> bool:
+def _is_fused(is_cuda: bool, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether "auto" takes the kernels, which have neither float64 nor head dims above 256."""
     return HAS_TRITON and is_cuda and dtype != torch.float64 and head_dim <= 256
 
 
-def acting_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend that computes: this one, or what "auto" stands for on this device."""
-    if backend != "auto":
-        return backend
-    return "triton" if _auto_is_fused(device.type == "cuda", dtype, head_dim) else "sdpa"
-
-
-def backend_text(asked: str, acting: str) -> str:
-    """What a report says of a backend: its name, and "auto" if it was chosen by that."""
-    return acting if asked == acting else f"{asked} ({acting})"
-
-
 def select_attention(backend: str, device: torch.device) -> Attention:
-    """The attention function for a backend name on a device.
+    """The attention function of a backend's name on a device.
 
     Args:
         backend: "reference", "sdpa", "triton", or "auto": triton on CUDA devices, else sdpa.
@@ -144,17 +135,13 @@ def select_attention(backend: str, device: torch.device) -> Attention:
     Raises:
         InputError: an unknown name, or a backend that cannot run here; "auto" never raises.
     """
-    if backend not in BACKENDS:
-        raise InputError(f"backend is {backend!r}: accepted are {', '.join(BACKENDS)}")
-    if backend == "reference":
-        return reference_attention
-    if backend == "triton":
-        return _triton_attention(device)
-    return auto_attention if backend == "auto" else sdpa_attention
-
-
-def _triton_attention(device: torch.device) -> Attention:
-    """The fused kernels, or InputError where they cannot run."""
+    torch_functions = {
+        "reference": reference_attention, "sdpa": sdpa_attention, "auto": auto_attention
+    }  # fmt: skip
+    if backend in torch_functions:
+        return torch_functions[backend]
+    if backend != "triton":
+        raise InputError(f"backend is {shown(backend)}: accepted are {', '.join(BACKENDS)}")
     try:
         from mqa_kernels import attention, runs_on
     except ImportError as error:
@@ -169,8 +156,20 @@ def _triton_attention(device: torch.device) -> Attention:
     return cast(Attention, attention)
 
 
+def acting_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend that computes: this one, or what "auto" stands for on this device."""
+    if backend != "auto":
+        return backend
+    return "triton" if _is_fused(device.type == "cuda", dtype, head_dim) else "sdpa"
+
+
+def backend_text(asked: str, acting: str) -> str:
+    """A backend in a report: its name, and "auto" if it was chosen by that."""
+    return acting if asked == acting else f"{asked} ({acting})"
+
+
 def is_own(attend: Attention) -> bool:
-    """Whether it is one of this project's, which `select_attention` gives."""
+    """Whether `select_attention` gives this function."""
     if attend in (reference_attention, sdpa_attention, auto_attention):
         return True
     if not HAS_TRITON:

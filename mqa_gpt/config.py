@@ -9,9 +9,16 @@ from typing import Any
 
 from mqa_gpt.errors import ConfigError, is_int, require_number, shown
 
-# GELU is x * Phi(x) with the normal distribution's Phi; the tanh forms approximate Phi
-# (Hendrycks and Gimpel 2016, equation 2) and differ among themselves only by rounding.
-ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "relu")
+# The formula behind each name that a config.json may use. GELU is x * Phi(x) with the normal
+# distribution's Phi; gelu_tanh approximates Phi (Hendrycks and Gimpel 2016, equation 2), and its
+# three names differ only by rounding.
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "relu": "relu",
+}
 
 MODEL_TYPE = "gpt_bigcode"
 ARCHITECTURE = "GPTBigCodeForCausalLM"
@@ -69,10 +76,10 @@ class GPTConfig:
                 f"n_embd is {self.n_embd} and n_head is {self.n_head}: "
                 "n_embd must be a multiple of n_head"
             )
-        if self.activation_function not in ACTIVATIONS:
+        name = self.activation_function
+        if not isinstance(name, str) or name not in ACTIVATIONS:
             raise ConfigError(
-                f"activation_function is {shown(self.activation_function)}: "
-                f"accepted are {', '.join(ACTIVATIONS)}"
+                f"activation_function is {shown(name)}: accepted are {', '.join(ACTIVATIONS)}"
             )
         for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             require_number(
@@ -189,16 +196,14 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str) -> GPTConfig:
-        """The shape of a published checkpoint, by its name on the hub, with or without the owner.
+        """The config of a published checkpoint, by its name on the hub, with or without the owner.
 
         Raises:
-            ConfigError: no such shape; lists those there are.
+            ConfigError: no such preset; lists them.
         """
         short = name.split("/")[-1]
         if short not in PRESETS:
-            raise ConfigError(
-                f"{shown(name)} is not an official shape: there are {', '.join(PRESETS)}"
-            )
+            raise ConfigError(f"{shown(name)} is not a preset: there are {', '.join(PRESETS)}")
         n_layer, n_head, n_embd, vocab_size, n_positions, activation, end = PRESETS[short]
         return cls(
             n_layer=n_layer,

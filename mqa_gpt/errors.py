@@ -40,6 +40,16 @@ def is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def require_int(
+    error: type[InputError], name: str, value: Any, least: int, most: int | None = None
+) -> int:
+    """The value as Python's own int, whose arithmetic does not wrap, or `error` with its range."""
+    if not is_int(value) or value < least or (most is not None and value > most):
+        range_ = f"of at least {least:,}" if most is None else f"from {least:,} to {most:,}"
+        raise error(f"{name} is {shown(value)}: it must be an integer {range_}")
+    return int(value)
+
+
 def require_number(
     error: type[InputError],
     name: str,

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, Unpack, overload
 
 import torch
 
-from mqa_gpt.cache import as_cache_dtype
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.load import DEMO_DIR, load_model, read_config
 from mqa_gpt.checkpoints.save import save_model
-from mqa_gpt.errors import PromptError, shown
+from mqa_gpt.errors import PromptError, require_int, shown
 from mqa_gpt.fast.int8 import is_quantized
-from mqa_gpt.fim import infill_prompt, truncated_infill_prompt
-from mqa_gpt.generation.completion import (
-    Completion,
-    Generation,
-    Options,
-    check_options,
-    encode_prompts,
-)
-from mqa_gpt.generation.request import check_request
+from mqa_gpt.fast.int8_cache import cache_class
+from mqa_gpt.fim import check_mode, infill_prompt, truncated_infill_prompt
+from mqa_gpt.generation.batching import Engine
+from mqa_gpt.generation.completion import Completion, Generation, Options, check_options
+from mqa_gpt.generation.request import Request, all_problems, make_requests, stop_texts
 from mqa_gpt.model import GPT
+from mqa_gpt.sampling import SamplingParams
 from mqa_gpt.tokenizer import Tokenizer
 
-BATCH_SIZE = 16  # rows under way at a time, where there are many prompts
+BATCH_SIZE = 16  # rows that run at a time, where there are many prompts
 
 
 class LLM:
@@ -41,6 +37,7 @@ class LLM:
     def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self._idle: list[Engine] = []  # with graphs that a further generation can replay
 
     def __repr__(self) -> str:
         model = self.model
@@ -74,14 +71,14 @@ class LLM:
         Raises:
             CheckpointError, ConfigError: the checkpoint cannot be had or used; says why.
         """
-        kept_as = as_cache_dtype(cache_dtype)
+        new_cache_class = cache_class(cache_dtype)
         folder = resolve(DEMO_DIR if name_or_dir is None else name_or_dir, revision)
         read_config(folder)  # a folder that is no checkpoint lacks more than a tokenizer
         tokenizer = Tokenizer.from_pretrained(folder)
         model = load_model(
             folder, device=device, dtype=dtype, backend=backend, quantize=quantize, packed=True
         )
-        model.cache_dtype = kept_as
+        model.cache_class = new_cache_class
         return cls(model, tokenizer)
 
     def save(self, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
@@ -101,7 +98,7 @@ class LLM:
     def generate(
         self,
         prompt: str,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         *,
         n: Literal[1] = 1,
         special_tokens: bool = True,
@@ -112,7 +109,7 @@ class LLM:
     def generate(
         self,
         prompt: list[str] | tuple[str, ...],
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         *,
         n: Literal[1] = 1,
         special_tokens: bool = True,
@@ -123,7 +120,7 @@ class LLM:
     def generate(
         self,
         prompt: str | Sequence[str],
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         *,
         n: int,
         special_tokens: bool = True,
@@ -133,7 +130,7 @@ class LLM:
     def generate(
         self,
         prompt: str | Sequence[str],
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         *,
         n: int = 1,
         special_tokens: bool = True,
@@ -143,12 +140,12 @@ class LLM:
 
         Args:
             prompt: text, or a list of texts. An empty one starts from end-of-text.
-            max_new_tokens: at most this many new tokens per completion.
+            max_new_tokens: at most this many new tokens per completion; None for as many as fit
+                into the context.
             n: samples per prompt, from one prefill of it.
             special_tokens: whether control tokens spelled out in a prompt, such as <fim_prefix>,
                 act as such.
-            options: temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, logprobs,
-                draft; see `mqa_gpt.Options`.
+            options: see `mqa_gpt.Options`.
 
         Returns:
             For a text a `Completion`, with n > 1 a list of n; for a list of texts a list of these.
@@ -169,7 +166,7 @@ class LLM:
     def generate_many(
         self,
         prompts: Sequence[str | tuple[str, str]],
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         *,
         n: Literal[1] = 1,
         batch_size: int = BATCH_SIZE,
@@ -182,7 +179,7 @@ class LLM:
     def generate_many(
         self,
         prompts: Sequence[str | tuple[str, str]],
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         *,
         n: int,
         batch_size: int = BATCH_SIZE,
@@ -194,7 +191,7 @@ class LLM:
     def generate_many(
         self,
         prompts: Sequence[str | tuple[str, str]],
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         *,
         n: int = 1,
         batch_size: int = BATCH_SIZE,
@@ -202,14 +199,14 @@ class LLM:
         mode: str = "psm",
         **options: Unpack[Options],
     ) -> Iterator[Any]:
-        """Complete any number of prompts, of which some are under way at a time.
+        """Complete any number of prompts, some of which run at a time.
 
-        The next prompt takes the place of one that is finished (`mqa_gpt.generation.batching`).
+        The next prompt takes the slot of one that is finished (`mqa_gpt.generation.batching`).
         Everything is checked at once, before the first completion.
 
         Args:
             prompts: texts, and pairs (prefix, suffix) between which to infill.
-            batch_size: rows under way at a time; the memory for keys and values is theirs.
+            batch_size: rows that run at a time; there is a KV cache for these.
             max_new_tokens, n, special_tokens: as in `generate`.
             mode: as in `infill`.
             options: as in `generate`, without `draft`.
@@ -236,7 +233,7 @@ class LLM:
     def stream(
         self,
         prompt: str,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         *,
         special_tokens: bool = True,
         **options: Unpack[Options],
@@ -254,7 +251,7 @@ class LLM:
         self,
         prefix: str,
         suffix: str,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         *,
         mode: str = "psm",
         truncate: bool = False,
@@ -267,8 +264,7 @@ class LLM:
             mode: "psm" or "spm", the order in which the model is shown the two.
             truncate: cut the far ends of prefix and suffix where they exceed the context, instead
                 of raising.
-            options: temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, logprobs,
-                draft; see `mqa_gpt.Options`.
+            options: see `mqa_gpt.Options`.
 
         Raises:
             CheckpointError: the checkpoint's tokenizer has no infilling tokens.
@@ -281,61 +277,85 @@ class LLM:
     def begin(
         self,
         prompts: Sequence[str],
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         *,
         n: int = 1,
         special_tokens: bool = True,
+        truncate: bool = False,
+        names: Sequence[str] | None = None,
         **options: Unpack[Options],
     ) -> Generation:
-        """Start completing prompts; what `generate` and `stream` run on, with their arguments."""
+        """Start completing prompts; what `generate` and `stream` run on, with their arguments.
+
+        Args:
+            names: what messages call the prompts; "prompt 0", "prompt 1", ... if None.
+        """
         check_options(options)
-        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
             raise PromptError(
                 f"the prompt is {shown(prompts)}: it must be a text or a list of texts"
             )
-        ids = [self.tokenizer.encode(p, special_tokens=special_tokens) for p in prompts]
-        return Generation(self.model, self.tokenizer, ids, max_new_tokens, n=n, **options)
+        names = names or _names(len(prompts))
+        ids = self._encode(prompts, names, special_tokens=special_tokens, mode="psm")
+        requests = self._requests(ids, max_new_tokens, options, n=n, truncate=truncate, names=names)
+        return Generation(self.model, self.tokenizer, requests, idle=self._idle)
 
     def begin_many(
         self,
         prompts: Sequence[str | tuple[str, str]],
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         *,
         n: int = 1,
         batch_size: int = BATCH_SIZE,
         special_tokens: bool = True,
         mode: str = "psm",
+        truncate: bool = False,
         names: Sequence[str] | None = None,
+        per_prompt: Sequence[Mapping[str, Any]] | None = None,
         **options: Unpack[Options],
     ) -> Generation:
         """Start completing many prompts; what `generate_many` runs on, with its arguments.
 
         Args:
             names: what messages call the prompts; "prompt 0", "prompt 1", ... if None.
+            per_prompt: options of each prompt's own, `max_new_tokens` among them, which go before
+                the common ones.
         """
         check_options(options)
-        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+        if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
             raise PromptError(f"prompts are {shown(prompts)}: they must be a list of texts")
-        names = names or [f"prompt {i}" for i in range(len(prompts))]
-        ids = encode_prompts(
-            self.tokenizer, prompts, names, special_tokens=special_tokens, mode=mode
-        )
-        return Generation(
-            self.model,
-            self.tokenizer,
-            ids,
-            max_new_tokens,
-            n=n,
-            batch_size=batch_size,
-            names=names,
-            **options,
-        )
+        batch_size = require_int(PromptError, "batch_size", batch_size, 1)
+        if options.get("draft") is not None:
+            raise PromptError(
+                "draft is for prompts that are completed all at once: leave it or batch_size out"
+            )
+        names = names or _names(len(prompts))
+        ids = self._encode(prompts, names, special_tokens=special_tokens, mode=mode)
+        if per_prompt is None:
+            requests = self._requests(
+                ids, max_new_tokens, options, n=n, truncate=truncate, names=names
+            )
+        else:
+            requests, problems = [], {}
+            for row, name, own in zip(ids, names, per_prompt, strict=True):
+                merged = {"max_new_tokens": max_new_tokens, **options, **own}
+                room = merged.pop("max_new_tokens")
+                check_options(merged)
+                try:
+                    requests += self._requests(
+                        [row], room, merged, n=n, truncate=truncate, names=[name]
+                    )
+                except PromptError as error:
+                    problems[name] = error
+            if problems:
+                raise all_problems(problems)
+        return Generation(self.model, self.tokenizer, requests, slots=batch_size, idle=self._idle)
 
     def begin_infill(
         self,
         prefix: str,
         suffix: str,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = 64,
         *,
         n: int = 1,
         mode: str = "psm",
@@ -344,22 +364,93 @@ class LLM:
     ) -> Generation:
         """Start infilling, with the arguments of `infill`; n samples of it."""
         check_options(options)
-        cut = (0, 0)
+        # A probe checks the options before the number of new tokens is used.
+        self._requests([[0]], 0 if max_new_tokens is None else max_new_tokens, options, n=n)
+        context, cut = self.model.config.n_positions, (0, 0)
+        room = context - (1 if max_new_tokens is None else max_new_tokens)
         if truncate:
-            check_request(self.model.config, [], max_new_tokens)  # before reckoning with it
-            room = self.model.config.n_positions - max_new_tokens
             fitted = truncated_infill_prompt(self.tokenizer, prefix, suffix, room, mode=mode)
             ids, cut = fitted.ids, (fitted.cut_prefix, fitted.cut_suffix)
         else:
             ids = infill_prompt(self.tokenizer, prefix, suffix, mode=mode)
-            check_request(self.model.config, [], max_new_tokens)  # before reckoning with it
-            context = self.model.config.n_positions
-            if max_new_tokens < context < len(ids) + max_new_tokens:
+            if 0 < room < len(ids):
                 raise PromptError(
                     f"prefix and suffix take {len(ids):,} tokens and max_new_tokens is "
-                    f"{max_new_tokens:,}: together they exceed the context of {context:,} tokens; "
+                    f"{context - room:,}: together they exceed the context of {context:,} tokens; "
                     "truncate=True (--truncate) leaves out what is farthest from the hole"
                 )
-        return Generation(
-            self.model, self.tokenizer, [ids], max_new_tokens, n=n, cut=cut, **options
+        # A filling ends at any control token: the model has left the hole then.
+        requests = self._requests(
+            [ids], max_new_tokens, options, n=n, end_ids=self.tokenizer.special_ids
         )
+        return Generation(self.model, self.tokenizer, requests, idle=self._idle, cut=cut)
+
+    def _encode(
+        self,
+        prompts: Sequence[str | tuple[str, str]],
+        names: Sequence[str],
+        *,
+        special_tokens: bool,
+        mode: str,
+    ) -> list[list[int]]:
+        """The ids of texts to continue and of pairs to infill; errors name the prompt."""
+        check_mode(mode)
+        ids = []
+        for name, prompt in zip(names, prompts, strict=True):
+            try:
+                if isinstance(prompt, tuple) and len(prompt) == 2:
+                    ids.append(infill_prompt(self.tokenizer, *prompt, mode=mode))
+                else:
+                    ids.append(self.tokenizer.encode(prompt, special_tokens=special_tokens))
+            except PromptError as error:
+                raise PromptError(f"{name}: {error}") from error
+        return ids
+
+    def _requests(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | None,
+        options: Mapping[str, Any],
+        *,
+        n: int,
+        truncate: bool = False,
+        names: Sequence[str] | None = None,
+        end_ids: Collection[int] = (),
+    ) -> list[Request]:
+        """Requests for prompts of ids, which may be empty, with options by the names of `Options`.
+
+        Args:
+            end_ids: tokens that end a row, besides the checkpoint's end tokens.
+        """
+        options = dict(options)
+        stop, ignore_eos = options.pop("stop", None), options.pop("ignore_eos", False)
+        if not isinstance(ignore_eos, bool):
+            raise PromptError(f"ignore_eos is {shown(ignore_eos)}: it must be True or False")
+        others = {
+            name: options.pop(name) for name in ("min_new_tokens", "logprobs") if name in options
+        }
+        drafter = options.pop("draft", None)
+        sampling = SamplingParams(**options)
+        end_of_text = self.tokenizer.end_of_text_id
+        start = [] if end_of_text is None else [end_of_text]
+        ends = {*end_ids, *start, *self.model.config.end_token_ids} if not ignore_eos else set()
+        # A control token leaves no text in which its name could be found.
+        stops = stop_texts(stop)
+        ends |= {id_ for text in stops if (id_ := self.tokenizer.control_id(text)) is not None}
+        return make_requests(
+            self.model.config,
+            [ids or start for ids in prompts],
+            max_new_tokens,
+            sampling,
+            n=n,
+            end_ids=ends,
+            stop=stops,
+            drafter=drafter,
+            truncate=truncate,
+            names=names,
+            **others,
+        )
+
+
+def _names(count: int) -> list[str]:
+    return [f"prompt {i}" for i in range(count)]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from mqa_gpt.attention import Attention, auto_attention, positions_from, select_attention
 from mqa_gpt.cache import KVCache
-from mqa_gpt.config import GPTConfig
+from mqa_gpt.config import ACTIVATIONS, GPTConfig
 
 
 class MultiQueryAttention(nn.Module):
@@ -79,9 +79,10 @@ class MLP(nn.Module):
 
     def activate(self, x: Tensor) -> Tensor:
         """The nonlinearity: x (B, T, F) -> (B, T, F)."""
-        if self.activation == "relu":
-            return F.relu(x)  # below, "gelu" is exact, every other accepted name approximate
-        return F.gelu(x, approximate="none" if self.activation == "gelu" else "tanh")
+        formula = ACTIVATIONS[self.activation]
+        if formula == "relu":
+            return F.relu(x)
+        return F.gelu(x, approximate="tanh" if formula == "gelu_tanh" else "none")
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
@@ -144,7 +145,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, backend: str = "auto") -> None:
         super().__init__()
         self.config = config
-        self.cache_dtype: torch.dtype | None = None  # of `new_cache`; None: the model's own
+        self.cache_class = KVCache  # of `new_cache`
         self.transformer = Transformer(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -182,9 +183,10 @@ class GPT(nn.Module):
                 module.attend = attend
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache where the model is, in its `cache_dtype`; see `KVCache`."""
-        dtype = self.cache_dtype or self.dtype
-        return KVCache(self.config, batch_size, max_length, dtype=dtype, device=self.device)
+        """An empty cache for this model; see `KVCache`."""
+        return self.cache_class(
+            self.config, batch_size, max_length, dtype=self.dtype, device=self.device
+        )
 
     def forward(
         self, ids: Tensor, cache: KVCache | None = None, logits_at: Tensor | None = None

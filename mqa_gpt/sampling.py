@@ -10,18 +10,21 @@ from __future__ import annotations
 import math
 import random
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mqa_gpt.errors import PromptError, is_int, require_number, shown
+from mqa_gpt.errors import PromptError, is_int, require_int, require_number, shown
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen.
+
+    Values that change nothing elsewhere change nothing here: `top_k` 0 and -1 and `top_p` 1 switch
+    the filter off, and a temperature of 0 leaves the filters without effect.
 
     Args:
         temperature: what the logits are divided by; 0 takes the most likely token (greedy).
@@ -32,11 +35,10 @@ class SamplingParams:
         repetition_penalty: divides the positive and multiplies the negative logits of tokens that
             prompt or output already hold (Keskar et al. 2019, section 4.1); 1 changes nothing.
         seed: makes draws repeatable. A row's draws depend on the seed and on which of its prompt's
-            samples it is, never on the rest of the batch, so equal prompts get equal answers. None
-            draws afresh for every prompt.
+            samples it is, never on the rest of the batch. None takes a fresh seed for each prompt.
 
     Raises:
-        PromptError: a value out of range, or a filter without a temperature to draw with.
+        PromptError: a value out of range.
     """
 
     temperature: float = 0.0
@@ -48,25 +50,24 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         # Far smaller temperatures would overflow the logits that they divide.
-        self._require_number("temperature", "of 0 or at least 1e-6", lambda x: x == 0 or x >= 1e-6)
-        self._require_number("repetition_penalty", "of at least 1e-6", lambda x: x >= 1e-6)
-        if self.top_k is not None and (not is_int(self.top_k) or self.top_k < 1):
-            raise PromptError(f"top_k is {shown(self.top_k)}: it must be an integer of at least 1")
+        self._number("temperature", "of 0 or from 1e-6 to 1e6", lambda x: not x or 1e-6 <= x <= 1e6)
+        self._number("repetition_penalty", "from 1e-6 to 1e6", lambda x: 1e-6 <= x <= 1e6)
         if self.top_p is not None:
-            self._require_number("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1)
+            self._number("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1)
         if self.min_p is not None:
-            self._require_number("min_p", "from 0 to 1", lambda x: 0 <= x <= 1)
-        if self.seed is not None and not is_int(self.seed):
-            raise PromptError(f"seed is {shown(self.seed)}: it must be an integer")
-        for name in ("top_k", "top_p", "min_p"):
-            if self.greedy and getattr(self, name) is not None:
-                raise PromptError(
-                    f"{name} is {getattr(self, name)} but temperature is 0, which always takes the "
-                    f"most likely token: set a temperature above 0 or leave {name} out"
-                )
+            self._number("min_p", "from 0 to 1", lambda x: 0 <= x <= 1)
+        if self.top_k is not None:
+            top_k = require_int(PromptError, "top_k", self.top_k, -1)
+            object.__setattr__(self, "top_k", top_k if top_k > 0 else None)
+        if self.seed is not None:
+            if not is_int(self.seed):
+                raise PromptError(f"seed is {shown(self.seed)}: it must be an integer")
+            object.__setattr__(self, "seed", int(self.seed))
 
-    def _require_number(self, name: str, range_: str, accept: Callable[[float], bool]) -> None:
-        require_number(PromptError, name, getattr(self, name), range_, accept)
+    def _number(self, name: str, range_: str, accept: Callable[[float], bool]) -> None:
+        value = getattr(self, name)
+        require_number(PromptError, name, value, range_, accept)
+        object.__setattr__(self, name, float(value))
 
     @property
     def greedy(self) -> bool:
@@ -128,6 +129,13 @@ def filter_logits(logits: Tensor, sampling: SamplingParams, seen: Tensor | None 
     return logits
 
 
+def forbid(logits: Tensor, row: int, ids: Collection[int]) -> Tensor:
+    """A copy of logits (B, V) in which one row cannot choose these tokens."""
+    allowed = logits.clone()
+    allowed[row, list(ids)] = float("-inf")
+    return allowed
+
+
 def choose(
     logits: Tensor, sampling: SamplingParams, seen: Tensor | None = None, u: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -178,7 +186,7 @@ def uniforms(seed: int, sample: int, count: int) -> list[float]:
 
 
 def fresh_seed() -> int:
-    """A seed for draws that nobody asked to repeat."""
+    """A random seed, for draws that need not be repeatable."""
     return secrets.randbits(64)
 
 

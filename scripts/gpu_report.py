@@ -1,23 +1,19 @@
-"""Everything about kernels and generation that needs a GPU, in one command and one JSON file.
+"""Check and measure the kernels and the models on a GPU: one command, one JSON file.
 
-    python3 scripts/gpu_report.py --out report            # at most eight minutes
-    python3 scripts/gpu_report.py --out report --only numerics,forward
+    PYTHONPATH=.:kernels python3 scripts/gpu_report.py --out report
+    PYTHONPATH=.:kernels python3 scripts/gpu_report.py --out report --only numerics,decode
 
-It needs python3 with torch, triton, transformers, tokenizers and safetensors, and this checkout:
-nothing is installed or downloaded. Without a GPU it runs everything in small under Triton's
-interpreter, as proof that it would run.
+Needs torch, triton, transformers, tokenizers and safetensors; installs and downloads nothing.
+Without a GPU every section runs in small under Triton's interpreter, which tests this script.
 
-Sections: environment, ceilings, numerics, parity, forward, backward, decode, model_tokens,
-model_decode, model_prefill, model_profile, model_heads, autotune. They run in a process of their
-own, and every case is in `gpu_report.json` as soon as it is done. A section that fails is recorded
-with its traceback, and the others follow in a new process; the exit status is 1 then, as it is when
-a check fails.
+Each section runs in its own process, and `gpu_report.json` is rewritten after every row, so a
+section that fails, crashes or hangs costs only what it had left to do. The exit status is 1 if a
+check fails or a section does not finish.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import multiprocessing
 import os
@@ -30,252 +26,191 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from gpu_report_table import failures, print_table
-
 Row = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / folder) for folder in (".", "kernels", "scripts", "benchmarks")]
+sys.path[:0] = [str(ROOT / folder) for folder in (".", "kernels", "scripts")]
 
-# In this order, each with its share of the time. What one does not use is the next ones'.
-SHARES = {
-    "environment": 1,
-    "ceilings": 1,
-    "numerics": 12,
-    "parity": 10,
-    "forward": 9,
-    "backward": 9,
-    "decode": 8,
-    "model_tokens": 3,
-    "model_decode": 8,
-    "model_prefill": 3,
-    "model_profile": 2,
-    "model_heads": 5,
-    "autotune": 10,
+# Section -> the module that holds its function, in the order in which they run.
+SECTIONS = {
+    "environment": "gpu_models",
+    "ceilings": "gpu_models",
+    "numerics": "gpu_kernels",
+    "fused": "gpu_kernels",
+    "parity": "gpu_models",
+    "decode": "gpu_models",
+    "prefill": "gpu_models",
+    "profile": "gpu_models",
 }
-GRACE = 60.0  # seconds beyond its share after which a section is taken to hang
-START = 600.0  # seconds that importing PyTorch may take
-PATIENCE = 10.0  # seconds that ending may take
-MOST_SECONDS = 24 * 3600
+# What a row's figure is divided by for its share of the limit: a key of the ceilings.
+LIMITS = {"gb_per_s": "copy_gb_per_s", "tflops": "matmul_tflops"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__.splitlines()[0]} Without a GPU it tries itself out in small."
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(), help="folder of gpu_report.json")
     parser.add_argument(
-        "--out", type=Path, default=Path(), help="folder of gpu_report.json (default: this one)"
-    )
+        "--only", type=section_names, default=list(SECTIONS), metavar="A,B",
+        help=f"run these sections only; there are {', '.join(SECTIONS)}",
+    )  # fmt: skip
     parser.add_argument(
-        "--only",
-        type=section_names,
-        default=list(SHARES),
-        metavar="A,B",
-        help=f"which of the sections {', '.join(SHARES)} (default: all)",
-    )
-    parser.add_argument(
-        "--budget",
-        type=seconds_of,
-        default=450,
-        metavar="SECONDS",
-        help="what does not fit into so many is skipped (default: %(default)s)",
-    )
+        "--limit", type=float, default=150, metavar="SECONDS",
+        help="a section that takes longer is stopped (default: %(default)s)",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
-    path = options.out / "gpu_report.json"
-    try:
-        prepare(path)
-    except OSError as error:
-        parser.error(f"--out: {path} cannot be written: {error.strerror}")
-
-    sections: dict[str, Row] = {name: {"skipped": "not chosen"} for name in SHARES}
+    sections: dict[str, Row] = {}
     report: Row = {
         "command": shlex.join(["python3", "scripts/gpu_report.py", *(arguments or sys.argv[1:])]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "budget_seconds": options.budget,
-        "device": None,
         "sections": sections,
     }
-    end = time.monotonic() + options.budget
-    worker = Worker()
+    path = options.out / "gpu_report.json"
     try:
-        for i, name in enumerate(options.only):
-            seconds = share(options.only[i:], end - time.monotonic())
-            section: Row = {"rows": [], "seconds": 0.0, "error": None}
-            sections[name] = section
-            begin = time.monotonic()
-            print(f"{name} (at most {seconds:.0f} s)", file=sys.stderr)
-            try:
-                if worker.device is None:
-                    report["device"] = worker.start()
-                    if report["device"] == "cpu":
-                        print("no GPU: everything in small under Triton's interpreter instead")
-                for row in worker.rows(name, seconds):
-                    section["rows"].append(row)
-                    write(path, report)
-            except SectionError as error:
-                section["error"] = str(error)
-                print(error, file=sys.stderr)
-                worker.stop()
-            section["seconds"] = time.monotonic() - begin
-            write(path, report)
-    finally:
-        worker.stop()
-    print_table(report)
+        options.out.mkdir(parents=True, exist_ok=True)
+        write(path, report)
+    except OSError as error:
+        parser.error(f"--out: {path} cannot be written: {error.strerror}")
+
+    for name in options.only:
+        print(f"== {name}", flush=True)
+        begin = time.monotonic()
+        section = sections[name] = {"rows": [], "error": "interrupted", "seconds": 0.0}
+        try:
+            for row in run_section(name, options.limit):
+                section["rows"].append(row | shares_of_limits(row, sections))
+                write(path, report)
+                print(line_of(section["rows"][-1]), flush=True)
+            section["error"] = None
+        except SectionError as error:
+            section["error"] = str(error)
+            print(f"FAIL  {last_line(error)}", flush=True)
+        section["seconds"] = round(time.monotonic() - begin, 1)
+        write(path, report)
+    failed = failures(sections)
+    print(f"== {len(failed)} failed" if failed else "== all passed", *failed, sep="\n")
     print(f"written to {path}")
-    return 1 if failures(report) else 0
+    return 1 if failed else 0
 
 
 def section_names(text: str) -> list[str]:
-    """What --only says, in the order in which it runs."""
+    """The value of --only, in the order in which sections run."""
     names = text.split(",")
-    unknown = [name for name in names if name not in SHARES]
+    unknown = [name for name in names if name not in SECTIONS]
     if unknown:
         raise argparse.ArgumentTypeError(
-            f"{', '.join(unknown)}: the sections are {', '.join(SHARES)}"
+            f"{', '.join(unknown)}: the sections are {', '.join(SECTIONS)}"
         )
-    return [name for name in SHARES if name in names]
-
-
-def seconds_of(text: str) -> float:
-    """What --budget says."""
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds <= MOST_SECONDS:  # as NaN is not
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number of seconds above 0 and up to {MOST_SECONDS:,}"
-        )
-    return seconds
-
-
-def share(names: list[str], left: float) -> float:
-    """Seconds of those left that the first of the sections still to run may take."""
-    return max(0.0, left) * SHARES[names[0]] / sum(SHARES[name] for name in names)
-
-
-def prepare(path: Path) -> None:
-    """Make the report's folder; OSError if it cannot be written there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    new_file(path).touch()
-    new_file(path).unlink()
-
-
-def new_file(path: Path) -> Path:
-    """What is written before it takes the place of the file at `path`."""
-    return path.with_suffix(".new")
+    return [name for name in SECTIONS if name in names]
 
 
 def write(path: Path, report: Row) -> None:
-    """Replace the file in one step, so that there is a whole one at any time."""
-    new = new_file(path)
-    new.write_text(json.dumps(report, indent=1) + "\n")
-    new.replace(path)
+    """Replace the file in one step, so that a reader never sees half of one."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(report, indent=1) + "\n")
+    part.replace(path)
 
 
 class SectionError(Exception):
-    """A section ended early; the message is its traceback, or what became of its process."""
+    """A section did not finish; the message is its traceback, or how its process ended."""
 
 
-class Worker:
-    """A process that runs sections. What a kernel does to it, it does not do to the report."""
+def run_section(name: str, limit: float) -> Iterator[Row]:
+    """A section's rows as its process sends them.
 
-    def __init__(self) -> None:
-        self.device: str | None = None
-        self._process: multiprocessing.process.BaseProcess | None = None
-        self._pipe: Connection | None = None
-
-    def start(self) -> str:
-        """Start it; "cuda" or "cpu", the device that it works on."""
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs,))
-        self._process.start()
-        theirs.close()  # so that its death is the end of our pipe
-        self.device = self._receive(START)[1]
-        assert self.device is not None
-        return self.device
-
-    def rows(self, section: str, seconds: float) -> Iterator[Row]:
-        """A section's rows as they come.
-
-        Raises:
-            SectionError: it failed, died or hangs; the worker has to be stopped then.
-        """
-        assert self._pipe is not None
-        end = time.monotonic() + seconds + GRACE
-        self._pipe.send((section, seconds))
+    Raises:
+        SectionError: it failed, its process died, or it took more than `limit` seconds.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=serve, args=(name, theirs))
+    process.start()
+    theirs.close()  # so that the process's death ends our pipe
+    end = time.monotonic() + limit
+    try:
         while True:
-            kind, content = self._receive(end - time.monotonic())
-            if kind == "row":
-                yield content
-            elif kind == "end":
+            if not ours.poll(max(0.0, end - time.monotonic())):
+                raise SectionError(f"stopped after {limit:g} s")
+            try:
+                message = ours.recv()
+            except EOFError:
+                process.join()
+                raise SectionError(f"its process died: exit code {process.exitcode}") from None
+            if message is None:
                 return
-            else:
-                raise SectionError(content)
-
-    def _receive(self, seconds: float) -> tuple[str, Any]:
-        assert self._pipe is not None
-        assert self._process is not None
-        if not self._pipe.poll(max(0.0, seconds)):
-            raise SectionError(f"stopped: its process was silent for {seconds:.0f} s")
-        try:
-            message: tuple[str, Any] = self._pipe.recv()
-        except EOFError:
-            self._process.join()
-            raise SectionError(f"its process died: exit code {self._process.exitcode}") from None
-        return message
-
-    def stop(self) -> None:
-        """End it, whatever it is doing."""
-        if self._process is not None and self._pipe is not None:
-            self._pipe.close()
-            self._process.join(PATIENCE)  # it ends by itself unless it hangs
-            self._process.kill()
-            assert self._process.pid is not None
-            with suppress(ProcessLookupError):  # processes of its own that are left
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.join()
-        self.device, self._process, self._pipe = None, None, None
+            if isinstance(message, str):
+                raise SectionError(message)
+            yield message
+    finally:
+        assert process.pid is not None
+        with suppress(ProcessLookupError):  # and whatever it started, such as a compiler
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
 
 
-def serve(pipe: Connection) -> None:
-    """The worker: run the sections that are asked for until the pipe ends."""
-    os.setpgrp()  # so that processes of its own end with it
+def serve(name: str, pipe: Connection) -> None:
+    """A section's process: send its rows, then None, or a traceback."""
+    os.setpgrp()
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":  # before Triton is imported
-        os.environ["TRITON_INTERPRET"] = "1"
-        # The checks put NaN where kernels may not look. A kernel masks it after it has computed,
-        # which on a GPU nobody hears of, but the interpreter computes with NumPy, which warns.
-        warnings.filterwarnings(
-            "ignore",
-            r"invalid value encountered in (matmul|multiply)",
-            RuntimeWarning,
-            r"triton\.runtime\.interpreter",
-        )
-    from clock import Clock
-    from gpu_report_sections import SECTIONS, Context, cpu_plan, gpu_plan
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+        # The interpreter computes with the NaN that the checks put where kernels must not look.
+        warnings.filterwarnings("ignore", "invalid value encountered", RuntimeWarning)
+    try:
+        section = getattr(import_module(SECTIONS[name]), name)
+        for row in section(device):
+            pipe.send(row)
+        pipe.send(None)
+    except Exception:
+        pipe.send(traceback.format_exc())
 
-    plan = gpu_plan() if device == "cuda" else cpu_plan()
-    clock = Clock(torch.device(device))
-    pipe.send(("device", device))
-    with suppress(EOFError):
-        while True:
-            name, seconds = pipe.recv()
-            try:
-                for row in SECTIONS[name](Context(clock, plan, time.monotonic() + seconds)):
-                    pipe.send(("row", row))
-                pipe.send(("end", None))
-            except Exception:  # whatever it is belongs into the report
-                pipe.send(("error", traceback.format_exc()))
+
+def shares_of_limits(row: Row, sections: dict[str, Row]) -> Row:
+    """{"of_limit": figure / ceiling} for a row with a rate, once the ceilings are measured."""
+    for ceilings in sections.get("ceilings", {}).get("rows", ()):
+        for figure, limit in LIMITS.items():
+            if figure in row and limit in ceilings:
+                return {"of_limit": row[figure] / ceilings[limit]}
+    return {}
+
+
+def line_of(row: Row) -> str:
+    """A row on one line: whether it passed, then its numbers and words; lists stay in the JSON."""
+    words = ["FAIL" if row.get("passed") is False else "pass" if row.get("passed") else "    "]
+    for key, value in row.items():
+        if key == "error":
+            words.append(last_line(value))
+        elif isinstance(value, float):
+            words.append(f"{key} {value:.4g}")
+        elif isinstance(value, int | str) and key != "passed":
+            words.append(f"{key} {value}")
+    return "  ".join(words)
+
+
+def last_line(error: object) -> str:
+    """What a traceback ends with."""
+    return str(error).strip().splitlines()[-1][:300]
+
+
+def failures(sections: dict[str, Row]) -> list[str]:
+    """A line for each section that did not finish and each check that failed."""
+    found = []
+    for name, section in sections.items():
+        if section["error"]:
+            found.append(f"{name}: {last_line(section['error'])}")
+        found += [
+            f"{name}: {line_of(r).removeprefix('FAIL  ')}"
+            for r in section["rows"]
+            if r.get("passed") is False
+        ]
+    return found
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mqa_gpt import GPT
-from mqa_gpt.fast import cuda_graph
-from mqa_gpt.fast.cuda_graph import RecordingStreams, Replay
-from mqa_gpt.generation.decode_graph import Decoder
+from mqa_gpt.fast import graph
+from mqa_gpt.fast.graph import RecordingStreams, Replay
+from mqa_gpt.generation import batching
+from mqa_gpt.generation.replay import GraphStepper
 
 
 class Tape(TorchDispatchMode):
@@ -183,21 +183,27 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
         monkeypatch.setattr(torch.cuda, name, stub)
     for name in ("empty", "tensor"):
         monkeypatch.setattr(torch, name, partial(fake.pinned, getattr(torch, name)))
-    monkeypatch.setattr(cuda_graph, "RECORDING_STREAMS", RecordingStreams())
+    monkeypatch.setattr(graph, "RECORDING_STREAMS", RecordingStreams())
     monkeypatch.setattr(TapedGraph, "made", [])
     return fake
 
 
 @pytest.fixture
-def graphs(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TapedGraph]]:
-    """The graphs that are recorded from now on, on the CPU."""
+def replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines run steps as on a CUDA device, but call them instead of recording them."""
+    monkeypatch.setattr(batching, "can_replay", lambda model: True)
 
-    def init(self: Decoder, model: GPT, *arguments: Any) -> None:
-        plain_init(self, model, *arguments)
-        self._run = Replay(self._run, model.device)
 
-    plain_init = Decoder.__init__
-    monkeypatch.setattr(Decoder, "__init__", init)
+@pytest.fixture
+def graphs(
+    cuda: FakeCuda, replayed: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[TapedGraph]]:
+    """The graphs that engines record from now on, on the CPU."""
+
+    def recorded(self: GraphStepper, *arguments: Any) -> Replay:
+        return Replay(plain(self, *arguments), self._model.device)
+
+    plain = GraphStepper._recorded
+    monkeypatch.setattr(GraphStepper, "_recorded", recorded)
     yield TapedGraph.made
     assert TapedGraph.made
-    assert all(graph.replays > 1 for graph in TapedGraph.made)

@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from torch import Tensor
 from transformers import GenerationConfig, GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 from mqa_gpt import GPT, GPTConfig
-from mqa_gpt.generation.request import generate
+from mqa_gpt.generation.batching import Engine, Token
+from mqa_gpt.generation.loop import greedy_steps
+from mqa_gpt.generation.request import make_requests
+from mqa_gpt.sampling import GREEDY, SamplingParams
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Tensors = dict[str, Tensor]
@@ -159,12 +163,66 @@ def reference_greedy(
 def our_greedy(
     model: GPT, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """The same with our `generate`; the logits are those that it chose by."""
-    steps: list[Tensor] = []
-    hook = model.lm_head.register_forward_hook(lambda *call: steps.append(call[-1]))
-    ids = generate(model, prompts, new_tokens)
-    hook.remove()
-    return torch.tensor(ids), torch.stack([step.view(len(prompts), -1) for step in steps], dim=1)
+    """The same with our plain loop."""
+    ids, logits = zip(*greedy_steps(model, prompts, new_tokens), strict=True)
+    return torch.stack(ids, dim=1), torch.stack(logits, dim=1)
+
+
+def tiny_model(backend: str = "auto", **changes: object) -> GPT:
+    """Our model of `tiny_config(**changes)` with the weights of `reference_model`."""
+    config = tiny_config(**changes)
+    return our_model(reference_model(config), config, backend)
+
+
+def engine_tokens(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int | Sequence[int],
+    sampling: SamplingParams = GREEDY,
+    *,
+    slots: int | None = None,
+    prefill_chunk: int | None = None,
+    **options: Any,
+) -> Iterator[Token]:
+    """The tokens that the engine makes, in its order.
+
+    Args:
+        max_new_tokens: one number for all prompts, or one each.
+        slots: rows that run at a time; None for all.
+        options: of `make_requests`.
+    """
+    counts = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    requests = [
+        request
+        for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True))
+        for request in make_requests(
+            model.config, [prompt], count, sampling, names=[f"prompt {i}"], **options
+        )
+    ]
+    engine = Engine.for_requests(model, requests, slots=slots, prefill_chunk=prefill_chunk)
+    for request in requests:
+        engine.add(request)
+    while engine.is_busy:
+        yield from engine.step()
+
+
+def by_row(tokens: Iterable[Token]) -> dict[int, list[tuple[int, str | None]]]:
+    """Each row's ids, and how it ended."""
+    rows: dict[int, list[tuple[int, str | None]]] = {}
+    for token in tokens:
+        rows.setdefault(token.row, []).append((token.id, token.finished))
+    return rows
+
+
+@contextmanager
+def shapes_fed(module: torch.nn.Module) -> Iterator[list[tuple[int, ...]]]:
+    """The shapes of the first argument that a module is called with, inside the block."""
+    shapes: list[tuple[int, ...]] = []
+    hook = module.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+    try:
+        yield shapes
+    finally:
+        hook.remove()
 
 
 def error(ours: Tensor, reference: Tensor) -> float:

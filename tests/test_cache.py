@@ -3,18 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mqa_gpt import GPT, LLM, GPTConfig, KVCache, generate
-from mqa_gpt.cache import StaticCache, cache_bytes, dequantize_kv, quantize_kv
-from mqa_gpt.errors import InputError
-from mqa_gpt.generation.batching import stream_batched
-from mqa_gpt.model import MultiQueryAttention
-from mqa_gpt.sampling import SamplingParams
+from mqa_gpt import GPT, GPTConfig, KVCache
 from tests.helpers import (
     our_model,
     random_ids,
-    random_prompts,
     reference_model,
-    relative_error,
     tiny_config,
 )
 
@@ -128,50 +121,36 @@ def test_lengths_that_were_never_written_are_errors(lengths: list[int]) -> None:
         cache.set_lengths(lengths)
 
 
-def test_select_copies_rows_in_the_order_asked_for() -> None:
+def test_a_row_is_copied_to_another_in_the_same_memory() -> None:
     cache = KVCache(CONFIG, 3, 6)
     fill(cache, 4, 1.0)
-    cache.set_lengths([2, 4, 3])
-    other = cache.select([2, 0, 2])
-    assert other.lengths.tolist() == [3, 2, 3]
-    assert slots(other, 1, 0)[:3] == [211, 212, 213]
-    fill(other, 1, 51.0)
-    assert slots(other, 0, 1)[:3] == [1, 2, 151]
-    assert slots(cache, 0, 2)[:4] == [201, 202, 203, 204]  # the original is untouched
-    assert cache.lengths.tolist() == [2, 4, 3]
-
-
-def test_a_row_is_copied_with_zeros_where_the_other_cache_has_no_slots() -> None:
-    cache, other = KVCache(CONFIG, 3, 6), KVCache(CONFIG, 2, 4)
-    cache.kv.fill_(torch.nan)
-    fill(other, 4, 1.0)
-    cache.copy_row(1, other, 1)
-    assert slots(cache, 0, 1) == [101, 102, 103, 104, 0, 0]
-    assert slots(cache, 1, 1) == [111, 112, 113, 114, 0, 0]
-    assert cache.kv[:, [0, 2]].isnan().all()  # the other rows are as they were
-    cache.copy_row(0, cache, 1)
+    cache.copy_row(0, 1)
+    assert slots(cache, 0, 0) == [101, 102, 103, 104, 0, 0]
     assert slots(cache, 1, 0) == [111, 112, 113, 114, 0, 0]
+    assert slots(cache, 1, 2) == [211, 212, 213, 214, 0, 0]  # the others are as they were
 
 
-def test_a_view_is_the_first_rows_on_the_same_memory() -> None:
-    cache = KVCache(CONFIG, 3, 6)
+def test_rows_are_cleared_for_the_next() -> None:
+    cache = KVCache(CONFIG, 4, 6)
+    cache.kv.fill_(torch.nan)
+    cache.clear(1, 3)
+    assert not cache.kv[:, 1:3].any()
+    assert cache.kv[:, [0, 3]].isnan().all()
+    cache.clear(3, 2)  # none
+
+
+def test_some_rows_are_a_cache_of_their_own_on_the_same_memory() -> None:
+    cache = KVCache(CONFIG, 4, 6)
     fill(cache, 4, 1.0)
-    view = cache.view([2, 3])
-    assert (view.batch_size, view.end, view.start.tolist()) == (2, 3, [2, 3])
-    fill(view, 1, 51.0)
-    assert slots(cache, 0, 0) == [1, 2, 51, 4, 0, 0]
-    assert slots(cache, 1, 1) == [111, 112, 113, 161, 0, 0]
-    assert slots(cache, 0, 2) == [201, 202, 203, 204, 0, 0]
-    assert cache.view([4, 4]).start == 4
-
-
-def test_rows_that_agree_once_others_are_left_out_share_one_start_again() -> None:
-    cache = KVCache(CONFIG, 3, 6)
-    fill(cache, 4, 1.0)
-    cache.set_lengths([2, 4, 2])
-    assert cache.select([0, 2]).start == 2
-    assert cache.select([0, 2]).end == 2
-    assert cache.select([1]).start == 4
+    some = cache.rows(1, [2, 3])
+    assert (some.batch_size, some.end, some.start.tolist()) == (2, 3, [2, 3])
+    fill(some, 1, 51.0)
+    assert slots(cache, 0, 1) == [101, 102, 51, 104, 0, 0]
+    assert slots(cache, 1, 2) == [211, 212, 213, 161, 0, 0]
+    assert slots(cache, 0, 0) == [1, 2, 3, 4, 0, 0]
+    assert (cache.end, cache.lengths.tolist()) == (4, [4, 4, 4, 4])
+    assert cache.rows(0, [4, 4]).start == 4
+    assert cache.rows(2, [2]).start == 2
 
 
 def test_a_rewound_cache_continues_as_if_the_dropped_tokens_had_not_been() -> None:
@@ -199,11 +178,6 @@ def test_a_model_that_does_not_fit_the_cache_is_told_so() -> None:
             model(ids, cache=KVCache(config, 1, 8, dtype=torch.bfloat16))
 
 
-def test_a_cache_of_no_rows_cannot_be_selected() -> None:
-    with pytest.raises(ValueError, match="at least one row"):
-        KVCache(tiny_config(), 2, 8).select([])
-
-
 def test_a_full_cache_refuses_tokens_before_anything_is_written() -> None:
     config = tiny_config()
     model = our_model(reference_model(config), config)
@@ -215,117 +189,3 @@ def test_a_full_cache_refuses_tokens_before_anything_is_written() -> None:
             model(random_ids(config, 1, 2), cache=cache)
     assert torch.equal(cache.kv, before)
     assert cache.end == 3
-
-
-def test_a_static_cache_writes_at_each_row_s_length_and_shows_all_slots() -> None:
-    cache = KVCache(CONFIG, 2, 6)
-    fill(cache, 3, 1.0)
-    cache.set_lengths([3, 1])
-    static = StaticCache(cache)
-    for value in (7.0, 8.0):
-        fill(static, 1, value)
-    assert slots(static, 0, 0) == [1, 2, 3, 7, 8, 0]
-    assert slots(static, 1, 1) == [111, 117, 118, 0, 0, 0]
-    assert static.start.tolist() == static.lengths.tolist() == [5, 3]
-    seen_slots = static.append(1, torch.zeros(2, 1, 1, 8))
-    assert seen_slots.shape == (2, 6, 1, 8)
-    assert static.kv.data_ptr() == cache.kv.data_ptr()  # it took the memory over
-
-
-def test_a_static_cache_selects_rows_and_takes_one_token_at_a_time() -> None:
-    cache = KVCache(CONFIG, 3, 6)
-    fill(cache, 2, 1.0)
-    static = StaticCache(cache)
-    fill(static, 1, 9.0)
-    static = StaticCache(static.select([2, 0]))
-    fill(static, 1, 5.0)
-    assert slots(static, 0, 0) == [201, 202, 209, 5, 0, 0]
-    assert slots(static, 0, 1) == [1, 2, 9, 105, 0, 0]
-    with pytest.raises(ValueError, match="2 tokens per row"):
-        static.require_room(2)
-
-
-def test_a_static_cache_does_not_take_over_an_int8_one() -> None:
-    with pytest.raises(ValueError, match="the cache is int8"):
-        StaticCache(KVCache(CONFIG, 2, 6, dtype=torch.int8))
-
-
-# ------------------------------------------------------------------------------------------- int8
-
-
-def int8_model(**changes: object) -> GPT:
-    config = tiny_config(**changes)
-    model = our_model(reference_model(config), config)
-    model.cache_dtype = torch.int8
-    return model
-
-
-def test_an_int8_cache_keeps_each_key_and_value_to_half_a_step_of_its_scale():
-    kv = torch.randn(2, 3, 2, 10) * torch.logspace(-4, 4, 3)[:, None, None]
-    kv[0, 1] = 0
-    integers, scales = quantize_kv(kv)
-    assert (integers.dtype, integers.shape, scales.shape) == (torch.int8, kv.shape, (2, 3, 2, 2))
-    back = dequantize_kv(integers, scales, kv.dtype)
-    steps = kv.view(2, 3, 2, 2, 5).abs().amax(-1) / 127  # of K and of V
-    error = (back - kv).view(2, 3, 2, 2, 5).abs().amax(-1)
-    assert (error <= 0.5001 * steps).all()
-    assert not back[0, 1].any()
-
-
-@pytest.mark.parametrize("changes", [{}, {"multi_query": False}])
-def test_with_an_int8_cache_attention_sees_what_is_kept(changes):
-    """The model on rounded keys and values, computed without the cache's own code."""
-    model = int8_model(**changes)
-    ids = random_ids(model.config, 2, 9)
-
-    original = MultiQueryAttention.split
-
-    def split(self, qkv):
-        q, kv = original(self, qkv)
-        return q, dequantize_kv(*quantize_kv(kv), kv.dtype)
-
-    with torch.inference_mode():
-        cache = model.new_cache(2, 9)
-        got = torch.cat([model(ids[:, :5], cache=cache), model(ids[:, 5:], cache=cache)], 1)
-        MultiQueryAttention.split = split
-        try:
-            expected = model(ids)
-        finally:
-            MultiQueryAttention.split = original
-        assert relative_error(got, expected) < 1e-5
-        assert relative_error(got, model(ids)) > 1e-4  # it does round
-
-
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3, "n": 2}])
-def test_rows_of_an_int8_cache_are_those_of_solo_runs(options):
-    model = int8_model()
-    prompts = random_prompts(model.config, [9, 30, 1])
-    n = options.get("n", 1)
-    together = generate(model, prompts, 12, **options)
-    alone = [row for prompt in prompts for row in generate(model, [prompt], 12, **options)]
-    assert together == alone
-    many = sorted(
-        (token.row, token.id)
-        for token in stream_batched(
-            model,
-            prompts,
-            12,
-            2,
-            SamplingParams(**{k: v for k, v in options.items() if k != "n"}),
-            n=n,
-        )
-    )
-    assert many == sorted((row, id_) for row, ids in enumerate(together) for id_ in ids)
-
-
-def test_an_int8_cache_takes_half_of_bfloat16_and_what_is_counted():
-    config = tiny_config(n_embd=512, n_head=4)
-    small = KVCache(config, 3, 16, dtype=torch.int8)
-    assert small.kv.nbytes + small.scales.nbytes == cache_bytes(config, torch.int8, 3, 16)
-    assert cache_bytes(config, torch.int8) < 0.55 * cache_bytes(config, torch.bfloat16)
-
-
-def test_an_unknown_cache_dtype_is_refused():
-    with pytest.raises(InputError, match="cache_dtype is 'int4': accepted is int8"):
-        LLM.load(cache_dtype="int4")
-    assert LLM.load(cache_dtype="int8").model.cache_dtype == torch.int8

@@ -80,7 +80,7 @@ def test_elsewhere_what_is_quick_writes_nothing(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_elsewhere_what_takes_long_writes_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(mqa_gpt.progress, "PERIOD", 0.01)
+    monkeypatch.setattr(mqa_gpt.progress, "INTERVAL", 0.01)
     monkeypatch.setattr(sys, "stderr", log := Log())
     with status() as say:
         say("loading")
@@ -108,7 +108,7 @@ def test_a_closed_or_failing_stream_is_no_error(monkeypatch: pytest.MonkeyPatch)
             self.written.set()
             raise BrokenPipeError
 
-    monkeypatch.setattr(mqa_gpt.progress, "PERIOD", 0.01)
+    monkeypatch.setattr(mqa_gpt.progress, "INTERVAL", 0.01)
     monkeypatch.setattr(sys, "stderr", log := Failing())
     with status() as say:
         say("loading")
@@ -143,9 +143,16 @@ def test_commands_that_take_long_name_their_stages(
         mqa_gpt.bench.run.benchmark(
             model=tmp_path, prompt_lengths=[2], new_lengths=[2], repeats=1, compare=["transformers"]
         )
-        assert said == [
+        workloads = ["1 x 2+1 tokens", "1 x 1+2 tokens", "1 x 2+2 tokens"]
+        assert said[:6] == [
             "loading",
-            "warming up",
-            "loading transformers and warming it up",
-            "warming up the measurement of the ceilings",
+            "writing a checkpoint for the other programs",
+            *(f"warming up: mqa-gpt {workload}" for workload in workloads),
+            "loading transformers",
         ]
+        assert said[-11:-8] == [
+            "warming up: transformers 1 x 2+2 tokens",
+            "warming up the measurement of the ceilings",
+            "measuring: round 1 of 1, mqa-gpt 1 x 2+1 tokens",
+        ]
+        assert said[-1] == "measuring: round 1 of 1, matmul_tflops"

@@ -174,7 +174,8 @@ def test_streams_of_uniforms_differ_by_seed_and_by_sample_and_repeat():
         ({"temperature": 1.0, "top_p": 0.0}, "top_p"),
         ({"temperature": 1.0, "top_p": 1.01}, "top_p"),
         ({"temperature": 1.0, "top_p": float("nan")}, "top_p"),
-        ({"temperature": 1.0, "top_k": 0}, "top_k"),
+        ({"temperature": 1.0, "top_k": -2}, "top_k"),
+        ({"temperature": 2**64}, "temperature"),
         ({"temperature": 1.0, "top_k": 2.5}, "top_k"),
         ({"temperature": 1.0, "top_k": True}, "top_k"),
         ({"temperature": 1.0, "min_p": -0.1}, "min_p"),
@@ -183,11 +184,19 @@ def test_streams_of_uniforms_differ_by_seed_and_by_sample_and_repeat():
         ({"repetition_penalty": 1e-60}, "repetition_penalty"),
         ({"repetition_penalty": float("inf")}, "repetition_penalty"),
         ({"seed": 1.5}, "seed"),
-        ({"top_p": 0.9}, "temperature"),
-        ({"top_k": 4}, "temperature"),
-        ({"min_p": 0.1}, "temperature"),
     ],
 )
 def test_an_unusable_option_is_named(options, word):
     with pytest.raises(PromptError, match=word):
         SamplingParams(**options)
+
+
+def test_values_that_change_nothing_elsewhere_change_nothing_here() -> None:
+    logits = torch.randn(3, 50)
+    plain = SamplingParams(temperature=1.2)
+    for options in ({"top_k": 0}, {"top_k": -1}, {"top_p": 1}, {"top_p": 1.0, "min_p": 0}):
+        same = SamplingParams(temperature=1.2, **options)
+        assert torch.equal(filter_logits(logits, same), filter_logits(logits, plain))
+    greedy = SamplingParams(top_k=2, top_p=0.5, min_p=0.2)
+    assert greedy.greedy
+    assert torch.equal(filter_logits(logits, greedy), logits)

@@ -1,6 +1,6 @@
-"""What a machine does at most: how fast it reads its memory and how fast it multiplies matrices.
+"""The most a machine can do: how fast it reads its memory and how fast it multiplies matrices.
 
-Measured by `probes`, which run in turn with what is to be compared with them.
+`probes` measure it, in turn with what they are the scale for.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from mqa_gpt.fast.packing import can_pack, pack
 PROBE_BYTES = 1 << 30  # more than the caches of a processor hold
 CPU_PROBE_SIZE, GPU_PROBE_SIZE = 2048, 8192  # rows and columns of the matrices multiplied
 
-# In one run of a probe. A GPU makes a pass over the memory in a quarter of a millisecond, in which
-# the time of starting it and of waiting for it would show.
+# Passes in one run of a probe. A GPU makes one in a quarter of a millisecond, of which launching
+# and waiting would be a visible part.
 PASSES = {"cpu": 1, "cuda": 16}
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine did at most, medians: bytes per second that a sum read and that a copy
-    read and wrote, and operations per second of a matrix product.
+    """Medians of this machine: bytes per second that a sum reads and that a copy reads and writes,
+    and operations per second of a matrix product.
 
     Attributes:
-        int8_matmul_tflops: the same of a layer of 8-bit weights, with the rounding of its rows;
-            None where no product of 8-bit integers is made.
+        int8_matmul_tflops: of a layer with 8-bit weights, rounding its rows included; None where
+            nothing multiplies 8-bit integers.
     """
 
     read_gb_per_s: float
@@ -41,19 +41,21 @@ class Ceilings:
 
     @property
     def gb_per_s(self) -> float:
-        """The faster of the two ways to use the memory."""
+        """The faster of reading and copying."""
         return max(self.read_gb_per_s, self.copy_gb_per_s)
 
     def tflops(self, itemsize: int) -> float:
-        """The rate of products with weights of so many bytes each."""
+        """The rate of products whose weights have `itemsize` bytes each."""
         if itemsize == 1 and self.int8_matmul_tflops is not None:
             return self.int8_matmul_tflops
         return self.matmul_tflops
 
 
 class Probe(NamedTuple):
-    """An action that shows what the machine can do: `amount` of some unit in each run, which makes
-    the same pass `PASSES` times.
+    """An action that shows what the machine can do.
+
+    Attributes:
+        amount: of the probe's unit in one run, which makes the same pass `PASSES` times.
     """
 
     run: Callable[[], object]
@@ -61,11 +63,10 @@ class Probe(NamedTuple):
 
 
 def probes(device: torch.device, dtype: torch.dtype, in_8_bits: bool = False) -> dict[str, Probe]:
-    """What measures each field of `Ceilings`, by its name and in its unit.
+    """A probe for each field of `Ceilings`, by its name and in its unit.
 
     Args:
-        in_8_bits: whether something has 8-bit weights. Where their layers can be packed, which
-            makes products of 8-bit integers of them, these are measured too.
+        in_8_bits: whether to measure products of 8-bit integers too, where packed layers make them.
     """
     memory = torch.rand(PROBE_BYTES // 4, device=device)
     half = len(memory) // 2
@@ -84,7 +85,7 @@ def probes(device: torch.device, dtype: torch.dtype, in_8_bits: bool = False) ->
 
     def product(layer: nn.Module) -> Probe:
         module = nn.Sequential(layer).requires_grad_(False)
-        # Packed where a model's layers would be, which is where that makes them faster.
+        # Packed where a model's layers would be: that is the faster product.
         if can_pack(module):
             pack(module)
         return probe(lambda: module(rows), 2 * size**3 / 1e12)
@@ -101,7 +102,7 @@ def probes(device: torch.device, dtype: torch.dtype, in_8_bits: bool = False) ->
 
 
 def reached(limits: Mapping[str, Probe], seconds: Mapping[Any, list[float]]) -> Ceilings:
-    """What the probes did in the median of their times."""
+    """The rates of the probes in the median of their times."""
     return Ceilings(
         **{name: probe.amount / statistics.median(seconds[name]) for name, probe in limits.items()}
     )

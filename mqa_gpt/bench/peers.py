@@ -1,4 +1,4 @@
-"""What `mqa_gpt.bench.run` times: this implementation, and others that run the same weights.
+"""The programs that `mqa_gpt.bench.run` times: this one, and others that run the same weights.
 
 All of them generate greedily and never stop early, so that they do the same work.
 """
@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -19,22 +22,22 @@ from typing import Any, NamedTuple
 import tokenizers
 import torch
 
-from mqa_gpt.errors import InputError
+from mqa_gpt.errors import InputError, shown
 from mqa_gpt.fast.int8 import is_quantized
-from mqa_gpt.generation.request import generate
+from mqa_gpt.generation.loop import generate
 from mqa_gpt.machine import INSTALL_PEERS, version
 from mqa_gpt.model import GPT
 from mqa_gpt.verify.compare import quiet_transformers
 
 OURS = "mqa-gpt"
 
-# (prompts, all of one length; how many) -> so many new tokens per prompt, computed on return
+# (prompts, all of one length; count) -> `count` new tokens per prompt, computed on return
 Generate = Callable[[list[list[int]], int], list[list[int]]]
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A program with the weights loaded; `itemsize` is bytes per weight as it reads them."""
+class Program:
+    """A program with the weights loaded; `itemsize` is the bytes it reads per weight."""
 
     name: str
     generate: Generate
@@ -42,30 +45,57 @@ class Contender:
 
 
 class Peer(NamedTuple):
-    """How to load a peer.
+    """How to load another program.
 
     Attributes:
-        load: (folder, model) -> its contenders; the folder holds the model as a checkpoint.
-        packages: that it needs.
-        copies: of the weights that are in memory at its worst moment.
+        load: (folder, model) -> its programs, one per precision; the folder holds the model as a
+            checkpoint.
+        packages: what has to be installed.
+        copies: how often the weights are in memory at the peak.
     """
 
-    load: Callable[[Path, GPT], Iterator[Contender]]
+    load: Callable[[Path, GPT], Iterator[Program]]
     packages: tuple[str, ...]
     copies: int
 
 
-def ours(model: GPT) -> Contender:
+def ours(model: GPT) -> Program:
     """This implementation."""
     itemsize = 1 if is_quantized(model) else model.dtype.itemsize
-    return Contender(OURS, lambda prompts, n: generate(model, prompts, n), itemsize)
+    return Program(OURS, lambda prompts, n: generate(model, prompts, n), itemsize)
+
+
+@contextmanager
+def temporary_folder(parent: str | None = None) -> Iterator[Path]:
+    """A folder in `parent`, or where temporary files go, deleted even if SIGTERM ends the process.
+
+    Checkpoints in it take gigabytes, which nothing else would delete.
+    """
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    is_ours = (
+        threading.current_thread() is threading.main_thread()  # no other may set a handler
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
+    if is_ours:
+        signal.signal(signal.SIGTERM, end)
+    try:
+        with tempfile.TemporaryDirectory(prefix="mqa-gpt-", dir=parent) as folder:
+            yield Path(folder)
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def require_peers(names: Sequence[str]) -> None:
-    """Raise InputError if a peer is unknown or not installed."""
+    """Raise InputError if one of these programs is unknown or not installed."""
     for name in names:
-        if name not in PEERS:
-            raise InputError(f"there is no peer {name!r}: accepted are {', '.join(PEERS)}")
+        if not isinstance(name, str) or name not in PEERS:
+            raise InputError(
+                f"there is no program {shown(name)} to compare with: there are {', '.join(PEERS)}"
+            )
         missing = [package for package in PEERS[name].packages if version(package) is None]
         if missing:
             raise InputError(
@@ -74,13 +104,13 @@ def require_peers(names: Sequence[str]) -> None:
             )
 
 
-def load_transformers(folder: Path, model: GPT) -> Iterator[Contender]:
+def load_transformers(folder: Path, model: GPT) -> Iterator[Program]:
     """transformers' `generate` with its defaults."""
     transformers: Any = import_module("transformers")
     with quiet_transformers():
         theirs = transformers.GPTBigCodeForCausalLM.from_pretrained(folder, dtype=model.dtype)
     theirs.to(model.device)
-    # No end token: full length.
+    # Without an end token all have the full length.
     theirs.generation_config = transformers.GenerationConfig(pad_token_id=0)
 
     def run(prompts: list[list[int]], count: int) -> list[list[int]]:
@@ -89,14 +119,14 @@ def load_transformers(folder: Path, model: GPT) -> Iterator[Contender]:
         output = theirs.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False)
         return output[:, ids.shape[1] :].tolist()
 
-    yield Contender("transformers", run, model.dtype.itemsize)
+    yield Program("transformers", run, model.dtype.itemsize)
 
 
-def load_ctranslate2(folder: Path, model: GPT) -> Iterator[Contender]:
-    """CTranslate2 with weights of the model's dtype and of 8 bits, as far as it has them here.
+def load_ctranslate2(folder: Path, model: GPT) -> Iterator[Program]:
+    """CTranslate2 with weights in the model's dtype and in 8 bits, where it supports them here.
 
-    Each runs in a process of its own: where CTranslate2 has once computed, PyTorch's products take
-    up to twice as long for the rest of the process, and what is idle does not disturb.
+    Each runs in a process of its own: once CTranslate2 has computed, PyTorch's products take up to
+    twice as long for the rest of that process. Idle processes do not disturb.
     """
     ctranslate2: Any = import_module("ctranslate2")
     converters: Any = import_module("ctranslate2.converters")
@@ -113,7 +143,7 @@ def load_ctranslate2(folder: Path, model: GPT) -> Iterator[Contender]:
             f"ctranslate2 does not compute in {dtype} on this {device.type}, but in "
             f"{', '.join(sorted(supported))}: choose another --dtype"
         )
-    # It takes tokens by their names, so they get names: "0", "1", ...
+    # It takes tokens as strings, so they get names: "0", "1", ...
     names = {str(token): token for token in range(model.config.vocab_size)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, unk_token="0"))
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -124,7 +154,7 @@ def load_ctranslate2(folder: Path, model: GPT) -> Iterator[Contender]:
     with quiet_transformers():
         converters.TransformersConverter(str(folder)).convert(converted)
 
-    def contender(compute_type: str) -> Contender:
+    def program(compute_type: str) -> Program:
         options = {
             "device": device.type,
             "device_index": device.index or 0,
@@ -141,15 +171,15 @@ def load_ctranslate2(folder: Path, model: GPT) -> Iterator[Contender]:
             return process.submit(_generate, prompts, count).result()
 
         label = compute_type.partition("_")[0]
-        return Contender(f"ctranslate2 {label}", run, types[compute_type])
+        return Program(f"ctranslate2 {label}", run, types[compute_type])
 
-    yield from (contender(name) for name in types if name in supported)
+    yield from (program(name) for name in types if name in supported)
 
 
 def end_with_parent() -> None:
-    """End this process once the one that started it has ended, even if it was killed.
+    """End this process when its parent ends, even if the parent is killed.
 
-    A worker of a pool would else wait for work for ever, with the weights in memory.
+    Otherwise a worker of a pool would wait for work for ever, with the weights in memory.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -161,7 +191,7 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-_generator: Any = None  # CTranslate2's, in its process
+_generator: Any = None  # CTranslate2's, in a worker process
 
 
 def _load_generator(folder: str, options: dict[str, Any]) -> None:

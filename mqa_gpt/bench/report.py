@@ -1,4 +1,4 @@
-"""What `mqa_gpt.bench.run` found, as an object, as JSON, as CSV and as a Markdown table."""
+"""The results of `mqa_gpt.bench.run` as an object, JSON, CSV and a Markdown table."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from mqa_gpt.bench.ceilings import Ceilings
 
 @dataclass(frozen=True)
 class Result:
-    """One test of one contender.
+    """One test of one program.
 
     Attributes:
+        contender: the program.
         tokens: of all rows together.
         mean, stdev, median: tokens per second over the repeats; stdev is the sample's, 0 for one.
         gb_per_s, mbu: of decode tests, else None.
         tflops, mfu: of prefill tests, else None.
-        ours_faster: how many times as fast mqa-gpt was in the same round, the median of the
-            rounds; None for itself.
+        ours_faster: the program's time over that of mqa-gpt in the same round, the median of the
+            rounds; below 1 mqa-gpt is slower. None for mqa-gpt itself.
         same_tokens: whether mqa-gpt wrote the same tokens; None for itself.
-        seconds: every repeat.
+        seconds: of every repeat.
     """
 
     test: str
@@ -43,19 +44,19 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `benchmark` found.
+class BenchReport:
+    """The result of `benchmark`.
 
     Attributes:
-        weights: "random" of a shape, else "checkpoint".
+        weights: "random" for a shape, else "checkpoint".
         backend: the attention backend that computed.
-        asked_backend: that, or "auto".
-        quantize: what `benchmark` was asked for; the peers' weights are never quantized by it.
-        weight_bytes: that each forward pass reads.
-        cache_bytes_per_token: of K and V.
-        peak_memory_bytes: the most this process held until it had loaded the model and run every
-            test once, before any peer was loaded; None where the system does not say.
-        command: of the process that measured.
+        asked_backend: the same, or "auto".
+        quantize: the argument of `benchmark`; it does not quantize the peers' weights.
+        weight_bytes: what each forward pass reads of the weights.
+        cache_bytes_per_token: K and V.
+        peak_memory_bytes: of this process after loading the model and running every test once,
+            before any peer is loaded; None where the system does not say.
+        command: what started the process.
         environment: see `mqa_gpt.machine.describe`.
     """
 
@@ -79,11 +80,11 @@ class Report:
     environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON can hold it, but for NaN."""
+        """The report as JSON types; figures may be NaN."""
         return asdict(self)
 
     def to_csv(self) -> str:
-        """A heading and one line per result, each with what the results share; no repeats."""
+        """A header and one line per result, which repeats what the results share."""
         names = (
             "model",
             "weights",
@@ -105,45 +106,61 @@ class Report:
         return text.getvalue()
 
     def to_markdown(self) -> str:
-        """A table with one row per result, below what it was measured on."""
+        """The model and the ceilings, then a table with one row per result."""
         has_peers = any(result.ours_faster is not None for result in self.results)
         head = ["test", "batch", "by", "tok/s", "median", "GB/s", "MBU", "TFLOP/s", "MFU"]
-        rows = [head + ["mqa-gpt is faster by", "same tokens"] * has_peers]
+        rows = [head + ["mqa-gpt is", "same tokens"] * has_peers]
         for r in self.results:
             cells = [r.test, str(r.batch), r.contender, f"{r.mean:,.1f} ± {r.stdev:,.1f}"]
             cells += [f"{r.median:,.1f}", _cell(r.gb_per_s, ".1f"), _cell(r.mbu, ".0%")]
             cells += [_cell(r.tflops, ".3g"), _cell(r.mfu, ".0%")]
             if has_peers:
-                cells.append("" if r.ours_faster is None else f"{r.ours_faster:.2f} x")
+                cells.append("" if r.ours_faster is None else times_faster(r.ours_faster))
                 cells.append({None: "", True: "yes", False: "no"}[r.same_tokens])
             rows.append(cells)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        numbers = range(3, len(widths))  # columns to be aligned on the right
-        rule = ["-" * (w - 1) + ":" if i in numbers else "-" * w for i, w in enumerate(widths)]
-        table = [
-            [cell.rjust(w) if i in numbers else cell.ljust(w)
-             for i, (cell, w) in enumerate(zip(cells, widths, strict=True))]
-            for cells in rows
-        ]  # fmt: skip
-        lines = [f"| {' | '.join(cells)} |" for cells in [table[0], rule, *table[1:]]]
         threads = self.environment["cpu"]["threads"]
         where = f"{self.device}, {threads} threads" if self.device == "cpu" else self.device
         peak = self.peak_memory_bytes
         memory = "" if peak is None else f", peak memory {peak / 1e9:.2f} GB"
         weights = "" if self.quantize is None else f" with {self.quantize} weights"
-        about = (
-            f"{self.model}: {self.parameters / 1e9:.3g} B parameters, {self.weights} weights, "
-            f"{self.dtype}{weights} on {where}, "
-            f"attention {backend_text(self.asked_backend, self.backend)}{memory}"
-        )
         c = self.ceilings
         int8 = c.int8_matmul_tflops
-        limits = (
-            f"ceilings: {c.read_gb_per_s:.1f} GB/s read, {c.copy_gb_per_s:.1f} GB/s copied, "
-            f"{c.matmul_tflops:.3g} TFLOP/s multiplied"
-            f"{'' if int8 is None else f', {int8:.3g} in 8 bits'}; {self.repeats} repeats"
+        return "\n".join(
+            [
+                f"{self.model}: {count_text(self.parameters)} parameters, {self.weights} weights, "
+                f"{self.dtype}{weights} on {where}, "
+                f"attention {backend_text(self.asked_backend, self.backend)}{memory}",
+                f"ceilings: {c.read_gb_per_s:.1f} GB/s read, {c.copy_gb_per_s:.1f} GB/s copied, "
+                f"{c.matmul_tflops:.3g} TFLOP/s multiplied"
+                f"{'' if int8 is None else f', {int8:.3g} in 8 bits'}; {self.repeats} repeats",
+                "",
+                *_table(rows),
+                "",
+            ]
         )
-        return "\n".join([about, limits, "", *lines, ""])
+
+
+def times_faster(ratio: float) -> str:
+    """Their time over ours in words, such as "1.65 x faster" or "2.50 x slower"."""
+    return f"{1 / ratio:.2f} x slower" if ratio < 1 else f"{ratio:.2f} x faster"
+
+
+def count_text(count: int) -> str:
+    """A number of parameters in three digits, such as "5.46 M" or "15.5 B"."""
+    value, unit = (count / 1e9, "B") if count >= 999.5e6 else (count / 1e6, "M")
+    return f"{value:.3g} {unit}"
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Lines of Markdown; all columns but the first three are aligned on the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * (w - 1) + ":" if i >= 3 else "-" * w for i, w in enumerate(widths)]
+    padded = [
+        [cell.rjust(w) if i >= 3 else cell.ljust(w)
+         for i, (cell, w) in enumerate(zip(cells, widths, strict=True))]
+        for cells in rows
+    ]  # fmt: skip
+    return [f"| {' | '.join(cells)} |" for cells in [padded[0], rule, *padded[1:]]]
 
 
 def _cell(value: float | None, spec: str) -> str:

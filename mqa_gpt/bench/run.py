@@ -1,18 +1,18 @@
-"""How fast a model runs, beside what this machine can do at most and beside other programs.
+"""How fast a model runs, next to what this machine can do at most and next to other programs.
 
-The tests have the names of llama.cpp's llama-bench. Each is a greedy generation as the user of a
-program calls it, counted in tokens per second of all rows together:
+The tests are named as in llama.cpp's llama-bench. Each is a greedy generation as a user of the
+program calls it, in tokens per second of all rows together:
 
     pp512           a prompt of 512 tokens up to its first new token (prefill)
-    tg128           128 new tokens behind a prompt of one: 128 passes of a token each (decode)
+    tg128           128 new tokens after a prompt of one: 128 passes of a token each (decode)
     pp512+tg128     both in one generation
-    tg127 @ d512    the decode steps of it: its time less that of pp512 in the same round
+    tg127 @ d512    its decode steps: its time minus that of pp512 in the same round
 
 Two ceilings give these rates a scale. A decode step has to read the weights and the cache: GB/s,
 and as a share of what this machine reads, MBU (model bandwidth utilisation). A prefill has to
-multiply: TFLOP/s, and as a share of what a matrix product does here, MFU (model FLOPs utilisation);
-with 8-bit weights on a CPU, of what a layer of 8-bit weights does. All of it is measured in turn
-with the tests, so that a busy machine lowers everything alike.
+multiply: TFLOP/s, and as a share of the rate of a matrix product, MFU (model FLOPs utilisation);
+with 8-bit weights on a CPU, of the rate of a layer of 8-bit weights. Ceilings and tests are
+measured in turn, so that a busy machine slows all of them alike.
 """
 
 from __future__ import annotations
@@ -20,22 +20,20 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mqa_gpt.attention import acting_backend, select_attention
 from mqa_gpt.bench.ceilings import PROBE_BYTES, Ceilings, probes, reached
-from mqa_gpt.bench.peers import OURS, PEERS, Contender, ours, require_peers
-from mqa_gpt.bench.report import Report, Result
+from mqa_gpt.bench.counts import decode_bytes, prefill_flops, weight_bytes
+from mqa_gpt.bench.peers import OURS, PEERS, Program, ours, require_peers, temporary_folder
+from mqa_gpt.bench.report import BenchReport, Result
 from mqa_gpt.cache import cache_bytes
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.load import (
@@ -46,7 +44,7 @@ from mqa_gpt.checkpoints.load import (
     load_model,
     read_config,
 )
-from mqa_gpt.config import GPTConfig
+from mqa_gpt.config import PRESETS, GPTConfig
 from mqa_gpt.errors import InputError, is_int, shown
 from mqa_gpt.fast.int8 import check_method, is_quantized
 from mqa_gpt.fast.int8 import quantize as quantize_model
@@ -56,87 +54,43 @@ from mqa_gpt.model import GPT
 from mqa_gpt.progress import status
 
 Key = TypeVar("Key", bound=Hashable)
-Clock = Callable[[], float]
 
 
-class Request(NamedTuple):
-    """One generation: `new` tokens behind each of `batch` prompts of `prompt` tokens."""
+class Workload(NamedTuple):
+    """A generation: `new` tokens after each of `batch` prompts of `prompt` tokens."""
 
     batch: int
     prompt: int
     new: int
 
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.prompt}+{self.new} tokens"
+
 
 class Test(NamedTuple):
-    """What a result is about.
+    """What one result measures.
 
     Attributes:
-        request: the generation whose time counts.
-        tokens: per row, that this time is divided among.
-        less: a generation whose time is taken off, or None.
-        decode: its steps as the positions that each attends to, its own included; empty if there
-            is more in it than decoding.
-        is_prefill: whether there is nothing in it but a prefill.
+        workload: the generation whose time counts.
+        tokens: per row, which the rate counts.
+        minus: a generation whose time is subtracted, or None.
+        decode: if it is decoding alone, the positions each step attends to, its own included.
+        is_prefill: whether it is a prefill alone.
     """
 
     name: str
-    request: Request
+    workload: Workload
     tokens: int
-    less: Request | None = None
+    minus: Workload | None = None
     decode: range = range(0)
     is_prefill: bool = False
-
-
-# ----------------------------------------------------------------------------- what has to be done
-
-
-def weight_bytes(config: GPTConfig, itemsize: int) -> int:
-    """Bytes of weights that a forward pass reads, `itemsize` each.
-
-    All but the embeddings, of which it takes one row per token; a tied token embedding is read
-    whole nevertheless, as the head.
-    """
-    parts = config.parameters_by_part
-    read = config.parameters - parts["position embedding"]
-    if not config.tie_word_embeddings:
-        read -= parts["token embedding"]
-    return read * itemsize
-
-
-def decode_bytes(
-    config: GPTConfig, batch: int, steps: range, weight_itemsize: int, dtype: torch.dtype
-) -> int:
-    """Bytes that decode steps have to read: each the weights, and K and V of each row's tokens.
-
-    Args:
-        steps: the positions that each step attends to, its own included.
-        dtype: of the cache.
-    """
-    weights = len(steps) * weight_bytes(config, weight_itemsize)
-    return weights + cache_bytes(config, dtype, batch, sum(steps))
-
-
-def prefill_flops(config: GPTConfig, batch: int, T: int) -> int:
-    """Floating point operations of a prefill of T tokens, additions and multiplications.
-
-    Those of matrix products: of the attention what causality leaves to do, 2 C T (T + 1) for each
-    row and layer; of the head the last position.
-    """
-    C, F = config.n_embd, config.inner_size
-    qkv = C + 2 * config.n_kv_head * config.head_dim
-    linear = 2 * T * (C * qkv + C * C + 2 * C * F)
-    attention = 2 * C * T * (T + 1)
-    return batch * (config.n_layer * (linear + attention) + 2 * C * config.vocab_size)
-
-
-# ------------------------------------------------------------------------------------- measurement
 
 
 def take_turns(
     actions: Mapping[Key, Callable[[], object]],
     repeats: int,
     label: str,
-    clock: Clock = time.perf_counter,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Key, list[float]]:
     """Run all actions in turn, `repeats` times, and return the seconds of each.
 
@@ -144,16 +98,19 @@ def take_turns(
 
     Args:
         actions: key -> what to time. An action that returns a float has timed itself.
-        label: of the progress bar on standard error.
+        label: what the status line calls the measurement.
         clock: the time in seconds.
     """
     seconds: dict[Key, list[float]] = {key: [] for key in actions}
-    for _ in tqdm(range(repeats), desc=label, leave=False, disable=None):
-        for key, action in actions.items():
-            begin = clock()
-            measured = action()
-            elapsed = clock() - begin
-            seconds[key].append(measured if isinstance(measured, float) else elapsed)
+    with status() as say:
+        for repeat in range(1, repeats + 1):
+            for key, action in actions.items():
+                name = " ".join(map(str, key)) if isinstance(key, tuple) else key
+                say(f"{label}: round {repeat} of {repeats}, {name}")
+                begin = clock()
+                measured = action()
+                elapsed = clock() - begin
+                seconds[key].append(measured if isinstance(measured, float) else elapsed)
     return seconds
 
 
@@ -171,21 +128,21 @@ def benchmark(
     batches: Sequence[int] = (1,),
     repeats: int = 5,
     compare: Sequence[str] = (),
-    clock: Clock = time.perf_counter,
-) -> Report:
-    """Measure a model with random ids as prompts; see the module's text for what is measured.
+    clock: Callable[[], float] = time.perf_counter,
+) -> BenchReport:
+    """Measure a model on random prompts; the module's docstring says what is measured.
 
     On a CPU the weights are packed, as by `LLM.load`.
 
     Args:
-        shape: the name of an official shape, which gets random weights.
+        shape: the name of a preset, which gets random weights.
         model, revision: instead, a checkpoint (see `load_model`); the demo if there is neither.
-        device, backend, quantize: see `load_model`. Peers get the weights as they were before.
-        dtype: None keeps the checkpoint's; of a shape it is float32 on a CPU, elsewhere bfloat16.
-        prompt_lengths, new_lengths: in tokens. 0 leaves out what would need them.
+        device, backend, quantize: see `load_model`. Peers get the weights before quantization.
+        dtype: None keeps the checkpoint's; for a shape it is float32 on a CPU, else bfloat16.
+        prompt_lengths, new_lengths: in tokens. 0 leaves out the tests that would need them.
         batches: rows.
-        repeats: rounds, after one that warms up.
-        compare: programs that run the same weights in the same rounds: "transformers",
+        repeats: rounds, after one to warm up.
+        compare: other programs to run the same weights in the same rounds: "transformers",
             "ctranslate2".
         clock: the time in seconds.
 
@@ -197,52 +154,57 @@ def benchmark(
     check_method(quantize)
     tests = plan(prompt_lengths, new_lengths, batches)
     if not is_int(repeats) or repeats < 1:
-        raise InputError(f"the repeats are {shown(repeats)}: they must be an integer of at least 1")
+        raise InputError(f"repeats is {shown(repeats)}: it must be an integer of at least 1")
+    require_peers(_listed("compare", compare))
     compare = list(dict.fromkeys(compare))
-    require_peers(compare)
-    with tempfile.TemporaryDirectory() as folder:
-        with status() as say:
-            say("loading")
-            gpt = _load(shape, model, revision, device, dtype, backend, tests, compare)
-            if compare and is_quantized(gpt):
-                raise InputError(
-                    f"{model} holds 8-bit weights, which {' and '.join(compare)} cannot read: "
-                    "compare the checkpoint that they were made from, with quantize='int8' "
-                    "(--quantize int8)"
-                )
-            if compare:
-                gpt.save_pretrained(folder)
-            if quantize is not None and not is_quantized(gpt):
-                quantize_model(gpt)
-            if can_pack(gpt):
-                pack(gpt)
-            prompts = {test.request: random_prompts(gpt.config, test.request) for test in tests}
-            say("warming up")
-            contenders = [ours(gpt)]
-            written = {(OURS, r): contenders[0].generate(ids, r.new) for r, ids in prompts.items()}
-            peak = peak_memory(gpt.device)
-            for name in compare:
-                say(f"loading {name} and warming it up")
-                for peer in PEERS[name].load(Path(folder), gpt):
-                    contenders.append(peer)
-                    written |= {
-                        (peer.name, r): peer.generate(ids, r.new) for r, ids in prompts.items()
-                    }
-            say("warming up the measurement of the ceilings")
-            in_8_bits = any(contender.itemsize == 1 for contender in contenders)
-            limits = probes(gpt.device, gpt.dtype, in_8_bits)
-            for probe in limits.values():
-                probe.run()
-        actions: dict[Any, Callable[[], object]] = {
-            (contender.name, request): partial(contender.generate, ids, request.new)
-            for request, ids in prompts.items()
-            for contender in contenders
-        }
-        actions |= {name: probe.run for name, probe in limits.items()}
-        seconds = take_turns(actions, repeats, "measuring", clock)
+    with status() as say, temporary_folder() as folder:
+        say("loading")
+        gpt = _load(shape, model, revision, device, dtype, backend, tests, compare)
+        if compare and is_quantized(gpt):
+            raise InputError(
+                f"{model} holds 8-bit weights, which {' and '.join(compare)} cannot read: "
+                "compare the checkpoint that they were made from, with quantize='int8' "
+                "(--quantize int8)"
+            )
+        if compare:
+            say("writing a checkpoint for the other programs")
+            gpt.save_pretrained(folder)
+        if quantize is not None and not is_quantized(gpt):
+            quantize_model(gpt)
+        if can_pack(gpt):
+            pack(gpt)
+        prompts = {test.workload: random_prompts(gpt.config, test.workload) for test in tests}
+        programs: list[Program] = []
+        written = {}
+        peak = None
+
+        def add(program: Program) -> None:
+            programs.append(program)
+            for workload, ids in prompts.items():
+                say(f"warming up: {program.name} {workload}")
+                written[program.name, workload] = program.generate(ids, workload.new)
+
+        add(ours(gpt))
+        peak = peak_memory(gpt.device)
+        for name in compare:
+            say(f"loading {name}")
+            for peer in PEERS[name].load(folder, gpt):
+                add(peer)
+        say("warming up the measurement of the ceilings")
+        in_8_bits = any(program.itemsize == 1 for program in programs)
+        limits = probes(gpt.device, gpt.dtype, in_8_bits)
+        for probe in limits.values():
+            probe.run()
+    actions: dict[Any, Callable[[], object]] = {
+        (program.name, workload): partial(program.generate, ids, workload.new)
+        for workload, ids in prompts.items()
+        for program in programs
+    }
+    actions |= {name: probe.run for name, probe in limits.items()}
+    seconds = take_turns(actions, int(repeats), "measuring", clock)
 
     ceilings = reached(limits, seconds)
-    return Report(
+    return BenchReport(
         model=shape or ("demo" if model is None else str(model)),
         weights="checkpoint" if shape is None else "random",
         config=gpt.config.to_dict(),
@@ -253,14 +215,14 @@ def benchmark(
         asked_backend=backend,
         quantize=quantize,
         repeats=repeats,
-        weight_bytes=weight_bytes(gpt.config, contenders[0].itemsize),
+        weight_bytes=weight_bytes(gpt.config, programs[0].itemsize),
         cache_bytes_per_token=cache_bytes(gpt.config, gpt.dtype),
         peak_memory_bytes=peak,
         ceilings=ceilings,
         results=[
-            _result(test, contender, gpt, seconds, written, ceilings)
+            _result(test, program, gpt, seconds, written, ceilings)
             for test in tests
-            for contender in contenders
+            for program in programs
         ],
         command=command_line(),
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -271,50 +233,57 @@ def benchmark(
 def plan(
     prompt_lengths: Sequence[int], new_lengths: Sequence[int], batches: Sequence[int]
 ) -> list[Test]:
-    """All tests of these lengths, and of their pairs, in each batch size.
+    """The tests of all these lengths, and of their pairs, for every batch size.
 
     Raises:
         InputError: a number that is too small, or no test at all.
     """
-    for what, numbers, least in (
-        ("prompt length", prompt_lengths, 0),
-        ("number of new tokens", new_lengths, 0),
-        ("batch size", batches, 1),
-    ):
-        for number in numbers:
+
+    def numbers(name: str, values: Sequence[int], what: str, least: int) -> list[int]:
+        for number in _listed(name, values):
             if not is_int(number) or number < least:
                 raise InputError(
                     f"the {what} is {shown(number)}: it must be an integer of at least {least}"
                 )
+        return [number for number in dict.fromkeys(map(int, values)) if number]
+
+    reads = numbers("prompt_lengths", prompt_lengths, "prompt length", 0)
+    writes = numbers("new_lengths", new_lengths, "number of new tokens", 0)
     tests = []
-    reads, writes = ([n for n in dict.fromkeys(ns) if n] for ns in (prompt_lengths, new_lengths))
-    for batch in dict.fromkeys(batches):
+    for batch in numbers("batches", batches, "batch size", 1):
         for P in reads:
-            tests.append(Test(f"pp{P}", Request(batch, P, 1), P, is_prefill=True))
+            tests.append(Test(f"pp{P}", Workload(batch, P, 1), P, is_prefill=True))
         for N in writes:
-            tests.append(Test(f"tg{N}", Request(batch, 1, N), N, decode=range(1, N + 1)))
+            tests.append(Test(f"tg{N}", Workload(batch, 1, N), N, decode=range(1, N + 1)))
         for P, N in itertools.product(reads, writes):
-            both, prefill = Request(batch, P, N), Request(batch, P, 1)
+            both, prefill = Workload(batch, P, N), Workload(batch, P, 1)
             tests.append(Test(f"pp{P}+tg{N}", both, P + N))
             if N > 1:
                 name, steps = f"tg{N - 1} @ d{P}", range(P + 1, P + N)
                 tests.append(Test(name, both, N - 1, prefill, decode=steps))
     if not tests:
-        raise InputError("there is nothing to measure: no prompt and no new token is asked for")
+        raise InputError("there is nothing to measure: ask for prompt tokens or new tokens")
     return tests
 
 
-def random_prompts(config: GPTConfig, request: Request) -> list[list[int]]:
-    """Random ids, the same in each call."""
+def _listed(name: str, values: Any) -> list[Any]:
+    """A list argument; a text is none, though it can be iterated."""
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        raise InputError(f"{name} is {shown(values)}: it must be a list")
+    return list(values)
+
+
+def random_prompts(config: GPTConfig, workload: Workload) -> list[list[int]]:
+    """Random ids, the same in every call."""
     generator = torch.Generator().manual_seed(0)
-    shape = (request.batch, request.prompt)
+    shape = (workload.batch, workload.prompt)
     return torch.randint(config.vocab_size, shape, generator=generator).tolist()
 
 
 def random_model(
     config: GPTConfig, dtype: torch.dtype, device: torch.device, backend: str = "auto"
 ) -> GPT:
-    """A model of random weights, made where it will be used, in evaluation mode.
+    """A model with random weights, created on the device it will run on, in evaluation mode.
 
     Biases are random too: a GPU multiplies zeros with less power, and so at a higher clock.
     """
@@ -343,7 +312,7 @@ def _load(
     tests: list[Test],
     compare: Sequence[str],
 ) -> GPT:
-    """The model to be measured, once it is known that the tests fit into context and memory."""
+    """The model to measure, after checking that the tests fit into context and memory."""
     if shape is None:
         folder = resolve(DEMO_DIR if name is None else name, revision)
         _require_context(read_config(folder), tests)
@@ -352,21 +321,23 @@ def _load(
         return model
     if name is not None or revision is not None:
         raise InputError(
-            "--shape makes a model of random weights, and --model and --revision name one that "
-            "has weights: leave out the one or the other"
+            "--shape makes a model with random weights, and --model and --revision name one that "
+            "has weights: leave out one or the other"
         )
+    if not isinstance(shape, str):
+        raise InputError(f"shape is {shown(shape)}: it must be one of {', '.join(PRESETS)}")
     config = GPTConfig.preset(shape)
     _require_context(config, tests)
-    place = as_device(device)
-    kind = as_dtype(dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16))
-    select_attention(backend, place)  # a wrong name is said before the work, not after
-    _require_room(empty_model(config), kind, place, tests, compare, loaded=False)
-    return random_model(config, kind, place, backend)
+    where = as_device(device)
+    kind = as_dtype(dtype or (torch.float32 if where.type == "cpu" else torch.bfloat16))
+    select_attention(backend, where)  # fail early on an unknown name
+    _require_room(empty_model(config), kind, where, tests, compare, loaded=False)
+    return random_model(config, kind, where, backend)
 
 
 def _require_context(config: GPTConfig, tests: list[Test]) -> None:
     """Raise InputError if a test is longer than the model's context."""
-    longest = max(test.request.prompt + test.request.new for test in tests)
+    longest = max(test.workload.prompt + test.workload.new for test in tests)
     if longest > config.n_positions:
         raise InputError(
             f"the longest test has {longest:,} tokens, and the context of the model "
@@ -387,8 +358,8 @@ def _require_room(
     weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     copies = sum(PEERS[name].copies for name in compare) + (not loaded)
     cache = max(
-        cache_bytes(model.config, dtype, request.batch, request.prompt + request.new)
-        for request in (test.request for test in tests)
+        cache_bytes(model.config, dtype, workload.batch, workload.prompt + workload.new)
+        for workload in (test.workload for test in tests)
     )
     needed = copies * weights + packing_bytes(model, dtype, device) + cache + PROBE_BYTES
     room = available_memory(device)
@@ -396,43 +367,46 @@ def _require_room(
         raise InputError(
             f"this needs {needed / 1e9:,.2f} GB more, of which {copies * weights / 1e9:,.2f} GB "
             f"are for weights in {str(dtype).removeprefix('torch.')} and {cache / 1e9:,.2f} GB for "
-            f"the KV cache, but {room / 1e9:,.2f} GB are available on {device}: take a smaller "
-            "model, --dtype or batch, or compare with less"
+            f"the KV cache, but {room / 1e9:,.2f} GB are available on {device}: choose a smaller "
+            "model, --dtype or batch, or compare with fewer programs"
         )
 
 
 def _result(
     test: Test,
-    contender: Contender,
+    program: Program,
     model: GPT,
     seconds: Mapping[Any, list[float]],
     written: Mapping[Any, list[list[int]]],
     ceilings: Ceilings,
 ) -> Result:
-    """One test's figures from the seconds of everything that ran."""
+    """One test's figures for one program, from the seconds of everything that ran."""
 
     def times(name: str) -> list[float]:
-        whole = seconds[name, test.request]
-        taken_off = [0.0] * len(whole) if test.less is None else seconds[name, test.less]
-        return [a - b for a, b in zip(whole, taken_off, strict=True)]
+        whole = seconds[name, test.workload]
+        minus = [0.0] * len(whole) if test.minus is None else seconds[name, test.minus]
+        return [a - b for a, b in zip(whole, minus, strict=True)]
 
-    batch, own = test.request.batch, times(contender.name)
+    batch, own = test.workload.batch, times(program.name)
     tokens = batch * test.tokens
     rates = [_ratio(tokens, time) for time in own]
     median = statistics.median(own)
     gb_per_s = tflops = None
     if test.decode:
-        read = decode_bytes(model.config, batch, test.decode, contender.itemsize, model.dtype)
+        read = decode_bytes(model.config, batch, test.decode, program.itemsize, model.dtype)
         gb_per_s = _ratio(read / 1e9, median)
     if test.is_prefill:
         tflops = _ratio(prefill_flops(model.config, batch, test.tokens) / 1e12, median)
-    is_peer = contender.name != OURS
-    pairs = zip(own, times(OURS), strict=True)
-    ratios = [theirs / mine for theirs, mine in pairs if min(theirs, mine) > 0]
+    ours_faster = same_tokens = None
+    if program.name != OURS:
+        rounds = zip(own, times(OURS), strict=True)
+        ratios = [theirs / mine for theirs, mine in rounds if min(theirs, mine) > 0]
+        ours_faster = statistics.median(ratios or [math.nan])
+        same_tokens = written[program.name, test.workload] == written[OURS, test.workload]
     return Result(
         test=test.name,
         batch=batch,
-        contender=contender.name,
+        contender=program.name,
         tokens=tokens,
         mean=statistics.fmean(rates),
         stdev=_stdev(rates),
@@ -440,23 +414,19 @@ def _result(
         gb_per_s=gb_per_s,
         mbu=None if gb_per_s is None else gb_per_s / ceilings.gb_per_s,
         tflops=tflops,
-        mfu=None if tflops is None else tflops / ceilings.tflops(contender.itemsize),
-        ours_faster=statistics.median(ratios or [math.nan]) if is_peer else None,
-        same_tokens=(
-            written[contender.name, test.request] == written[OURS, test.request]
-            if is_peer
-            else None
-        ),
+        mfu=None if tflops is None else tflops / ceilings.tflops(program.itemsize),
+        ours_faster=ours_faster,
+        same_tokens=same_tokens,
         seconds=own,
     )
 
 
 def _stdev(values: list[float]) -> float:
-    if any(map(math.isnan, values)):  # which `statistics` trips over
+    if any(map(math.isnan, values)):  # `statistics` fails on them
         return math.nan
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _ratio(a: float, b: float) -> float:
-    """a / b, but NaN where noise has made a difference of two times zero or less."""
+    """a / b, but NaN where noise makes a difference of two times zero or negative."""
     return a / b if b > 0 else math.nan

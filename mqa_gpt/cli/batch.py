@@ -34,11 +34,13 @@ from mqa_gpt.cli.options import (
 from mqa_gpt.cli.output import BAD_INPUT, note, print_json, rate_text
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import InputError, PromptError, shown
-from mqa_gpt.fim import check_mode
-from mqa_gpt.generation.completion import Generation, Stats, encode_prompts
+from mqa_gpt.fim import check_mode, infill_prompt
+from mqa_gpt.generation.completion import Generation, Stats
+from mqa_gpt.generation.request import make_requests
 from mqa_gpt.llm import BATCH_SIZE
 from mqa_gpt.machine import peak_memory
 from mqa_gpt.progress import progress
+from mqa_gpt.sampling import SamplingParams
 from mqa_gpt.tokenizer import Tokenizer
 
 MAX_NOTES = 10
@@ -96,9 +98,10 @@ def batch(
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: it must be an integer of at least 1")
     options = generation.for_library()
+    common = {"max_new_tokens": generation.max_new_tokens, **options}
     config = read_config(resolve(model.name_or_dir, model.revision))
-    _check_options(config, generation, options, mode, items)
-    shared = _recorded(model, generation, options)
+    _check_options(config, common, generation.n, mode, items)
+    shared = _recorded(model, common, generation.n)
     with open_output(output, file) as opened:
         results = read_results(opened, output, items)
         for item in items:
@@ -110,11 +113,13 @@ def batch(
             note(f"note: keys without effect: {', '.join(map(shown, keys[:MAX_NOTES]))}{more}")
         waiting = [item for item in items if item.id not in results.found]
         left_out: dict[str, str] = {}
-        if waiting and not generation.truncate:
+        if waiting:
             tokenizer = Tokenizer.from_pretrained(model.name_or_dir, revision=model.revision)
             for item in waiting:
-                if problem := _problem(item, tokenizer, config, not no_special_tokens, mode):
+                problem = _problem(item, tokenizer, config, not no_special_tokens, mode)
+                if problem and not generation.truncate:
                     left_out[item.name] = problem
+                item.truncated = problem is not None
             waiting = [item for item in waiting if item.name not in left_out]
         run: Generation | None = None
         device: torch.device | str = "cpu"
@@ -122,8 +127,7 @@ def batch(
         if waiting:
             llm, load_seconds = model.load()
             device = llm.model.device
-            run = pending.call(
-                llm.begin_many,
+            run = llm.begin_many(
                 [item.prompt for item in waiting],
                 generation.max_new_tokens,
                 n=generation.n,
@@ -141,42 +145,46 @@ def batch(
 
 
 def _check_options(
-    config: GPTConfig,
-    generation: GenerationOptions,
-    options: dict[str, Any],
-    mode: str,
-    items: list[Item],
+    config: GPTConfig, common: dict[str, Any], n: int, mode: str, items: list[Item]
 ) -> None:
     """Raise an InputError for options that cannot be used, of the command or of a line."""
     check_mode(mode)
-    pending.check_options(config, generation.max_new_tokens, generation.n, **options)
+    _check(config, n, **common)
     for item in items:
-        own = {"max_new_tokens": generation.max_new_tokens} | options | item.own_options
         if item.own_options:
             try:
-                pending.check_options(config, n=generation.n, **own)
+                _check(config, n, **common | item.own_options)
             except PromptError as error:
                 raise PromptError(f"{item.name}: {error}") from error
 
 
-def _recorded(
-    model: CachedModelOptions, generation: GenerationOptions, options: dict[str, Any]
-) -> dict[str, Any]:
+def _check(
+    config: GPTConfig,
+    n: int,
+    *,
+    max_new_tokens: int | None,
+    min_new_tokens: int,
+    ignore_eos: object,
+    stop: list[str],
+    **sampling: Any,
+) -> None:
+    if not isinstance(ignore_eos, bool):
+        raise PromptError(f"ignore_eos is {shown(ignore_eos)}: it must be true or false")
+    params = SamplingParams(**sampling)
+    make_requests(config, [], max_new_tokens, params, n=n, stop=stop, min_new_tokens=min_new_tokens)
+
+
+def _recorded(model: CachedModelOptions, common: dict[str, Any], n: int) -> dict[str, Any]:
     """The options that decide what is written, for the output's lines: those that are set."""
-    always = {
-        "model": model.name,
-        "max_new_tokens": generation.max_new_tokens,
-        "temperature": generation.temperature,
-        "n": generation.n,
-    }
     dtype = None if model.dtype is None else str(as_dtype(model.dtype)).removeprefix("torch.")
-    others = {"revision": model.revision, "dtype": dtype, "quantize": model.quantize}
-    others |= {"cache_dtype": model.cache_dtype} | options
+    found = {"model": model.name, "revision": model.revision, "dtype": dtype}
+    found |= {"quantize": model.quantize, "cache_dtype": model.cache_dtype, "n": n} | common
+    always = ("max_new_tokens", "temperature", "n")
     defaults = GenerationOptions().for_library()
-    return always | {
+    return {
         name: value
-        for name, value in others.items()
-        if name not in always and value != defaults.get(name)
+        for name, value in found.items()
+        if name in always or value != defaults.get(name)
     }
 
 
@@ -194,9 +202,10 @@ def _problem(
     if least > room:
         tokens = f"at least {least:,}"
     else:
-        (ids,) = encode_prompts(
-            tokenizer, [item.prompt], [item.name], special_tokens=special_tokens, mode=mode
-        )
+        if isinstance(item.prompt, tuple):
+            ids = infill_prompt(tokenizer, *item.prompt, mode=mode)
+        else:
+            ids = tokenizer.encode(item.prompt, special_tokens=special_tokens)
         if len(ids) <= room:
             return None
         tokens = f"{len(ids):,}"

@@ -59,21 +59,24 @@ def generate(
         for name, text in named_texts.items():
             if unknown := pending.unknown_markers(llm.tokenizer, text):
                 note(f"note: {', '.join(unknown)} in {name} is plain text to this model")
-    started = pending.call(
-        llm.begin,
+    options = generation.for_library()
+    options["draft"] = model.load_drafter(generation.draft, llm)
+    started = llm.begin(
         texts,
         generation.max_new_tokens,
         n=generation.n,
         names=list(named_texts),
         special_tokens=not no_special_tokens,
         truncate=generation.truncate,
-        logprobs=generation.logprobs,
-        draft=model.load_drafter(generation.draft, llm),
-        **generation.for_library(),
+        **options,
     )
-    for name, completion in zip(named_texts, started.completions[:: generation.n], strict=True):
-        if cut := completion.cut[0]:
-            note(f"note: cut the first {cut:,} tokens of {name} to fit the context")
+    if generation.truncate:
+        for (name, text), completion in zip(
+            named_texts.items(), started.completions[:: generation.n], strict=True
+        ):
+            ids = llm.tokenizer.encode(text, special_tokens=not no_special_tokens)
+            if (cut := len(ids) - completion.prompt_tokens) > 0:
+                note(f"note: cut the first {cut:,} tokens of {name} to fit the context")
     if echo is None:
         echo = sys.stdout.isatty()
     run(

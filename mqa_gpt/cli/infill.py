@@ -69,19 +69,17 @@ def infill(
     """
     before, after = split_hole(file, at, marker, prefix, suffix)
     llm, load_seconds = model.load()
-    started = pending.call(
-        llm.begin_infill,
+    options = generation.for_library()
+    options["draft"] = model.load_drafter(generation.draft, llm)
+    started = llm.begin_infill(
         before,
         after,
         generation.max_new_tokens,
         n=generation.n,
         mode=mode,
         truncate=generation.truncate,
-        filename=filename,
-        repository=repository,
-        logprobs=generation.logprobs,
-        draft=model.load_drafter(generation.draft, llm),
-        **generation.for_library(),
+        **pending.origin(filename=filename, repository=repository),
+        **options,
     )
     cut_prefix, cut_suffix = started.completions[0].cut
     if cut_prefix or cut_suffix:

@@ -51,6 +51,7 @@ class Item:
         prompt: a text, or (prefix, suffix) to infill.
         own_options: those that the line itself holds.
         options: all options that decide its result.
+        truncated: whether its prompt is cut to fit into the context.
     """
 
     line: int
@@ -58,6 +59,7 @@ class Item:
     prompt: str | tuple[str, str]
     own_options: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    truncated: bool = False
 
     @property
     def name(self) -> str:
@@ -348,6 +350,6 @@ def result_line(item: Item, completions: Sequence[Completion]) -> bytes:
             for c in completions
         ],
     }
-    if any(completions[0].cut):
-        result["cut_tokens"] = completions[0].cut
+    if item.truncated:
+        result["truncated"] = True
     return json.dumps(result).encode() + b"\n"

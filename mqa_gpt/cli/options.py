@@ -19,7 +19,6 @@ import torch
 import typer
 
 from mqa_gpt.attention import select_attention
-from mqa_gpt.cache import as_cache_dtype
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.load import DEMO_DIR, as_device, as_dtype, read_config
 from mqa_gpt.cli import pending
@@ -28,6 +27,8 @@ from mqa_gpt.cli.output import note
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import InputError, shown
 from mqa_gpt.fast.int8 import check_method
+from mqa_gpt.fast.int8_cache import cache_class
+from mqa_gpt.generation.completion import Options
 from mqa_gpt.generation.speculative import Drafter, DraftModel, PromptLookup
 from mqa_gpt.llm import LLM
 from mqa_gpt.machine import threads_for
@@ -218,7 +219,7 @@ class CachedModelOptions(ModelOptions):
     def check(self) -> None:
         """Raise InputError for a value that there is not, without touching the checkpoint."""
         super().check()
-        as_cache_dtype(self.cache_dtype)
+        cache_class(self.cache_dtype)
 
     def load(self) -> tuple[LLM, float]:
         """The loaded checkpoint, and the seconds that loading took."""
@@ -319,16 +320,24 @@ class GenerationOptions:
     seed: Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")] = None
     n: Annotated[int, typer.Option("--n", metavar="N", help="Write N samples per prompt.")] = 1
 
-    def for_library(self) -> dict[str, Any]:
+    def for_library(self) -> Options:
         """The options of a single prompt as `LLM` takes them, its maximum of tokens apart."""
         filters = ("top_k", "top_p", "min_p")
         given = [name for name in filters if getattr(self, name) is not None]
         if self.temperature == 0 and given:
             flags = " and ".join("--" + name.replace("_", "-") for name in given)
             note(f"note: at a temperature of 0, {flags} has no effect")
-        names = ("min_new_tokens", "ignore_eos", "temperature", *filters)
-        options = {name: getattr(self, name) for name in (*names, "repetition_penalty", "seed")}
-        return options | {"stop": [unescape(text) for text in self.stop or []]}
+        return Options(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            stop=[unescape(text) for text in self.stop or []],
+            min_new_tokens=self.min_new_tokens,
+            ignore_eos=self.ignore_eos,
+        )
 
 
 @dataclass(frozen=True)
@@ -349,3 +358,7 @@ class ReportedOptions(GenerationOptions):
             metavar="K", help="Report each token's log-probability, and the K likeliest tokens."
         ),
     ] = None
+
+    def for_library(self) -> Options:
+        """The options of a single prompt as `LLM` takes them, its maximum of tokens apart."""
+        return {**super().for_library(), "logprobs": self.logprobs}

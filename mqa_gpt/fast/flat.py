@@ -1,9 +1,9 @@
 """The model's forward pass without its modules: the same operators, called one after the other.
 
-On a CPU each weight that a decode step reads drives from the caches what Python needs to get to the
-next one, so that a call costs many times what it costs in a loop that does nothing else. A module
-calls modules, which look for their parameters and hooks; and a step has some ten of them per layer.
-Here they are looked up once, and only what they compute is left to call.
+On a CPU the weights that a decode step reads evict Python's own data from the caches, so that a
+call costs many times what it costs in an idle loop. A module calls modules, which look up
+parameters and hooks, about ten of them per layer. Here they are looked up once, and only the
+operators are called.
 """
 
 from __future__ import annotations
@@ -51,24 +51,24 @@ _FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in _KINDS}
 def is_plain(model: GPT) -> bool:
     """Whether its forward pass is what `mqa_gpt.model` says and no more.
 
-    It is not where somebody has put code of their own into it: hooks, other modules, another
-    `forward`, `attend` or the like; nor in training mode, for dropout.
+    It is not where it holds other code: hooks, other modules, another `forward`, `attend` or the
+    like; nor in training mode, because of dropout.
     """
     if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
         return False
-    return all(_is_plain(module) for module in model.modules())
+    modules = list(model.modules())
+    attends = {module.attend for module in modules if isinstance(module, MultiQueryAttention)}
+    return all(map(_is_plain, modules)) and all(map(is_own, attends))
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether it is a module as we made it, in eval mode, and holds such as we put there."""
+    """Whether a module is as the model made it, in eval mode, with its own children."""
     kind = type(module)
     if kind.forward is not _FORWARDS.get(kind):
         return False
     if not vars(module).keys().isdisjoint(("forward", "split", "activate")):
         return False
     if module.training or module._forward_hooks or module._forward_pre_hooks:
-        return False
-    if isinstance(module, MultiQueryAttention) and not is_own(module.attend):
         return False
     held = module._modules
     if isinstance(module, nn.ModuleList):
@@ -79,11 +79,11 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-def inline(model: GPT) -> Forward:
-    """What takes ids (B, T) and a cache and gives the model's logits (B, T, V), as it would itself.
+def flat_forward(model: GPT) -> Forward:
+    """A function of ids (B, T) and a cache that gives the model's logits (B, T, V).
 
-    Where the model `is_plain`, and is not compiled, its modules are not called. They are those of
-    now: make the function anew where they, their hooks or attention may have been replaced.
+    Where the model `is_plain` and is not compiled, its modules are not called. Their parts are
+    looked up now: get a new function after modules, hooks or attention were replaced.
     """
     is_compiled = any(module._compiled_call_impl for module in model.modules())
     if type(model) is not GPT or is_compiled or not is_plain(model):
@@ -92,8 +92,8 @@ def inline(model: GPT) -> Forward:
 
 
 def without_modules(model: GPT) -> Forward:
-    """The function of `inline`, whatever somebody may have made of the modules: it calls their
-    `forward`, `split`, `attend` and `activate` as they are now, and no hooks."""
+    """The function of `flat_forward` for any model: it calls the modules' `forward`, `split`,
+    `attend` and `activate` as they are now, and no hooks."""
     transformer = model.transformer
     embed, embed_position = transformer.wte.forward, transformer.wpe.forward
     layers = [_Layer.of(block) for block in cast(list[Block], transformer.h)]

@@ -1,8 +1,9 @@
 """The model's decode step in the kernels of `mqa_kernels`, five to a layer, for a few rows.
 
-With few rows a step takes the time of reading the weights, if nothing interrupts that. The modules
-of `mqa_gpt.model` start about a dozen kernels per layer, most of which hardly read anything. Here
-each weight is read by a kernel that does all that lies between it and the next weight.
+With few rows a step takes the time of reading the weights, if nothing interrupts the reading. The
+modules of `mqa_gpt.model` start about a dozen kernels per layer, most of which read hardly
+anything. Here each weight is read by a kernel that does all the work between it and the next
+weight.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mqa_gpt.attention import HAS_TRITON, auto_attention
-from mqa_gpt.cache import StaticCache
+from mqa_gpt.cache import KVCache
+from mqa_gpt.config import ACTIVATIONS
 from mqa_gpt.fast.flat import is_plain
 from mqa_gpt.fast.int8 import Int8Linear
 from mqa_gpt.model import GPT, Block
@@ -23,10 +25,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def can_fuse(model: GPT, rows: int) -> bool:
-    """Whether `fused_hidden` computes what the model would, and is meant for as many rows.
+    """Whether `fused_hidden` computes what the model would, and this many rows are few enough.
 
-    It takes the place of Triton's attention on CUDA devices only, and of modules that nobody has
-    replaced or cut to another size than the config's.
+    It replaces Triton's attention on CUDA devices only, and only modules that are as the model made
+    them, of the config's sizes.
     """
     if not HAS_TRITON or model.device.type != "cuda":
         return False
@@ -53,12 +55,12 @@ def can_fuse(model: GPT, rows: int) -> bool:
     )
 
 
-def fused_hidden(model: GPT, ids: Tensor, cache: StaticCache) -> Tensor:
-    """The residual stream (B, C) behind all blocks, before `ln_f`, of one new token per row.
+def fused_hidden(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
+    """The residual stream (B, C) after all blocks, before `ln_f`, of one new token per row.
 
     Args:
         ids: (B, 1) int64, B at most 16.
-        cache: grows by one position per row.
+        cache: a static one; its active rows grow by one position.
     """
     from mqa_kernels import attention, linear_residual, norm_linear, norm_qkv_to_cache
 
@@ -76,7 +78,7 @@ def fused_hidden(model: GPT, ids: Tensor, cache: StaticCache) -> Tensor:
         weight, scale = _weight(attn.c_proj)
         x = linear_residual(y.flatten(1), weight, attn.c_proj.bias, x, scale)  # (B, C)
         weight, scale = _weight(mlp.c_fc)
-        activation = mlp.activation if mlp.activation in ("relu", "gelu") else "gelu_tanh"
+        activation = ACTIVATIONS[mlp.activation]
         h = norm_linear(x, *_norm(block.ln_2), weight, mlp.c_fc.bias, activation, scale)  # (B, F)
         weight, scale = _weight(mlp.c_proj)
         x = linear_residual(h, weight, mlp.c_proj.bias, x, scale)  # (B, C)
@@ -91,7 +93,7 @@ def fused_logits(model: GPT, x: Tensor) -> Tensor:
     return norm_lm_head(x, *_norm(model.transformer.ln_f), *_weight(model.lm_head))
 
 
-def fused_likeliest(model: GPT, x: Tensor) -> tuple[Tensor, Tensor]:
+def fused_argmax(model: GPT, x: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's likeliest token (B,) int64 and its logit (B,) float32, which is NaN if any is."""
     from mqa_kernels import norm_argmax
 

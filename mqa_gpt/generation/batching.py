@@ -1,342 +1,313 @@
-"""Continuous batching: many prompts through few places, each of which is never empty for long.
+"""The engine: requests come in at any time, every step makes tokens for all rows under way.
 
-Rows that finish together are rare. A batch that waits for its slowest row computes less and less;
-here a finished row's place goes to the next prompt, whose keys and values are copied there after a
-prefill of its own (Yu et al. 2022, "Orca", iteration-level scheduling). Rows of different lengths
-do not influence each other, so each row's tokens are those of its solo run.
+Rows that finish together are rare, and a batch that waits for its slowest row computes less and
+less. So a row occupies a slot of the cache only while it runs; the next prompt that waits is read
+into a slot that became free (Yu et al. 2022, "Orca", iteration-level scheduling). Rows of different
+lengths share a step without influencing each other: each row's tokens are those of its solo run, up
+to the rounding of sums that run in another order.
+
+    engine = Engine(model, slots=16, length=1024)
+    engine.add(request)                     # at any time, also between steps
+    while engine.is_busy:
+        for token in engine.step():
+            ...                             # engine.cancel(token.row) ends a row at once
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
-from math import ceil
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mqa_gpt.cache import KVCache
-from mqa_gpt.fast.flat import inline
-from mqa_gpt.generation.decode import (
-    PREFILL_POSITIONS,
-    Report,
-    Token,
-    draw_numbers,
-    prefill,
-    report_rows,
-    reports_of,
-    require_finite,
-)
-from mqa_gpt.generation.decode_graph import FEW_ROWS, Decoder, can_replay
+from mqa_gpt.cache import KVCache, cache_bytes
+from mqa_gpt.errors import PromptError
+from mqa_gpt.generation.prefill import prefill
+from mqa_gpt.generation.replay import GraphStepper, can_replay
+from mqa_gpt.generation.request import Request
+from mqa_gpt.generation.speculative import MAX_COUNT
+from mqa_gpt.generation.steps import Choice, ModelStepper, Row, Stepper
+from mqa_gpt.machine import available_memory
 from mqa_gpt.model import GPT
-from mqa_gpt.sampling import GREEDY, SamplingParams, choose
+from mqa_gpt.sampling import fresh_seed, uniforms
 
-# Free places are filled once they are this share of all. A prefill interrupts the decoding of all
+# Free slots are filled once they are this share of all. A prefill interrupts the decoding of all
 # rows for at least one reading of the weights, about a step, so it should start several prompts;
-# but while places wait for it, steps are only partly used. With rows of L tokens, m places filled
-# at a time cost 1/m + m L / (2 B^2) steps per prompt: least at m = B sqrt(2 / L), B / 8 for 128.
+# but while slots wait for it, steps are only partly used. With rows of N tokens, m slots filled at
+# a time cost 1/m + m N / (2 B^2) steps per prompt: least at m = B sqrt(2 / N), B / 8 for N = 128.
 SHARE_TO_FILL = 1 / 8
 
 
-Results = list[tuple[int, int, Report]]  # place, new token, what is reported of it
+# The lengths of engines that record graphs are multiples of this.
+LENGTH_STEP = 256
+
+
+class Token(NamedTuple):
+    """One generated token.
+
+    Attributes:
+        row: the number of its continuation: as `Engine.add` gives it.
+        id: the token.
+        finished: "stop" or "length" if it is the row's last, else None.
+        logprob: natural log of the model's probability for it, before any filter; None unless
+            log-probabilities were asked for.
+        top: the most likely tokens at this position as (id, logprob), likeliest first.
+    """
+
+    row: int
+    id: int
+    finished: str | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass
-class _Row:
-    """A continuation under way.
+class _Waiting:
+    """A request whose rows of these numbers have no slots yet, and the seed of its draws."""
 
-    Attributes:
-        name: what messages call its prompt.
-        index: which one; prompt i's sample j is i * n + j.
-        length: tokens of prompt and output.
-        draws: the numbers that decide what is drawn, one per new token; none if greedy.
-        count: new tokens.
-        newest: the last of them.
+    request: Request
+    numbers: range
+    seed: int
+
+
+class Engine:
+    """Runs requests on a model: rows are added, stepped and cancelled.
+
+    The model's modules, hooks and attention are those of the first step: replace them between
+    engines, not while one runs.
+
+    Args:
+        model: in eval mode.
+        slots: how many rows run at a time; others wait.
+        length: of each slot, in positions: no prompt with its new tokens may be longer.
+        drafts: whether requests may have drafters, which CUDA graphs cannot replay.
+        prefill_chunk: see `prefill`.
     """
 
-    name: str
-    index: int
-    length: int
-    draws: list[float]
-    count: int = 0
-    newest: int = -1
+    def __init__(
+        self,
+        model: GPT,
+        slots: int,
+        length: int,
+        *,
+        drafts: bool = False,
+        prefill_chunk: int | None = None,
+    ) -> None:
+        self.length = length
+        self._model, self._drafts, self._chunk = model, drafts, prefill_chunk
+        spare = MAX_COUNT if drafts else 0  # a draft may reach beyond a row's last token
+        size = min(length + spare, model.config.n_positions)
+        kind = GraphStepper if can_replay(model) and not drafts else ModelStepper
+        self._stepper: Stepper = kind(model, slots, size)
+        self._slots, self._used = slots, 0  # `_used`: slots that have held a row
+        self._waiting: deque[_Waiting] = deque()
+        self._cancelled: set[int] = set()  # rows that wait
+        self._running: list[Row] = []  # by slot
+        self._rows = 0
+        # The logits (V,) after a prompt some of whose samples still wait.
+        self._logits: dict[Request, Tensor] = {}
 
-
-class _Request(NamedTuple):
-    """What is asked of all rows; see `stream_batched`."""
-
-    max_new_tokens: int
-    sampling: SamplingParams
-    n: int
-    logprobs: int | None
-    prefill_chunk: int | None
-
-    def draws(self, index: int, device: torch.device) -> list[float]:
-        """The numbers that decide a continuation's draws; none if greedy."""
-        if self.sampling.greedy:
-            return []
-        return draw_numbers(self.sampling, [index], self.n, self.max_new_tokens, device)[0].tolist()
-
-
-class _Places:
-    """The rows under way, in the first places of one cache that lasts for the whole run."""
-
-    def __init__(self, model: GPT, count: int, length: int, request: _Request) -> None:
-        self._model, self._request = model, request
-        self._forward = inline(model)
-        self._cache = model.new_cache(count, length)
-        self._seen: Tensor | None = None
-        if request.sampling.repetition_penalty != 1:
-            shape = (count, model.config.vocab_size)
-            self._seen = torch.zeros(shape, dtype=torch.bool, device=model.device)
-        self._first: Tensor | None = None  # logits of the rows that were added last
-        self.rows: dict[int, _Row] = {}
-
-    @property
-    def free(self) -> int:
-        """Places without a row."""
-        return self._cache.batch_size - len(self.rows)
-
-    def add(self, row: _Row, prompt: list[int], cache: KVCache, cache_row: int) -> None:
-        """Give the next place to a row whose prompt stands in a row of another cache."""
-        place = len(self.rows)
-        self._cache.copy_row(place, cache, cache_row)
-        if self._seen is not None:
-            self._seen[place] = False
-            self._seen[place, prompt] = True
-        self.rows[place] = row
-
-    def begin(self, logits: Tensor) -> None:
-        """Take the logits (n, V) float32 behind the prompts of the n rows that were added last."""
-        self._first = logits
-
-    def advance(self) -> Results:
-        """One more token of the rows that were added last, or else of all rows."""
-        logits, self._first = self._first, None
-        if logits is None:
-            lengths = [row.length - 1 for row in self.rows.values()]  # the newest is yet to be fed
-            newest = [[row.newest] for row in self.rows.values()]
-            ids = torch.tensor(newest, device=self._model.device)  # (B, 1)
-            logits = self._forward(ids, self._cache.view(lengths))[:, 0].float()  # (B, V)
-        places = range(len(self.rows) - len(logits), len(self.rows))
-        rows = [self.rows[place] for place in places]
-        seen = None if self._seen is None else self._seen[places.start : places.stop]  # (B, V)
-        u = None
-        if not self._request.sampling.greedy:
-            numbers = [row.draws[row.count] for row in rows]
-            u = torch.tensor(numbers, dtype=torch.float64, device=logits.device)  # (B,)
-        chosen, are_finite = choose(logits, self._request.sampling, seen, u)  # (B,), (B,)
-        for row, is_finite in zip(rows, are_finite.tolist(), strict=True):
-            require_finite(is_finite, row.name)
-        if seen is not None:
-            seen.scatter_(1, chosen[:, None], True)
-        reports = reports_of(logits, chosen, self._request.logprobs)
-        return list(zip(places, chosen.tolist(), reports, strict=True))
-
-    def remove(self, finished: list[int], *, are_more: bool) -> None:
-        """Drop these rows; others move into their places, so that those in use are the first.
+    @classmethod
+    def for_requests(
+        cls,
+        model: GPT,
+        requests: Sequence[Request],
+        *,
+        slots: int | None = None,
+        prefill_chunk: int | None = None,
+        idle: list[Engine] | None = None,
+    ) -> Engine:
+        """An engine as large as these requests need; they have yet to be added.
 
         Args:
-            are_more: whether prompts are waiting, which makes no difference here.
+            slots: at most this many; None runs all rows together.
+            idle: retired engines, one of which is taken if it fits; the others are dropped.
         """
-        for place in reversed(finished):  # so that the last row is never a finished one
-            last = len(self.rows) - 1
-            moved = self.rows.pop(last)
-            if place < last:
-                self.rows[place] = moved
-                self._cache.copy_row(place, self._cache, last)
-                if self._seen is not None:
-                    self._seen[place] = self._seen[last]
+        count, length = _size(requests, slots)
+        drafts = any(request.drafter is not None for request in requests)
+        if can_replay(model) and not drafts:
+            # Sizes in steps, so that later generations can use the graphs again.
+            count = 1 << (count - 1).bit_length()
+            length = min(-(-length // LENGTH_STEP) * LENGTH_STEP, model.config.n_positions)
+        while idle:
+            engine = idle.pop()
+            if not drafts and engine._fits(model, count, length):
+                return engine
+        return cls(model, count, length, drafts=drafts, prefill_chunk=prefill_chunk)
 
+    @staticmethod
+    def require_room(model: GPT, requests: Sequence[Request], slots: int | None = None) -> None:
+        """Raise PromptError if the device has no room for the cache that these requests need."""
+        count, length = _size(requests, slots)
+        dtype = model.dtype if model.cache_class is KVCache else torch.int8
+        needed = cache_bytes(model.config, dtype, count, length)
+        room = available_memory(model.device)
+        if room is not None and needed > room:
+            raise PromptError(
+                f"{count:,} completions of {length:,} tokens need {needed / 1e9:,.2f} GB for their "
+                f"keys and values, but {room / 1e9:,.2f} GB are available on {model.device}: ask "
+                "for less"
+            )
 
-class _ReplayedPlaces:
-    """The same by steps that are recorded and replayed (`mqa_gpt.generation.decode_graph`).
+    def retire(self, idle: list[Engine]) -> None:
+        """Keep this engine in a list of idle ones, if it has recorded graphs."""
+        if isinstance(self._stepper, GraphStepper) and not self.is_busy:
+            idle[:] = [self]
 
-    A step computes all places, with a row or without, and is started before anybody looks at the
-    tokens of the one before. So a row that has ended computes one token more, for which its place
-    has a slot more, and `draws` a number. An empty place writes to its slots from 0 on. Some row
-    ends every `max_new_tokens` steps at most, and then all empty places begin at 0 again, so that
-    they never come to the end of their slots.
-    """
-
-    def __init__(self, model: GPT, count: int, length: int, request: _Request) -> None:
-        device, sampling = model.device, request.sampling
-        cache = model.new_cache(count, length + 1)
-        seen = draws = None
-        if sampling.repetition_penalty != 1:
-            shape = (count, model.config.vocab_size)
-            seen = torch.zeros(shape, dtype=torch.bool, device=device)
-        if not sampling.greedy:
-            shape = (count, request.max_new_tokens + 1)
-            draws = torch.zeros(shape, dtype=torch.float64, device=device)
-        self._request = request
-        self._decoder = Decoder.new(model, cache, sampling, seen, draws, request.logprobs)
-        self._added: list[int] = []
-        self.rows: dict[int, _Row] = {}
+    def _fits(self, model: GPT, slots: int, length: int) -> bool:
+        """Whether this idle engine does what a new one of this size would do."""
+        return (
+            self._model is model
+            and isinstance(self._stepper, GraphStepper)
+            and self._stepper.is_valid()
+            and (self._slots, self.length) == (slots, length)
+        )
 
     @property
-    def _count(self) -> int:
-        return self._decoder.state.cache.batch_size
+    def is_busy(self) -> bool:
+        """Whether a row runs or waits."""
+        return bool(self._running or self._waiting)
 
     @property
-    def free(self) -> int:
-        """Places without a row."""
-        return self._count - len(self.rows)
+    def drafted(self) -> tuple[int, int]:
+        """Tokens drafted so far, and how many of them the model chose too."""
+        runs = (
+            self._stepper.speculations.values() if isinstance(self._stepper, ModelStepper) else ()
+        )
+        return sum(run.proposed for run in runs), sum(run.accepted for run in runs)
 
-    def add(self, row: _Row, prompt: list[int], cache: KVCache, cache_row: int) -> None:
-        """Give a place to a row whose prompt stands in a row of another cache."""
-        place = next(place for place in range(self._count) if place not in self.rows)
-        self._decoder.state.begin(place, prompt, row.draws, cache, cache_row)
-        self.rows[place] = row
-        self._added.append(place)
+    def add(self, request: Request) -> range:
+        """Let a request's rows wait for slots; their numbers, which count on from 0.
 
-    def begin(self, logits: Tensor) -> None:
-        """Choose first tokens by the logits (n, V) float32 of the n rows that were added last."""
-        self._decoder.choose(logits, self._added)
-        self._added = []
+        Raises:
+            PromptError: the request is longer than the slots, or has a drafter without `drafts`.
+        """
+        if len(request.prompt) + request.max_new_tokens > self.length:
+            raise PromptError(
+                f"{request.name} has {len(request.prompt):,} tokens and {request.max_new_tokens:,} "
+                f"are wanted, but this engine's rows have {self.length:,} positions: ask for fewer"
+            )
+        if request.drafter is not None and not self._drafts:
+            raise PromptError(f"{request.name} has a drafter: make the engine with drafts=True")
+        numbers = range(self._rows, self._rows + request.n)
+        self._rows += request.n
+        if request.max_new_tokens:
+            seed = request.sampling.seed
+            self._waiting.append(_Waiting(request, numbers, fresh_seed() if seed is None else seed))
+        return numbers
 
-    def advance(self) -> Results:
-        """The newest token of every row; the step that makes the next ones is under way then."""
-        results = self._decoder.fetch()
-        if any(row.count + 1 < self._request.max_new_tokens for row in self.rows.values()):
-            self._decoder.run()
-        ids, *lists = results()
-        reports: list[Report] = report_rows(*lists) if lists else [(None, ())] * len(ids)
-        for place, row in self.rows.items():
-            require_finite(ids[place] >= 0, row.name)
-        return [(place, ids[place], reports[place]) for place in self.rows]
+    def cancel(self, row: int) -> None:
+        """End a row at once; it gets no further tokens. A row that has ended is left alone."""
+        if any(row in waiting.numbers for waiting in self._waiting):
+            self._cancelled.add(row)
+        for slot, running in enumerate(self._running):
+            if running.number == row:
+                self._release([slot])
+                return
 
-    def remove(self, finished: list[int], *, are_more: bool) -> None:
-        """Drop these rows. Where no prompts are waiting, so are places when half are empty."""
-        for place in finished:
-            del self.rows[place]
-        kept = sorted(self.rows)
-        if kept and not are_more and self._count > FEW_ROWS and len(kept) <= self._count // 2:
-            self._decoder, order = self._decoder.shrink(kept)
-            self.rows = {i: self.rows[place] for i, place in enumerate(order)}
-        elif finished:
-            self._decoder.state.end([i for i in range(self._count) if i not in self.rows])
+    @torch.inference_mode()
+    def step(self) -> list[Token]:
+        """New tokens, of the rows that were begun last or of all: one each, several with drafts.
 
+        Raises:
+            FloatingPointError: a row's largest logit is NaN or infinite.
+        """
+        free = self._slots - len(self._running)
+        if self._waiting and (not self._running or free >= SHARE_TO_FILL * self._slots):
+            self._begin(self._next_rows(free))
+        if not self._running:
+            return []
+        tokens, finished = [], []
+        for slot, choices in self._stepper.advance(self._running):
+            for choice in choices:
+                token = self._take(self._running[slot], choice)
+                tokens.append(token)
+                if token.finished is not None:
+                    finished.append(slot)
+                    break
+        self._release(finished)
+        return tokens
 
-def stream_batched(
-    model: GPT,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    batch_size: int,
-    sampling: SamplingParams = GREEDY,
-    *,
-    n: int = 1,
-    should_stop: Callable[[Token], bool] = lambda token: False,
-    logprobs: int | None = None,
-    names: Sequence[str] | None = None,
-    prefill_chunk: int | None = None,
-) -> Iterator[Token]:
-    """What `stream_tokens` does, with at most `batch_size` rows under way at a time.
+    def _take(self, row: Row, choice: Choice) -> Token:
+        """Count a row's next token."""
+        row.text.append(choice.id)
+        row.count += 1
+        finished = None
+        if choice.id in row.request.end_ids and row.count > row.request.min_new_tokens:
+            finished = "stop"
+        elif row.count == row.request.max_new_tokens:
+            finished = "length"
+        return Token(row.number, choice.id, finished, choice.logprob, choice.top)
 
-    Prompts are begun in their order, and a prompt's samples share one prefill. The cache has
-    `batch_size` rows as long as the longest prompt and its new tokens, however many prompts wait.
-    Arguments are those of `stream_tokens`, and what messages call the prompts if not "prompt 0",
-    "prompt 1", ...; each row's tokens come in order.
-    """
-    if not prompts or max_new_tokens == 0:
-        return
-    batch_size = min(batch_size, len(prompts) * n)
-    request = _Request(max_new_tokens, sampling, n, logprobs, prefill_chunk)
-    with torch.inference_mode():
-        length = max(map(len, prompts)) + max_new_tokens - 1  # the last token is never fed
-        kind = _ReplayedPlaces if can_replay(model) else _Places
-        places: _Places | _ReplayedPlaces = kind(model, batch_size, length, request)
-    names = names or [f"prompt {i}" for i in range(len(prompts))]
-    waiting = _prefilled(model, prompts, names, request, places)
-    left = len(prompts) * n  # rows that have no place yet
+    def _next_rows(self, most: int) -> list[Row]:
+        """The first rows that wait."""
+        rows: list[Row] = []
+        while self._waiting and len(rows) < most:
+            waiting = self._waiting[0]
+            request, number = waiting.request, waiting.numbers[0]
+            waiting.numbers = waiting.numbers[1:]
+            if not waiting.numbers:
+                self._waiting.popleft()
+            if number in self._cancelled:
+                self._cancelled.remove(number)
+                continue
+            sample = request.n - len(waiting.numbers) - 1
+            # A graph begins a token more than a row has before it is known to have ended.
+            count = 0 if request.sampling.greedy else request.max_new_tokens + 1
+            draws = uniforms(waiting.seed, sample, count)
+            rows.append(Row(request, number, sample, draws, list(request.prompt)))
+        return rows
 
-    while True:
-        if left and (not places.rows or places.free >= SHARE_TO_FILL * batch_size):
-            with torch.inference_mode():
-                added = list(islice(waiting, places.free))  # (1, V) each
-                left -= len(added)
-                places.begin(torch.cat(added))
-                del added
-        if not places.rows:
+    def _begin(self, rows: list[Row]) -> None:
+        """Give rows the next slots, their prompts in the cache and their first logits."""
+        if not rows:  # all that waited were cancelled
             return
-        with torch.inference_mode():
-            results = places.advance()
-        finished = []
-        for place, id_, report in results:
-            row = places.rows[place]
-            row.newest, row.length, row.count = id_, row.length + 1, row.count + 1
-            token = Token(row.index, id_, None, *report)
-            if should_stop(token):
-                token = token._replace(finished="stop")
-            elif row.count == max_new_tokens:
-                token = token._replace(finished="length")
-            if token.finished:
-                finished.append(place)
-            yield token
-        with torch.inference_mode():
-            places.remove(finished, are_more=left > 0)
+        following = self._waiting[0].request if self._waiting else None
+        if following is not None:
+            # Which of many prompts comes first is open: the longest first gives little padding.
+            rows.sort(key=lambda row: -len(row.request.prompt))
+        first, running = len(self._running), self._running
+        # Where each prompt is: in the slot of a sample that runs, or in the next to be read.
+        slot_of = {row.request: i for i, row in enumerate(running) if row.request in self._logits}
+        new = [r for r in dict.fromkeys(row.request for row in rows) if r not in slot_of]
+        slot_of |= {request: first + i for i, request in enumerate(new)}
+        self._forget(first, first + len(rows))
+        if new:
+            cache = self._stepper.cache.rows(first, [0] * len(new))
+            prompts = [request.prompt for request in new]
+            logits = prefill(self._model, cache, prompts, self._chunk).float()  # (B, V)
+            self._logits |= dict(zip(new, logits, strict=True))
+        # From the last row on, so that a prompt is not overwritten before its copies are made.
+        for slot, row in reversed(list(enumerate(rows, first))):
+            if slot != slot_of[row.request]:
+                self._stepper.cache.copy_row(slot, slot_of[row.request])
+        self._running += rows
+        begun = torch.stack([self._logits[row.request] for row in rows])  # (B, V)
+        self._stepper.begin(first, rows, begun)
+        self._logits = {r: x.clone() for r, x in self._logits.items() if r is following}
+
+    def _forget(self, first: int, end: int) -> None:
+        """Zero the slots that have held other rows.
+
+        What they left is hidden, but 0 times NaN is NaN (see `KVCache.limit`).
+        """
+        self._stepper.cache.clear(first, min(end, self._used))
+        self._used = max(self._used, end)
+
+    def _release(self, slots: list[int]) -> None:
+        """Drop the rows of these slots; the last rows move there, which leaves no gap."""
+        for slot in reversed(slots):  # so that the last row is never one that leaves
+            last = len(self._running) - 1
+            self._stepper.remove(slot, last)
+            self._running[slot] = self._running[last]
+            del self._running[last]
 
 
-def _prefilled(
-    model: GPT,
-    prompts: list[list[int]],
-    names: Sequence[str],
-    request: _Request,
-    places: _Places | _ReplayedPlaces,
-) -> Iterator[Tensor]:
-    """Give one row after the other a place, and its logits (1, V) to whoever asks for the next.
-
-    Prompts for free places are read together, as many as `read_together` says; those samples of the
-    last one that found no place wait with its keys and values. These are freed with the last one
-    that needs them: the places are decoded while this waits to be asked again.
-    """
-    n, begun = request.n, 0
-    while begun < len(prompts):
-        group = read_together(prompts[begun : begun + ceil(places.free / n)])
-        cache = model.new_cache(len(group), max(map(len, group)))
-        chunk = request.prefill_chunk
-        logits, row_of = _prefill_longest_first(model, cache, group, chunk)  # (B, V)
-        for i, prompt in enumerate(group):
-            for index in range((begun + i) * n, (begun + i + 1) * n):
-                row = _Row(names[begun + i], index, len(prompt), request.draws(index, model.device))
-                places.add(row, prompt, cache, row_of[i])
-                first = logits[row_of[i]][None]
-                if index + 1 == (begun + len(group)) * n:
-                    del cache, logits
-                yield first
-                del first
-        begun += len(group)
-
-
-def _prefill_longest_first(
-    model: GPT, cache: KVCache, prompts: list[list[int]], chunk: int | None
-) -> tuple[Tensor, list[int]]:
-    """`prefill` in the order that computes the least padding.
-
-    Returns:
-        The logits (B, V) float32 of the cache's rows, and the row of each prompt.
-    """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    logits = prefill(model, cache, [prompts[i] for i in order], chunk).float()  # (B, V)
-    return logits, sorted(range(len(prompts)), key=order.__getitem__)
-
-
-def read_together(prompts: list[list[int]]) -> list[list[int]]:
-    """The first prompts, as many as one forward pass reads, padded to the longest; at least one.
-
-    With more at once nothing would be faster, but their cache could be as large as the places, and
-    where lengths differ more would be padding.
-    """
-    longest = 0
-    for i, prompt in enumerate(prompts):
-        longest = max(longest, len(prompt))
-        if i > 0 and (i + 1) * longest > PREFILL_POSITIONS:
-            return prompts[:i]
-    return prompts
-
-
-def slots_beside(prompts: int, longest: int) -> int:
-    """The most slots of the cache beside the places, for so many free ones and such prompts."""
-    return min(prompts * longest, max(longest, PREFILL_POSITIONS))
+def _size(requests: Sequence[Request], slots: int | None) -> tuple[int, int]:
+    """How many slots of which length run these requests."""
+    rows = sum(request.n for request in requests)
+    length = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
+    return max(1, rows if slots is None else min(slots, rows)), length

@@ -1,25 +1,19 @@
-"""From the tokens that are generated to text: a completion in the making, its end, its times."""
+"""From requests to text: completions while they are generated, with their counts and times."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from math import ceil
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
-from mqa_gpt.cache import cache_bytes
-from mqa_gpt.errors import PromptError, is_int, shown
-from mqa_gpt.fim import check_mode, infill_prompt
-from mqa_gpt.generation.batching import slots_beside, stream_batched
-from mqa_gpt.generation.decode import Token
-from mqa_gpt.generation.request import check_request, stream_tokens
-from mqa_gpt.generation.speculative import Drafter, check_draft, stream_drafted
-from mqa_gpt.machine import available_memory
+from mqa_gpt.errors import shown
+from mqa_gpt.generation.batching import Engine, Token
+from mqa_gpt.generation.request import Request
+from mqa_gpt.generation.speculative import Drafter
+from mqa_gpt.generation.stop import RowText
 from mqa_gpt.model import GPT
-from mqa_gpt.sampling import SamplingParams
-from mqa_gpt.tokenizer import StreamDecoder, Tokenizer
+from mqa_gpt.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -30,7 +24,7 @@ class Completion:
         text: what was generated, up to the end token or stop string, without either.
         token_ids: every token that was generated, the one that ended it included.
         finish_reason: "stop" for an end token or stop string, "length" for `max_new_tokens`,
-            "interrupted" where generation was broken off.
+            "interrupted" where generation did not finish.
         prompt_tokens: the prompt's length in tokens.
         logprobs: per token the natural log of its probability; None if not asked for.
         top_logprobs: per token the likeliest tokens as (id, logprob); None if not asked for.
@@ -70,17 +64,14 @@ class Stats:
 
     @property
     def decode_rate(self) -> float | None:
-        """New tokens per second, each row's first left out: that one is the prefill's.
-
-        None where there are no others.
-        """
+        """New tokens per second without each row's first, which is the prefill's; None if none."""
         tokens = self.new_tokens - self.rows
         seconds = self.total_seconds - (self.first_token_seconds or 0.0)
         return tokens / seconds if tokens > 0 and seconds > 0 else None
 
     @property
     def rate(self) -> float | None:
-        """New tokens per second of all the time, prefills included; None where there are none."""
+        """New tokens per second of the total time, prefills included; None where there are none."""
         return self.new_tokens / self.total_seconds if self.new_tokens else None
 
     def __str__(self) -> str:
@@ -100,10 +91,11 @@ class Stats:
 class Options(TypedDict, total=False):
     """The options that every way of generating takes.
 
-    The first six are described at `mqa_gpt.sampling.SamplingParams`. `stop` is a text or several,
-    any of which ends a completion, as the control token of that name does too; `logprobs` is how
-    many log-probabilities to report per token beside the chosen token's own; `draft` guesses ahead,
-    so that the same tokens take fewer steps (`mqa_gpt.generation.speculative`).
+    The first six are those of `SamplingParams`. `stop` is a text or several, any of which ends a
+    completion, as the control token of that name does too. A completion has at least
+    `min_new_tokens`; with `ignore_eos` the model's end tokens do not end it. `logprobs` is how many
+    log-probabilities to report per token besides the chosen token's own. `draft` guesses ahead, so
+    that the same tokens take fewer steps (`PromptLookup`, `DraftModel`).
     """
 
     temperature: float
@@ -113,208 +105,145 @@ class Options(TypedDict, total=False):
     repetition_penalty: float
     seed: int | None
     stop: str | Sequence[str] | None
+    min_new_tokens: int
+    ignore_eos: bool
     logprobs: int | None
     draft: Drafter | None
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """TypeError, as for any argument that there is not, unless all of these are `Options`."""
+    """TypeError, as for any unknown argument, unless all of these are `Options`."""
     for name in sorted(options.keys() - Options.__annotations__.keys()):
         raise TypeError(
             f"there is no option {shown(name)}: accepted are {', '.join(Options.__annotations__)}"
         )
 
 
-class _Row:
-    """One continuation in the making: its tokens, and its text as far as it is final."""
+@dataclass
+class _Output:
+    """One continuation so far."""
 
-    def __init__(self, tokenizer: Tokenizer, end_ids: set[int], stops: list[str]) -> None:
-        self._decoder = StreamDecoder(tokenizer)
-        self._end_ids, self._stops = end_ids, stops
-        self._handed_out = 0  # characters
-        self.tokens: list[Token] = []
-        self.text = ""
-        self.finish_reason = "interrupted"
+    text: RowText
+    finish_reason: str = "interrupted"
+    tokens: list[Token] = field(default_factory=list)
 
-    def push(self, token: Token) -> bool:
-        """Take one token; True if it ends the row, by itself or by completing a stop string."""
+    def push(self, token: Token) -> None:
+        """Take the next token, after which the row may be finished."""
         self.tokens.append(token)
-        if token.id in self._end_ids:
+        if token.finished == "stop":  # the end token has no text
             self.finish("stop")
-        else:
-            # No stop string that is complete only now can begin before this.
-            begin = max(0, len(self.text) - max(map(len, self._stops), default=0))
-            self.text += self._decoder.push(token.id)
-            found = [at for stop in self._stops if (at := self.text.find(stop, begin)) >= 0]
-            if found:
-                self.text = self.text[: min(found)]
-                self.finish_reason = "stop"
-        return self.finish_reason == "stop"
+            return
+        self.text.push(token.id)
+        if self.text.is_stopped:
+            self.finish_reason = "stop"
+        elif token.finished is not None:
+            self.finish(token.finished)
 
     def finish(self, reason: str) -> None:
-        """End the row; bytes that never became a character are shown as U+FFFD."""
-        self.text += self._decoder.flush()
+        """End the row."""
+        self.text.finish()
         self.finish_reason = reason
 
-    def logprobs(self) -> list[float]:
-        """The log-probabilities of the tokens so far, where they were asked for."""
-        return [token.logprob for token in self.tokens if token.logprob is not None]
-
-    def take(self) -> str:
-        """Text not handed out yet, less an end that may turn out to begin a stop string."""
-        end = len(self.text)
-        if self.finish_reason == "interrupted":
-            end -= max((_overlap(self.text, stop) for stop in self._stops), default=0)
-        piece = self.text[self._handed_out : end]
-        self._handed_out += len(piece)
-        return piece
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` with which `stop` begins."""
-    return next((k for k in range(len(stop) - 1, 0, -1) if text.endswith(stop[:k])), 0)
-
-
-def encode_prompts(
-    tokenizer: Tokenizer,
-    prompts: Sequence[str | tuple[str, str]],
-    names: Sequence[str],
-    *,
-    special_tokens: bool,
-    mode: str,
-) -> list[list[int]]:
-    """The ids of texts to continue and of pairs to infill, as `LLM.begin_many` takes them.
-
-    Raises:
-        PromptError: an unknown mode, or a prompt that cannot be encoded, which it names.
-        CheckpointError: a pair, where the tokenizer has no infilling tokens.
-    """
-    check_mode(mode)
-    ids = []
-    for name, prompt in zip(names, prompts, strict=True):
-        try:
-            if isinstance(prompt, tuple) and len(prompt) == 2:
-                ids.append(infill_prompt(tokenizer, *prompt, mode=mode))
-            else:
-                ids.append(tokenizer.encode(prompt, special_tokens=special_tokens))
-        except PromptError as error:
-            raise PromptError(f"{name}: {error}") from error
-    return ids
+    @property
+    def is_finished(self) -> bool:
+        """Whether no further token belongs to it."""
+        return self.finish_reason != "interrupted"
 
 
 class Generation:
-    """Completions under way. Iterating runs the model and gives (row, new text) as text becomes
-    final; prompt i's sample j is row i * n + j. What there is so far is in `completions` and
-    `stats` at any time, after an interrupt too.
+    """Completions under way.
+
+    Iterating runs the model and gives (row, new text) as text becomes final; prompt i's sample j is
+    row i * n + j. What there is so far is in `completions` and `stats` at any time, after an
+    interrupt too.
+
+    Args:
+        requests: all with the same number of samples.
+        slots: how many rows run at a time; None for all of them.
+        idle: engines of earlier generations, whose recorded graphs can be used again.
+        cut: see `Completion`.
     """
 
     def __init__(
         self,
         model: GPT,
         tokenizer: Tokenizer,
-        prompts: list[list[int]],
-        max_new_tokens: int,
+        requests: Sequence[Request],
         *,
-        n: int,
-        batch_size: int | None = None,
-        names: Sequence[str] | None = None,
+        slots: int | None = None,
+        idle: list[Engine] | None = None,
         cut: tuple[int, int] = (0, 0),
-        stop: str | Sequence[str] | None = None,
-        logprobs: int | None = None,
-        draft: Drafter | None = None,
-        **sampling_options: Any,
     ) -> None:
-        stops: Any = [stop] if isinstance(stop, str) else stop or []
-        if not isinstance(stops, Sequence) or not all(isinstance(t, str) and t for t in stops):
-            raise PromptError(f"stop is {shown(stop)}: it must be a non-empty text or several")
-        if batch_size is not None and (not is_int(batch_size) or batch_size < 1):
-            raise PromptError(
-                f"batch_size is {shown(batch_size)}: it must be an integer of at least 1"
-            )
-        if batch_size is not None and draft is not None:
-            raise PromptError(
-                "draft is for prompts that are completed all at once: leave it or batch_size out"
-            )
-        end_of_text = [] if tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]
-        prompts = [ids or end_of_text for ids in prompts]
-        sampling = SamplingParams(**sampling_options)
-        prompts = check_request(model.config, prompts, max_new_tokens, sampling, n, logprobs, names)
-        check_draft(draft, model.config)
-        count = len(prompts) * n
-        # Before any row: a number that cannot fit would take all memory for them already.
-        at_once = count if batch_size is None else min(batch_size, count)
-        longest = max(map(len, prompts), default=0)
-        copied = None if batch_size is None else slots_beside(ceil(at_once / n), longest)
-        require_cache_room(model, at_once, longest + max_new_tokens, copied)
-        # A control token leaves no text in which its name could be found.
-        named = [id_ for text in stops if (id_ := tokenizer.control_id(text)) is not None]
-        end_ids = {*model.config.end_token_ids, *end_of_text, *named}
-        self._new_row = partial(_Row, tokenizer, end_ids, list(stops))
-        self._rows: dict[int, _Row] = {}  # those begun
-        self._unfinished = [n if max_new_tokens else 0] * len(prompts)  # rows of each prompt
-        self._taken = 0  # prompts whose rows were given away
-        self._n, self._max_new_tokens = n, max_new_tokens
-        self._prompt_tokens = [len(prompt) for prompt in prompts]
-        self._has_logprobs, self._cut = logprobs is not None, cut
-        self._draft = draft
-        stream: Any = stream_tokens
-        if draft is not None:
-            stream = partial(stream_drafted, draft=draft)
-        elif batch_size is not None:
-            stream = partial(stream_batched, batch_size=batch_size, names=names)
-        self._tokens: Iterator[Token] = stream(
-            model,
-            prompts,
-            max_new_tokens,
-            sampling=sampling,
-            n=n,
-            should_stop=lambda token: self._row(token.row).push(token),
-            logprobs=logprobs,
+        self._model, self._tokenizer, self._requests = model, tokenizer, requests
+        self._slots, self._cut = slots, cut
+        self._idle = [] if idle is None else idle
+        self._n = requests[0].n if requests else 1
+        self._outputs: dict[int, _Output] = {}  # those begun
+        self._unfinished = [r.n if r.max_new_tokens else 0 for r in requests]  # rows per request
+        self._taken = 0  # requests whose completions were given away
+        self.stats = Stats(
+            rows=sum(request.n for request in requests),
+            prompt_tokens=sum(len(request.prompt) for request in requests),
+            finished_rows=sum(0 if r.max_new_tokens else r.n for r in requests),
         )
-        self.stats = Stats(rows=count, prompt_tokens=sum(self._prompt_tokens))
-        if max_new_tokens == 0:
-            self.stats.finished_rows = count
+        Engine.require_room(model, requests, slots)
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        while True:
-            begin = time.perf_counter()  # what the consumer does between tokens does not count
-            token = next(self._tokens, None)
-            self.stats.total_seconds += time.perf_counter() - begin
-            if self._draft is not None:
-                self.stats.drafted_tokens = self._draft.proposed
-                self.stats.accepted_tokens = self._draft.accepted
-            if token is None:
-                return
-            self.stats.new_tokens += 1
-            if self.stats.new_tokens == 1:
-                self.stats.first_token_seconds = self.stats.total_seconds
-            row = self._row(token.row)
-            if token.finished == "length":
-                row.finish("length")
-            if token.finished is not None:
-                self.stats.finished_rows += 1
-                self._unfinished[token.row // self._n] -= 1
-            if piece := row.take():
-                yield token.row, piece
+        stats, begin = self.stats, time.perf_counter()
+        engine = Engine.for_requests(
+            self._model, self._requests, slots=self._slots, idle=self._idle
+        )
+        rows = [row for request in self._requests for row in engine.add(request)]
+        first = rows[0] if rows else 0  # an engine that is used again counts on
+        drafts = any(request.drafter is not None for request in self._requests)
+        while engine.is_busy:
+            tokens = engine.step()
+            # What the consumer does between steps does not count.
+            stats.total_seconds += time.perf_counter() - begin
+            if stats.first_token_seconds is None:
+                stats.first_token_seconds = stats.total_seconds
+            if drafts:
+                stats.drafted_tokens, stats.accepted_tokens = engine.drafted
+            for token in tokens:
+                row = token.row - first
+                output = self._output(row)
+                if output.is_finished:  # by a stop string earlier in this step
+                    continue
+                stats.new_tokens += 1
+                output.push(token)
+                if output.is_finished:
+                    if token.finished is None:
+                        engine.cancel(token.row)
+                    stats.finished_rows += 1
+                    self._unfinished[row // self._n] -= 1
+                if piece := output.text.take():
+                    yield row, piece
+            begin = time.perf_counter()
+        engine.retire(self._idle)
 
-    def _row(self, index: int) -> _Row:
+    def _output(self, row: int) -> _Output:
         """A row, begun when it is first asked for."""
-        if index not in self._rows:
-            self._rows[index] = self._new_row()
-            if self._max_new_tokens == 0:
-                self._rows[index].finish("length")
-        return self._rows[index]
+        if row not in self._outputs:
+            request = self._requests[row // self._n]
+            self._outputs[row] = _Output(RowText(self._tokenizer, request))
+            if request.max_new_tokens == 0:
+                self._outputs[row].finish("length")
+        return self._outputs[row]
 
-    def _completion(self, index: int) -> Completion:
+    def _completion(self, row: int) -> Completion:
         """What there is of a row."""
-        row = self._row(index)
+        output, request = self._output(row), self._requests[row // self._n]
+        logprobs = top = None
+        if request.logprobs is not None:
+            logprobs = [token.logprob for token in output.tokens if token.logprob is not None]
+            top = [list(token.top) for token in output.tokens]
         return Completion(
-            text=row.text,
-            token_ids=[token.id for token in row.tokens],
-            finish_reason=row.finish_reason,
-            prompt_tokens=self._prompt_tokens[index // self._n],
-            logprobs=row.logprobs() if self._has_logprobs else None,
-            top_logprobs=[list(t.top) for t in row.tokens] if self._has_logprobs else None,
+            text=output.text.text,
+            token_ids=[token.id for token in output.tokens],
+            finish_reason=output.finish_reason,
+            prompt_tokens=len(request.prompt),
+            logprobs=logprobs,
+            top_logprobs=top,
             cut=self._cut,
         )
 
@@ -328,11 +257,11 @@ class Generation:
 
         Each is given once and then forgotten, so that a long run does not fill the memory.
         """
-        while self._taken < len(self._prompt_tokens) and not self._unfinished[self._taken]:
+        while self._taken < len(self._requests) and not self._unfinished[self._taken]:
             rows = range(self._taken * self._n, (self._taken + 1) * self._n)
             completions = [self._completion(row) for row in rows]
             for row in rows:
-                del self._rows[row]
+                del self._outputs[row]
             self._taken += 1
             yield completions
 
@@ -347,23 +276,3 @@ class Generation:
         for _ in self:
             yield from self.take()
         yield from self.take()
-
-
-def require_cache_room(model: GPT, rows: int, slots: int, copied: int | None = None) -> None:
-    """Raise PromptError if the model's device cannot hold what generation needs for its cache.
-
-    Args:
-        rows, slots: size of the cache.
-        copied: slots, of all rows together, that are held twice for a moment. By default those of
-            several rows: when one leaves, the others are copied.
-    """
-    if copied is None:
-        copied = 0 if rows == 1 else rows * slots
-    dtype = model.cache_dtype or model.dtype
-    needed = cache_bytes(model.config, dtype, slots=rows * slots + copied)
-    room = available_memory(model.device)
-    if room is not None and needed > room:
-        raise PromptError(
-            f"{rows:,} completions of {slots:,} tokens need {needed / 1e9:,.2f} GB for their keys "
-            f"and values, but {room / 1e9:,.2f} GB are available on {model.device}: ask for less"
-        )

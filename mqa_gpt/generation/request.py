@@ -1,18 +1,17 @@
-"""Generation from token ids: what is asked for, whether it can be, and which loop does it."""
+"""Request: what is asked for one prompt, checked once where it is made and passed on as it is."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from mqa_gpt.config import GPTConfig
-from mqa_gpt.errors import PromptError, is_int, shown
-from mqa_gpt.generation.decode import Token, stream_plain
-from mqa_gpt.generation.decode_graph import can_replay, stream_replayed
-from mqa_gpt.generation.speculative import Drafter, check_draft, stream_drafted
-from mqa_gpt.model import GPT
+from mqa_gpt.errors import PromptError, is_int, require_int, shown
+from mqa_gpt.generation.speculative import Drafter, check_drafter
 from mqa_gpt.sampling import GREEDY, SamplingParams
 
 # A prompt's samples are held until the last of them is finished, with 64 tokens some 8 kB each:
@@ -20,195 +19,185 @@ from mqa_gpt.sampling import GREEDY, SamplingParams
 MAX_SAMPLES = 100_000
 
 
-def generate(
-    model: GPT,
-    prompts: Sequence[Sequence[int]] | Tensor,
-    max_new_tokens: int = 64,
-    *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
-    n: int = 1,
-    eos_token_id: int | Sequence[int] | None = None,
-    draft: Drafter | None = None,
-    prefill_chunk: int | None = None,
-) -> list[list[int]]:
-    """Continue each prompt; greedy unless a temperature is given.
+@dataclass(frozen=True, eq=False)  # equal only to itself: its samples share one prefill
+class Request:
+    """One prompt and how to continue it; `make_requests` makes valid ones.
 
-    Args:
-        model: in eval mode, or dropout stays active.
-        prompts: token ids, rows of any lengths; an empty row starts from `bos_token_id`.
-        max_new_tokens: at most this many per row.
-        temperature, top_k, top_p, min_p, repetition_penalty, seed: see `SamplingParams`.
-        n: samples per prompt, all from one prefill of it; at most `MAX_SAMPLES`.
-        eos_token_id: the token or tokens that end a row; None never stops early.
-        draft: what guesses ahead so that the same tokens take fewer steps
-            (`mqa_gpt.generation.speculative`).
-        prefill_chunk: positions per row and forward pass while the prompts are read; None for what
-            is fast on the model's device. A small number helps where the activations of a large
-            batch of long prompts do not fit into memory.
-
-    Returns:
-        The new tokens of each row, the end token included where there is one; prompt i's sample j
-        is row i * n + j.
-
-    Raises:
-        PromptError: a token outside the vocabulary, a prompt that leaves no room for
-            `max_new_tokens` in the context, or an unusable option.
-        FloatingPointError: a row's largest logit is NaN or infinite.
+    Attributes:
+        prompt: token ids, at least one.
+        max_new_tokens: at most this many; with the prompt they fit into the context.
+        sampling: how each token is chosen.
+        n: samples of the prompt, each a row of its own.
+        end_ids: tokens that end a row.
+        stop: texts that end a row; the engine, which sees no text, leaves them to its caller.
+        min_new_tokens: neither `end_ids` nor `stop` end a row before it has this many.
+        logprobs: None, or how many of the likeliest tokens to report beside the chosen one.
+        drafter: guesses ahead, so that the same tokens take fewer steps.
+        name: what messages call the prompt.
     """
-    sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    ends = () if eos_token_id is None else eos_token_id
-    ends = ends if isinstance(ends, Sequence) else (ends,)
-    if not all(is_int(token) for token in ends):
-        raise PromptError(
-            f"eos_token_id is {shown(eos_token_id)}: it must be a token id, a list of them or None"
-        )
-    if prefill_chunk is not None and (not is_int(prefill_chunk) or prefill_chunk < 1):
-        raise PromptError(
-            f"prefill_chunk is {shown(prefill_chunk)}: it must be an integer of at least 1, or None"
-        )
-    prompts = check_request(model.config, prompts, max_new_tokens, sampling, n)
-    check_draft(draft, model.config)
-    rows: list[list[int]] = [[] for _ in range(len(prompts) * n)]
-    stream = stream_tokens if draft is None else partial(stream_drafted, draft=draft)
-    for token in stream(
-        model,
-        prompts,
-        max_new_tokens,
-        sampling=sampling,
-        n=n,
-        should_stop=lambda token: token.id in ends,
-        prefill_chunk=prefill_chunk,
-    ):
-        rows[token.row].append(token.id)
-    return rows
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: SamplingParams = GREEDY
+    n: int = 1
+    end_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+    min_new_tokens: int = 0
+    logprobs: int | None = None
+    drafter: Drafter | None = None
+    name: str = "prompt 0"
 
 
-def check_request(
+def make_requests(
     config: GPTConfig,
     prompts: Sequence[Sequence[int]] | Tensor,
-    max_new_tokens: int,
+    max_new_tokens: int | None = 64,
     sampling: SamplingParams = GREEDY,
+    *,
     n: int = 1,
+    end_ids: Iterable[int] = (),
+    stop: str | Sequence[str] | None = None,
+    min_new_tokens: int = 0,
     logprobs: int | None = None,
+    drafter: Drafter | None = None,
+    truncate: bool = False,
     names: Sequence[str] | None = None,
-) -> list[list[int]]:
-    """The prompts as lists, empty ones replaced by the start token, or PromptError.
+) -> list[Request]:
+    """One request per prompt, all with the same options; nothing is computed.
 
-    Arguments are those of `generate` and `stream_tokens`, and what messages call each prompt if
-    not "prompt 0", "prompt 1", ...; all that can be wrong with them beyond `SamplingParams` is
-    found here, before anything is computed.
+    Args:
+        config: of the model that will run them.
+        prompts: token ids, rows of any lengths; an empty row starts from `bos_token_id`.
+        max_new_tokens: None for as many as fit into the context after each prompt.
+        truncate: cut the beginning of a prompt that leaves no room for `max_new_tokens`, instead
+            of raising.
+        names: what messages call the prompts; "prompt 0", "prompt 1", ... if None.
+
+    All else is described at `Request`.
+
+    Raises:
+        PromptError: an unusable option, or unusable prompts, all of which it names.
     """
-    if not is_int(max_new_tokens) or max_new_tokens < 0:
-        raise PromptError(
-            f"max_new_tokens is {max_new_tokens!r}: it must be an integer of at least 0"
-        )
-    if not is_int(n) or n < 1:
-        raise PromptError(f"n is {n!r}: it must be an integer of at least 1")
-    if n > MAX_SAMPLES:
-        raise PromptError(
-            f"n is {n:,}: a prompt gets at most {MAX_SAMPLES:,} samples; give it several times, "
-            "with another seed each"
-        )
+    if max_new_tokens is not None:
+        max_new_tokens = require_int(PromptError, "max_new_tokens", max_new_tokens, 0)
+    n = require_int(PromptError, "n", n, 1, MAX_SAMPLES)
     if n > 1 and sampling.greedy:
         raise PromptError(
             f"n is {n} but temperature is 0, which gives the same tokens {n} times: "
             "set a temperature above 0 or leave n at 1"
         )
-    if logprobs is not None and not (is_int(logprobs) and 0 <= logprobs <= config.vocab_size):
+    if logprobs is not None:
+        logprobs = require_int(PromptError, "logprobs", logprobs, 0, config.vocab_size)
+    min_new_tokens = require_int(PromptError, "min_new_tokens", min_new_tokens, 0)
+    if max_new_tokens is not None and min_new_tokens > max_new_tokens:
         raise PromptError(
-            f"logprobs is {logprobs!r}: it must be an integer from 0 to the vocabulary's "
-            f"{config.vocab_size}"
+            f"min_new_tokens is {min_new_tokens} and max_new_tokens is {max_new_tokens}: the "
+            "first must not exceed the second"
         )
+    stops = stop_texts(stop)
+    check_drafter(drafter, config)
+    ends = frozenset(end_ids)
+
+    lists = _as_lists(prompts)
+    names = names or [f"prompt {i}" for i in range(len(lists))]
+    requests: list[Request] = []
+    problems: dict[str, PromptError] = {}
+    for name, prompt in zip(names, lists, strict=True):
+        try:
+            ids = _token_ids(config, prompt, name)
+            ids, room = _fitted(config, ids, max_new_tokens, name, truncate=truncate)
+        except PromptError as error:
+            problems[name] = error
+            continue
+        requests.append(
+            Request(ids, room, sampling, n, ends, stops, min_new_tokens, logprobs, drafter, name)
+        )
+    if problems:
+        raise all_problems(problems)
+    return requests
+
+
+def all_problems(problems: dict[str, PromptError]) -> PromptError:
+    """One error for the prompts that cannot be used: the first in full, the others by name."""
+    first, *others = problems
+    some = ", ".join(others[:10]) + ", ..." * (len(others) > 10)
+    more = f" ({len(others):,} more cannot be used: {some})" if others else ""
+    return PromptError(f"{problems[first]}{more}")
+
+
+def stop_texts(stop: Any) -> tuple[str, ...]:
+    """The stop strings as a tuple; PromptError unless they are texts."""
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, Sequence) or not all(isinstance(t, str) and t for t in stops):
+        raise PromptError(f"stop is {shown(stop)}: it must be a non-empty text or several")
+    for text in stops:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise PromptError(
+                f"stop is {shown(text)}: it holds a lone surrogate, which no text that is "
+                "generated can hold; leave it out"
+            ) from None
+    return tuple(stops)
+
+
+def _as_lists(prompts: Any) -> Sequence[Any]:
+    """The rows of ids; PromptError for what is no list or tensor of them."""
     if isinstance(prompts, Tensor):
-        prompts = prompts.tolist()
+        is_plain = prompts.layout == torch.strided and not prompts.is_meta
+        if not is_plain or prompts.ndim != 2 or prompts.is_floating_point():
+            raise PromptError(
+                f"prompts are a tensor {shown(list(prompts.shape))} of {prompts.dtype} "
+                f"({prompts.layout}, on {prompts.device}): it must be a dense (B, T) tensor of ids"
+            )
+        return prompts.tolist()
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
         raise PromptError(
             f"prompts are {shown(prompts)}: they must be a list of lists of token ids "
             "(LLM.generate takes text)"
         )
-    names = names or [f"prompt {i}" for i in range(len(prompts))]
-    rows: list[list[int]] = []
-    problems: dict[str, PromptError] = {}
-    for name, prompt in zip(names, prompts, strict=True):
-        try:
-            rows.append(_check_prompt(config, prompt, max_new_tokens, name))
-        except PromptError as error:
-            problems[name] = error
-    if problems:
-        first, *others = problems
-        some = ", ".join(others[:10]) + ", ..." * (len(others) > 10)
-        more = f" ({len(others):,} more cannot be used: {some})" if others else ""
-        raise PromptError(f"{problems[first]}{more}")
-    return rows
+    return prompts
 
 
-def _check_prompt(
-    config: GPTConfig, prompt: Sequence[int], max_new_tokens: int, name: str
-) -> list[int]:
-    """One prompt as a list, the start token if it is empty, or PromptError."""
+def _token_ids(config: GPTConfig, prompt: Any, name: str) -> tuple[int, ...]:
+    """One prompt's ids, the start token if there are none, or PromptError."""
     if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
         raise PromptError(
             f"{name} is a {type(prompt).__name__}: it must be a list of token ids "
             "(LLM.generate takes text)"
         )
-    row = list(prompt)
-    if not row:
-        if config.bos_token_id is None:
-            raise PromptError(f"{name} is empty and the config has no bos_token_id")
-        row = [config.bos_token_id]
-    for token in row:
+    if not prompt and config.bos_token_id is None:
+        raise PromptError(f"{name} is empty and the config has no bos_token_id")
+    ids = tuple(prompt) or (config.bos_token_id,)
+    for token in ids:
         if not is_int(token) or not 0 <= token < config.vocab_size:
             raise PromptError(
                 f"{name} holds {shown(token)}: token ids are integers from 0 to "
                 f"{config.vocab_size - 1}"
             )
-    if len(row) + max_new_tokens > config.n_positions:
-        raise PromptError(
-            f"{name} has {len(row)} tokens and max_new_tokens is {max_new_tokens}: "
-            f"together they exceed the context of {config.n_positions} tokens; "
-            "shorten the prompt or ask for fewer"
-        )
-    return row
+    return tuple(map(int, ids))
 
 
-def stream_tokens(
-    model: GPT,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    sampling: SamplingParams = GREEDY,
+def _fitted(
+    config: GPTConfig,
+    ids: tuple[int, ...],
+    max_new_tokens: int | None,
+    name: str,
     *,
-    n: int = 1,
-    should_stop: Callable[[Token], bool] = lambda token: False,
-    logprobs: int | None = None,
-    prefill_chunk: int | None = None,
-) -> Iterator[Token]:
-    """The tokens behind `generate`, step by step: `stream_replayed` where it can, else
-    `stream_plain`.
-
-    The steps are made of the model's modules, hooks and attention of the beginning: replace them
-    between two streams, not within one.
-
-    Args:
-        prompts: what `check_request` made of them; nothing is checked here.
-        should_stop: called once with each new token; True ends its row.
-        logprobs: None for no log-probabilities, else how many of the most likely tokens to report
-            beside the chosen one.
-
-    Everything else is as in `generate`.
-    """
-    stream = stream_replayed if can_replay(model) else stream_plain
-    return stream(
-        model,
-        prompts,
-        max_new_tokens,
-        sampling,
-        n=n,
-        should_stop=should_stop,
-        logprobs=logprobs,
-        prefill_chunk=prefill_chunk,
-    )
+    truncate: bool,
+) -> tuple[tuple[int, ...], int]:
+    """The ids and the number of new tokens, which fit into the context; or PromptError."""
+    context = config.n_positions
+    # One new token at least must have room where their number is open.
+    room = context - (1 if max_new_tokens is None else max_new_tokens)
+    if truncate and 1 <= room < len(ids):
+        ids = ids[-room:]
+    if max_new_tokens is None and len(ids) <= room:
+        return ids, context - len(ids)
+    if max_new_tokens is None or len(ids) + max_new_tokens > context:
+        wanted = "no new token fits" if max_new_tokens is None else f"{max_new_tokens:,} are wanted"
+        raise PromptError(
+            f"{name} has {len(ids):,} tokens and {wanted}: together they exceed the context of "
+            f"{context:,} tokens; shorten the prompt or ask for fewer"
+        )
+    return ids, max_new_tokens

@@ -1,4 +1,4 @@
-"""Drafts: cheap guesses at the next tokens, which let the model make several per step.
+"""Speculative decoding: cheap guesses at the next tokens let the model make several per step.
 
 A decode step reads all weights to make one token per row, and would take hardly longer to make
 several. So something cheap drafts them; the model reads the draft in one step and says at every
@@ -9,51 +9,29 @@ et al. 2023; Chen et al. 2023).
 What the model would have chosen is defined when sampling too: a draw is a function of the logits
 and of one random number per position (`sampling.draw`). So the output is the plain loop's token for
 token, and with that its distribution. What is left is rounding: a step over several tokens sums in
-another order than a step over one, which can tip a choice between equals.
+another order than a step over one, which can tip a choice between near equals.
 
-The loop is `stream_drafted`; a draft is handed to `generate` or `LLM.generate`.
+A drafter is handed to `generate` or `LLM.generate` as `draft`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
-from mqa_gpt.cache import KVCache
 from mqa_gpt.config import GPTConfig
-from mqa_gpt.errors import PromptError, shown
-from mqa_gpt.fast.flat import inline
-from mqa_gpt.generation.decode import (
-    Token,
-    choose_finite,
-    draw_numbers,
-    prefill_samples,
-    reports_of,
-    tokens_seen,
-)
+from mqa_gpt.errors import PromptError, is_int, shown
+from mqa_gpt.fast.flat import flat_forward
 from mqa_gpt.model import GPT
-from mqa_gpt.sampling import GREEDY, SamplingParams
 
-FIRST, MOST = 4, 16  # tokens drafted at the beginning, and at most
-LONGEST_PAUSE = 64  # steps
+FIRST_COUNT, MAX_COUNT = 4, 16  # tokens drafted at first, and at most
+MAX_PAUSE = 64  # steps
 
 
-class Drafter:
-    """What every kind of draft has: its record, and how much to draft in view of it.
-
-    Attributes:
-        proposed, accepted: tokens drafted in the latest generation, and how many of them the model
-            chose too.
-    """
-
-    def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        """Forget everything: a new generation begins."""
-        self.proposed = self.accepted = 0
-        self._count, self._pause, self._failures = FIRST, 0, 0
+class Proposer(Protocol):
+    """A drafter at work in one generation, with what it keeps between steps."""
 
     def propose(
         self, rows: Sequence[int], texts: Sequence[list[int]], most: int
@@ -61,33 +39,18 @@ class Drafter:
         """Up to `most` tokens that may follow each text.
 
         Args:
-            rows: which continuation each text is; a finished one does not come again.
-            texts: prompt and new tokens so far, at least two; extended from call to call.
+            rows: the number of the continuation that each text is; a finished one never returns.
+            texts: prompt and new tokens so far, at least one; they grow from call to call.
             most: at least 1.
         """
+
+
+class Drafter:
+    """What every drafter has: `start`, which gives each generation a proposer of its own."""
+
+    def start(self, rows: int) -> Proposer:
+        """A proposer for at most so many continuations at a time."""
         raise NotImplementedError
-
-    def next_count(self) -> int:
-        """How many tokens to draft now: more while drafts are right, none for a while when wrong.
-
-        A draft that fails costs the time of reading it, so failures in a row double the pause.
-        """
-        if self._pause:
-            self._pause -= 1
-            return 0
-        return self._count
-
-    def record(self, proposed: int, accepted: int) -> None:
-        """Take note of how a step went, over all rows."""
-        self.proposed += proposed
-        self.accepted += accepted
-        if accepted:
-            self._failures = 0
-            self._count = min(2 * self._count, MOST) if accepted == proposed else accepted + 1
-        elif proposed:
-            self._failures += 1
-            self._count = max(self._count // 2, 1)
-            self._pause = min(2**self._failures - 1, LONGEST_PAUSE)
 
 
 class PromptLookup(Drafter):
@@ -100,20 +63,29 @@ class PromptLookup(Drafter):
     """
 
     def __init__(self, ngrams: Sequence[int] = (3, 2)) -> None:
-        self._ngrams = tuple(ngrams)
-        super().__init__()
+        if isinstance(ngrams, str | bytes) or not all(is_int(n) and n > 0 for n in ngrams):
+            raise PromptError(f"ngrams is {shown(ngrams)}: it must be a list of integers above 0")
+        self.ngrams = tuple(map(int, ngrams))
 
-    def begin(self) -> None:
+    def start(self, rows: int) -> Proposer:
         """See `Drafter`."""
-        super().begin()
-        # Per row: how much of its text is indexed, and where each n-gram last went on.
+        return _Lookup(self.ngrams)
+
+
+class _Lookup:
+    """Per row, how much of its text is indexed, and where each n-gram last continued."""
+
+    def __init__(self, ngrams: tuple[int, ...]) -> None:
+        self._ngrams = ngrams
         self._indexed: dict[int, int] = {}
         self._continued: dict[int, dict[tuple[int, ...], int]] = {}
 
     def propose(
         self, rows: Sequence[int], texts: Sequence[list[int]], most: int
     ) -> list[list[int]]:
-        """See `Drafter`; nothing for a row whose last tokens are new."""
+        """See `Proposer`; nothing for a row whose last tokens are new."""
+        for gone in self._indexed.keys() - set(rows):
+            del self._indexed[gone], self._continued[gone]
         return [self._look_up(row, text, most) for row, text in zip(rows, texts, strict=True)]
 
     def _look_up(self, row: int, text: list[int], most: int) -> list[int]:
@@ -130,7 +102,7 @@ class PromptLookup(Drafter):
 
 
 class DraftModel(Drafter):
-    """Lets a smaller model with the same tokens guess, greedily.
+    """Lets a smaller model with the same tokenizer guess, greedily.
 
     Args:
         model: the smaller model, in eval mode. Texts beyond its context get no draft.
@@ -138,161 +110,139 @@ class DraftModel(Drafter):
 
     def __init__(self, model: GPT) -> None:
         self.model = model
-        super().__init__()
 
-    def begin(self) -> None:
+    def start(self, rows: int) -> Proposer:
         """See `Drafter`."""
-        super().begin()
+        return _ModelProposer(self.model, rows)
+
+
+class _ModelProposer:
+    """A draft model's cache: row `rows[i]` is in slot i, which holds its first `held[i]` tokens."""
+
+    def __init__(self, model: GPT, slots: int) -> None:
+        self._model = model
+        self._cache = model.new_cache(slots, model.config.n_positions)
         self._rows: list[int] = []
-        self._cache: KVCache | None = None
-        self._held: list[int] = []  # how many of each text's first tokens the cache holds
+        self._held: list[int] = []
 
     @torch.inference_mode()
     def propose(
         self, rows: Sequence[int], texts: Sequence[list[int]], most: int
     ) -> list[list[int]]:
-        """See `Drafter`; nothing for any row once the longest has outgrown the model's context."""
-        model, device = self.model, self.model.device
-        cache = self._cache_of(rows)
-        missing = [len(text) - held for text, held in zip(texts, self._held, strict=True)]
+        """See `Proposer`; nothing for any row once the longest has outgrown the model's context."""
+        self._update(rows)
+        text_of = dict(zip(rows, texts, strict=True))
+        ordered = [text_of[row] for row in self._rows]
+        missing = [len(text) - held for text, held in zip(ordered, self._held, strict=True)]
         width = max(missing)
-        most = min(most, cache.max_length - max(self._held) - width)
+        most = min(most, self._cache.max_length - max(self._held) - width)
         if most < 1:
-            return [[] for _ in texts]
-        # Read what the cache lacks, padded on the right; this drops earlier guesses from it.
-        cache.set_lengths(self._held)
-        ids = torch.tensor(
-            [
-                text[len(text) - n :] + [0] * (width - n)
-                for text, n in zip(texts, missing, strict=True)
-            ],
-            device=device,
-        )  # (B, width)
-        logits = model(
-            ids, cache=cache, logits_at=torch.tensor(missing, device=device) - 1
-        )  # (B, V)
-        self._held = [len(text) for text in texts]
+            return [[] for _ in rows]
+        # Read what the cache lacks, padded on the right; the guesses of earlier steps are dropped.
+        cache, device = self._cache.rows(0, self._held), self._model.device
+        padded = [
+            text[len(text) - n :] + [0] * (width - n)
+            for text, n in zip(ordered, missing, strict=True)
+        ]
+        last = torch.tensor(missing, device=device) - 1  # (B,)
+        ids = torch.tensor(padded, device=device)  # (B, width)
+        logits = self._model(ids, cache=cache, logits_at=last)  # (B, V)
+        self._held = [len(text) for text in ordered]
         cache.set_lengths(self._held)
         guesses = [logits.argmax(-1)]  # (B,) each
-        forward = inline(model)
+        forward = flat_forward(self._model)
         while len(guesses) < most:
             guesses.append(forward(guesses[-1][:, None], cache)[:, 0].argmax(-1))
-        return torch.stack(guesses, dim=1).tolist()
+        drafted = dict(zip(self._rows, torch.stack(guesses, dim=1).tolist(), strict=True))
+        return [drafted[row] for row in rows]
 
-    def _cache_of(self, rows: Sequence[int]) -> KVCache:
-        """The cache for these rows: new at first, then without those that are finished."""
-        if self._cache is None:
-            self._cache = self.model.new_cache(len(rows), self.model.config.n_positions)
-            self._held = [0] * len(rows)
-        elif list(rows) != self._rows:
-            kept = [self._rows.index(row) for row in rows]
-            self._cache = self._cache.select(kept)
-            self._held = [self._held[i] for i in kept]
-        self._rows = list(rows)
-        return self._cache
+    def _update(self, rows: Sequence[int]) -> None:
+        """Drop the rows that are gone and begin those that are new."""
+        for slot in reversed(range(len(self._rows))):
+            if self._rows[slot] in rows:
+                continue
+            last = len(self._rows) - 1
+            if slot < last:
+                self._cache.copy_row(slot, last)
+            self._rows[slot], self._held[slot] = self._rows[last], self._held[last]
+            del self._rows[last], self._held[last]
+        new = [row for row in rows if row not in self._rows]
+        self._rows += new
+        self._held += [0] * len(new)
 
 
-def check_draft(draft: object, config: GPTConfig) -> None:
-    """Raise PromptError unless `draft` is None or one that fits a model of this config."""
-    if draft is not None and not isinstance(draft, Drafter):
+class Speculation:
+    """One drafter in one generation: its proposer, and how much to draft given how it has done.
+
+    Attributes:
+        proposed, accepted: tokens drafted so far, and how many of them the model chose too.
+    """
+
+    def __init__(self, drafter: Drafter, rows: int, vocab_size: int) -> None:
+        self._proposer, self._vocab_size = drafter.start(rows), vocab_size
+        self.proposed = self.accepted = 0
+        self._count, self._pause, self._failures = FIRST_COUNT, 0, 0
+
+    def propose(
+        self, rows: Sequence[int], texts: Sequence[list[int]], room: int
+    ) -> list[list[int]]:
+        """Guesses for each text: at most `room` tokens, none while the drafter pauses.
+
+        Raises:
+            PromptError: the drafter gave something else than token ids.
+        """
+        most = min(self._next_count(), room)
+        if most < 1:
+            return [[] for _ in rows]
+        # Copies, so that a drafter of the caller's cannot change what was generated.
+        guesses = self._proposer.propose(rows, [list(text) for text in texts], most)
+        for guess in guesses:
+            if len(guess) > most or not all(
+                is_int(id_) and 0 <= id_ < self._vocab_size for id_ in guess
+            ):
+                raise PromptError(
+                    f"the drafter proposed {shown(guess)}: it must give at most {most} token ids "
+                    f"from 0 to {self._vocab_size - 1}"
+                )
+        if len(guesses) != len(rows):
+            raise PromptError(
+                f"the drafter gave {len(guesses)} guesses for {len(rows)} texts: it must give one "
+                "list of ids, possibly empty, for each"
+            )
+        return [list(map(int, guess)) for guess in guesses]
+
+    def _next_count(self) -> int:
+        """How many tokens to draft now.
+
+        A wrong draft costs the time of reading it: failures in a row double the pause.
+        """
+        if self._pause:
+            self._pause -= 1
+            return 0
+        return self._count
+
+    def record(self, proposed: int, accepted: int) -> None:
+        """Count a step's guesses over all rows: more are drafted while they are right."""
+        self.proposed += proposed
+        self.accepted += accepted
+        if accepted:
+            self._failures = 0
+            is_right = accepted == proposed
+            self._count = min(2 * self._count, MAX_COUNT) if is_right else accepted + 1
+        elif proposed:
+            self._failures += 1
+            self._count = max(self._count // 2, 1)
+            self._pause = min(2**self._failures - 1, MAX_PAUSE)
+
+
+def check_drafter(drafter: object, config: GPTConfig) -> None:
+    """Raise PromptError unless `drafter` is None or one that fits a model of this config."""
+    if drafter is not None and not isinstance(drafter, Drafter):
         raise PromptError(
-            f"draft is {shown(draft)}: it must be a PromptLookup(), a DraftModel(model) or None"
+            f"draft is {shown(drafter)}: it must be a PromptLookup(), a DraftModel(model) or None"
         )
-    if isinstance(draft, DraftModel) and draft.model.config.vocab_size != config.vocab_size:
+    if isinstance(drafter, DraftModel) and drafter.model.config.vocab_size != config.vocab_size:
         raise PromptError(
-            f"the draft model has {draft.model.config.vocab_size} tokens and the model has "
+            f"the draft model has {drafter.model.config.vocab_size} tokens and the model has "
             f"{config.vocab_size}: they must have the same tokenizer"
         )
-
-
-def stream_drafted(
-    model: GPT,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    draft: Drafter,
-    sampling: SamplingParams = GREEDY,
-    *,
-    n: int = 1,
-    should_stop: Callable[[Token], bool] = lambda token: False,
-    logprobs: int | None = None,
-    prefill_chunk: int | None = None,
-) -> Iterator[Token]:
-    """The tokens of `stream_tokens` in fewer steps, each of which reads a draft too.
-
-    See `mqa_gpt.generation.speculative`. Rows advance at different speeds; each row's
-    tokens come in order.
-    """
-    if not prompts or max_new_tokens == 0:
-        return
-    draft.begin()
-    with torch.inference_mode():
-        rows = list(range(len(prompts) * n))
-        cache, logits = prefill_samples(model, prompts, max_new_tokens + MOST, n, prefill_chunk)
-        seen = tokens_seen(prompts, n, logits) if sampling.repetition_penalty != 1 else None
-        draws = (
-            None
-            if sampling.greedy
-            else draw_numbers(sampling, rows, n, max_new_tokens, model.device)
-        )
-    texts = [list(prompts[row // n]) for row in rows]  # prompts and new tokens
-    counts = [0] * len(rows)  # of new tokens
-    guesses: list[list[int]] = [[] for _ in rows]
-    logits = logits[:, None]  # (B, T, V): behind each row's newest token and behind its guesses
-    forward = inline(model)
-
-    while True:
-        # One position of the step after the other: a row is undecided while all its guesses so far
-        # were what the model chose, since only then the logits behind them are its own.
-        unfinished, undecided = set(range(len(rows))), list(range(len(rows)))
-        accepted = 0
-        for position in range(logits.shape[1]):
-            with torch.inference_mode():
-                # Finished rows are computed along, and have no draws left.
-                at = [min(count, max_new_tokens - 1) for count in counts]
-                u = None if draws is None else draws[range(len(rows)), at]  # (B,)
-                chosen = choose_finite(logits[:, position], sampling, seen, u)
-                reports = reports_of(logits[:, position], chosen, logprobs)
-                if seen is not None:
-                    seen[undecided, chosen[undecided]] = True
-            ids = chosen.tolist()
-            agreeing = []
-            for i in undecided:
-                texts[i].append(ids[i])
-                counts[i] += 1
-                token = Token(rows[i], ids[i], None, *reports[i])
-                if should_stop(token):
-                    token = token._replace(finished="stop")
-                elif counts[i] == max_new_tokens:
-                    token = token._replace(finished="length")
-                agrees = position < len(guesses[i]) and guesses[i][position] == ids[i]
-                accepted += agrees
-                if token.finished:
-                    unfinished.remove(i)
-                elif agrees:
-                    agreeing.append(i)
-                yield token
-            undecided = agreeing
-            if not undecided:
-                break
-        draft.record(sum(map(len, guesses)), accepted)
-        if not unfinished:
-            return
-
-        with torch.inference_mode():
-            # The cache keeps what was agreed on: all tokens but the newest.
-            cache.set_lengths([len(text) - 1 for text in texts])
-            if len(unfinished) < len(rows):
-                kept = sorted(unfinished)
-                cache = cache.select(kept)
-                rows, texts = [rows[i] for i in kept], [texts[i] for i in kept]
-                counts = [counts[i] for i in kept]
-                seen = None if seen is None else seen[kept]
-                draws = None if draws is None else draws[kept]
-            most = min(draft.next_count(), cache.max_length - cache.end - 1)
-            guesses = draft.propose(rows, texts, most) if most > 0 else [[] for _ in rows]
-            width = max(map(len, guesses))
-            feed = [
-                text[-1:] + guess + [0] * (width - len(guess))
-                for text, guess in zip(texts, guesses, strict=True)
-            ]
-            logits = forward(torch.tensor(feed, device=model.device), cache).float()

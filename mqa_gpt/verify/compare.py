@@ -1,9 +1,9 @@
-"""Proof: the same checkpoint in this implementation and in transformers, compared number by number.
+"""Proof: a checkpoint in this implementation and in transformers, compared number by number.
 
 Both get the same prompts. Ours generates greedily, all prompts in one ragged batch with a cache.
 transformers (eager attention) then computes the logits of every position of our sequences, each
 sequence alone and without a cache, and generates from each prompt by itself. So batching, cache
-and decoding are all on one side of the comparison only.
+and decoding are on one side of the comparison only.
 
 What must hold depends on the precision:
 
@@ -11,15 +11,16 @@ What must hold depends on the precision:
     unscaled    float32 without `scale_attn_weights` is ill-conditioned: our logits may be twice as
                 far from transformers in float64 as transformers in float32 is; all tokens equal
     16 bit      our logits may be twice as far from transformers in float32 as transformers in the
-                same 16-bit type is; where tokens part is reported, but does not fail
+                same 16-bit type is; the first different token is reported, but does not fail
     8 bit       (`quantize`, `cache_dtype`) is an approximation: how far logits, loss and tokens are
                 from those of the checkpoint itself is reported, and only NaN or infinity fails
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -32,23 +33,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mqa_gpt.attention import acting_backend
-from mqa_gpt.cache import as_cache_dtype
+from mqa_gpt.cache import KVCache
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.load import load_model, read_config
 from mqa_gpt.config import GPTConfig
-from mqa_gpt.errors import InputError, PromptError, is_int
+from mqa_gpt.errors import InputError, PromptError, is_int, shown
 from mqa_gpt.fast.int8 import is_quantized, says_quantized
+from mqa_gpt.fast.int8_cache import cache_class
 from mqa_gpt.fast.packing import can_pack, pack
-from mqa_gpt.generation.request import check_request, generate
+from mqa_gpt.generation.loop import generate, greedy_steps
+from mqa_gpt.generation.request import make_requests
 from mqa_gpt.machine import INSTALL_PEERS, version
 from mqa_gpt.model import GPT
 from mqa_gpt.progress import status
 from mqa_gpt.tokenizer import TOKENIZER_FILE, Tokenizer
-from mqa_gpt.verify.report import Divergence, PromptReport, Report
+from mqa_gpt.verify.report import Divergence, PromptReport, VerifyReport
 
 FLOAT32_TOLERANCE = 2e-5
 
-# What is compared if no prompts are given: of several lengths, since they run as one ragged batch.
+# The default prompts, of several lengths, since they run as one ragged batch.
 CODE_PROMPTS = (
     "def print_hello_world():",
     'import os\n\n\ndef newest_file(folder):\n    """Return the path of the newest file."""\n',
@@ -69,26 +72,27 @@ def verify(
     cache_dtype: str | None = None,
     prompts: Sequence[str] | Sequence[Sequence[int]] | None = None,
     max_new_tokens: int = 64,
-) -> Report:
-    """Compare a checkpoint with transformers' GPTBigCode; see the module's text for the rules.
+) -> VerifyReport:
+    """Compare a checkpoint with transformers' GPTBigCode; the module's docstring has the rules.
 
-    The two models are in memory one after the other. A 16-bit reference is converted to float32 in
+    The two models are in memory one after the other. A 16-bit reference is converted to float32 at
     the end, which takes twice the model's memory.
 
     Args:
         name_or_dir, revision, device, dtype, backend, quantize: see
             `mqa_gpt.checkpoints.load.load_model`; the reference is never quantized.
-        cache_dtype: see `LLM.load`. Then all our logits are computed token by token with the cache.
+        cache_dtype: see `LLM.load`. With it, all our logits are computed token by token from the
+            cache.
         prompts: texts or lists of token ids, whose loss is computed too; None takes a few pieces of
             code, or random ids where the checkpoint has no tokenizer.
-        max_new_tokens: how many greedy tokens are compared per prompt; end tokens do not stop.
+        max_new_tokens: how many greedy tokens to compare per prompt; end tokens do not stop.
 
     Raises:
-        InputError: transformers is missing, or a version that cannot be the reference.
+        InputError: transformers is missing, or is a version that cannot be the reference.
         CheckpointError, ConfigError, PromptError: see `load_model` and `generate`.
     """
-    kept_as = as_cache_dtype(cache_dtype)
-    approximate = quantize is not None or kept_as is not None
+    new_cache_class = cache_class(cache_dtype)
+    approximate = quantize is not None or cache_dtype is not None
     transformers_version = require_transformers()
     folder = resolve(name_or_dir, revision)
     config = read_config(folder)
@@ -100,14 +104,15 @@ def verify(
     has_tokenizer = (folder / TOKENIZER_FILE).is_file()
     tokenizer = Tokenizer.from_pretrained(folder) if has_tokenizer else None
     rows = _token_ids(config, tokenizer, prompts, folder, max_new_tokens)
+    max_new_tokens = int(max_new_tokens)  # NumPy's integers wrap around
 
     with status() as say:
         say("loading")
         model = load_model(folder, device=device, dtype=dtype, backend=backend, quantize=quantize)
-        model.cache_dtype = kept_as
+        model.cache_class = new_cache_class
         model_dtype, model_device = model.dtype, model.device
         say("computing")
-        new_ids, logits, unwatched = _ours(model, rows, max_new_tokens)
+        new_ids, logits, as_users_get = _ours(model, rows, max_new_tokens)
         del model
 
         # The last token is only compared; nothing is computed from it.
@@ -121,7 +126,7 @@ def verify(
             expected = _reference_logits(reference, sequences)
             greedy = [_reference_greedy(reference, row, max_new_tokens) for row in rows]
             exact: list[Tensor] | None = None
-            if exact_dtype is not None:  # the same rounded weights, computed more precisely
+            if exact_dtype is not None:  # the same rounded weights in higher precision
                 say(f"computing in transformers in {str(exact_dtype).removeprefix('torch.')}")
                 # transformers' eager softmax is float32 even in float64; its sdpa's is not.
                 reference.set_attn_implementation(
@@ -143,7 +148,7 @@ def verify(
         rule = f"distance from transformers in {name}; the limit is twice its own in this dtype"
         error = _largest_difference(logits, exact)
         limit = 2 * _largest_difference(expected, exact)
-    return Report(
+    return VerifyReport(
         model=str(name_or_dir),
         dtype=str(model_dtype).removeprefix("torch."),
         device=str(model_device),
@@ -160,7 +165,7 @@ def verify(
         tokens_must_be_equal=not approximate and model_dtype in (torch.float32, torch.float64),
         prompts=[
             _compare(tokenizer, *parts)
-            for parts in zip(rows, unwatched, greedy, logits, nearest, strict=True)
+            for parts in zip(rows, as_users_get, greedy, logits, nearest, strict=True)
         ],
     )
 
@@ -199,14 +204,18 @@ def _token_ids(
     folder: Path,
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """The prompts as ids; only the prompts that nobody asked for are cut to fit the context."""
+    """The prompts as ids; the default ones are cut to fit the context."""
     if not is_int(max_new_tokens) or max_new_tokens < 1:
-        raise PromptError(f"max_new_tokens is {max_new_tokens!r}: it must be an integer above 0")
+        raise PromptError(
+            f"max_new_tokens is {shown(max_new_tokens)}: it must be an integer above 0"
+        )
     rows: list[Any]
     if prompts is not None:
+        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Iterable):
+            raise PromptError(f"prompts is {shown(prompts)}: give a list of texts or of token ids")
         rows = list(prompts)
         if any(isinstance(row, str) for row in rows):
-            tokenizer = tokenizer or Tokenizer.from_pretrained(folder)  # which says what is missing
+            tokenizer = tokenizer or Tokenizer.from_pretrained(folder)  # its error names the file
             rows = [tokenizer.encode(row) if isinstance(row, str) else row for row in rows]
         if not rows:
             raise PromptError("prompts is empty: give at least one prompt, or None")
@@ -220,50 +229,45 @@ def _token_ids(
                 for length in RANDOM_PROMPT_LENGTHS
             ]
         rows = [row[: max(1, config.n_positions - max_new_tokens)] for row in rows]
-    return check_request(config, rows, max_new_tokens)
+    return [list(request.prompt) for request in make_requests(config, rows, max_new_tokens)]
 
 
 @torch.inference_mode()
 def _ours(
     model: GPT, rows: list[list[int]], max_new_tokens: int
 ) -> tuple[list[list[int]], list[Tensor], list[list[int]]]:
-    """Our new tokens, and per row the logits of each position as (positions, V) on the CPU; and the
-    new tokens as users get them, which are another path's.
+    """Our new tokens, per row the logits of each position as (positions, V) on the CPU, and the new
+    tokens as users get them.
 
-    Those within the prompt are a plain forward pass's; the others, from the prompt's last position
-    on, are what `generate` chose by, with the weights packed as `LLM` packs them. 8-bit weights
-    are packed for both, since that rounds once more. A hook, which the logits need, keeps
-    `generate` from what is faster: from calling no modules, replaying recorded steps and the fused
-    kernels.
+    Logits within the prompt are those of a plain forward pass. From the prompt's last position on,
+    they are what the tokens were chosen by, with the weights packed as `LLM` packs them. 8-bit
+    weights are packed for both, since packing rounds the rows too.
     """
     if is_quantized(model) and can_pack(model):
         pack(model)
     within = [_within(model, row).cpu() for row in rows]
     if can_pack(model):  # not yet packed
         pack(model)
-    steps: list[Tensor] = []  # (B, V) or (B, 1, V)
-    hook = model.lm_head.register_forward_hook(lambda *call: steps.append(call[-1].cpu()))
-    # One piece of prefill, so that lm_head runs once per step.
-    new_ids = generate(model, rows, max_new_tokens, prefill_chunk=model.config.n_positions)
-    hook.remove()
-    unwatched = generate(model, rows, max_new_tokens)
-    chosen_by = torch.stack([step.view(len(rows), -1) for step in steps], dim=1)  # (B, N, V)
-    logits = [torch.cat(parts) for parts in zip(within, chosen_by, strict=True)]
-    return new_ids, logits, unwatched
+    ids, logits = zip(*greedy_steps(model, rows, max_new_tokens), strict=True)
+    new_ids = torch.stack(ids, dim=1).tolist()
+    chosen_by = torch.stack(logits, dim=1).cpu()  # (B, N, V)
+    as_users_get = generate(model, rows, max_new_tokens)
+    rows_of_logits = [torch.cat(parts) for parts in zip(within, chosen_by, strict=True)]
+    return new_ids, rows_of_logits, as_users_get
 
 
 def _within(model: GPT, row: list[int]) -> Tensor:
-    """Logits (positions, V) of all tokens of a prompt but the last."""
+    """Logits (positions, V) of a prompt's tokens except the last."""
     ids = torch.tensor([row], device=model.device)
-    if model.cache_dtype is None:
+    if model.cache_class is KVCache:
         return model(ids)[0, :-1]
-    cache = model.new_cache(1, len(row))  # token by token, or little would be read from it
+    cache = model.new_cache(1, len(row))  # token by token, so that attention reads it
     steps = [model(ids[:, i : i + 1], cache=cache)[0] for i in range(len(row))]
     return torch.cat(steps)[:-1]
 
 
 def _exact_dtype(config: GPTConfig, dtype: torch.dtype) -> torch.dtype | None:
-    """What the error of both sides is measured from, or None to measure one from the other."""
+    """The dtype that both sides' errors are measured from; None to measure one from the other."""
     if dtype in (torch.bfloat16, torch.float16):
         return torch.float32
     return None if config.scale_attn_weights or dtype == torch.float64 else torch.float64
@@ -271,7 +275,7 @@ def _exact_dtype(config: GPTConfig, dtype: torch.dtype) -> torch.dtype | None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No reports of what the checkpoint holds (ours is strict) and no progress bars."""
+    """No progress bars, and no notes about a checkpoint that our own reader has checked."""
     logging: Any = import_module("transformers.utils.logging")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
@@ -287,12 +291,17 @@ def quiet_transformers() -> Iterator[None]:
 def _load_reference(folder: Path, config: GPTConfig, dtype: torch.dtype) -> tuple[Any, str]:
     """transformers' model on the CPU, and how it got its weights.
 
-    The proof is strongest where transformers reads the folder itself. It cannot read some old
-    layouts (such as original SantaCoder's), and then gets config and weights from our reader.
+    The proof is strongest where transformers reads the weights itself. It cannot read some old
+    layouts (such as original SantaCoder's), and then gets them from our reader. The config is ours
+    in either case: its sizes and switches without the other keys, which can make transformers
+    quantize, import code or fail.
     """
     transformers: Any = import_module("transformers")
     from_pretrained = partial(
         transformers.GPTBigCodeForCausalLM.from_pretrained,
+        config=transformers.GPTBigCodeConfig(
+            **{key: value for key, value in dataclasses.asdict(config).items() if key != "extra"}
+        ),
         dtype=dtype,
         attn_implementation="eager",
         use_safetensors=True,
@@ -306,16 +315,13 @@ def _load_reference(folder: Path, config: GPTConfig, dtype: torch.dtype) -> tupl
             if not name.endswith((".attn.bias", ".attn.masked_bias"))
         }
         is_complete = not (unused or info["missing_keys"] or info["mismatched_keys"])
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+    except Exception:  # whatever it raises, it cannot read the folder
         is_complete = False
     if is_complete:
         source = "it read the checkpoint itself"
     else:
-        reference = from_pretrained(
-            None,
-            config=transformers.GPTBigCodeConfig(**config.to_dict()),
-            state_dict=load_model(folder, dtype=dtype, device="cpu").state_dict(),
-        )
+        weights = load_model(folder, dtype=dtype, device="cpu").state_dict()
+        reference = from_pretrained(None, state_dict=weights)
         source = "it cannot read this layout, so mqa_gpt's reader gave it the weights"
     # Greedy is the largest logit and nothing else, whatever generation_config.json asks for.
     reference.generation_config = transformers.GenerationConfig(pad_token_id=0)
@@ -333,11 +339,11 @@ def _reference_logits(reference: Any, sequences: list[list[int]]) -> list[Tensor
 
 @torch.inference_mode()
 def _reference_greedy(reference: Any, row: list[int], count: int) -> tuple[list[int], list[float]]:
-    """transformers' greedy tokens, and how clear each choice was: the top-2 margin."""
+    """transformers' greedy tokens, and by how much each logit exceeded the second largest."""
     ids = torch.tensor([row], device=reference.device)
     output = reference.generate(
         ids,
-        attention_mask=torch.ones_like(ids),  # or it takes id 0 in a prompt for padding
+        attention_mask=torch.ones_like(ids),  # otherwise id 0 in a prompt counts as padding
         max_new_tokens=count,
         do_sample=False,
         output_logits=True,
@@ -381,7 +387,7 @@ def _compare(
 
 
 def _loss(rows: list[list[int]], logits: list[Tensor]) -> float | None:
-    """Mean cross-entropy of the prompts' tokens but the first, in nats; None if there are none."""
+    """Mean cross-entropy of the prompts' tokens after the first, in nats; None without any."""
     losses = [
         F.cross_entropy(of_row[: len(row) - 1].double(), torch.tensor(row[1:]), reduction="sum")
         for row, of_row in zip(rows, logits, strict=True)

@@ -1,4 +1,4 @@
-"""What `mqa_gpt.verify.compare` found, as an object, as JSON and as a table of plain text."""
+"""The results of `mqa_gpt.verify.compare` as an object, JSON and a table of plain text."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from mqa_gpt.attention import backend_text
 class Divergence:
     """The first new token that differs.
 
-    `position` counts the prompt's new tokens from 0; `margin` is how far transformers' largest
-    logit is above its second largest there. Texts are None without a tokenizer.
+    Attributes:
+        position: among the prompt's new tokens, from 0.
+        ours_text, reference_text: None without a tokenizer.
+        margin: by how much transformers' largest logit exceeds its second largest there.
     """
 
     position: int
@@ -29,9 +31,11 @@ class Divergence:
 class PromptReport:
     """One prompt's comparison.
 
-    `absolute_error` and `relative_error` hold one number per position of prompt and new tokens:
-    max |ours - reference| over the vocabulary, and that over the position's largest logit. The
-    reference is the more precise of the two computations where there are two.
+    Attributes:
+        equal_tokens: new tokens before the first that differs.
+        absolute_error: per position of prompt and new tokens, max |ours - reference| over the
+            vocabulary. Where the reference computes in two precisions, the higher one counts.
+        relative_error: the same over the position's largest logit.
     """
 
     name: str
@@ -44,12 +48,17 @@ class PromptReport:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `verify` found. `logits_error` must not exceed `logits_limit`, or only be finite where
-    that is None; `rule` says in words what the two are. `backend` is the attention backend that
-    computed, `asked_backend` that or "auto". `reference` says which transformers it was and how it
-    got the weights. The losses are those of the prompts' tokens, in nats per token; None where no
-    prompt has two tokens.
+class VerifyReport:
+    """The result of `verify`.
+
+    Attributes:
+        backend: the attention backend that computed.
+        asked_backend: the same, or "auto".
+        reference: which transformers it was, and how it got the weights.
+        rule: what `logits_error` and `logits_limit` are, in words.
+        logits_limit: what the error must not exceed; None where it only has to be finite.
+        loss, reference_loss: of the prompts' tokens, in nats per token; None where no prompt has
+            two tokens.
     """
 
     model: str
@@ -70,7 +79,7 @@ class Report:
 
     @property
     def logits_passed(self) -> bool:
-        """Whether the logits keep to the rule; NaN does not."""
+        """Whether the error is within the limit; NaN is not."""
         limit = self.logits_limit
         return math.isfinite(self.logits_error) if limit is None else self.logits_error <= limit
 
@@ -81,16 +90,19 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether the checkpoint computes what it computes in transformers."""
+        """Whether the checkpoint computes the same as in transformers."""
         return self.logits_passed and self.tokens_passed
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON can hold it."""
+        """The report as JSON types."""
         return {"passed": self.passed, **asdict(self)}
 
 
-def format_report(report: Report) -> str:
-    """The report as lines of text: a table of the prompts, then the two verdicts."""
+def format_report(report: VerifyReport) -> str:
+    """The report as text: a table of the prompts, then a verdict each for logits and tokens.
+
+    Prompts are in the last column, so that a narrow terminal wraps them and no number.
+    """
     lines = [
         f"{report.model} in {report.dtype} on {report.device}, "
         f"backend {backend_text(report.asked_backend, report.backend)}"
@@ -98,16 +110,16 @@ def format_report(report: Report) -> str:
         + ("" if report.cache_dtype is None else f", cache in {report.cache_dtype}"),
         f"against {report.reference}",
         "",
-        f"{'prompt':32}  {'tokens':>6}  {'max error':>9}  {'by position':>11}  equal new tokens",
+        "tokens  max error  by position  equal new tokens  prompt",
     ]
     notes = []
     for prompt in report.prompts:
         name = repr(prompt.name)[1:-1]  # one line, and no control characters for the terminal
         name = name if len(name) <= 32 else f"{name[:29]}..."
         absolute, relative = _largest(prompt.absolute_error), _largest(prompt.relative_error)
+        equal = f"{prompt.equal_tokens} of {prompt.new_tokens}"
         lines.append(
-            f"{name:32}  {prompt.prompt_tokens:6}  {absolute:9.2e}  {relative:11.2e}"
-            f"  {prompt.equal_tokens} of {prompt.new_tokens}"
+            f"{prompt.prompt_tokens:6}  {absolute:9.2e}  {relative:11.2e}  {equal:>16}  {name}"
         )
         if (d := prompt.divergence) is not None:
             notes.append(
@@ -115,32 +127,29 @@ def format_report(report: Report) -> str:
                 f"{d.reference} {_quoted(d.reference_text)}in transformers, whose two largest "
                 f"logits differ by {d.margin:.2e} there"
             )
-    equal = sum(prompt.equal_tokens for prompt in report.prompts)
+    equal_tokens = sum(prompt.equal_tokens for prompt in report.prompts)
     total = sum(prompt.new_tokens for prompt in report.prompts)
-    # An approximation has no limit to pass, but it can fail: with NaN.
+    # An approximation has no limit to keep, but NaN fails it.
     checked = report.logits_limit is not None or not report.logits_passed
     logits = "info" if not checked else "pass" if report.logits_passed else "FAIL"
     tokens = "info" if not report.tokens_must_be_equal else "pass" if not notes else "FAIL"
     limit = "" if report.logits_limit is None else f", limit {report.logits_limit:.2e}"
-    # The verdict's ratio is another: its two maxima may be of different positions.
-    lines.append("by position: the largest error over the largest logit of its own position")
+    # The verdict's ratio differs: its two maxima may be at different positions.
+    lines.append("by position: the error over the largest logit of the same position, at most")
     lines += ["", *notes, f"logits  {logits}  {report.logits_error:.2e}{limit}: {report.rule}"]
     if report.loss is not None and report.reference_loss is not None:
         lines.append(
             f"loss    info  {report.loss:.4f} nats per token of the prompts, "
             f"{report.reference_loss:.4f} in transformers"
         )
-    promise = (
-        ""
-        if report.tokens_must_be_equal
-        else (f", which {report.quantize or report.cache_dtype or report.dtype} does not promise")
-    )
-    lines.append(f"tokens  {tokens}  {equal} of {total} greedy tokens equal{promise}")
+    rounding = report.quantize or report.cache_dtype or report.dtype
+    promise = "" if report.tokens_must_be_equal else f", which {rounding} does not promise"
+    lines.append(f"tokens  {tokens}  {equal_tokens} of {total} greedy tokens equal{promise}")
     return "\n".join(lines)
 
 
 def _largest(errors: list[float]) -> float:
-    """The largest error, where NaN, which `max` may pass over, is the largest of all."""
+    """The largest error; NaN, which `max` may skip, counts as the largest."""
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 
 

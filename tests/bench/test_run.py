@@ -1,6 +1,6 @@
 """Speed measurements: what is counted, what is divided by what, and how it is printed.
 
-A clock that says what it is told makes every figure known in advance.
+A fake clock makes every figure known in advance.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -20,15 +21,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from mqa_gpt import GPT, KVCache
 from mqa_gpt.bench import ceilings, peers
 from mqa_gpt.bench import run as bench
-from mqa_gpt.bench.report import Report
-from mqa_gpt.bench.run import benchmark, decode_bytes, prefill_flops, random_model, weight_bytes
+from mqa_gpt.bench.counts import prefill_flops, weight_bytes
+from mqa_gpt.bench.report import BenchReport, count_text, times_faster
+from mqa_gpt.bench.run import benchmark, random_model
 from mqa_gpt.cli.app import app
 from mqa_gpt.cli.output import print_json
 from mqa_gpt.errors import InputError
@@ -71,41 +71,6 @@ def refusal(*arguments: str) -> str:
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert (result.exit_code, result.stdout) == (2, "")
     return result.stderr
-
-
-# ----------------------------------------------------------------------------- what has to be done
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("multi_query", [True, False])
-def test_the_weights_read_are_those_of_the_linear_layers_and_norms(tied, multi_query):
-    config = tiny_config(tie_word_embeddings=tied, multi_query=multi_query)
-    read = {
-        id(parameter): parameter.numel()
-        for module in GPT(config).modules()
-        if isinstance(module, (nn.Linear, nn.LayerNorm))
-        for parameter in module.parameters()
-    }
-    assert weight_bytes(config, 4) == 4 * sum(read.values())
-
-
-@pytest.mark.parametrize("multi_query", [True, False])
-def test_a_decode_step_reads_the_weights_once_and_the_cache_of_every_row(multi_query):
-    config = tiny_config(multi_query=multi_query)
-    caches = [KVCache(config, 5, S, dtype=torch.bfloat16).kv.nbytes for S in (7, 8, 9)]
-    found = decode_bytes(config, 5, range(7, 10), 1, torch.bfloat16)
-    assert found == sum(caches) + 3 * weight_bytes(config, 1)
-
-
-@pytest.mark.parametrize("multi_query", [True, False])
-def test_operations_of_a_prefill_are_those_counted_by_torch_less_what_causality_hides(multi_query):
-    config, B, T = tiny_config(multi_query=multi_query), 3, 11
-    model = GPT(config, backend="reference").eval()
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(random_ids(config, B, T), logits_at=torch.full((B,), T - 1))
-    # The reference computes all T x T scores, of which T (T + 1) / 2 are needed.
-    hidden = 4 * config.n_layer * config.n_embd * (T * T - T * (T + 1) // 2)
-    assert prefill_flops(config, B, T) == counter.get_total_flops() - B * hidden
 
 
 # ------------------------------------------------------------------------------------- measurement
@@ -244,8 +209,8 @@ def test_peers_run_the_same_weights_and_are_compared_round_by_round(folder):
 
 
 def test_other_tokens_are_reported(folder, monkeypatch):
-    contender = peers.Contender("other", lambda ids, count: [[-1] * count for _ in ids], 4)
-    peer = peers.Peer(lambda folder, model: iter([contender]), (), 1)
+    program = peers.Program("other", lambda ids, count: [[-1] * count for _ in ids], 4)
+    peer = peers.Peer(lambda folder, model: iter([program]), (), 1)
     monkeypatch.setitem(peers.PEERS, "other", peer)
     report = benchmark(
         model=folder, prompt_lengths=[3], new_lengths=[], repeats=1, compare=["other"]
@@ -286,8 +251,8 @@ def test_a_shape_gets_random_weights_in_the_dtype_asked_for_and_no_zeros():
 
 
 def test_noise_that_makes_decoding_take_no_time_is_not_a_number(folder, monkeypatch, capsys):
-    contender = peers.Contender("other", lambda ids, count: [[0] * count for _ in ids], 4)
-    peer = peers.Peer(lambda folder, model: iter([contender]), (), 1)
+    program = peers.Program("other", lambda ids, count: [[0] * count for _ in ids], 4)
+    peer = peers.Peer(lambda folder, model: iter([program]), (), 1)
     monkeypatch.setitem(peers.PEERS, "other", peer)
     # Ours and theirs of pp8, tg4 and pp8+tg4, then the probes: our pair is below our prefill once.
     rounds = [[3, 1, 1, 1, 2, 5, 1, 1, 1], [1, 1, 1, 1, 3, 9, 1, 1, 1]]
@@ -324,7 +289,7 @@ TESTS = ["pp4", "pp6", "tg3", "pp4+tg3", "tg2 @ d4", "pp6+tg3", "tg2 @ d6"]
 def test_json_holds_everything(short, monkeypatch):
     monkeypatch.setattr("sys.argv", ["mqa-gpt", "bench", "-p", "4,6"])
     found = json.loads(invoke(*short, "--output", "json"))
-    assert found.keys() == Report.__dataclass_fields__.keys()
+    assert found.keys() == BenchReport.__dataclass_fields__.keys()
     assert [result["test"] for result in found["results"]] == TESTS
     assert all(len(result["seconds"]) == 2 for result in found["results"])
     assert found["weights"] == "checkpoint"
@@ -335,7 +300,7 @@ def test_json_holds_everything(short, monkeypatch):
 
 
 def test_json_is_short_for_output_json(short):
-    assert json.loads(invoke(*short, "--json")).keys() == Report.__dataclass_fields__.keys()
+    assert json.loads(invoke(*short, "--json")).keys() == BenchReport.__dataclass_fields__.keys()
 
 
 def test_csv_has_a_line_per_result_with_the_figures_of_the_json(short, monkeypatch):
@@ -368,12 +333,27 @@ def test_markdown_is_a_table_that_names_the_model_and_the_ceilings(short):
         float(cells[4].replace(",", ""))
 
 
+@pytest.mark.parametrize(
+    ("ratio", "text"), [(0.4, "2.50 x slower"), (1.65, "1.65 x faster"), (math.nan, "nan x faster")]
+)
+def test_a_peer_that_is_faster_is_said_to_be(ratio: float, text: str):
+    assert times_faster(ratio) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(5_460_000, "5.46 M"), (164_000_000, "164 M"), (999_600_000, "1 B"), (15_517e6, "15.5 B")],
+)
+def test_parameters_are_shown_in_three_digits_of_a_fitting_unit(count: int, text: str):
+    assert count_text(count) == text
+
+
 # ----------------------------------------------------------------------------------------- refusals
 
 
-def test_a_peer_that_nobody_knows_is_refused():
+def test_an_unknown_peer_is_refused():
     assert refusal("--compare", "transformers,vllm") == (
-        "error: there is no peer 'vllm': accepted are transformers, ctranslate2\n"
+        "error: there is no program 'vllm' to compare with: there are transformers, ctranslate2\n"
     )
 
 
@@ -402,13 +382,13 @@ def test_peers_count_as_copies_of_the_weights(folder, monkeypatch):
     run = {"model": folder, "prompt_lengths": [2], "new_lengths": [], "repeats": 1}
     benchmark(**run)
     monkeypatch.setitem(peers.PEERS, "transformers", peers.PEERS["transformers"]._replace(copies=9))
-    with pytest.raises(InputError, match="compare with less"):
+    with pytest.raises(InputError, match="compare with fewer programs"):
         benchmark(**run, compare=["transformers"])
 
 
 def test_a_shape_and_a_checkpoint_together_are_refused(folder):
     for option in (["--model", str(folder)], ["--revision", "main"]):
-        assert "leave out the one or the other" in refusal("--shape", "starcoder", *option)
+        assert "leave out one or the other" in refusal("--shape", "starcoder", *option)
 
 
 def test_what_exceeds_the_context_is_refused_before_anything_is_loaded(folder, monkeypatch):
@@ -423,7 +403,7 @@ def test_what_exceeds_the_context_is_refused_before_anything_is_loaded(folder, m
         (["-p", "8,"], "--n-prompt is '8,'"),
         (["-g", "-3"], "--n-gen is '-3'"),
         (["-b", "0"], "the batch size is 0: it must be an integer of at least 1"),
-        (["-r", "0"], "the repeats are 0"),
+        (["-r", "0"], "repeats is 0"),
         (["-p", "0", "-g", "0"], "there is nothing to measure"),
         (["--output", "xml"], "--output is 'xml': accepted are md, csv, json"),
         (["--shape", "gpt2"], "'gpt2' is not an official shape"),
@@ -433,6 +413,66 @@ def test_what_exceeds_the_context_is_refused_before_anything_is_loaded(folder, m
 )
 def test_options_that_cannot_be_used_are_refused(arguments, message):
     assert message in refusal(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compare": "transformers"}, "compare is 'transformers': it must be a list"),
+        ({"compare": [["transformers"]]}, "there is no program"),
+        ({"prompt_lengths": 8}, "prompt_lengths is 8: it must be a list"),
+        ({"new_lengths": "8"}, "new_lengths is '8': it must be a list"),
+        ({"new_lengths": [8.0]}, "the number of new tokens is 8.0"),
+        ({"batches": None}, "batches is None: it must be a list"),
+        ({"repeats": "3"}, "repeats is '3'"),
+        ({"shape": 5}, "shape is 5: it must be one of tiny_starcoder_py"),
+        ({"quantize": 8}, "quantize is 8"),
+    ],
+    ids=str,
+)
+def test_arguments_of_wrong_types_are_errors_of_ours(options, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        benchmark(**options)
+
+
+def test_numpy_integers_count_as_integers(folder):
+    numpy = pytest.importorskip("numpy")
+    report = benchmark(
+        model=folder,
+        prompt_lengths=[numpy.int8(100)],
+        new_lengths=[],
+        batches=[numpy.uint8(2)],
+        repeats=numpy.int64(1),
+    )
+    assert [(r.test, r.tokens) for r in report.results] == [("pp100", 200)]
+
+
+TERMINATED = """
+import time
+from mqa_gpt.bench.peers import temporary_folder
+with temporary_folder() as folder:
+    (folder / "weights").write_text("many")
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_process_that_is_terminated_leaves_no_temporary_checkpoint():
+    process = subprocess.Popen(
+        [sys.executable, "-c", TERMINATED], stdout=subprocess.PIPE, text=True
+    )
+    folder = Path(process.stdout.readline().strip())
+    assert folder.is_dir()
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not folder.exists()
+
+
+def test_termination_is_as_before_after_the_folder_is_gone():
+    with peers.temporary_folder():
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 KILLED = """

@@ -16,16 +16,17 @@ import mqa_vs_mha
 import pytest
 import step_profile
 import torch
+from mqa_gpt.generation.decode_graph import Decoder
 from torch import nn
 
 from mqa_gpt import GPT, GPTConfig, KVCache, config
 from mqa_gpt.bench import ceilings
 from mqa_gpt.bench import run as bench
 from mqa_gpt.bench.ceilings import Ceilings
-from mqa_gpt.bench.run import decode_bytes, prefill_flops, random_model, weight_bytes
+from mqa_gpt.bench.counts import Work, work_by_part
+from mqa_gpt.bench.run import random_model
 from mqa_gpt.fast import flat as inlining
 from mqa_gpt.fast.packing import can_pack
-from mqa_gpt.generation.decode_graph import Decoder
 from tests.helpers import quartiles_away, random_ids, relative_error, tiny_config
 
 TINY = (2, 3, 60, 97, 112, "gelu", 0)  # layers, heads, width, vocabulary, context
@@ -166,46 +167,6 @@ def test_a_case_that_does_not_fit_is_left_out_with_the_reason(tiny_shape, monkey
     assert "times" not in case
 
 
-@pytest.mark.parametrize("itemsize", [4, 1])
-@pytest.mark.parametrize("multi_query", [True, False])
-def test_the_work_of_the_parts_is_that_of_a_decode_step(multi_query, itemsize):
-    config, batch, context = tiny_config(multi_query=multi_query), 3, 20
-    parts = step_profile.work(
-        config, batch, context, torch.float32, itemsize=itemsize, is_prefill=False
-    )
-    whole = sum(part.bytes for part in parts.values())
-    least = decode_bytes(config, batch, range(context, context + 1), itemsize, torch.float32)
-    C, L = config.n_embd, config.n_layer
-    kv = 2 * config.n_kv_head * config.head_dim
-    # Numbers of a row and layer: in and out of the four linear layers, of attention (q and its
-    # output), GELU, two norms, two sums, and the new slot of the cache (counted twice, as it comes
-    # from c_attn); then those of the embeddings and the head.
-    layer = (2 * C + kv) + 2 * C + 2 * (C + 136) + 2 * C + 2 * 136 + 4 * C + 6 * C + 2 * kv
-    ends = (4 + 3 + 2 + 1) * C + 2 * 97
-    scale_of_biases_and_norms = whole - least - batch * 4 * (L * layer + ends)
-    assert abs(scale_of_biases_and_norms) <= 4 * (L * (7 * C + kv + 136) + 2 * C)
-    empty = step_profile.work(
-        config, 0, context, torch.float32, itemsize=itemsize, is_prefill=False
-    )
-    norms = (4 * config.n_layer + 2) * config.n_embd
-    biases = config.n_layer * (3 * config.n_embd + kv + config.inner_size)
-    expected = weight_bytes(config, itemsize) - itemsize * (norms + biases) + 4 * biases
-    assert sum(part.bytes for part in empty.values()) == expected
-    # Products of a token: two operations per weight of a matrix, and the attention's.
-    weights = 2 * (60 * (60 + kv) + 60 * 60 + 2 * 60 * 136) + 97 * 60
-    attention = 2 * 2 * (2 * 60 * context)
-    assert sum(part.flops for part in parts.values()) == batch * (2 * weights + attention)
-
-
-@pytest.mark.parametrize("multi_query", [True, False])
-def test_the_work_of_the_parts_is_that_of_a_prefill(multi_query):
-    config, batch, context = tiny_config(multi_query=multi_query), 3, 20
-    parts = step_profile.work(config, batch, context, torch.float32, itemsize=4, is_prefill=True)
-    assert sum(part.flops for part in parts.values()) == prefill_flops(config, batch, context)
-    assert parts["mlp.c_fc"].bytes == 2 * 4 * (61 * 136 + 3 * 20 * (60 + 136))
-    assert parts["lm_head"].bytes == 4 * (60 * 97 + 3 * (60 + 97))
-
-
 def test_a_part_takes_its_time_less_that_of_the_parts_inside():
     times = iter([0, 1, 2, 3, 5, 9])
     timer = step_profile.PartTimer(lambda: next(times))
@@ -219,7 +180,7 @@ def test_a_part_takes_its_time_less_that_of_the_parts_inside():
 
 def test_a_part_is_limited_by_what_takes_longer():
     limits = Ceilings(read_gb_per_s=2, copy_gb_per_s=1, matmul_tflops=0.001)
-    work = {"a": step_profile.Work(2_000_000_000, 5), "b": step_profile.Work(8, 3_000_000_000)}
+    work = {"a": Work(2_000_000_000, 5), "b": Work(8, 3_000_000_000)}
     a, b = step_profile.table({"b": 6.0, "a": 2.0}, work, limits)[::-1]
     assert (a["least_seconds"], a["limited_by"], a["of_roofline"]) == (1, "memory", 0.5)
     assert (b["least_seconds"], b["limited_by"], b["of_roofline"]) == (3, "arithmetic", 0.5)
@@ -229,11 +190,11 @@ def test_a_part_is_limited_by_what_takes_longer():
 def test_only_products_with_8_bit_weights_are_measured_by_the_rate_of_8_bit_products():
     limits = Ceilings(2, 1, matmul_tflops=0.001, int8_matmul_tflops=0.004)
     config = tiny_config()
-    work = step_profile.work(config, 1, 20, torch.float32, itemsize=1, is_prefill=False)
+    work = work_by_part(config, 1, 20, torch.float32, itemsize=1, is_prefill=False)
     assert {name for name, part in work.items() if part.itemsize == 1} == {
         *("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "lm_head")
     }
-    work = {"a": step_profile.Work(0, 4_000_000_000, 1), "b": step_profile.Work(0, 1_000_000_000)}
+    work = {"a": Work(0, 4_000_000_000, 1), "b": Work(0, 1_000_000_000)}
     rows = step_profile.table({"a": 1.0, "b": 1.0}, work, limits)
     assert [row["least_seconds"] for row in rows] == [1, 1]
 
@@ -259,8 +220,7 @@ def test_every_part_of_the_model_is_measured_and_the_logits_stay_the_same(measur
         assert {name for part, name in found if part == "mlp.c_fc"} >= {"aten::addmm", "Python"}
         assert all(seconds >= 0 for seconds in found.values())
     assert (
-        names
-        == step_profile.work(config, 2, 20, torch.float32, itemsize=4, is_prefill=prefill).keys()
+        names == work_by_part(config, 2, 20, torch.float32, itemsize=4, is_prefill=prefill).keys()
     )
     assert inlining.is_plain(model)  # nothing is left of the names
     assert KVCache.append is append

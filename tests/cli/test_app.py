@@ -31,9 +31,8 @@ from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.cli import output
 from mqa_gpt.cli.app import app, with_flags
 from mqa_gpt.cli.output import visible
-from mqa_gpt.generation.completion import Options
 from mqa_gpt.machine import threads_for
-from mqa_gpt.verify.report import PromptReport, Report
+from mqa_gpt.verify.report import PromptReport, VerifyReport
 from tests.helpers import SPECIALS, byte_tokenizer
 
 CONTEXT = 20_000  # long enough that Ctrl-C comes in time on a busy machine
@@ -236,12 +235,6 @@ def test_every_option_reaches_the_library(folder: str):
         assert called.call_args.kwargs.items() >= options.items()
 
 
-# Options that the library is about to have.
-soon = pytest.mark.skipif(
-    "min_new_tokens" not in Options.__annotations__, reason="the library does not have it yet"
-)
-
-
 def test_length_options_reach_the_library(folder: str):
     flags = ["--max-new-tokens", "fit", "--min-new-tokens", "3", "--ignore-eos", "--truncate"]
     for command in (["generate", "a"], ["infill", "--prefix", "a", "--filename", "a.py"]):
@@ -254,7 +247,6 @@ def test_length_options_reach_the_library(folder: str):
         assert called.call_args.kwargs.items() >= expected.items()
 
 
-@soon
 def test_a_completion_may_fill_the_context_go_past_its_end_and_be_cut_to_it(folder: str):
     run = ["generate", "-m", folder, "--json"]
     (filled,) = json.loads(invoke(*run, "0", "--max-new-tokens", "fit").stdout)["completions"]
@@ -268,7 +260,6 @@ def test_a_completion_may_fill_the_context_go_past_its_end_and_be_cut_to_it(fold
     assert "note: cut the first 65 tokens of prompt 0" in result.stderr
 
 
-@soon
 def test_a_file_whose_prompt_is_too_long_is_named(folder: str, tmp_path: Path):
     (tmp_path / "long.py").write_text("a" * CONTEXT)
     assert refusal("generate", "-m", folder, "-f", str(tmp_path / "long.py")).startswith(
@@ -673,8 +664,8 @@ def test_a_draft_changes_the_statistics_and_not_the_text(
 # ------------------------------------------------------------------------ verify, inspect and env
 
 
-def report(**changes: object) -> Report:
-    return Report(
+def report(**changes: object) -> VerifyReport:
+    return VerifyReport(
         **{
             "model": "someone/model",
             "dtype": "float32",

@@ -23,7 +23,7 @@ import torch
 from mqa_gpt import GPT, LLM
 from mqa_gpt.cli import jsonl
 from mqa_gpt.cli.jsonl import read_items
-from tests.cli.test_app import CONTEXT, environment, invoke, refusal, soon, spelling_checkpoint
+from tests.cli.test_app import CONTEXT, environment, invoke, refusal, spelling_checkpoint
 
 PROMPTS: list[dict[str, Any]] = [
     {"id": "long", "prompt": "0"},  # counts up to the limit; the others end with z, or at 9
@@ -402,7 +402,6 @@ def test_options_of_a_line_reach_the_library_and_stand_in_its_result(
     assert begin.call_args.kwargs["truncate"] is True
 
 
-@soon
 def test_a_line_may_have_options_of_its_own(run: list[str], tmp_path: Path):
     lines = [PROMPTS[0], PROMPTS[0] | {"id": 1, "max_new_tokens": 3}, {"id": 2, "prompt": "y"}]
     lines += [PROMPTS[0] | {"id": 3, "stop": "4"}, PROMPTS[2] | {"id": 4, "ignore_eos": True}]
@@ -415,7 +414,6 @@ def test_a_line_may_have_options_of_its_own(run: list[str], tmp_path: Path):
     assert invoke(*run).exit_code == 0  # nothing differs
 
 
-@soon
 def test_a_prompt_that_is_too_long_is_cut_when_asked_and_a_later_run_completes_it(
     run: list[str], tmp_path: Path
 ):
@@ -424,7 +422,8 @@ def test_a_prompt_that_is_too_long_is_cut_when_asked_and_a_later_run_completes_i
     assert invoke(*run, "--truncate").exit_code == 0
     found = results(tmp_path / "out")
     assert found[1]["completions"][0]["text"] == "xyz"
-    assert found[1]["cut_tokens"] == [13, 0]
+    assert found[1]["prompt_tokens"] == CONTEXT - 12
+    assert [entry.get("truncated") for entry in found] == [None, True]
 
 
 @pytest.mark.parametrize(
@@ -562,7 +561,8 @@ def test_results_of_another_prompt_or_of_other_options_are_refused_before_the_mo
     monkeypatch.setattr(LLM, "load", mock.Mock(side_effect=AssertionError))
     where = f"line {{}} of the output {str(tmp_path / 'out')!r} (id {{}}) "
     for flags, was, is_now in (
-        (["--n", "2", "--temperature", "1"], "temperature=0.0", "1.0"),
+        (["--temperature", "1"], "temperature=0.0", "1.0"),
+        (["--n", "2", "--temperature", "1"], "n=1", "2"),
         (["--max-new-tokens", "13"], "--max-new-tokens=12", "13"),
         (["--stop", "x"], "stop=None", "['x']"),
         (["--dtype", "bf16"], "dtype=None", "'bfloat16'"),

@@ -17,7 +17,6 @@ import pytest
 
 from mqa_gpt import LLM
 from mqa_gpt.cli.jsonl import LINE_OPTIONS
-from mqa_gpt.generation.completion import Options
 from tests.cli.test_app import invoke, spelling_checkpoint
 
 COUNT = int(os.environ.get("MQA_GPT_FUZZ", "150"))
@@ -30,7 +29,9 @@ WORDS = ["psm", "spm", "auto", "sdpa", "reference", "bf16", "torch.half", "float
 
 OPTIONS = {
     "--max-new-tokens": NUMBERS,
-    "--min-new-tokens": ["0"],
+    "--min-new-tokens": NUMBERS,
+    "--ignore-eos": None,
+    "--truncate": None,
     "--temperature": NUMBERS,
     "--top-k": NUMBERS,
     "--top-p": NUMBERS,
@@ -70,8 +71,7 @@ OWN_OPTIONS = {
 VALUES: list[Any] = [None, True, False, 0, -1, 3, 2**64, 10**400, 0.5, 1e300, "", "a", "\ud800"]
 VALUES += [[], ["a"], ["", 1], {}, {"a": [{"a": None}]}, "x" * 1000, "<fim_middle>", "id"]
 KEYS = ["id", "task_id", "prompt", "prefix", "suffix", "n", "other"]
-if "min_new_tokens" in Options.__annotations__:  # else the library does not take them yet
-    KEYS += LINE_OPTIONS
+KEYS += LINE_OPTIONS
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from mqa_gpt import GPT, generate
 from mqa_gpt.attention import reference_attention, sdpa_attention
 from mqa_gpt.cache import KVCache
-from mqa_gpt.fast.flat import inline, is_plain
+from mqa_gpt.fast.flat import flat_forward, is_plain
 from mqa_gpt.fast.int8 import Int8Linear, quantize
+from mqa_gpt.fast.int8_cache import Int8KVCache
 from mqa_gpt.fast.packing import can_pack, pack
-from mqa_gpt.generation.batching import stream_batched
 from mqa_gpt.generation.speculative import DraftModel, PromptLookup
 from mqa_gpt.model import MLP
 from tests.helpers import our_model, random_ids, random_prompts, reference_model, tiny_config
@@ -37,9 +37,9 @@ def model() -> GPT:
 
 
 def is_inlined(model: GPT) -> bool:
-    """Whether the function that `inline` makes leaves the model's own `__call__` out."""
+    """Whether the function that `flat_forward` makes leaves the model's own `__call__` out."""
     with counted_calls() as calls, torch.inference_mode():
-        inline(model)(torch.tensor([[1]]), model.new_cache(1, 1))
+        flat_forward(model)(torch.tensor([[1]]), model.new_cache(1, 1))
     return not calls
 
 
@@ -92,19 +92,19 @@ def test_it_gives_the_models_bits(changes: dict[str, object], form: Callable[[GP
     assert_same(model)
 
 
-@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+@pytest.mark.parametrize("cache_class", [KVCache, Int8KVCache])
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_it_has_the_models_cache_and_backend(model, cache_dtype, backend):
-    model.cache_dtype = cache_dtype
+def test_it_has_the_models_cache_and_backend(model, cache_class, backend):
+    model.cache_class = cache_class
     model.set_backend(backend)
     assert_same(model)
 
 
 @torch.inference_mode()
 def assert_same(model: GPT) -> None:
-    """Of one and of several tokens, behind rows of equal and of different lengths."""
+    """Of one and of several tokens, after rows of equal and of different lengths."""
     assert is_inlined(model)
-    forward = inline(model)
+    forward = flat_forward(model)
     for lengths in ([9, 9, 9], [9, 4, 1]):
         cache, other = (model.new_cache(3, 20) for _ in range(2))
         ids = random_ids(model.config, 3, 9)
@@ -120,7 +120,7 @@ def assert_same(model: GPT) -> None:
 
 
 def test_it_refuses_what_the_model_refuses(model):
-    forward, cache = inline(model), model.new_cache(1, 4)
+    forward, cache = flat_forward(model), model.new_cache(1, 4)
     with pytest.raises(ValueError, match="5 more do not fit"):
         forward(random_ids(model.config, 1, 5), cache)
     with pytest.raises(IndexError):
@@ -130,7 +130,7 @@ def test_it_refuses_what_the_model_refuses(model):
 
 
 def test_it_calls_no_module(model, monkeypatch):
-    forward, cache = inline(model), model.new_cache(1, 4)
+    forward, cache = flat_forward(model), model.new_cache(1, 4)
     monkeypatch.setattr(nn.Module, "__call__", None)
     with torch.inference_mode():
         assert forward(torch.tensor([[1, 2]]), cache).shape == (1, 2, 97)
@@ -138,7 +138,7 @@ def test_it_calls_no_module(model, monkeypatch):
 
 def test_changed_and_replaced_weights_are_read(model):
     other = our_model(reference_model(model.config, seed=1), model.config)
-    forward, ids = inline(model), torch.tensor([[1, 2]])
+    forward, ids = flat_forward(model), torch.tensor([[1, 2]])
     with torch.inference_mode():
         before = forward(ids, model.new_cache(1, 2))
         model.transformer.h[0].mlp.c_fc.weight.mul_(2)
@@ -255,7 +255,7 @@ def test_something_that_looks_like_a_model_is_called_itself(model):
         def __call__(self, ids: Tensor, cache: KVCache) -> str:
             return "wrapped"
 
-    assert inline(Wrapped())(torch.tensor([[1]]), model.new_cache(1, 1)) == "wrapped"
+    assert flat_forward(Wrapped())(torch.tensor([[1]]), model.new_cache(1, 1)) == "wrapped"
 
 
 @torch.inference_mode()
@@ -306,13 +306,6 @@ def test_every_attention_of_our_own_is_plain(model, attend):
 # ------------------------------------------------------------------------------------- who uses it
 
 
-def batched(model: GPT, prompts: list[list[int]], count: int) -> list[list[int]]:
-    rows: list[list[int]] = [[] for _ in prompts]
-    for token in stream_batched(model, prompts, count, batch_size=len(prompts)):
-        rows[token.row].append(token.id)
-    return rows
-
-
 def drafted(model: GPT, prompts: list[list[int]], count: int) -> list[list[int]]:
     return generate(model, prompts, count, draft=PromptLookup())
 
@@ -321,7 +314,7 @@ def drafted_by_a_model(model: GPT, prompts: list[list[int]], count: int) -> list
     return generate(model, prompts, count, draft=DraftModel(copy.deepcopy(model)))
 
 
-@pytest.mark.parametrize("loop", [generate, batched, drafted, drafted_by_a_model])
+@pytest.mark.parametrize("loop", [generate, drafted, drafted_by_a_model])
 def test_a_loops_steps_are_inlined_and_those_of_a_hooked_model_are_not(model, loop):
     prompts = random_prompts(model.config, [5, 9])
     with counted_calls() as calls:
@@ -335,7 +328,7 @@ def test_a_loops_steps_are_inlined_and_those_of_a_hooked_model_are_not(model, lo
 
 
 def test_a_draft_models_guesses_are_inlined():
-    draft = DraftModel(tiny_model())
+    draft = DraftModel(tiny_model()).start(1)
     with counted_calls() as calls:
         assert len(draft.propose([0], [[1, 2, 3]], 5)[0]) == 5
     assert len(calls) == 1

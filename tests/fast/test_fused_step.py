@@ -12,23 +12,15 @@ pytest.importorskip("triton", reason="Triton is not available on this platform")
 
 from mqa_gpt import GPT, GPTConfig, KVCache
 from mqa_gpt.attention import reference_attention
-from mqa_gpt.cache import StaticCache
-from mqa_gpt.fast.fused_step import can_fuse, fused_hidden, fused_likeliest, fused_logits
+from mqa_gpt.fast import decode_step
+from mqa_gpt.fast.decode_step import StaticCache
+from mqa_gpt.fast.fused_step import can_fuse, fused_argmax, fused_hidden, fused_logits
 from mqa_gpt.fast.int8 import quantize
-from mqa_gpt.generation import decode_graph
-from mqa_gpt.generation.decode import prefill
-from mqa_gpt.generation.decode_graph import Decoder, stream_replayed
-from mqa_gpt.generation.request import generate
 from mqa_gpt.sampling import GREEDY, SamplingParams
 from mqa_kernels import launch
-from tests.generation.test_decode_graph import (
-    OnGpu,
-    Tape,
-    check_same_tokens,
-    decoder_on_meta,
-    tensors_in_a_step,
-)
+from tests.generation.test_replay import OnGpu, check_same_tokens
 from tests.helpers import (
+    engine_tokens,
     error,
     our_model,
     random_ids,
@@ -56,11 +48,11 @@ def model_of(config: GPTConfig, dtype: torch.dtype = torch.float32) -> GPT:
 
 
 def filled_cache(model: GPT) -> StaticCache:
-    """Behind three prompts of different lengths, with room for a few tokens."""
+    """After three prompts of different lengths, with room for a few tokens."""
     cache = KVCache(model.config, 3, 12, dtype=model.dtype, device=DEVICE)
     model(random_ids(model.config, 3, max(LENGTHS)).to(DEVICE), cache=cache)
     cache.set_lengths(LENGTHS)
-    return StaticCache(cache)
+    return StaticCache(cache, cache.lengths, torch.ones_like(cache.lengths))
 
 
 @torch.inference_mode()
@@ -123,89 +115,48 @@ def test_the_likeliest_token_is_the_logits_argmax():
     model = model_of(CONFIGS[0])
     x = torch.randn(5, 60, device=DEVICE)
     logits = fused_logits(model, x)
-    ids, highest = fused_likeliest(model, x)
+    ids, highest = fused_argmax(model, x)
     assert ids.tolist() == logits.argmax(-1).tolist()
     assert highest.tolist() == logits.amax(-1).tolist()
     x[2, 7] = float("nan")
-    assert fused_likeliest(model, x)[1].isnan().tolist() == [i == 2 for i in range(5)]
+    assert fused_argmax(model, x)[1].isnan().tolist() == [i == 2 for i in range(5)]
 
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Every decoder takes the fused step; its calls are counted."""
+    """Replayed steps are fused ones; they are counted."""
     calls = []
-    plain = decode_graph.fused_step
-    monkeypatch.setattr(decode_graph, "can_fuse", lambda model, rows: True)
+    plain = decode_step.fused_hidden
+    monkeypatch.setattr(decode_step, "can_fuse", lambda model, rows: True)
     monkeypatch.setattr(
-        decode_graph, "fused_step", lambda *arguments: (calls.append(1), plain(*arguments))
+        decode_step, "fused_hidden", lambda *arguments: (calls.append(1), plain(*arguments))[1]
     )
     return calls
 
 
+@pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize(
-    ("sampling", "options"),
-    [
-        (GREEDY, {}),
-        (SamplingParams(repetition_penalty=1.5), {}),
-        (SamplingParams(1.3, 40, 0.95, 0.01, 1.2, seed=5), {"n": 2}),
-    ],
-    ids=["greedy", "penalty", "sampled"],
+    ("sampling", "logprobs"),
+    [(GREEDY, None), (SamplingParams(1.3, 40, 0.95, 0.01, 1.2, seed=5), 2)],
+    ids=["greedy", "sampled"],
 )
-def test_tokens_are_the_plain_loop_s(fused, sampling, options):
-    config = CONFIGS[0]
-    check_same_tokens(model_of(config), random_prompts(config, [5, 2]), 4, sampling, **options)
-    assert fused
-
-
-def test_tokens_of_8_bit_weights_are_the_plain_loop_s(fused):
+def test_tokens_are_those_of_called_steps(fused, graphs, sampling, logprobs, is_int8):
     model = model_of(CONFIGS[0])
-    quantize(model)
-    check_same_tokens(model, random_prompts(CONFIGS[0], [5, 1, 2]), 4, GREEDY)
-    assert len(fused) == 3
+    if is_int8:
+        quantize(model)
+    prompts = random_prompts(CONFIGS[0], [3, 2])
+    check_same_tokens(model, prompts, 4, sampling, logprobs=logprobs)
+    assert len(fused) == 2  # called, then recorded; the last step is a replay
+    assert DEVICE == "cuda" or [graph.replays for graph in graphs] == [2]
 
 
-def test_log_probabilities_come_with_the_tokens(fused):
-    tokens = list(stream_replayed(model_of(CONFIGS[0]), [[3, 4]], 2, logprobs=2))
-    assert all(token.logprob == token.top[0][1] for token in tokens)  # greedy
-    assert len(fused) == 1
-
-
-def test_logits_that_are_not_numbers_are_an_error(fused):
-    model = model_of(CONFIGS[0])
+def test_logits_that_are_not_finite_are_an_error(fused, replayed):
+    model, tokens = model_of(CONFIGS[0]), []
     with torch.no_grad():
-        model.transformer.wpe.weight[5] = float("nan")
-    tokens = stream_replayed(model, random_prompts(CONFIGS[0], [4]), 5)
-    assert [next(tokens).finished for _ in range(2)] == [None, None]
+        model.transformer.wpe.weight[3] = float("nan")
     with pytest.raises(FloatingPointError, match="not finite"):
-        next(tokens)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="there a CUDA graph is recorded, not a tape")
-@torch.inference_mode()
-def test_a_step_that_is_repeated_as_recorded_gives_the_tokens(fused):
-    model, prompts = model_of(CONFIGS[0]), random_prompts(CONFIGS[0], [5, 2])
-    cache = KVCache(model.config, 2, 9)
-    logits = prefill(model, cache, prompts)
-    decoder = Decoder.new(model, cache, GREEDY, None, None, None)
-    decoder.choose(logits)
-    tokens = [decoder.fetch()()[0]]
-    with Tape() as tape:
-        decoder.run()
-    for _ in range(3):
-        tokens.append(decoder.fetch()()[0])
-        tape.replay()
-    assert list(map(list, zip(*tokens, strict=True))) == generate(model, prompts, 4)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels are for the GPU where there is one")
-def test_a_step_never_asks_its_device_nor_copies_to_it(fused):
-    tensors = tensors_in_a_step(decoder_on_meta())
-    names = {name for name, _ in tensors}
-    assert names >= {
-        f"mqa_kernels.{name}.default"
-        for name in ("norm_qkv_to_cache", "attention_forward", "linear_residual", "norm_linear")
-    }
-    assert [name for name, x in tensors if x.device.type != "meta"] == []
+        tokens.extend(engine_tokens(model, random_prompts(CONFIGS[0], [2]), 5))
+    assert len(tokens) == 2
 
 
 @pytest.fixture

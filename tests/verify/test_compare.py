@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ from mqa_gpt import GPT, CheckpointError, GPTConfig, PromptError
 from mqa_gpt.attention import HAS_TRITON
 from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.errors import InputError
-from mqa_gpt.generation.request import generate
+from mqa_gpt.generation.loop import generate
 from mqa_gpt.machine import INSTALL_PEERS
 from mqa_gpt.verify.compare import verify
 from mqa_gpt.verify.report import format_report
@@ -130,6 +132,55 @@ def test_built_in_prompts_fit_into_a_small_context(tmp_path: Path) -> None:
     assert max(prompt.prompt_tokens for prompt in report.prompts) == 7
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"return_dict": False},
+        {"use_cache": "x"},
+        {"dtype": "evil"},
+        {"torch_dtype": 5},
+        {"layer_types": ["odd", 7]},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        {"quantization_config": "fp8"},
+        {"auto_map": {"AutoModelForCausalLM": "evil.Model"}, "trust_remote_code": True},
+        {"architectures": 3, "id2label": [], "problem_type": "x", "output_attentions": "yes"},
+        {"rope_scaling": {"type": 9}, "is_encoder_decoder": True, "tie_encoder_decoder": True},
+        {"attn_implementation": "flash_attention_9", "_attn_implementation": "evil"},
+        {"attention_softmax_in_fp32": "x", "scale_attention_softmax_in_fp32": 7},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_other_keys_of_a_config_that_loads_do_not_disturb_transformers(
+    tmp_path: Path, changes: dict[str, object]
+) -> None:
+    save(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    report = verify(tmp_path, prompts=PROMPTS, max_new_tokens=4)
+    assert report.passed
+    assert report.reference.endswith("it read the checkpoint itself")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"eos_token_id": "x", "use_cache": []}', "\x00"])
+def test_a_broken_generation_config_does_not_disturb_transformers(
+    tmp_path: Path, text: str
+) -> None:
+    save(tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    assert verify(tmp_path, prompts=PROMPTS, max_new_tokens=4).passed
+
+
+def test_transformers_shows_no_progress_bar_not_even_on_a_terminal(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    verify(folder, prompts=[[1]], max_new_tokens=1)
+    assert "computing in transformers" in terminal.getvalue()
+    assert "%|" not in terminal.getvalue()
+
+
 def test_with_a_tokenizer_the_prompts_are_text(tmp_path: Path) -> None:
     add_tokenizer(save(tmp_path))
     report = verify(tmp_path, prompts=["ab", "<|endoftext|>c"], max_new_tokens=5)
@@ -200,7 +251,7 @@ def test_old_layouts_are_verified_and_the_report_says_who_read_them(
 
 
 def break_models(monkeypatch: pytest.MonkeyPatch, damage: Callable[[GPT], None]) -> None:
-    """Damage each model that our loader gives out."""
+    """Damage each model that our loader returns."""
     load = mqa_gpt.verify.compare.load_model
 
     def load_damaged(*args: object, **options: object) -> GPT:
@@ -278,7 +329,7 @@ def test_the_rule_for_16_bit_notices_an_error_of_a_few_times_the_rounding(
 def test_tokens_are_those_of_the_path_that_users_get(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hook that reads the logits keeps `generate` from it."""
+    """The hook that reads the logits would keep `generate` from it."""
     monkeypatch.setattr(
         mqa_gpt.fast.flat, "without_modules", lambda model: lambda *inputs: -model(*inputs)
     )
@@ -334,7 +385,7 @@ def test_a_report_shows_control_characters_as_escapes(tmp_path: Path) -> None:
     add_tokenizer(save(tmp_path))
     report = verify(tmp_path, prompts=[[40, 96]], max_new_tokens=2)
     assert report.prompts[0].name == "G\n"
-    assert "\nG\\n    " in format_report(report)
+    assert "  G\\n\n" in format_report(report)
 
 
 # ------------------------------------------------------------------------------------ bad requests
@@ -373,6 +424,10 @@ def test_newer_versions_are_accepted(monkeypatch: pytest.MonkeyPatch, version: s
         ([[1, 97]], 4, "prompt 0 holds 97"),
         ([[1], [2] * 110], 4, "prompt 1 has 110 tokens.*context of 112"),
         ([[1]], 0, "max_new_tokens is 0"),
+        ([[1]], "4", "max_new_tokens is '4'"),
+        ("text", 4, "prompts is 'text': give a list of texts or of token ids"),
+        (b"text", 4, "prompts is b'text'"),
+        (5, 4, "prompts is 5"),
         (None, 112, "context of 112"),
     ],
 )
@@ -398,7 +453,7 @@ def test_a_folder_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
         verify(tmp_path / "nothing")
 
 
-def test_transformers_is_as_talkative_afterwards_as_before(folder: Path) -> None:
+def test_the_verbosity_of_transformers_is_restored(folder: Path) -> None:
     for level in (logging.INFO, logging.ERROR):
         logging.set_verbosity(level)
         verify(folder, prompts=[[1]], max_new_tokens=1)

@@ -16,11 +16,11 @@ from transformers import GPTBigCodeForCausalLM
 from mqa_gpt import GPT, GPTConfig, KVCache, generate
 from mqa_gpt.config import ACTIVATIONS
 from mqa_gpt.fast.packing import can_pack, pack
-from mqa_gpt.generation.batching import stream_batched
-from mqa_gpt.generation.decode import Token
-from mqa_gpt.generation.decode_graph import stream_replayed
+from mqa_gpt.generation import batching
+from mqa_gpt.generation.batching import Token
 from mqa_gpt.generation.speculative import PromptLookup
 from tests.helpers import (
+    engine_tokens,
     error,
     left_padded,
     our_greedy,
@@ -179,7 +179,7 @@ def test_float32_greedy_tokens_of_a_ragged_batch_are_those_of_transformers(
 
 
 def loops(model: GPT, prompts: list[list[int]]) -> dict[str, list[list[int]]]:
-    """The new tokens by each loop there is, without the hook that keeps `our_greedy` from some."""
+    """The new tokens in each way that the engine has, besides the plain loop of `our_greedy`."""
 
     def rows_of(tokens: Iterator[Token]) -> list[list[int]]:
         rows: list[list[int]] = [[] for _ in prompts]
@@ -187,12 +187,15 @@ def loops(model: GPT, prompts: list[list[int]]) -> dict[str, list[list[int]]]:
             rows[token.row].append(token.id)
         return rows
 
-    return {
+    found = {
         "without modules": generate(model, prompts, NEW_TOKENS),
         "with a draft": generate(model, prompts, NEW_TOKENS, draft=PromptLookup()),
-        "by steps that can be recorded": rows_of(stream_replayed(model, prompts, NEW_TOKENS)),
-        "in two places": rows_of(stream_batched(model, prompts, NEW_TOKENS, 2)),
+        "in two slots": rows_of(engine_tokens(model, prompts, NEW_TOKENS, slots=2)),
     }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batching, "can_replay", lambda model: True)
+        found["by steps that can be recorded"] = generate(model, prompts, NEW_TOKENS)
+    return found
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

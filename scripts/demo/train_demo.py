@@ -1,10 +1,10 @@
 """Train the demo checkpoint: a small multi-query model of the Python standard library's sources.
 
-    python scripts/train_demo.py --out demo-run             # about an hour on two cores
-    python scripts/train_demo.py --out demo-run --resume    # go on after an interruption
-    python scripts/evaluate_demo.py demo-run                # its figures and its card
+    python scripts/demo/train_demo.py --out demo-run             # about an hour on two cores
+    python scripts/demo/train_demo.py --out demo-run --resume    # go on after an interruption
+    python scripts/demo/evaluate_demo.py demo-run                # its figures and its card
 
-What is read and how it is packed is in demo_data.py. The result in `--out` is an ordinary
+What is read and how it is packed is in corpus.py. The result in `--out` is an ordinary
 checkpoint; `state.pt` beside it is what `--resume` reads.
 """
 
@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from demo_data import batches, read_corpus, train_tokenizer
-from demo_start import start_from_induction
+from corpus import batches, read_corpus, train_tokenizer
+from induction import start_from_induction
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -33,7 +33,7 @@ from mqa_gpt.checkpoints.load import as_device
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import InputError
 from mqa_gpt.fim import infill_prompt
-from mqa_gpt.generation.request import generate
+from mqa_gpt.generation.loop import generate
 from mqa_gpt.machine import is_out_of_memory
 from mqa_gpt.model import GPT
 from mqa_gpt.tokenizer import Tokenizer
@@ -260,7 +260,7 @@ def train(out: Path, device: torch.device, steps: int, resume: bool) -> None:
         "held_out_parts_bits_per_byte": state["held_out"],
     }
     (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
-    print(f"checkpoint in {out}; next: python scripts/evaluate_demo.py {out}")
+    print(f"checkpoint in {out}; next: python scripts/demo/evaluate_demo.py {out}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,12 +6,10 @@ import ast
 import math
 from typing import Any
 
+import evaluate_demo
 import pytest
 import torch
-
-from mqa_gpt import LLM
-from scripts import evaluate_demo
-from scripts.evaluate_demo import (
+from evaluate_demo import (
     complete_functions,
     fill_holes,
     function_body,
@@ -19,6 +17,8 @@ from scripts.evaluate_demo import (
     parsed_body,
     signatures,
 )
+
+from mqa_gpt import LLM
 
 SOURCE = '''\
 """A module whose text says def: def no_function():

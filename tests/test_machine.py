@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from mqa_gpt import GPT, KVCache, PromptError
-from mqa_gpt import machine as memory
 from mqa_gpt.cache import cache_bytes
-from mqa_gpt.generation.completion import require_cache_room
+from mqa_gpt.fast.int8_cache import Int8KVCache
+from mqa_gpt.generation import batching
+from mqa_gpt.generation.batching import Engine
+from mqa_gpt.generation.request import make_requests
 from mqa_gpt.machine import available_memory, is_out_of_memory
+from mqa_gpt.sampling import GREEDY
 from tests.helpers import tiny_config
 
 CPU = torch.device("cpu")
@@ -87,16 +90,17 @@ def test_a_cache_takes_the_bytes_that_are_counted_for_it(
 
 def test_a_cache_that_does_not_fit_is_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT(tiny_config())
-    needed = 2 * cache_bytes(model.config, torch.float32, 10**6, 50)  # rows that leave: a copy
+    requests = make_requests(model.config, [[1] * 20] * 10**3, 30, GREEDY)
+    needed = cache_bytes(model.config, torch.float32, 10**3, 50)
     for room in (None, needed):
-        monkeypatch.setattr(memory, "available_memory", lambda device, room=room: room)
-        require_cache_room(model, 10**6, 50)
-    monkeypatch.setattr(memory, "available_memory", lambda device: needed - 1)
-    with pytest.raises(PromptError, match=r"1,000,000 completions of 50 tokens need 32\.00 GB"):
-        require_cache_room(model, 10**6, 50)
-    one = cache_bytes(model.config, torch.float32, 1, 50)
-    monkeypatch.setattr(memory, "available_memory", lambda device: one)
-    require_cache_room(model, 1, 50)
+        monkeypatch.setattr(batching, "available_memory", lambda device, room=room: room)
+        Engine.require_room(model, requests)
+    monkeypatch.setattr(batching, "available_memory", lambda device: needed - 1)
+    with pytest.raises(PromptError, match=r"1,000 completions of 50 tokens need 0\.02 GB"):
+        Engine.require_room(model, requests)
+    Engine.require_room(model, requests, slots=999)
+    model.cache_class = Int8KVCache
+    Engine.require_room(model, requests)
 
 
 def test_an_allocation_that_failed_is_told_from_other_errors() -> None:

@@ -8,16 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import evaluate_demo
 import pytest
 import torch
+import train_demo
+from corpus import Corpus, train_tokenizer
 from torch import Tensor
+from train_demo import PEAK_LR, WARMUP_STEPS, bits_per_byte, learning_rate, make_optimizer
 from transformers import GPTBigCodeForCausalLM
 
 from mqa_gpt import GPT, LLM, GPTConfig, Tokenizer
 from mqa_gpt.errors import InputError
-from scripts import evaluate_demo, train_demo
-from scripts.demo_data import Corpus, train_tokenizer
-from scripts.train_demo import PEAK_LR, WARMUP_STEPS, bits_per_byte, learning_rate, make_optimizer
 from tests.helpers import our_model, random_ids, reference_model, relative_error, tiny_config
 
 CONFIG = GPTConfig(

@@ -1,4 +1,4 @@
-"""Recorded work that a CUDA device repeats, and lists that it gets without being waited for."""
+"""CUDA graphs: recorded work that a device repeats, and copies that its host does not wait for."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 class Replay:
     """An action that does the same every time, as a CUDA graph from its second run on.
 
-    The first run is an ordinary one, on the stream of recording: kernels are compiled and
-    workspaces made by it, which must not happen while a graph is recorded.
+    The first run is an ordinary one, on the recording stream: it compiles kernels and makes
+    workspaces, which must not happen while a graph is recorded.
     """
 
     def __init__(self, action: Callable[[], None], device: torch.device) -> None:
@@ -54,11 +54,10 @@ class Replay:
 
 
 class RecordingStreams(threading.local):
-    """Each thread's stream of recording on each device, made when it is first asked for.
+    """Each thread's recording stream on each device, made when it is first needed.
 
-    One for all graphs of a thread, because cuBLAS keeps a workspace for each stream that it has
-    seen. Not one for all threads: what another thread starts on a stream in recording would become
-    part of the graph instead of running.
+    One for all graphs of a thread, because cuBLAS keeps a workspace per stream. Not one for all
+    threads: what another thread starts on a recording stream would become part of the graph.
     """
 
     def __init__(self) -> None:
@@ -73,9 +72,32 @@ class RecordingStreams(threading.local):
 
 RECORDING_STREAMS = RecordingStreams()
 
-# PyTorch allows one recording at a time in a process. First runs wait for it too, because PyTorch
-# has few streams: after 32 it hands out the first one again.
+# PyTorch allows one recording at a time in a process. First runs take turns with it, because
+# PyTorch has few streams: after 32 it hands out the first one again.
 RECORDING = threading.Lock()
+
+
+def fetch(tensors: Sequence[Tensor], device: torch.device) -> Callable[[], list[list[Any]]]:
+    """Begin to copy tensors to the host.
+
+    Returns:
+        What waits for the copies, not for work started since, and gives the tensors as lists.
+    """
+    if device.type != "cuda":
+        clones = [tensor.clone() for tensor in tensors]
+        return lambda: [clone.tolist() for clone in clones]
+    # Only copies to pinned memory let the host go on.
+    copies = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
+    for pinned, tensor in zip(copies, tensors, strict=True):
+        pinned.copy_(tensor, non_blocking=True)
+    copied: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record(torch.cuda.current_stream(device))
+
+    def wait() -> list[list[Any]]:
+        copied.synchronize()
+        return [pinned.tolist() for pinned in copies]
+
+    return wait
 
 
 def upload(
@@ -84,5 +106,5 @@ def upload(
     """A list as a tensor on the device; a CUDA device is not waited for."""
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
-    # From other memory than pinned the copy would wait for all that was started before.
+    # A copy from pageable memory would wait for all work that was started before.
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

@@ -1,21 +1,25 @@
-"""The decode loop: against transformers' tokens, row by row, and at its limits."""
+"""`generate` and the plain loop: against transformers' tokens, row by row, and at their limits."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 
-from mqa_gpt import GPT, PromptError
-from mqa_gpt.generation import decode
-from mqa_gpt.generation.decode import prefill
-from mqa_gpt.generation.request import check_request, generate, stream_tokens
+from mqa_gpt import GPT, PromptError, generate
+from mqa_gpt.generation import prefill as prefill_module
+from mqa_gpt.generation.loop import greedy_steps
+from mqa_gpt.generation.prefill import prefill
+from mqa_gpt.generation.request import make_requests
 from mqa_gpt.sampling import SamplingParams, draw, filter_logits, uniforms
 from tests.helpers import (
+    engine_tokens,
     our_model,
     random_prompts,
     reference_greedy,
     reference_model,
+    relative_error,
     tiny_config,
 )
 
@@ -31,6 +35,15 @@ def test_greedy_tokens_are_those_of_transformers(model):
     prompts = random_prompts(CONFIG, [17, 3, 9, 1])
     ids, _ = reference_greedy(reference_model(CONFIG), prompts, 64)
     assert generate(model, prompts, 64) == ids.tolist()
+
+
+def test_the_plain_loop_gives_the_tokens_and_logits_of_transformers(model):
+    prompts = random_prompts(CONFIG, [17, 3, 9, 1])
+    ids, logits = reference_greedy(reference_model(CONFIG), prompts, 20)
+    steps = list(greedy_steps(model, prompts, 20))
+    assert [step[0].tolist() for step in steps] == ids.T.tolist()
+    for (_, ours), theirs in zip(steps, logits.unbind(1), strict=True):
+        assert relative_error(ours, theirs) < 5e-6
 
 
 def test_a_row_of_a_batch_equals_its_solo_run(model):
@@ -117,8 +130,8 @@ def test_the_prefill_chunk_limits_each_pass_and_does_not_change_the_tokens(model
 def test_elsewhere_than_on_a_cpu_all_rows_of_a_pass_share_its_positions(
     monkeypatch, lengths, width
 ):
-    monkeypatch.setattr(decode, "PREFILL_POSITIONS", 8)
-    monkeypatch.setattr(decode, "PREFILL_LEAST", 3)
+    monkeypatch.setattr(prefill_module, "PREFILL_POSITIONS", 8)
+    monkeypatch.setattr(prefill_module, "MIN_CHUNK", 3)
     model = GPT(CONFIG).to("meta").eval()
     widths = []
     model.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
@@ -128,11 +141,11 @@ def test_elsewhere_than_on_a_cpu_all_rows_of_a_pass_share_its_positions(
 
 
 @pytest.mark.parametrize(("lengths", "width"), [([20], 8), ([20, 5], 4), ([20, 7, 1, 8], 3)])
-def test_on_a_cpu_prompts_are_read_by_pieces_that_its_caches_hold(
+def test_on_a_cpu_prompts_are_read_in_chunks_that_its_caches_hold(
     model, monkeypatch, lengths, width
 ):
-    monkeypatch.setattr(decode, "CPU_PREFILL_BYTES", 8 * CONFIG.inner_size * 4)
-    monkeypatch.setattr(decode, "PREFILL_LEAST", 3)
+    monkeypatch.setattr(prefill_module, "CPU_PREFILL_BYTES", 8 * CONFIG.inner_size * 4)
+    monkeypatch.setattr(prefill_module, "MIN_CHUNK", 3)
     prompts = random_prompts(CONFIG, lengths)
     expected = generate(model, prompts, 12, prefill_chunk=20)
     widths = []
@@ -142,7 +155,7 @@ def test_on_a_cpu_prompts_are_read_by_pieces_that_its_caches_hold(
     assert widths[: 20 // width] == [width] * (20 // width)
 
 
-def test_prompts_that_have_ended_are_left_out_of_further_pieces(model):
+def test_prompts_that_have_ended_are_left_out_of_further_chunks(model):
     shapes = []
     hook = model.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape))
     generate(model, random_prompts(CONFIG, [5, 20, 7, 8]), 1, prefill_chunk=4)
@@ -150,7 +163,7 @@ def test_prompts_that_have_ended_are_left_out_of_further_pieces(model):
     assert shapes == [(4, 4), (4, 4), (2, 4), (2, 4), (2, 4)]  # row i is prompt i
 
 
-def test_the_head_is_computed_only_for_the_pieces_that_a_prompt_ends_in(model):
+def test_the_head_is_computed_only_for_the_chunks_in_which_a_prompt_ends(model):
     sizes = []
     hook = model.lm_head.register_forward_hook(lambda *call: sizes.append(len(call[-1])))
     generate(model, random_prompts(CONFIG, [20, 7, 6]), 1, prefill_chunk=3)
@@ -198,9 +211,8 @@ def test_finish_reasons_mark_the_last_token_of_each_row(model):
     prompts = random_prompts(CONFIG, [6, 6], seed=4)
     free = generate(model, prompts, 10)
     stop_at = free[0][3]
-    tokens = list(
-        stream_tokens(model, prompts, 10, should_stop=lambda t: t.row == 0 and t.id == stop_at)
-    )
+    assert stop_at not in free[1]
+    tokens = list(engine_tokens(model, prompts, 10, end_ids=[stop_at]))
     rows = [[t for t in tokens if t.row == row] for row in (0, 1)]
     assert [[t.id for t in row] for row in rows] == [free[0][: free[0].index(stop_at) + 1], free[1]]
     assert [row[-1].finished for row in rows] == ["stop", "length"]
@@ -210,7 +222,7 @@ def test_finish_reasons_mark_the_last_token_of_each_row(model):
 def test_log_probabilities_are_the_unfiltered_model_s(model):
     prompts = random_prompts(CONFIG, [5, 9])
     sampling = SamplingParams(temperature=3.0, top_k=20, repetition_penalty=2.0, seed=1)
-    tokens = list(stream_tokens(model, prompts, 6, sampling, logprobs=3))
+    tokens = list(engine_tokens(model, prompts, 6, sampling, logprobs=3))
     for row, prompt in enumerate(prompts):
         mine = [t for t in tokens if t.row == row]
         ids = torch.tensor([prompt + [t.id for t in mine]])
@@ -224,10 +236,10 @@ def test_log_probabilities_are_the_unfiltered_model_s(model):
 
 
 def test_no_log_probabilities_unless_asked_for(model):
-    tokens = stream_tokens(model, [[3]], 2)
+    tokens = engine_tokens(model, [[3]], 2)
     assert [(t.logprob, t.top) for t in tokens] == [(None, ()), (None, ())]
     assert all(
-        math.isfinite(t.logprob) and t.top == () for t in stream_tokens(model, [[3]], 2, logprobs=0)
+        math.isfinite(t.logprob) and t.top == () for t in engine_tokens(model, [[3]], 2, logprobs=0)
     )
 
 
@@ -236,6 +248,33 @@ def test_a_prompt_may_fill_the_context_to_the_last_new_token(model):
     assert len(generate(model, random_prompts(CONFIG, [40]), room)[0]) == room
     with pytest.raises(PromptError, match=rf"40 tokens .* {room + 1}.* {CONFIG.n_positions}"):
         generate(model, random_prompts(CONFIG, [40]), room + 1)
+
+
+def test_as_many_tokens_as_fit_are_written_if_no_number_is_given(model):
+    prompts = random_prompts(CONFIG, [40, 7])
+    counts = [len(row) for row in generate(model, prompts, None)]
+    assert counts == [CONFIG.n_positions - 40, CONFIG.n_positions - 7]
+    with pytest.raises(PromptError, match="no new token fits"):
+        generate(model, [[1] * CONFIG.n_positions], None)
+
+
+def test_a_row_has_no_end_token_among_its_first_min_new_tokens(model):
+    prompts = random_prompts(CONFIG, [6, 12])
+    end = generate(model, prompts, 1)[0][0]
+    assert len(generate(model, prompts, 30, eos_token_id=end)[0]) == 1
+    for options in ({}, {"temperature": 1.0, "seed": 0}):
+        rows = generate(model, prompts, 30, eos_token_id=end, min_new_tokens=9, **options)
+        for row, prompt in zip(rows, prompts, strict=True):
+            assert end not in row[:9]
+            assert len(row) >= 9
+            if not options:  # what transformers' MinNewTokensLengthLogitsProcessor does
+                expected = list(prompt)
+                for _ in range(9):
+                    with torch.no_grad():
+                        logits = model(torch.tensor([expected]))[0, -1]
+                    logits[end] = -math.inf
+                    expected.append(int(logits.argmax()))
+                assert row[:9] == expected[len(prompt) :]
 
 
 def test_errors_come_before_any_computation(model):
@@ -292,6 +331,18 @@ def test_prompts_may_be_a_tensor(model):
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens"),
         ([[1]], {"max_new_tokens": 2.0}, "max_new_tokens"),
         ([[1]], {"n": 0}, "n is 0"),
+        ([[1]], {"max_new_tokens": np.int32(2**31 - 1)}, "2,?147,?483,?647.* context"),
+        ([[1]], {"max_new_tokens": np.uint64(2**64 - 1)}, "context"),
+        ([[1]], {"max_new_tokens": 4, "min_new_tokens": 5}, "min_new_tokens is 5"),
+        ([[1]], {"min_new_tokens": -1}, "min_new_tokens"),
+        ([[1]], {"n": 2**70}, "n is"),
+        ([[1]], {"temperature": 2**64}, "temperature"),
+        ([[1]], {"temperature": Fraction(-1, 3)}, "temperature"),
+        ([[1]], {"eos_token_id": ""}, "eos_token_id"),
+        ([[1]], {"draft": 3}, "draft is 3"),
+        (torch.zeros(2, 2).long().to_sparse(), {}, "dense"),
+        (torch.zeros(2, 2, dtype=torch.int64, device="meta"), {}, "dense"),
+        (torch.zeros(2), {}, "dense"),
         ([[1]], {"n": 2}, "n is 2 but temperature is 0"),
         ([[1]], {"temperature": -1}, "temperature"),
     ],
@@ -304,7 +355,7 @@ def test_unusable_input_is_named(model, prompts, options, words):
 @pytest.mark.parametrize("logprobs", [-1, 98, 1.5, True])
 def test_an_impossible_number_of_log_probabilities_is_refused(model, logprobs):
     with pytest.raises(PromptError, match="logprobs"):
-        check_request(model.config, [[1]], 1, logprobs=logprobs)
+        make_requests(model.config, [[1]], 1, logprobs=logprobs)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -318,8 +369,8 @@ def test_logits_that_are_not_numbers_are_an_error_not_tokens(value, temperature)
 
 
 def test_generation_leaves_gradients_and_modes_alone(model):
-    tokens = stream_tokens(model, [[1]], 3)
-    next(tokens)
+    tokens = engine_tokens(model, [[1]], 3)
+    assert next(tokens).row == 0
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
     model(torch.tensor([[1, 2]])).sum().backward()

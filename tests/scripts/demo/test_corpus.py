@@ -11,12 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-
-from mqa_gpt.fim import FimTokens
-from mqa_gpt.tokenizer import Tokenizer
-from scripts.demo_data import (
+from corpus import (
     SPECIAL_TOKENS,
     Corpus,
     batches,
@@ -25,6 +20,11 @@ from scripts.demo_data import (
     split_into_pieces,
     train_tokenizer,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mqa_gpt.fim import FimTokens
+from mqa_gpt.tokenizer import Tokenizer
 
 
 def module(name: str) -> str:

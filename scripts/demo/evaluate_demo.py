@@ -1,6 +1,6 @@
 """Measure the demo checkpoint on the held-out modules and write its card.
 
-    python scripts/evaluate_demo.py demo-run
+    python scripts/demo/evaluate_demo.py demo-run
 
 Reads the checkpoint and `training.json` of a run of train_demo.py; writes `figures.json` and the
 card, `README.md`, beside them. Everything is computed in float32.
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from demo_data import PIECE_CHARACTERS, PIECE_CHARACTERS_PER_TOKEN, Corpus, read_corpus
+from corpus import PIECE_CHARACTERS, PIECE_CHARACTERS_PER_TOKEN, Corpus, read_corpus
 from tqdm import tqdm  # type: ignore[import-untyped]
 from train_demo import LONG_BATCH, SHORT_BATCH, bits_per_byte
 
@@ -33,7 +33,7 @@ from mqa_gpt import LLM
 from mqa_gpt.checkpoints.inspect import inspect_checkpoint
 from mqa_gpt.errors import InputError
 from mqa_gpt.fim import MODES, truncated_infill_prompt
-from mqa_gpt.generation.request import generate
+from mqa_gpt.generation.loop import generate
 from mqa_gpt.machine import describe
 
 SEED = 0
@@ -75,7 +75,7 @@ def evaluate(folder: Path, device: str | None) -> None:
         raise InputError(f"{folder / 'training.json'} is not JSON: {error}") from error
     corpus = read_corpus()
     figures = {
-        "command": "python scripts/train_demo.py --out RUN; python scripts/evaluate_demo.py RUN",
+        "command": "python scripts/demo/train_demo.py --out RUN; python scripts/demo/evaluate_demo.py RUN",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": describe(),
         "python": platform.python_version(),
@@ -372,7 +372,7 @@ StarCoder's control tokens at ids 0 to 18, is trained on the same modules.
 
 {layers} layers, {heads} query heads and one key/value head of width {head_dim}, width {width},
 MLP width {inner}, context {context}, vocabulary {vocab}, tied embeddings, no dropout. The weights
-start from an induction circuit (`scripts/demo_start.py`): two heads that copy what followed the
+start from an induction circuit (`scripts/demo/induction.py`): two heads that copy what followed the
 current token before. AdamW
 (betas 0.9 and 0.99, weight decay 0.1 on matrices and embeddings, gradient norm clipped at 1),
 {warmup} warm-up steps to {peak_lr}, then linearly to nothing; {steps} steps of {tokens_per_step}
@@ -380,8 +380,8 @@ tokens ({tokens:.1f} million in all), two steps in three with {short_rows} windo
 {short_length} tokens and the third with {long_rows} of {long_length}; float32 on {device},
 {cpu_minutes:.0f} minutes of CPU time on {threads} threads. Stored in float16.
 
-    python scripts/train_demo.py --out demo-run
-    python scripts/evaluate_demo.py demo-run
+    python scripts/demo/train_demo.py --out demo-run
+    python scripts/demo/evaluate_demo.py demo-run
 
 ## Licence and limits
 

@@ -1,0 +1,133 @@
+"""The operations and bytes that a forward pass needs: the only place that counts them.
+
+Operations are the multiplications and additions of matrix products. Of attention only the scores
+that causality leaves are counted. Bytes are those that have to be read or written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from mqa_gpt.cache import cache_bytes
+from mqa_gpt.config import GPTConfig
+
+BACKWARD = 2.5  # products of attention's backward pass over those of its forward pass: 5 over 2
+
+
+def attention_flops(B: int, T: int, S: int, H: int, D: int) -> int:
+    """Operations of causal attention: the last T of S positions are the queries."""
+    scores = T * (S - T) + T * (T + 1) // 2  # of one head
+    return 4 * B * H * D * scores
+
+
+def linear_sizes(config: GPTConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each linear layer in a block."""
+    C, F = config.n_embd, config.inner_size
+    return {
+        "attn.c_attn": (C, C + 2 * config.n_kv_head * config.head_dim),
+        "attn.c_proj": (C, C),
+        "mlp.c_fc": (C, F),
+        "mlp.c_proj": (F, C),
+    }
+
+
+def prefill_flops(config: GPTConfig, batch: int, T: int) -> int:
+    """Operations of reading prompts of T tokens; the head projects the last position alone."""
+    weights = sum(inputs * outputs for inputs, outputs in linear_sizes(config).values())
+    attention = attention_flops(1, T, T, config.n_head, config.head_dim)
+    head = 2 * config.n_embd * config.vocab_size
+    return batch * (config.n_layer * (2 * T * weights + attention) + head)
+
+
+def weight_bytes(config: GPTConfig, itemsize: int) -> int:
+    """Bytes of the weights that a forward pass reads, `itemsize` bytes each.
+
+    Embeddings do not count, since each token reads one row of them, but the head does, even where
+    it is the token embedding.
+    """
+    parts = config.parameters_by_part
+    read = config.parameters - parts["position embedding"]
+    if not config.tie_word_embeddings:
+        read -= parts["token embedding"]
+    return read * itemsize
+
+
+def decode_bytes(
+    config: GPTConfig, batch: int, steps: Sequence[int], weight_itemsize: int, dtype: torch.dtype
+) -> int:
+    """Bytes that decode steps read: the weights once per step, and K and V of every row.
+
+    Args:
+        steps: for each step the positions a row attends to, its own included.
+        dtype: of the cache.
+    """
+    weights = len(steps) * weight_bytes(config, weight_itemsize)
+    return weights + cache_bytes(config, dtype, batch, sum(steps))
+
+
+class Work(NamedTuple):
+    """What a part of the model does in a forward pass, all layers together.
+
+    Attributes:
+        itemsize: bytes of one of its weights.
+    """
+
+    bytes: int
+    flops: int
+    itemsize: int = 4
+
+
+def work_by_part(
+    config: GPTConfig,
+    batch: int,
+    context: int,
+    dtype: torch.dtype,
+    *,
+    itemsize: int,
+    is_prefill: bool,
+) -> dict[str, Work]:
+    """The least work of each part: weights and inputs read once, outputs written once.
+
+    Embeddings, residual sums and argmax count as bytes only, the scales of 8-bit weights not at
+    all.
+
+    Args:
+        context: positions in the cache, the new token's included; in a prefill the prompt's tokens.
+        dtype: of everything but the weights of linear layers.
+        itemsize: bytes of one of these.
+        is_prefill: whether whole prompts are read instead of one token per row.
+    """
+    C, F, V, L = config.n_embd, config.inner_size, config.vocab_size, config.n_layer
+    kv = 2 * config.n_kv_head * config.head_dim
+    size = dtype.itemsize
+    T = context if is_prefill else 1
+    rows = batch * T
+
+    def linear(rows: int, inputs: int, outputs: int, layers: int = L, bias: bool = True) -> Work:
+        weights = itemsize * inputs * outputs + size * bias * outputs
+        moved = layers * (weights + size * rows * (inputs + outputs))
+        return Work(moved, layers * 2 * rows * inputs * outputs, itemsize)
+
+    def pointwise(numbers: int, layers: int = L) -> Work:
+        return Work(layers * rows * numbers * size, 0)
+
+    attention = Work(
+        cache_bytes(config, dtype, batch, context) + pointwise(2 * C).bytes,
+        L * attention_flops(batch, T, context, config.n_head, config.head_dim),
+    )
+    sums = pointwise(3 * C, 1).bytes + pointwise(6 * C).bytes
+    return {
+        "wte, wpe": pointwise(4 * C, 1),
+        "ln_1, ln_2": pointwise(4 * C),
+        "split": Work(0, 0),
+        "cache": pointwise(2 * kv),
+        "attention": attention,
+        "GELU": pointwise(2 * F),
+        **{name: linear(rows, *sizes) for name, sizes in linear_sizes(config).items()},
+        "ln_f": pointwise(2 * C, 1),
+        "lm_head": linear(batch, C, V, 1, bias=False),
+        "rest": Work(sums + batch * V * size, 0),  # residual and other sums, views, argmax
+    }

@@ -1,0 +1,208 @@
+"""The stepper of CUDA devices: steps are CUDA graphs, recorded once and replayed.
+
+A step is started before its caller looks at the tokens of the one before, so that a GPU need not
+wait for its host. So a row that has ended computes one token more, which is dropped. Graphs are
+recorded for the powers of two of rows, and kept for as long as the engine: slots without a row are
+computed along, which costs less than recording again, since a step with few rows takes the time of
+reading the weights either way.
+
+The tokens are those of `ModelStepper`, except at near ties: fused kernels sum and round in another
+order, so where two tokens are about equally good, above all in 16 bits, the other may be chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mqa_gpt.cache import KVCache
+from mqa_gpt.fast.decode_step import (
+    Reports,
+    StaticCache,
+    StepState,
+    choose_next,
+    decode_step,
+    step_logits,
+)
+from mqa_gpt.fast.flat import is_plain
+from mqa_gpt.fast.graph import Replay, fetch, upload
+from mqa_gpt.generation.steps import Choice, Results, Row, report_choices, require_finite
+from mqa_gpt.model import GPT, MultiQueryAttention
+from mqa_gpt.sampling import SamplingParams, forbid
+
+# Graphs of one engine: a server whose requests all differ must not record without end.
+MAX_GRAPHS = 64
+
+Options = tuple[SamplingParams, int | None]  # sampling and log-probabilities of a row
+
+
+def can_replay(model: GPT) -> bool:
+    """Whether decode steps of this model may be recorded and replayed.
+
+    On a CUDA device they may, unless its cache is not a plain one, or the model is not plain: a
+    replay would leave out Python code that was put into it, and in training mode dropout is to
+    differ at every step.
+    """
+    return model.device.type == "cuda" and model.cache_class is KVCache and is_plain(model)
+
+
+class GraphStepper:
+    """Replays recorded steps; see the module.
+
+    Attributes:
+        cache: (slots, length) positions.
+    """
+
+    def __init__(self, model: GPT, slots: int, length: int) -> None:
+        self.cache = model.new_cache(slots, length)
+        self._model = model
+        self._state = StepState.empty(slots, length + 1, model.device)
+        self._reports: dict[int, Reports] = {}  # by the number of likeliest tokens
+        self._logits: Tensor | None = None  # (slots, V), where rows differ in their options
+        self._graphs: dict[tuple[int, Options | None], Callable[[], None]] = {}
+        self._recorded_from = _addresses(model)
+
+    def is_valid(self) -> bool:
+        """Whether the graphs compute what the model computes now."""
+        is_same_cache = self._model.cache_class is type(self.cache)
+        addresses = _addresses(self._model)
+        return is_same_cache and self._recorded_from == addresses and is_plain(self._model)
+
+    def begin(self, slot: int, rows: Sequence[Row], logits: Tensor) -> None:
+        """See `Stepper`."""
+        state, device = self._state, self._model.device
+        if state.seen is None and any(r.request.sampling.repetition_penalty != 1 for r in rows):
+            shape = (self.cache.batch_size, self._model.config.vocab_size)
+            state = replace(state, seen=torch.zeros(shape, dtype=torch.bool, device=device))
+            self._state = state
+            self._graphs.clear()  # they were recorded with the old state
+        for i, row in enumerate(rows, slot):
+            state.lengths[i] = len(row.text)
+            state.position[i] = 0
+            state.active[i] = 1
+            if row.draws:
+                state.draws[i, : len(row.draws)] = upload(row.draws, device, torch.float64)
+            if state.seen is not None:
+                state.seen[i] = False
+                state.seen[i, upload(row.text, device)] = True
+        self._choose(logits, slot, rows, [0] * len(rows))
+
+    def advance(self, rows: Sequence[Row]) -> Results:
+        """See `Stepper`; all rows have a new token, and the step for the next ones runs then."""
+        groups = _groups(rows)
+        reports = [self._reports_for(options) for options in groups]
+        tensors = [self._state.chosen, *(x for report in reports if report for x in report)]
+        results = fetch([tensor[: len(rows)] for tensor in tensors], self._model.device)
+        if any(row.count + 1 < row.request.max_new_tokens for row in rows):
+            self._run(rows)
+        ids, *lists = results()
+        for row, id_ in zip(rows, ids, strict=False):
+            require_finite(id_ >= 0, row)
+        choices = [Choice(id_) for id_ in ids]
+        for slots, report in zip(groups.values(), reports, strict=True):
+            if report is not None:
+                own, likeliest, values = lists[:3]
+                del lists[:3]
+                reported = report_choices(ids, own, likeliest, values)
+                for slot in slots:
+                    choices[slot] = reported[slot]
+        return [(slot, [choice]) for slot, choice in enumerate(choices)]
+
+    def remove(self, slot: int, last: int) -> None:
+        """See `Stepper`."""
+        if slot != last:
+            self.cache.copy_row(slot, last)
+            self._state.write([slot], self._state.copy([last]))
+            for report in self._reports.values():
+                for tensor in report:
+                    tensor[slot] = tensor[last]
+        self._state.end(last)
+
+    def _run(self, rows: Sequence[Row]) -> None:
+        """Start a step; the device is not waited for."""
+        count = min(1 << (len(rows) - 1).bit_length(), self.cache.batch_size)
+        groups = _groups(rows)
+        counts = [row.count + 1 for row in rows]  # the newest is chosen, and not yet counted
+        is_free = not any(map(Row.must_go_on, rows, counts))
+        if len(groups) == 1 and is_free:
+            self._graph(count, next(iter(groups)))()
+        else:
+            self._graph(count, None)()
+            assert self._logits is not None
+            self._choose(self._logits[: len(rows)], 0, rows, counts)
+
+    def _graph(self, count: int, options: Options | None) -> Callable[[], None]:
+        """The step of the first `count` slots, which share these options; None: logits only."""
+        key = (count, options)
+        if key not in self._graphs:
+            if len(self._graphs) >= MAX_GRAPHS:
+                del self._graphs[next(iter(self._graphs))]  # the one that was not used for longest
+            self._graphs[key] = self._recorded(count, options)
+        self._graphs[key] = self._graphs.pop(key)
+        return self._graphs[key]
+
+    def _recorded(self, count: int, options: Options | None) -> Callable[[], None]:
+        state = self._state.first(count)
+        cache = StaticCache(self.cache, state.lengths, state.active)
+        step: Callable[[], None]
+        if options is None:
+            if self._logits is None:
+                shape = (self.cache.batch_size, self._model.config.vocab_size)
+                self._logits = torch.zeros(shape, device=self._model.device)
+            step = partial(step_logits, self._model, cache, state, self._logits[:count])
+        else:
+            report = self._reports_for(options)
+            if report is not None:
+                report = (report[0][:count], report[1][:count], report[2][:count])
+            step = partial(decode_step, self._model, cache, state, options[0], report)
+        return Replay(step, self._model.device) if self._model.device.type == "cuda" else step
+
+    def _choose(
+        self, logits: Tensor, first: int, rows: Sequence[Row], counts: Sequence[int]
+    ) -> None:
+        """Choose by logits (B, V) for the rows from the slot `first` on, by calls from Python."""
+        for options, group in _groups(rows).items():
+            slots = [first + i for i in group]
+            part, some = logits[group], self._state.copy(slots)  # (b, V)
+            allowed = part
+            for k, i in enumerate(group):
+                if rows[i].must_go_on(counts[i]):
+                    allowed = forbid(allowed, k, rows[i].request.end_ids)
+            report = self._reports_for(options)
+            if report is None:
+                choose_next(part, some, options[0], None, allowed)
+            else:
+                own, likeliest, values = (x[slots] for x in report)
+                choose_next(part, some, options[0], (own, likeliest, values), allowed)
+                for tensor, new in zip(report, (own, likeliest, values), strict=True):
+                    tensor[slots] = new
+            self._state.write(slots, some)
+
+    def _reports_for(self, options: Options) -> Reports | None:
+        """The buffers (slots,), (slots, K), (slots, K) for K likeliest tokens; None for none."""
+        K = options[1]
+        if K is None:
+            return None
+        if K not in self._reports:
+            slots, device = self.cache.batch_size, self._model.device
+            values = torch.zeros((slots, K), device=device)
+            self._reports[K] = (values.new_zeros(slots), torch.zeros_like(values).long(), values)
+        return self._reports[K]
+
+
+def _groups(rows: Sequence[Row]) -> dict[Options, list[int]]:
+    """The indices of the rows that share their options."""
+    groups: dict[Options, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault((row.request.sampling, row.request.logprobs), []).append(i)
+    return groups
+
+
+def _addresses(model: GPT) -> list[int]:
+    """What graphs of this model depend on: where its weights are, and its attention functions."""
+    attends = [id(m.attend) for m in model.modules() if isinstance(m, MultiQueryAttention)]
+    return [x.data_ptr() for x in model.state_dict().values()] + attends

@@ -1,0 +1,444 @@
+"""Sections of gpu_report.py: are the kernels right on this device?
+
+Judged by FlashAttention's rule: the largest distance from float64 on the same rounded inputs may be
+twice that of plain PyTorch in the same dtype, three times for gradients, plus 1e-5. A row's
+"errors" are the distances over what is allowed: at most 1 passes.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from math import prod
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from mqa_gpt import GPT, GPTConfig, KVCache
+from mqa_gpt.fast.decode_step import StaticCache
+from mqa_gpt.fast.fused_step import fused_argmax, fused_hidden, fused_logits
+from mqa_gpt.fast.int8 import quantize
+from mqa_kernels import attention, launch
+
+Row = dict[str, Any]
+Action = Callable[[], Any]
+
+FACTORS = {"dq": 3.0, "dk": 3.0, "dv": 3.0}  # of everything else 2
+SLACK = 1e-5
+MODELS = ("starcoderbase-7b", "starcoderbase-1b")
+TINY = GPTConfig(
+    vocab_size=61, n_positions=128, n_embd=48, n_layer=2, n_head=3, n_inner=80,
+    bos_token_id=0, eos_token_id=0,
+)  # fmt: skip
+
+
+class Case(NamedTuple):
+    """One attention: sizes, and per row its first position, real tokens and left padding."""
+
+    T: int
+    S: int
+    H: int
+    G: int
+    D: int
+    start: tuple[int, ...]
+    lengths: tuple[int, ...] | None = None
+    left_padding: tuple[int, ...] | None = None
+
+
+# The official shapes in prefill, decoding and speculation, ragged and padded rows; then odd sizes.
+# In bfloat16 all of them, in the other dtypes those of OTHER_DTYPES: compiling takes the time.
+CASES = (
+    Case(1000, 1000, 32, 1, 128, (0,)),
+    Case(1, 1000, 32, 1, 128, (999, 500)),
+    Case(65, 65, 16, 1, 128, (0, 0, 0), (65, 17, 1)),
+    Case(33, 128, 16, 1, 128, (64, 64, 64), (33, 20, 33), (63, 75, 128)),
+    Case(8, 1000, 32, 1, 128, (992, 130)),
+    Case(1, 1000, 32, 1, 128, (999, 999), None, (0, 870)),
+    Case(64, 65, 12, 1, 64, (0, 1)),
+    Case(128, 128, 48, 1, 128, (0,)),
+    Case(111, 128, 22, 2, 64, (17, 3)),
+    Case(63, 63, 16, 16, 96, (0,)),
+    Case(65, 111, 3, 3, 80, (46,)),
+    Case(64, 64, 32, 1, 256, (0,)),
+    Case(1, 1, 1, 1, 16, (0, 0)),
+)
+OTHER_DTYPES = CASES[:4]
+SMALL_CASES = (
+    Case(5, 20, 4, 2, 24, (3, 15)),
+    Case(17, 17, 3, 1, 16, (0, 0), (17, 6)),
+    Case(9, 20, 4, 2, 16, (8, 8, 8), (9, 7, 9), (3, 12, 20)),
+)
+# More than 2**31 elements in q, and the small stand-in.
+LARGE, NOT_LARGE = Case(2048, 2048, 32, 1, 128, (0,) * 264), Case(9, 9, 3, 1, 16, (0, 0))
+
+
+def numerics(device: torch.device) -> Iterator[Row]:
+    """Attention and its gradients by the rule, then what else a training run relies on."""
+    gpu = device.type == "cuda"
+    cases = list(product(CASES if gpu else SMALL_CASES, ["bfloat16"]))
+    cases += product(OTHER_DTYPES if gpu else SMALL_CASES, ("float16", "float32"))
+    yield from each(
+        (
+            {"case": str(case), "dtype": dtype},
+            partial(check_attention, device, case, getattr(torch, dtype)),
+        )
+        for case, dtype in cases
+    )
+    checks = (check_determinism, check_compiled, check_transformers, check_large)
+    yield from each(
+        ({"check": check.__name__.removeprefix("check_")}, partial(check, device))
+        for check in checks
+    )
+
+
+def fused(device: torch.device) -> Iterator[Row]:
+    """A decode step in the fused kernels by the rule, then replays of it, bit by bit."""
+    for (name, config), (dtype, int8) in product(
+        few_layers(device, 2).items(), (("bfloat16", False), ("bfloat16", True), ("float16", False))
+    ):
+        models = Twins(config, getattr(torch, dtype), int8, device)
+        shape = {"model": name, "dtype": dtype, "weights": "int8" if int8 else dtype}
+        yield from each(
+            (shape | {"rows": rows}, partial(check_step, models, rows)) for rows in (1, 3, 8, 16)
+        )
+        replays = partial(check_replays, models.model, 200 if device.type == "cuda" else 2)
+        yield from each([(shape | {"check": "replays"}, replays)])
+        del models, replays
+
+
+def few_layers(device: torch.device, n_layer: int) -> dict[str, GPTConfig]:
+    """What whole models are checked with: the shapes of these, whose kernels are the same."""
+    if device.type == "cpu":
+        return {"tiny": TINY}
+    return {name: replace(GPTConfig.preset(name), n_layer=n_layer) for name in MODELS}
+
+
+def each(cases: Iterable[tuple[Row, Callable[[], Row]]]) -> Iterator[Row]:
+    """A row per case: what it is, then what its action finds or the error it ends with."""
+    for case, action in cases:
+        begin = time.monotonic()
+        try:
+            found = action()
+        except torch.OutOfMemoryError as error:
+            found = {"refused": str(error).splitlines()[0]}
+        except Exception:
+            found = {"passed": False, "error": traceback.format_exc()}
+        yield case | found | {"wall_s": time.monotonic() - begin}
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # raises if the device is lost, which ends the section
+            torch.cuda.empty_cache()
+
+
+def judge(name: str, answer: Tensor, plain: Tensor, exact: Tensor) -> float:
+    """The error over what the rule allows; NaN if there is any in the answer."""
+    error = (answer.double() - exact).abs().max()
+    allowed = FACTORS.get(name, 2.0) * (plain.double() - exact).abs().max() + SLACK
+    return (error / allowed).item()
+
+
+def verdict(errors: dict[str, float]) -> Row:
+    """A row's "passed" and "errors"; NaN does not pass."""
+    passed = all(error <= 1 for error in errors.values())
+    return {"passed": passed, "largest": max(errors.values()), "errors": errors}
+
+
+# --------------------------------------------------------------------------------------- attention
+
+
+def check_attention(device: torch.device, case: Case, dtype: torch.dtype) -> Row:
+    """Output, log-sum-exp and gradients of one case, all rows or the last of many."""
+    q, k, v, do = inputs(device, case, dtype)
+    start, lengths, left = (
+        None if x is None else torch.tensor(x, device=device)
+        for x in (case.start, case.lengths, case.left_padding)
+    )
+    with poisoned_allocations():
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, lse = attention(*leaves, start, lengths=lengths, left_padding=left, return_lse=True)
+        gradients = torch.autograd.grad(out, leaves, do)
+    mask = visible(device, case)[-3:]  # of many rows the last three are judged
+    plain, wide, exact = (
+        plain_attention([x[-3:].nan_to_num(0.0).to(other) for x in (q, k, v, do)], mask)
+        for other in (dtype, torch.float32, torch.float64)
+    )
+    plain["lse"] = wide["lse"]  # of scores that are not rounded
+    lse = lse[-3:].where(mask.any(-1)[..., None], 0.0)  # else nobody reads it
+    answers = zip(plain, (out, lse, *gradients), strict=True)
+    return verdict({n: judge(n, x[-3:], plain[n], exact[n]) for n, x in answers})
+
+
+def inputs(device: torch.device, case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """q (B, T, H, D), k, v (B, S, G, D) and dO (B, T, H, D), laid out as a model has them.
+
+    q is part of a projection (B, T, (H + 2G) D), and so are k and v where there is no cache, else
+    they are parts of one (B, S, G, 2D). What a kernel must not look at is NaN.
+    """
+    T, S, H, G, D, *_ = case
+    B = len(case.start)
+    generator = torch.Generator(device).manual_seed(0)
+    normal = partial(torch.randn, generator=generator, device=device, dtype=dtype)
+    qkv = normal(B, T, (H + 2 * G) * D)
+    for b, count in enumerate(case.lengths or ()):
+        qkv[b, count:] = torch.nan
+    q = qkv[..., : H * D].view(B, T, H, D)
+    if S == T:
+        k, v = (part.view(B, S, G, D) for part in qkv[..., H * D :].chunk(2, -1))
+    else:
+        kv = normal(B, S, G, 2 * D)
+        for b, position in enumerate(case.start):
+            kv[b, position + T :] = torch.nan
+        k, v = kv.chunk(2, -1)
+    for b, count in enumerate(case.left_padding or ()):
+        k[b, :count] = v[b, :count] = torch.nan
+    do = normal(B, H, T, D).transpose(1, 2)  # its strides are not those of out
+    return q, k, v, do
+
+
+def visible(device: torch.device, case: Case) -> Tensor:
+    """(B, T, S) bool: which slots each query sees."""
+    B, T, S = len(case.start), case.T, case.S
+    start, lengths, left = (
+        torch.tensor(x, device=device)[:, None, None]
+        for x in (case.start, case.lengths or (T,) * B, case.left_padding or (0,) * B)
+    )
+    t, s = torch.arange(T, device=device)[:, None], torch.arange(S, device=device)
+    return (s <= start + t) & (s >= left) & (t < lengths)
+
+
+def plain_attention(tensors: list[Tensor], mask: Tensor) -> dict[str, Tensor]:
+    """Attention step by step in the dtype of q, k, v and dO, with a softmax of float32 at least.
+
+    A query that sees nothing has 0 for "out" and "lse".
+    """
+    q, k, v = leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+    B, T, H, D = q.shape
+    G = k.shape[2]
+    hidden = ~mask[:, None, None]  # (B, 1, 1, T, S)
+    scores = torch.einsum("btghd,bsgd->bghts", q.reshape(B, T, G, H // G, D), k) * D**-0.5
+    # Not -inf: a row of nothing else has no softmax. Its probabilities are set to 0 below.
+    scores = scores.masked_fill(hidden, torch.finfo(q.dtype).min)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+    probabilities = scores.softmax(-1).masked_fill(hidden, 0.0).to(q.dtype)
+    out = torch.einsum("bghts,bsgd->btghd", probabilities, v).reshape(B, T, H, D)
+    gradients = torch.autograd.grad(out, leaves, tensors[3])
+    lse = scores.detach().logsumexp(-1).flatten(1, 2).transpose(1, 2)  # (B, T, H)
+    lse = lse.where(mask.any(-1)[..., None], 0.0)
+    names = ("out", "lse", "dq", "dk", "dv")
+    return dict(zip(names, (out.detach(), lse, *gradients), strict=True))
+
+
+@contextmanager
+def poisoned_allocations() -> Iterator[None]:
+    """Inside, `torch.empty` gives NaN, so that what a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def attention_and_gradients(attend: Callable[..., Any], *tensors: Tensor) -> list[Tensor]:
+    """out, dq, dk and dv of q, k, v and dO."""
+    leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+    out = attend(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, tensors[3])]
+
+
+def check_determinism(device: torch.device) -> Row:
+    """Outputs and gradients are the same bits in every run."""
+    case = Case(1000, 1000, 32, 1, 128, (0, 0)) if device.type == "cuda" else NOT_LARGE
+    tensors = inputs(device, case, torch.bfloat16)
+    first, *others = (attention_and_gradients(attention, *tensors) for _ in range(3))
+    equal = [all(map(torch.equal, first, other)) for other in others]
+    return {"passed": all(equal)}
+
+
+def check_compiled(device: torch.device) -> Row:
+    """torch.compile takes the operator and its gradient into one graph."""
+    tensors = inputs(device, Case(33, 33, 4, 1, 64, (0,)), torch.float32)
+
+    def layer(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return attention(q * 2, k, v) * 3
+
+    # Without a GPU nothing is gained from generating code, which takes a C++ compiler.
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    pairs = zip(*(attention_and_gradients(f, *tensors) for f in (layer, compiled)), strict=True)
+    difference = max((a - b).abs().max().item() for a, b in pairs)
+    return {"passed": difference <= 1e-5, "difference": difference}
+
+
+def check_transformers(device: torch.device) -> Row:
+    """transformers' model generates the same from a left-padded batch on the kernels as on sdpa."""
+    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
+
+    from mqa_gpt.integrations.transformers import register
+
+    register()
+    lengths = torch.tensor((9, 33, 1, 20) if device.type == "cuda" else (2, 7, 1), device=device)
+    slots = torch.arange(int(lengths.max()), device=device)
+    mask = (slots >= len(slots) - lengths[:, None]).long()  # (B, T)
+    equal = {}
+    for multi_query, cache in product((True, False), ("dynamic", "static")):
+        config = replace(TINY, multi_query=multi_query, initializer_range=0.3)
+        torch.manual_seed(0)
+        theirs: Any = GPTBigCodeForCausalLM(GPTBigCodeConfig(**config.to_dict()))
+        theirs = theirs.eval().to(device)
+        ids = torch.randint(config.vocab_size, mask.shape, device=device)
+        tokens = []
+        for implementation in ("sdpa", "mqa_triton"):
+            theirs.set_attn_implementation(implementation)
+            tokens.append(
+                theirs.generate(
+                    ids, attention_mask=mask, max_new_tokens=4, do_sample=False,
+                    cache_implementation=cache, disable_compile=True, pad_token_id=0,
+                )
+            )  # fmt: skip
+        equal[f"multi_query {multi_query}, {cache} cache"] = torch.equal(*tokens)
+    return {"passed": all(equal.values()), "equal": equal}
+
+
+def check_large(device: torch.device) -> Row:
+    """The last rows of tensors with more than 2**31 elements."""
+    case = LARGE if device.type == "cuda" else NOT_LARGE
+    found = check_attention(device, case, torch.bfloat16)
+    return found | {"elements": prod((len(case.start), case.T, case.H, case.D))}
+
+
+# ---------------------------------------------------------------------------------- the fused step
+
+
+class Twins:
+    """A model with random weights, the same in plain PyTorch, and in float64.
+
+    Attributes:
+        model: in `dtype`, or with int8 weights.
+        plain, exact: what its weights stand for, in `dtype` and in float64, reference backend.
+    """
+
+    def __init__(
+        self, config: GPTConfig, dtype: torch.dtype, int8: bool, device: torch.device
+    ) -> None:
+        torch.manual_seed(0)
+        # Peaked attention: at the usual initialisation a wrong mask hardly shows.
+        config = replace(config, initializer_range=2 * config.n_embd**-0.5)
+        with device:
+            model = GPT(config, backend="reference").eval().requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # no bias is 0
+                is_scale = ".ln_" in name and name.endswith("weight")
+                parameter.normal_(1.0 if is_scale else 0.0, 0.3)
+        self.model = model.to(dtype)
+        self.plain, self.exact = deepcopy(self.model), deepcopy(self.model).double()
+        if int8:
+            quantize(self.model)
+            for name, scale in self.model.named_buffers():
+                name = name.removesuffix("_scale")
+                weight = self.model.get_parameter(name).double() * scale.double()[:, None]
+                for twin in (self.plain, self.exact):
+                    twin.get_parameter(name).copy_(weight)
+
+
+def fused_step(model: GPT, ids: Tensor, cache: KVCache) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (B, V), argmax (B,) and its logit (B,), of one token (B, 1) per row.
+
+    Here and in `gpu_models.decoding` this script uses what is not public.
+    """
+    static = StaticCache(cache, cache.lengths, torch.ones_like(cache.lengths))
+    x = fused_hidden(model, ids, static)  # (B, C)
+    return fused_logits(model, x), *fused_argmax(model, x)
+
+
+def filled_cache(model: GPT, rows: int, spare: int, lost: float) -> KVCache:
+    """A cache whose row b holds 5 + 3b random tokens; slots after these hold `lost`."""
+    lengths = [5 + 3 * b for b in range(rows)]
+    config, slots = model.config, max(lengths) + spare
+    cache = KVCache(config, rows, slots, dtype=model.dtype, device=model.device)
+    generator = torch.Generator(model.device).manual_seed(rows)
+    cache.kv.normal_(generator=generator)
+    cache.advance(max(lengths))
+    cache.set_lengths(lengths)
+    slot = torch.arange(slots, device=model.device)
+    beyond = slot >= cache.lengths[:, None]  # (B, slots)
+    cache.kv.masked_fill_(beyond[..., None, None], lost)
+    return cache
+
+
+@torch.inference_mode()
+def check_step(models: Twins, rows: int) -> Row:
+    """One step: logits, the keys and values that it writes, and the argmax, by the rule."""
+    ids = torch.arange(1, 1 + rows, device=models.model.device)[:, None]  # (B, 1)
+    found = []
+    for model in (models.plain, models.exact):
+        cache = filled_cache(models.plain, rows, 1, 0.0)
+        cache.kv = cache.kv.to(model.dtype)
+        found.append((model(ids, cache=cache)[:, 0], cache.kv))
+    (plain, plain_kv), (exact, exact_kv) = found
+    cache = filled_cache(models.plain, rows, 1, torch.nan)
+    new = torch.arange(rows), cache.lengths.tolist()  # slots, which the step fills
+    logits, chosen, highest = fused_step(models.model, ids, cache)
+    # A token whose exact logit is nearly the highest is right too.
+    of_chosen = exact.gather(1, chosen[:, None])[:, 0]  # (B,)
+    allowed = 2 * (plain.double() - exact).abs().max() + SLACK
+    return verdict(
+        {
+            "logits": judge("logits", logits, plain, exact),
+            "kv": judge("kv", *(kv[:, *new] for kv in (cache.kv, plain_kv, exact_kv))),
+            "argmax": ((exact.amax(1) - of_chosen).max() / (2 * allowed)).item(),
+            "highest": ((highest - of_chosen).abs().max() / allowed).item(),
+        }
+    )
+
+
+@torch.inference_mode()
+def check_replays(model: GPT, steps: int) -> Row:
+    """A recorded step whose kernels overlap gives, replayed, the bits of steps without overlap."""
+    rows = 3
+    cache = filled_cache(model, rows, min(steps, model.config.n_positions - 5 - 3 * rows), 0.0)
+    lengths, kv = cache.lengths.clone(), cache.kv.clone()
+    ids = torch.zeros((rows, 1), dtype=torch.int64, device=model.device)
+    logits = torch.empty((rows, model.config.vocab_size), dtype=model.dtype, device=model.device)
+
+    def step() -> None:
+        new, chosen, _ = fused_step(model, ids, cache)
+        logits.copy_(new)
+        ids.copy_(chosen[:, None])
+
+    def run(step: Action) -> list[Tensor]:
+        cache.lengths.copy_(lengths)
+        cache.kv.copy_(kv)
+        ids.fill_(1)
+        seen = []
+        for _ in range(steps):
+            step()
+            seen.append(logits.clone())
+        return [*seen, cache.kv.clone()]
+
+    replayed = run(recorded(step))
+    with patch.object(launch, "overlap", lambda device: launch.NO_OVERLAP):
+        called = run(step)
+    equal = sum(map(torch.equal, replayed, called))
+    return {"passed": equal == len(called), "steps": steps, "equal": equal}
+
+
+def recorded(action: Action) -> Action:
+    """Replays a CUDA graph of the action; without a GPU, the action itself."""
+    if not torch.cuda.is_available():
+        return action
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiling and workspaces must not be recorded
+        action()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        action()
+    return graph.replay

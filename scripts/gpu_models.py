@@ -1,0 +1,308 @@
+"""Sections of gpu_report.py: the machine, its limits, and whole models with random weights."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_kernels import MODELS, TINY, Row, Twins, each, few_layers
+from torch import profiler
+from triton import knobs
+from triton.testing import do_bench
+
+from mqa_gpt import GPT, GPTConfig, KVCache, generate
+from mqa_gpt.bench.ceilings import probes
+from mqa_gpt.bench.counts import decode_bytes, prefill_flops
+from mqa_gpt.fast.decode_step import greedy_step
+from mqa_gpt.fast.int8 import quantize
+from mqa_gpt.machine import describe
+from mqa_gpt.verify.compare import verify
+
+STEPS = 8  # decode steps in one measurement
+NEW_TOKENS = 64  # of a measured generation
+REPORTED_KERNELS = 20  # of a profile
+
+# (batch, tokens in the cache) of what is decoded, by weights; the most telling first.
+DECODE = {
+    "bfloat16": ((1, 1024), (32, 1024), (8, 1024), (128, 1024), (32, 8192 - STEPS)),
+    "int8": ((1, 1024), (8, 1024), (32, 1024)),
+}
+GENERATE = ((1, 1024), (32, 1024))
+PREFILL = ((1, 2048), (1, 8192), (8, 2048))  # (batch, tokens of a prompt)
+PROFILE = ((1, 1024), (32, 1024))
+SMALL = ((1, 12), (2, 12))  # instead of these, without a GPU
+COMPARED = (  # dtype, backend, quantization
+    ("float32", "triton", None),
+    ("bfloat16", "triton", None),
+    ("bfloat16", "triton", "int8"),
+    ("float16", "triton", None),
+    ("float32", "sdpa", None),
+)
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "penalty": {"repetition_penalty": 1.3},
+    "filters": {"temperature": 1.1, "top_k": 100, "top_p": 0.95, "min_p": 0.01, "seed": 0},
+}
+
+
+def environment(device: torch.device) -> Iterator[Row]:
+    """Versions, GPU, driver, assembler, commit."""
+    row: Row = {**describe(), "ptxas": knobs.nvidia.ptxas.path}
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        row |= {"gpu": gpu.name, "multiprocessors": gpu.multi_processor_count}
+        row |= {"cudnn": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
+    commands = {
+        "driver": "nvidia-smi --query-gpu=driver_version --format=csv,noheader",
+        "ptxas_version": f"{row['ptxas']} --version",
+        "commit": "git rev-parse HEAD",
+    }
+    for name, command in commands.items():
+        try:
+            done = subprocess.run(
+                command.split(),
+                capture_output=True,
+                text=True,
+                check=True,
+                cwd=Path(__file__).parent,
+            )
+            row[name] = done.stdout.strip().splitlines()[-1]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            row[name] = None
+    yield row | {"torch": torch.__version__, "triton": row["versions"]["triton"]}
+
+
+def ceilings(device: torch.device) -> Iterator[Row]:
+    """The memory's and the multipliers' rates, which the other rates are compared with."""
+    row = {}
+    for name, probe in probes(device, torch.bfloat16).items():
+        seconds = []
+        for _ in range(1 + 5):  # the first one warms up
+            begin = time.perf_counter()
+            probe.run()
+            seconds.append(time.perf_counter() - begin)
+        row[name] = probe.amount / statistics.median(seconds[1:])
+    yield row
+
+
+def parity(device: torch.device) -> Iterator[Row]:
+    """Checkpoints with random weights against transformers, as `mqa-gpt verify` compares them.
+
+    Then replayed steps against the model's modules, which a hook keeps `generate` on.
+    """
+    for name, config in few_layers(device, 4).items():
+        model = Twins(config, torch.float32, False, device).plain
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            yield from each(
+                (
+                    {"model": name, "dtype": dtype, "backend": backend, "quantize": quantized},
+                    partial(compare, folder, device, dtype, backend, quantized),
+                )
+                for dtype, backend, quantized in COMPARED
+            )
+        yield from each(
+            ({"model": name, "check": f"replays, {kind}"}, partial(check_loops, model, options))
+            for kind, options in SAMPLINGS.items()
+        )
+
+
+def compare(
+    folder: str, device: torch.device, dtype: str, backend: str, quantized: str | None
+) -> Row:
+    """The verdict of `verify` on a checkpoint."""
+    report = verify(
+        folder, device=device, dtype=dtype, backend=backend, quantize=quantized,
+        max_new_tokens=64 if device.type == "cuda" else 4,
+    )  # fmt: skip
+    return {
+        "passed": report.passed,
+        "logits_error": report.logits_error,
+        "logits_limit": report.logits_limit,
+        "equal_tokens": sum(prompt.equal_tokens for prompt in report.prompts),
+        "new_tokens": sum(prompt.new_tokens for prompt in report.prompts),
+        "loss": report.loss,
+        "reference_loss": report.reference_loss,
+    }
+
+
+def check_loops(model: GPT, options: dict[str, Any]) -> Row:
+    """Tokens of recorded steps, on a GPU, and of the modules: of few rows and of many."""
+    model.set_backend("auto")
+    equal, total = 0, 0
+    for rows in (5, 40):
+        prompts = [row[: 1 + i % 9] for i, row in enumerate(random_prompts(model, rows, 9))]
+        fast = torch.tensor(generate(model, prompts, 24, **options))
+        hook = model.lm_head.register_forward_hook(lambda *call: None)
+        slow = torch.tensor(generate(model, prompts, 24, **options))
+        hook.remove()
+        equal += int((fast == slow).sum())
+        total += slow.numel()
+    return {"passed": equal == total, "equal": equal, "tokens": total}
+
+
+def decode(device: torch.device) -> Iterator[Row]:
+    """Seconds per greedy decode step; then the tokens per second of whole generations."""
+    for weights, sizes in DECODE.items():
+        yield from measured(device, step_speed, sizes, weights)
+    yield from measured(device, generation_speed, GENERATE)
+
+
+def prefill(device: torch.device) -> Iterator[Row]:
+    """Seconds to read prompts, all positions in one pass."""
+    return measured(device, prefill_speed, PREFILL)
+
+
+def profile(device: torch.device) -> Iterator[Row]:
+    """The kernels of a decode step."""
+    return measured(device, profile_step, PROFILE)
+
+
+def measured(
+    device: torch.device,
+    measure: Callable[[GPT, int, int], Row],
+    sizes: Sequence[tuple[int, int]],
+    weights: str = "bfloat16",
+) -> Iterator[Row]:
+    """measure(model, batch, tokens) of every model and size; the weights are random."""
+    configs = {"tiny": TINY}
+    if device.type == "cuda":
+        configs = {name: GPTConfig.preset(name) for name in MODELS}
+    for name, config in configs.items():
+        with device:
+            model = GPT(config).bfloat16().eval()
+        if weights == "int8":
+            quantize(model)
+        yield from each(
+            (
+                {"model": name, "weights": weights, "batch": batch, "tokens": tokens},
+                partial(measure, model, batch, tokens),
+            )
+            for batch, tokens in (sizes if device.type == "cuda" else SMALL)
+        )
+        del model  # before the next one is made
+
+
+def random_prompts(model: GPT, rows: int, length: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (rows, length), generator=generator)
+    return ids.tolist()
+
+
+def seconds_of(action: Callable[[], object]) -> float:
+    """The median on a GPU, from a cold L2 cache; on a CPU one run's, to try the code."""
+    if torch.cuda.is_available():
+        milliseconds: float = do_bench(action, rep=300, return_mode="median")
+        return milliseconds / 1e3
+    begin = time.perf_counter()
+    action()
+    return time.perf_counter() - begin
+
+
+def decoding(model: GPT, batch: int, context: int) -> Callable[[], None]:
+    """A function that runs `STEPS` greedy decode steps after `context` random tokens per row.
+
+    Here and in `gpu_kernels.fused_step` this script uses what is not public: the step that
+    `generate` runs, on a GPU a replayed graph.
+    """
+    slots = context + STEPS
+    cache = KVCache(model.config, batch, slots, dtype=model.dtype, device=model.device)
+    cache.kv.normal_()
+    cache.advance(context)
+    step, state = greedy_step(model, cache)
+
+    def run() -> None:
+        state.lengths.fill_(context)
+        for _ in range(STEPS):
+            step()
+
+    run()  # compiles the kernels, and records the graph
+    return run
+
+
+@torch.inference_mode()
+def step_speed(model: GPT, batch: int, context: int) -> Row:
+    """A decode step's time, and the rate at which it reads weights and cache."""
+    seconds = seconds_of(decoding(model, batch, context)) / STEPS
+    steps = range(context + 1, context + STEPS + 1)
+    itemsize = model.lm_head.weight.itemsize
+    read = decode_bytes(model.config, batch, steps, itemsize, model.dtype) / STEPS
+    return {
+        "step_us": seconds * 1e6,
+        "tokens_per_s": batch / seconds,
+        "gb_per_s": read / seconds / 1e9,
+    }
+
+
+def generation_speed(model: GPT, batch: int, context: int) -> Row:
+    """`generate` as users call it, once warm: its first token, then the rate of the others."""
+    prompts = random_prompts(model, batch, context)
+    times = []
+    for count in (2, 1, 1 + NEW_TOKENS if model.device.type == "cuda" else 3):
+        begin = time.perf_counter()
+        generate(model, prompts, count)
+        times.append(time.perf_counter() - begin)
+    _, first, whole = times
+    return {
+        "new_tokens": count,
+        "first_token_s": first,
+        "generated_per_s": batch * (count - 1) / (whole - first),
+    }
+
+
+@torch.inference_mode()
+def prefill_speed(model: GPT, batch: int, length: int) -> Row:
+    """The time from prompts to the logits of their last positions."""
+    ids = torch.tensor(random_prompts(model, batch, length), device=model.device)
+    last = torch.full((batch,), length - 1, device=model.device)
+    cache = KVCache(model.config, batch, length, dtype=model.dtype, device=model.device)
+
+    def read() -> None:
+        cache.set_lengths([0] * batch)
+        model(ids, cache=cache, logits_at=last)
+
+    read()
+    seconds = seconds_of(read)
+    return {
+        "seconds": seconds,
+        "tokens_per_s": batch * length / seconds,
+        "tflops": prefill_flops(model.config, batch, length) / seconds / 1e12,
+    }
+
+
+@torch.inference_mode()
+def profile_step(model: GPT, batch: int, context: int) -> Row:
+    """Kernels per step and their time; on a CPU, operators.
+
+    What is between their sum and the step's own time, which is measured without the profiler, is
+    waiting, or kernels that overlap.
+    """
+    run = decoding(model, batch, context)
+    seconds = seconds_of(run) / STEPS
+    gpu = model.device.type == "cuda"
+    activity = profiler.ProfilerActivity.CUDA if gpu else profiler.ProfilerActivity.CPU
+    with profiler.profile(activities=[activity]) as profiled:
+        run()
+        if gpu:
+            torch.cuda.synchronize()
+    key = "self_device_time_total" if gpu else "self_cpu_time_total"
+    kernels = [
+        {"kernel": e.key, "count": e.count / STEPS, "us": getattr(e, key) / STEPS}
+        for e in profiled.key_averages()
+        if getattr(e, key) > 0  # the host's part has no time on the device
+    ]
+    kernels.sort(key=lambda kernel: -kernel["us"])
+    return {
+        "step_us": seconds * 1e6,
+        "kernels_us": sum(kernel["us"] for kernel in kernels),
+        "kernels_per_step": sum(kernel["count"] for kernel in kernels),
+        "longest": kernels[0]["kernel"][:60],
+        "kernels": kernels[:REPORTED_KERNELS],
+    }

@@ -1,0 +1,111 @@
+"""Replayed work and copies that the host does not wait for, with `tests.fake_cuda` for a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+
+from mqa_gpt.fast import graph
+from mqa_gpt.fast.graph import Replay, fetch, upload
+from tests.fake_cuda import TapedGraph
+
+DEVICE = torch.device("cuda", 1)
+
+
+def test_the_first_run_is_ordinary_and_the_second_is_recorded_on_the_same_stream(cuda):
+    replay, caller_s = Replay(cuda.action, DEVICE), cuda.stream
+    replay()
+    recording_s = cuda.events[0][0]
+    assert recording_s is not caller_s
+    assert cuda.events == [
+        (recording_s, "waits for", caller_s),
+        ("run", DEVICE, recording_s),
+        (caller_s, "waits for", recording_s),
+    ]
+    cuda.events.clear()
+    replay()
+    replay()
+    options = {"stream": recording_s, "capture_error_mode": "thread_local"}
+    assert cuda.events == [("record", DEVICE, options), ("run", DEVICE, recording_s)]
+    assert [graph.replays for graph in TapedGraph.made] == [2]
+
+
+def in_a_thread(action: Callable[[], Any]) -> Any:
+    """What the action returns in a thread of its own."""
+    return ThreadPoolExecutor(1).submit(action).result(timeout=5)
+
+
+def test_threads_and_devices_have_streams_of_their_own(cuda):
+    streams = graph.RECORDING_STREAMS
+    assert streams.on(DEVICE) is streams.on(torch.device("cuda", 1))
+    assert streams.on(DEVICE) is not streams.on(torch.device("cuda", 0))
+    assert streams.on(DEVICE) is not in_a_thread(lambda: streams.on(DEVICE))
+
+
+def test_a_thread_records_only_what_it_has_run(cuda):
+    """A generator may be asked for each of its tokens by another thread."""
+    replay = Replay(cuda.action, DEVICE)
+    replay()
+    in_a_thread(replay)
+    assert not TapedGraph.made
+    replay()
+    assert not TapedGraph.made
+    replay()
+    assert [graph.replays for graph in TapedGraph.made] == [1]
+
+
+@pytest.mark.parametrize("runs_before", [0, 1], ids=["first run", "recording"])
+def test_others_wait_for_a_first_run_and_a_recording_but_may_replay(cuda, runs_before):
+    """While one replay is at work, others are called in threads of their own."""
+    recorded, new = (Replay(cuda.action, DEVICE) for _ in range(2))
+    recorded()
+    recorded()
+    threads: list[Thread] = []
+    runs: list[bool] = []
+
+    def action() -> None:
+        if len(runs) == runs_before:
+            in_a_thread(recorded)
+            threads.append(Thread(target=new))
+            threads[0].start()
+            threads[0].join(0.1)
+            assert threads[0].is_alive()
+        runs.append(True)
+
+    replay = Replay(action, DEVICE)
+    for _ in range(runs_before + 1):
+        replay()
+    threads[0].join(20)
+    assert not threads[0].is_alive()
+    assert len(runs) == runs_before + 1
+    assert TapedGraph.made[0].replays == 2
+
+
+def test_a_list_goes_to_a_gpu_from_pinned_memory_without_a_wait(cuda):
+    for values, dtype in (([3, 1], torch.int64), ([0.25, 0.1], torch.float64)):
+        x = upload(values, DEVICE, dtype)
+        assert (x.tolist(), x.dtype) == (values, dtype)
+        assert cuda.events.pop() == ("to the device", DEVICE, True)
+    assert upload([3, 1], torch.device("cpu")).tolist() == [3, 1]
+    assert not cuda.events
+
+
+def test_tensors_come_by_copies_that_the_host_waits_for_when_it_reads_them(cuda):
+    x, y = torch.tensor([1, 2]), torch.tensor([0.5])
+    lists = fetch([x, y], DEVICE)
+    assert cuda.events == [("to the host", True)] * 2
+    x += 1
+    assert lists() == [[1, 2], [0.5]]
+    assert cuda.events[2:] == ["the host waits"]
+
+
+def test_on_a_cpu_what_is_fetched_does_not_change_either():
+    x = torch.tensor([1, 2])
+    lists = fetch([x], torch.device("cpu"))
+    x += 1
+    assert lists() == [[1, 2]]
