@@ -237,12 +237,11 @@ def test_every_option_reaches_the_library(folder: str):
 
 def test_length_options_reach_the_library(folder: str):
     flags = ["--max-new-tokens", "fit", "--min-new-tokens", "3", "--ignore-eos", "--truncate"]
-    for command in (["generate", "a"], ["infill", "--prefix", "a", "--filename", "a.py"]):
+    for command in (["generate", "a"], ["infill", "--prefix", "a"]):
         begin = "begin" if command[0] == "generate" else "begin_infill"
         with mock.patch.object(LLM, begin, side_effect=KeyboardInterrupt) as called:
             invoke(*command, "-m", folder, *flags)
         expected = {"min_new_tokens": 3, "ignore_eos": True, "truncate": True}
-        expected |= {"filename": "a.py"} if command[0] == "infill" else {}
         assert called.call_args.args[-1] is None
         assert called.call_args.kwargs.items() >= expected.items()
 
@@ -416,7 +415,7 @@ def test_a_checkpoint_without_infilling_tokens_says_so(folder: str, tmp_path: Pa
         (["--n", "0"], "--n is 0"),
         (["--repetition-penalty", "0"], "--repetition-penalty is 0"),
         (["--max-new-tokens", "-1"], "--max-new-tokens is -1"),
-        (["--max-new-tokens", str(CONTEXT)], str(CONTEXT)),
+        (["--max-new-tokens", str(CONTEXT)], f"{CONTEXT:,}"),
         (["--logprobs", "-1"], "--logprobs is -1"),
         (["--stop", ""], "--stop is ''"),
         (["--stop", "a\udcff"], "--stop is 'a\\udcff': it must be a text in UTF-8"),
@@ -499,8 +498,8 @@ def test_the_number_of_threads_is_as_asked_and_one_for_a_small_model(
 
 def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(folder: str):
     message = refusal("generate", "-m", folder, "-", stdin="a" * (CONTEXT - 10))
-    assert str(CONTEXT - 10) in message
-    assert str(CONTEXT) in message
+    assert f"{CONTEXT - 10:,}" in message
+    assert f"{CONTEXT:,}" in message
 
 
 @pytest.mark.parametrize(
@@ -585,12 +584,12 @@ def test_more_samples_than_the_memory_holds_are_refused_before_they_are_begun(
     llm = LLM.load(folder)
     with (
         mock.patch.object(LLM, "load", return_value=llm),
-        mock.patch("mqa_gpt.generation.completion.available_memory", return_value=10**9),
+        mock.patch("mqa_gpt.generation.batching.available_memory", return_value=10**9),
     ):
         message = refusal(*run, "--max-new-tokens", "9")
     assert f"100,000 completions of {tokens} tokens need " in message
-    assert "at most 100,000 samples" in refusal(*run, "--n", "100001")
-    assert str(CONTEXT) in refusal(*command, "-m", folder, "--max-new-tokens", "1000000000000")
+    assert "from 1 to 100,000" in refusal(*run, "--n", "100001")
+    assert f"{CONTEXT:,}" in refusal(*command, "-m", folder, "--max-new-tokens", "1000000000000")
 
 
 @pytest.mark.parametrize(
