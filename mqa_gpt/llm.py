@@ -11,7 +11,7 @@ import torch
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.load import DEMO_DIR, load_model, read_config
 from mqa_gpt.checkpoints.save import save_model
-from mqa_gpt.errors import PromptError, require_int, shown
+from mqa_gpt.errors import PromptError, require_int, require_text, shown
 from mqa_gpt.fast.int8 import is_quantized
 from mqa_gpt.fast.int8_cache import cache_class
 from mqa_gpt.fim import check_mode, infill_prompt, truncated_infill_prompt
@@ -255,6 +255,8 @@ class LLM:
         *,
         mode: str = "psm",
         truncate: bool = False,
+        file_name: str | None = None,
+        repo_name: str | None = None,
         **options: Unpack[Options],
     ) -> Completion:
         """Write what belongs between a prefix and a suffix (Bavarian et al. 2022).
@@ -264,6 +266,8 @@ class LLM:
             mode: "psm" or "spm", the order in which the model is shown the two.
             truncate: cut the far ends of prefix and suffix where they exceed the context, instead
                 of raising.
+            file_name, repo_name: where the text is from, as models of the StarCoder family saw it
+                in training; see `mqa_gpt.fim.infill_prompt`.
             options: see `mqa_gpt.Options`.
 
         Raises:
@@ -271,7 +275,15 @@ class LLM:
             PromptError: an unusable text or option.
         """
         return self.begin_infill(
-            prefix, suffix, max_new_tokens, n=1, mode=mode, truncate=truncate, **options
+            prefix,
+            suffix,
+            max_new_tokens,
+            n=1,
+            mode=mode,
+            truncate=truncate,
+            file_name=file_name,
+            repo_name=repo_name,
+            **options,
         ).run()[0]
 
     def begin(
@@ -296,7 +308,7 @@ class LLM:
                 f"the prompt is {shown(prompts)}: it must be a text or a list of texts"
             )
         names = names or _names(len(prompts))
-        ids = self._encode(prompts, names, special_tokens=special_tokens, mode="psm")
+        ids = self._encode(prompts, names, special_tokens=special_tokens, truncate=truncate)
         requests = self._requests(ids, max_new_tokens, options, n=n, truncate=truncate, names=names)
         return Generation(self.model, self.tokenizer, requests, idle=self._idle)
 
@@ -330,7 +342,9 @@ class LLM:
                 "draft is for prompts that are completed all at once: leave it or batch_size out"
             )
         names = names or _names(len(prompts))
-        ids = self._encode(prompts, names, special_tokens=special_tokens, mode=mode)
+        ids = self._encode(
+            prompts, names, special_tokens=special_tokens, mode=mode, truncate=truncate
+        )
         if per_prompt is None:
             requests = self._requests(
                 ids, max_new_tokens, options, n=n, truncate=truncate, names=names
@@ -345,8 +359,9 @@ class LLM:
                     requests += self._requests(
                         [row], room, merged, n=n, truncate=truncate, names=[name]
                     )
-                except PromptError as error:
-                    problems[name] = error
+                except PromptError as error:  # about the prompt, or about an option of its line
+                    is_named = str(error).startswith(name)
+                    problems[name] = error if is_named else PromptError(f"{name}: {error}")
             if problems:
                 raise all_problems(problems)
         return Generation(self.model, self.tokenizer, requests, slots=batch_size, idle=self._idle)
@@ -360,6 +375,8 @@ class LLM:
         n: int = 1,
         mode: str = "psm",
         truncate: bool = False,
+        file_name: str | None = None,
+        repo_name: str | None = None,
         **options: Unpack[Options],
     ) -> Generation:
         """Start infilling, with the arguments of `infill`; n samples of it."""
@@ -368,11 +385,14 @@ class LLM:
         self._requests([[0]], 0 if max_new_tokens is None else max_new_tokens, options, n=n)
         context, cut = self.model.config.n_positions, (0, 0)
         room = context - (1 if max_new_tokens is None else max_new_tokens)
+        named: dict[str, Any] = {"mode": mode, "file_name": file_name, "repo_name": repo_name}
         if truncate:
-            fitted = truncated_infill_prompt(self.tokenizer, prefix, suffix, room, mode=mode)
+            fitted = truncated_infill_prompt(self.tokenizer, prefix, suffix, room, **named)
             ids, cut = fitted.ids, (fitted.cut_prefix, fitted.cut_suffix)
         else:
-            ids = infill_prompt(self.tokenizer, prefix, suffix, mode=mode)
+            self._require_short(prefix, "prefix")
+            self._require_short(suffix, "suffix")
+            ids = infill_prompt(self.tokenizer, prefix, suffix, **named)
             if 0 < room < len(ids):
                 raise PromptError(
                     f"prefix and suffix take {len(ids):,} tokens and max_new_tokens is "
@@ -385,13 +405,25 @@ class LLM:
         )
         return Generation(self.model, self.tokenizer, requests, idle=self._idle, cut=cut)
 
+    def _require_short(self, text: str, name: str) -> None:
+        """PromptError for a text that is too long for the context, before it is tokenized."""
+        require_text(name, text)
+        least, context = self.tokenizer.min_tokens(text), self.model.config.n_positions
+        if least > context:
+            raise PromptError(
+                f"{name} has {len(text):,} characters, at least {least:,} tokens: they exceed the "
+                f"context of {context:,} tokens; shorten it, or let truncate=True (--truncate) "
+                "cut it"
+            )
+
     def _encode(
         self,
         prompts: Sequence[str | tuple[str, str]],
         names: Sequence[str],
         *,
         special_tokens: bool,
-        mode: str,
+        mode: str = "psm",
+        truncate: bool = False,
     ) -> list[list[int]]:
         """The ids of texts to continue and of pairs to infill; errors name the prompt."""
         check_mode(mode)
@@ -399,12 +431,21 @@ class LLM:
         for name, prompt in zip(names, prompts, strict=True):
             try:
                 if isinstance(prompt, tuple) and len(prompt) == 2:
+                    for side, text in zip(("prefix", "suffix"), prompt, strict=True):
+                        self._require_short(text, side)
                     ids.append(infill_prompt(self.tokenizer, *prompt, mode=mode))
                 else:
-                    ids.append(self.tokenizer.encode(prompt, special_tokens=special_tokens))
+                    ids.append(self._encode_text(prompt, special_tokens, truncate=truncate))
             except PromptError as error:
                 raise PromptError(f"{name}: {error}") from error
         return ids
+
+    def _encode_text(self, text: str, special_tokens: bool, *, truncate: bool) -> list[int]:
+        if not truncate:
+            self._require_short(text, "text")
+        elif isinstance(text, str):  # enough of its end to fill the context
+            text = text[-self.model.config.n_positions * self.tokenizer.max_token_bytes :]
+        return self.tokenizer.encode(text, special_tokens=special_tokens)
 
     def _requests(
         self,

@@ -9,7 +9,7 @@ from threading import Event, Thread
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-INTERVAL = 15.0  # seconds between lines where there is no terminal
+PERIOD = 15.0  # seconds between lines where there is no terminal
 
 
 @contextmanager
@@ -17,7 +17,7 @@ def status() -> Iterator[Callable[[str], None]]:
     """A status line for stages without a step count, set by the function that this gives.
 
     A terminal shows each stage at once and nothing at the end. Elsewhere, as in a log, the current
-    stage is printed every `INTERVAL`, so that what is quick prints nothing.
+    stage is printed every `PERIOD`, so that what is quick prints nothing.
     """
     if _is_terminal():
         with tqdm(bar_format="{desc}", leave=False) as line:
@@ -27,7 +27,7 @@ def status() -> Iterator[Callable[[str], None]]:
     ended = Event()
 
     def report() -> None:
-        while not ended.wait(INTERVAL):
+        while not ended.wait(PERIOD):
             with suppress(OSError, ValueError):  # nobody reads it
                 print(*stages[-1:], file=sys.stderr, flush=True)
 

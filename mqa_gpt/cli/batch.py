@@ -14,7 +14,6 @@ import typer
 
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.load import as_dtype, read_config
-from mqa_gpt.cli import pending
 from mqa_gpt.cli.jsonl import (
     Item,
     Results,
@@ -198,7 +197,7 @@ def _problem(
     # A token is at least one byte, and an infilling has three of its own.
     if len(text.encode(errors="surrogatepass")) + 3 <= room:
         return None
-    least = pending.min_tokens(tokenizer, text)
+    least = tokenizer.min_tokens(text)
     if least > room:
         tokens = f"at least {least:,}"
     else:

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from mqa_gpt.cli import pending
 from mqa_gpt.cli.input import prompt_texts
 from mqa_gpt.cli.options import (
     CachedModelOptions,
@@ -57,7 +56,7 @@ def generate(
     llm, load_seconds = model.load()
     if not no_special_tokens:
         for name, text in named_texts.items():
-            if unknown := pending.unknown_markers(llm.tokenizer, text):
+            if unknown := llm.tokenizer.unknown_markers(text):
                 note(f"note: {', '.join(unknown)} in {name} is plain text to this model")
     options = generation.for_library()
     options["draft"] = model.load_drafter(generation.draft, llm)

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from mqa_gpt.cli import pending
 from mqa_gpt.cli.input import MARKER, split_hole
 from mqa_gpt.cli.options import CachedModelOptions, Json, Mode, ReportedOptions, Statistics
 from mqa_gpt.cli.output import note, run
@@ -78,7 +77,8 @@ def infill(
         n=generation.n,
         mode=mode,
         truncate=generation.truncate,
-        **pending.origin(filename=filename, repository=repository),
+        file_name=filename,
+        repo_name=repository,
         **options,
     )
     cut_prefix, cut_suffix = started.completions[0].cut

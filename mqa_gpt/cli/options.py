@@ -21,7 +21,6 @@ import typer
 from mqa_gpt.attention import select_attention
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.load import DEMO_DIR, as_device, as_dtype, read_config
-from mqa_gpt.cli import pending
 from mqa_gpt.cli.input import unescape
 from mqa_gpt.cli.output import note
 from mqa_gpt.config import GPTConfig
@@ -247,7 +246,7 @@ class CachedModelOptions(ModelOptions):
         if draft == "prompt":
             return PromptLookup()
         small = LLM.load(draft, device=self.device, dtype=self.dtype, backend=self.backend)
-        if not pending.same_vocabulary(llm.tokenizer, small.tokenizer):
+        if not llm.tokenizer.same_vocabulary(small.tokenizer):
             raise InputError(
                 f"--draft {shown(draft)} has another tokenizer than {self.name}: draft with a "
                 "model of the same family"

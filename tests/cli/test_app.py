@@ -25,7 +25,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from mqa_gpt import GPT, LLM, GPTConfig
+from mqa_gpt import GPT, LLM, GPTConfig, Tokenizer
 from mqa_gpt.__main__ import main as start_command
 from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.cli import output
@@ -237,11 +237,16 @@ def test_every_option_reaches_the_library(folder: str):
 
 def test_length_options_reach_the_library(folder: str):
     flags = ["--max-new-tokens", "fit", "--min-new-tokens", "3", "--ignore-eos", "--truncate"]
-    for command in (["generate", "a"], ["infill", "--prefix", "a"]):
+    for command in (
+        ["generate", "a"],
+        ["infill", "--prefix", "a", "--filename", "a.py", "--repository", "b/c"],
+    ):
         begin = "begin" if command[0] == "generate" else "begin_infill"
         with mock.patch.object(LLM, begin, side_effect=KeyboardInterrupt) as called:
             invoke(*command, "-m", folder, *flags)
-        expected = {"min_new_tokens": 3, "ignore_eos": True, "truncate": True}
+        expected: dict[str, object] = {"min_new_tokens": 3, "ignore_eos": True, "truncate": True}
+        if command[0] == "infill":
+            expected |= {"file_name": "a.py", "repo_name": "b/c"}
         assert called.call_args.args[-1] is None
         assert called.call_args.kwargs.items() >= expected.items()
 
@@ -655,7 +660,7 @@ def test_a_draft_changes_the_statistics_and_not_the_text(
     assert drafted["stats"]["drafted_tokens"] >= drafted["stats"]["accepted_tokens"]
     if draft == "model":  # it agrees with itself
         assert drafted["stats"]["accepted_tokens"] > 0
-        with mock.patch("mqa_gpt.cli.pending.same_vocabulary", return_value=False):
+        with mock.patch.object(Tokenizer, "same_vocabulary", return_value=False):
             assert "has another tokenizer" in refusal(*run, "--draft", folder)
     assert "there is no folder" in refusal(*run, "--draft", os.devnull + "/nothing")
 
