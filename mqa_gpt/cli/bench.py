@@ -63,11 +63,6 @@ def bench(
         numbers(text, option)
         for text, option in ((n_prompt, "--n-prompt"), (n_gen, "--n-gen"), (batch, "--batch"))
     ]
-    if preset is not None and (model.model is not None or model.revision is not None):
-        raise InputError(
-            "--preset makes a model of random weights, and --model and --revision name one that "
-            "has weights: leave out one of them"
-        )
     model.set_threads(None if preset is None else GPTConfig.preset(preset))
     report = benchmark(
         shape=preset,
