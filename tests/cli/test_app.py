@@ -138,7 +138,7 @@ def test_samples_are_headed_by_prompt_and_sample(folder: str):
     )
 
 
-def test_rows_of_a_batch_say_what_they_say_alone(folder: str):
+def test_prompts_completed_together_give_the_same_text_as_alone(folder: str):
     run = ["generate", "-m", folder, "--json", "--max-new-tokens", "9"]
     together = json.loads(invoke(*run, "abc", "0", "").stdout)["completions"]
     for i, prompt in enumerate(["abc", "0", ""]):
@@ -171,13 +171,13 @@ def test_statistics_and_log_probabilities_go_to_standard_error(folder: str):
     assert all(word in line for word in ("load", "prefill", "first token", "decode", "peak memory"))
 
 
-def test_no_decode_rate_is_told_where_nothing_was_decoded(folder: str):
+def test_there_is_no_decode_rate_without_decoding(folder: str):
     run = ["generate", "-m", folder, "a", "--max-new-tokens", "1"]
     assert json.loads(invoke(*run, "--json").stdout)["stats"]["decode_tokens_per_second"] is None
     assert "decode" not in invoke(*run, "--stats").stderr
 
 
-def test_no_rate_is_told_where_there_is_no_token(folder: str):
+def test_there_is_no_rate_without_tokens(folder: str):
     run = ["generate", "-m", folder, "a", "--max-new-tokens", "0"]
     stats = json.loads(invoke(*run, "--json").stdout)["stats"]
     for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "first_token_seconds"):
@@ -387,7 +387,7 @@ def test_a_text_that_is_too_long_is_cut_only_when_asked_and_says_what(folder: st
         (["--prefix", "a", "--mode", "pms"], "psm, spm"),
     ],
 )
-def test_a_hole_that_is_nowhere_is_bad_input(folder: str, arguments: list[str], says: str):
+def test_a_missing_or_ambiguous_hole_is_bad_input(folder: str, arguments: list[str], says: str):
     assert says in refusal("infill", "-m", folder, *arguments, stdin="abb\ncd")
 
 
@@ -523,7 +523,7 @@ def test_a_prompt_that_cannot_be_read_is_bad_input(
 
 
 @pytest.mark.parametrize("command", [["generate", "a"], ["infill", "--prefix", "a"], ["inspect"]])
-def test_a_checkpoint_that_is_not_there_is_bad_input(command: list[str], tmp_path: Path):
+def test_a_missing_checkpoint_is_bad_input(command: list[str], tmp_path: Path):
     assert "no-such-folder" in refusal(*command, "-m", str(tmp_path / "no-such-folder"))
 
 
@@ -560,13 +560,13 @@ def test_the_demo_checkpoint_has_no_revisions(command: list[str]):
 
 @pytest.mark.parametrize("command", [["generate"], ["infill"]])
 @pytest.mark.parametrize("file", ["", "\ud800", "a\0b", "x" * 5000])
-def test_what_cannot_be_a_file_is_bad_input(folder: str, command: list[str], file: str):
+def test_an_impossible_file_name_is_bad_input(folder: str, command: list[str], file: str):
     flags = ["-f"] * (command == ["generate"])
     assert "cannot read " in refusal(*command, "-m", folder, *flags, file)
 
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no endless file here")
-def test_a_text_without_end_is_refused_when_it_is_too_long(folder: str):
+def test_an_endless_file_is_refused(folder: str):
     assert "larger than 10,000,000" in refusal("generate", "-m", folder, "-f", "/dev/zero")
     assert "larger than 10,000,000" in refusal("infill", "-m", folder, "/dev/zero")
 
@@ -605,7 +605,7 @@ def test_more_samples_than_the_memory_holds_are_refused_before_they_are_begun(
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
     ],
 )
-def test_a_full_memory_is_bad_input(folder: str, error: Exception):
+def test_running_out_of_memory_is_bad_input(folder: str, error: Exception):
     with mock.patch.object(LLM, "begin", side_effect=error):
         assert "out of memory" in refusal("generate", "-m", folder, "a")
 
@@ -715,7 +715,7 @@ def test_verify_proves_a_checkpoint_against_transformers(folder: str):
     assert "5 of 5 greedy tokens equal" in result.stdout
 
 
-def test_inspect_shows_the_published_figures_of_an_official_preset():
+def test_inspect_shows_the_published_figures_of_a_preset():
     shown = invoke("inspect", "--preset", "starcoderbase-7b").stdout
     assert all(figure in shown for figure in ("7,327,263,232", "21,504 B", "688,128 B", "14.7 GB"))
     report = json.loads(invoke("inspect", "--preset", "bigcode/starcoderbase-7b", "--json").stdout)
@@ -912,7 +912,7 @@ def test_ctrl_c_keeps_what_was_written_and_exits_with_130(folder: str):
     assert process.stderr.read() == b"interrupted\n"
 
 
-def test_ctrl_c_where_both_streams_are_one_is_told_on_a_line_of_its_own(folder: str):
+def test_ctrl_c_is_reported_on_a_line_of_its_own_where_both_streams_are_one(folder: str):
     process = start(folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     text, told = interrupted(process).decode().splitlines()
     assert text.isdigit()
@@ -983,7 +983,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(folder: str):
         ("generate -m {folder} abc --stats <&- 2>&-", 0, ""),
     ],
 )
-def test_a_stream_that_is_closed_from_the_start_is_no_error_unless_it_is_needed(
+def test_a_closed_stream_is_no_error_unless_it_is_needed(
     folder: str, arguments: str, status: int, message: str
 ):
     result = shell(arguments.format(folder=folder))
@@ -994,7 +994,7 @@ def test_a_stream_that_is_closed_from_the_start_is_no_error_unless_it_is_needed(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device here")
 @pytest.mark.parametrize("arguments", ["--help", "env --help", "env", "generate -m {folder} abc"])
-def test_an_output_that_is_full_is_an_error_of_one_line(folder: str, arguments: str):
+def test_a_full_output_is_an_error_of_one_line(folder: str, arguments: str):
     result = shell(arguments.format(folder=folder) + " > /dev/full")
     assert result.returncode == 2
     assert result.stderr == "error: standard output: No space left on device\n"

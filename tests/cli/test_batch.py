@@ -110,7 +110,7 @@ def test_samples_of_a_prompt_are_in_its_line(run: list[str], tmp_path: Path):
         assert len(set(texts)) > 1
 
 
-def test_whatever_a_killed_run_has_left_the_next_one_completes_to_the_same_file(
+def test_the_next_run_completes_what_a_killed_one_left_to_the_same_file(
     run: list[str], loaded: LLM, tmp_path: Path
 ):
     out = tmp_path / "out"
@@ -153,7 +153,7 @@ def test_prompts_that_are_added_to_the_input_are_completed_by_the_next_run(
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_ctrl_c_keeps_what_is_done_and_the_next_run_goes_on(
+def test_ctrl_c_keeps_what_is_done_and_the_next_run_continues(
     run: list[str], tmp_path: Path, as_json: bool
 ):
     invoke(*run)
@@ -497,7 +497,7 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_goes_on(
     assert "6 were there" in invoke(*run).stderr
 
 
-def test_two_runs_are_not_kept_apart_where_nothing_can_be_locked(
+def test_batch_works_where_files_cannot_be_locked(
     run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("mqa_gpt.cli.jsonl.fcntl", None)
@@ -621,7 +621,7 @@ def test_other_options_are_mixed_only_when_forced_and_each_line_says_its_own(
         (["--top-k", "-5", "--temperature", "1"], "--top-k is -5"),
     ],
 )
-def test_options_are_checked_where_nothing_is_left_to_do(
+def test_options_are_checked_even_if_nothing_is_left_to_do(
     run: list[str], tmp_path: Path, flags: list[str], says: str
 ):
     invoke(*run)
@@ -700,12 +700,12 @@ def test_an_option_out_of_range_is_bad_input(run: list[str], flags: list[str], s
     assert says in refusal(*run, *flags)
 
 
-def test_a_mode_that_there_is_not_is_bad_input_without_a_hole_too(run: list[str], tmp_path: Path):
+def test_an_unknown_mode_is_bad_input_even_without_a_hole(run: list[str], tmp_path: Path):
     write_lines(tmp_path / "in", PROMPTS[:2])
     assert "--mode is 'bogus'" in refusal(*run, "--mode", "bogus")
 
 
-def test_an_input_that_is_not_there_is_bad_input(run: list[str]):
+def test_a_missing_input_is_bad_input(run: list[str]):
     assert "no-such-file" in refusal(run[0], "no-such-file", *run[2:])
     assert refusal(run[0], "", *run[2:]) == "cannot read '': the file name is empty"
 
