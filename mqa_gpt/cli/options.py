@@ -27,7 +27,7 @@ from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import InputError, shown
 from mqa_gpt.fast.int8 import check_method
 from mqa_gpt.fast.int8_cache import cache_class
-from mqa_gpt.generation.completion import Options
+from mqa_gpt.generation.prompts import Options
 from mqa_gpt.generation.speculative import Drafter, DraftModel, PromptLookup
 from mqa_gpt.llm import LLM
 from mqa_gpt.machine import threads_for
