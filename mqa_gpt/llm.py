@@ -8,6 +8,7 @@ from typing import Any, Literal, Unpack, overload
 
 import torch
 
+from mqa_gpt.checkpoints.files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, versions
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.load import (
     DEMO_DIR,
@@ -19,7 +20,7 @@ from mqa_gpt.checkpoints.load import (
     stored_dtype,
 )
 from mqa_gpt.checkpoints.save import save_model
-from mqa_gpt.errors import PromptError, require_int, shown
+from mqa_gpt.errors import CheckpointError, PromptError, require_int, shown
 from mqa_gpt.fast.int8 import is_quantized
 from mqa_gpt.fast.int8_cache import cache_class
 from mqa_gpt.generation.batching import Engine
@@ -31,7 +32,9 @@ from mqa_gpt.generation.prompts import (
     text_requests,
 )
 from mqa_gpt.model import GPT
-from mqa_gpt.tokenizer import Tokenizer
+from mqa_gpt.tokenizer import TOKENIZER_FILE, Tokenizer
+
+SAVED_FILES = (CONFIG_FILE, TOKENIZER_FILE, INDEX_FILE, WEIGHTS_FILE)  # all of one saving
 
 BATCH_SIZE = 16  # rows that run at a time, where there are many prompts
 
@@ -90,14 +93,19 @@ class LLM:
         folder = resolve(DEMO_DIR if name_or_dir is None else name_or_dir, revision)
         config = read_config(folder)  # a folder that is no checkpoint lacks more than a tokenizer
         notes = checkpoint_notes(folder)
+        before = versions(folder, SAVED_FILES)
         tokenizer = Tokenizer.from_pretrained(folder)
         if dtype is None:
             stored, where = stored_dtype(folder), as_device(device)
-            dtype, note = fast_dtype(stored, where, config.parameters)
+            dtype, note = fast_dtype(stored, where, 0 if quantize else config.parameters)
             notes += [] if note is None else [note]
         model = load_model(
             folder, device=device, dtype=dtype, backend=backend, quantize=quantize, packed=True
         )
+        if versions(folder, SAVED_FILES) != before:  # tokenizer and model may be of two savings
+            raise CheckpointError(
+                f"{folder} was saved over while it was read: load it when that has finished"
+            )
         model.cache_class = new_cache_class
         llm = cls(model, tokenizer)
         llm.notes = notes

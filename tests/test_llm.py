@@ -19,7 +19,9 @@ from mqa_gpt import (
     PromptLookup,
     Tokenizer,
 )
+from mqa_gpt import llm as llm_module
 from mqa_gpt.cache import cache_bytes
+from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.fast.packing import can_pack
 from mqa_gpt.generation import batching
 from mqa_gpt.machine import peak_memory
@@ -510,3 +512,30 @@ def test_prompts_of_one_run_may_have_options_of_their_own(llm):
     assert [c.token_ids for c in many] == [c.token_ids for c in alone]
     with pytest.raises(PromptError, match=r"prompt 1: .*temperature"):
         llm.begin_many(prompts, 6, per_prompt=[{}, {"temperature": -1}, {}])
+
+
+def test_tokenizer_and_model_of_two_savings_are_not_mixed(tmp_path, monkeypatch):
+    LLM(GPT.from_pretrained(DEMO_DIR), Tokenizer.from_pretrained(DEMO_DIR)).save(tmp_path)
+    text = (tmp_path / "tokenizer.json").read_bytes()
+    load_model = llm_module.load_model
+
+    def saved_over(folder, **options):
+        (tmp_path / "new").write_bytes(text)
+        (tmp_path / "new").replace(tmp_path / "tokenizer.json")
+        return load_model(folder, **options)
+
+    assert LLM.load(tmp_path).generate("a", 1).token_ids
+    monkeypatch.setattr(llm_module, "load_model", saved_over)
+    with pytest.raises(CheckpointError, match="saved over while it was read"):
+        LLM.load(tmp_path)
+
+
+def test_16_bit_weights_run_in_a_dtype_that_is_fast_and_a_note_says_so(monkeypatch):
+    assert LLM.load(dtype="float16").model.dtype == torch.float16
+    assert LLM.load(dtype="float16").notes == []
+    chosen = LLM.load()  # the demo is float16, which no CPU multiplies fast here
+    assert chosen.model.dtype == torch.float32
+    (note,) = chosen.notes
+    assert "float32" in note
+    assert "--dtype float16" in note
+    assert GPT.from_pretrained(DEMO_DIR).dtype == torch.float16
