@@ -1,5 +1,8 @@
 # make demo   complete and infill Python code with the bundled checkpoint
 # make test   the whole test suite
+# make test-fast   without the tests marked slow: about a minute
+# make fuzz   100,000 changed files, prompts, options and hub answers, and races and kills of saving;
+#             FUZZ=N for another number of inputs of each kind
 # make lint   style and types
 # make check-kernels   compile the kernels for every supported GPU, with two versions of Triton;
 #                      no GPU is needed. ARGS="--json FILE" also writes the tables to a file
@@ -9,22 +12,28 @@ BIN = .venv/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 INSTALLED = .venv/installed-$(VERSION)
 PIP = $(BIN)/python -m pip --disable-pip-version-check
-# On Linux PyPI's torch brings CUDA. Without a GPU, PyTorch's own index has a build for CPUs, a tenth
-# of the size; it is used where pip is left at PyPI.
-CPU_INDEX = https://download.pytorch.org/whl/cpu
-CPU_TORCH := $(shell command -v nvidia-smi >/dev/null || test "$$(uname)" != Linux \
-	|| $(PYTHON) -m pip config list 2>/dev/null | grep -q index || test "$$PIP_INDEX_URL" || echo yes)
+# Where torch comes from, if not from pip's own index. On Linux that one has a build for GPUs, ten
+# times the size of the build for CPUs: "Get started" on PyTorch's site names the index of the latter.
+TORCH_INDEX ?=
 # The oldest Triton that the kernels are for, beside the one that constraints.txt pins.
+# Inputs of each kind in `make fuzz`: some twenty kinds.
+FUZZ ?= 5000
 OLD_TRITON = 3.6.0
 OLD_TRITON_PATH = .venv/triton-$(OLD_TRITON)
 
-.PHONY: demo test lint check-kernels clean
+.PHONY: demo test test-fast fuzz lint check-kernels clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python scripts/demo.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q
+
+test-fast: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not slow"
+
+fuzz: $(INSTALLED)
+	MQA_GPT_FUZZ=$(FUZZ) $(BIN)/python -m pytest -n 2 --dist worksteal -q -m fuzz
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -38,8 +47,9 @@ check-kernels: $(OLD_TRITON_PATH)/installed
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mqa-gpt needs Python 3.11 or later; this is " + sys.version.split()[0])'
 	@echo "Installing into .venv; this takes some minutes, later runs start at once"
+	@command -v nvidia-smi >/dev/null || test -n "$(TORCH_INDEX)" || echo "No GPU here: make TORCH_INDEX=URL takes PyTorch's smaller build for CPUs from the index that its site names"
 	@test -x $(BIN)/python$(VERSION) || $(PYTHON) -m venv --clear .venv
-	-$(if $(CPU_TORCH),$(PIP) install --no-deps -c constraints.txt --index-url $(CPU_INDEX) torch)
+	$(if $(TORCH_INDEX),$(PIP) install --no-deps -c constraints.txt --index-url $(TORCH_INDEX) torch)
 	$(PIP) install -c constraints.txt -e '.[test]'
 	@touch $@
 

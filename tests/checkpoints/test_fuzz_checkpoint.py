@@ -1,7 +1,7 @@
 """Whatever a checkpoint holds, it loads or raises a typed error, in bounded time and memory, and no
 other file is opened.
 
-FUZZ_EXAMPLES is the number of inputs for each test; a few hundred without it.
+MQA_GPT_FUZZ is the number of inputs for each test; a few hundred without it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from mqa_gpt.checkpoints import files as weight_files
 from mqa_gpt.checkpoints.load import checkpoint_notes
 from mqa_gpt.machine import peak_memory
 
+pytestmark = [pytest.mark.fuzz, pytest.mark.slow]
+
 CONFIG = GPTConfig(
     vocab_size=5, n_positions=3, n_embd=4, n_layer=1, n_head=2, n_inner=3, bos_token_id=0
 )
 INDEX = "model.safetensors.index.json"
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
+EXAMPLES = int(os.environ.get("MQA_GPT_FUZZ", "0"))
 fuzz = settings(
     max_examples=EXAMPLES or 200, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -24,6 +24,8 @@ from mqa_gpt.errors import CheckpointError, PromptError
 from mqa_gpt.tokenizer import FIM_SPELLINGS, StreamDecoder, Tokenizer
 from tests.helpers import byte_tokenizer
 
+pytestmark = [pytest.mark.fuzz, pytest.mark.slow]
+
 INPUTS = int(os.environ.get("MQA_GPT_FUZZ", "200"))
 SECONDS, BYTES = 10, 2_000_000_000  # what one input may take
 

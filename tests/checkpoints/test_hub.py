@@ -33,7 +33,7 @@ from tests.hub_server import (
 )
 
 NAME = "someone/tiny"
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))  # what `make fuzz` asks for
+EXAMPLES = int(os.environ.get("MQA_GPT_FUZZ", "0"))  # what `make fuzz` asks for
 
 
 @pytest.fixture(scope="module")
@@ -598,6 +598,8 @@ def mutated(answer: Answer, chance: random.Random) -> Answer:
     return answer._replace(body=json.dumps(values).encode())
 
 
+@pytest.mark.fuzz
+@pytest.mark.slow
 def test_whatever_a_hub_answers_is_a_folder_or_a_typed_error(
     client: Client, hub: HubServer, tmp_path: Path
 ) -> None:

@@ -442,7 +442,7 @@ def test_an_old_generation_config_does_not_outlive_its_model(tmp_path: Path) -> 
 
 # ------------------------------------------------------------------------------- other processes
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))  # what `make fuzz` asks for
+EXAMPLES = int(os.environ.get("MQA_GPT_FUZZ", "0"))  # what `make fuzz` asks for
 FORK = multiprocessing.get_context("fork") if sys.platform == "linux" else None
 needs_fork = pytest.mark.skipif(FORK is None, reason="only Linux forks safely")
 
@@ -483,6 +483,8 @@ def which(found: GPT, models: list[GPT]) -> int:
     return i
 
 
+@pytest.mark.fuzz
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("max_shard_size", [10**9, 50_000])
 def test_loading_while_another_process_saves_gives_one_model_or_the_other_or_an_error(
@@ -499,6 +501,8 @@ def test_loading_while_another_process_saves_gives_one_model_or_the_other_or_an_
     assert outcomes[0] + outcomes[1] > 0
 
 
+@pytest.mark.fuzz
+@pytest.mark.slow
 @needs_fork
 @pytest.mark.parametrize("max_shard_size", [10**9, 50_000])
 def test_a_saving_process_that_is_killed_leaves_a_model_or_says_where_it_is(

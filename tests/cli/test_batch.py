@@ -201,6 +201,7 @@ def test_a_run_that_is_killed_has_written_what_was_finished(folder: str, tmp_pat
     assert "3 were there, 1 are new" in again.stderr
 
 
+@pytest.mark.fuzz
 @pytest.mark.slow
 def test_fifty_kills_lose_nothing(run: list[str], tmp_path: Path):
     lines = [PROMPTS[i % 6] | {"id": i} for i in range(200)]

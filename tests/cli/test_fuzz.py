@@ -19,6 +19,8 @@ from mqa_gpt import LLM
 from mqa_gpt.cli.jsonl import LINE_OPTIONS
 from tests.cli.test_app import invoke, spelling_checkpoint
 
+pytestmark = [pytest.mark.fuzz, pytest.mark.slow]
+
 COUNT = int(os.environ.get("MQA_GPT_FUZZ", "150"))
 
 NUMBERS = ["0", "1", "-1", "2", "0.5", "-0", "1e-7", "1e-5", "1e300", "1e999", "nan", "inf"]
