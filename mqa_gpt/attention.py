@@ -86,7 +86,7 @@ def sdpa_attention(
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, S, D)
     if T == 1:
         q = q.view(B, G, H // G, D)  # (B, G, H/G, D)
-        if isinstance(start, int) and start + 1 < S:  # what is behind is cut off, not masked
+        if isinstance(start, int) and start + 1 < S:  # later keys are cut off, not masked
             k, v = k[:, :, : start + 1], v[:, :, : start + 1]
         mask = None if isinstance(start, int) else causal_mask(start, 1, S, q.device)[:, None]
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale)

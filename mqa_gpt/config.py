@@ -9,7 +9,7 @@ from typing import Any
 
 from mqa_gpt.errors import ConfigError, is_int, require_number, shown
 
-# The formula behind each name that a config.json may use. GELU is x * Phi(x) with the normal
+# The formula of each name that a config.json may use. GELU is x * Phi(x) with the normal
 # distribution's Phi; gelu_tanh approximates Phi (Hendrycks and Gimpel 2016, equation 2), and its
 # three names differ only by rounding.
 ACTIVATIONS = {

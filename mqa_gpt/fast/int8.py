@@ -1,5 +1,5 @@
-"""8-bit weights: a quarter of the bytes of float32, so up to four times the tokens per second where
-reading the weights is what takes the time.
+"""8-bit weights: a quarter of float32's bytes, so up to four times the tokens per second where
+reading the weights takes the time.
 
 Each row of a weight matrix (an output channel of a linear layer, a token of the embedding) is kept
 as integers q from -127 to 127 and one float32 scale s, with w close to s q and s = max |w| / 127.
@@ -10,12 +10,11 @@ Rounding moves a weight by at most s / 2, and what the model computes by a littl
 while it is read. Saved like any model, such a checkpoint loads here, and not in transformers. The
 layers below are the definition and run anywhere; on a CPU `mqa_gpt.fast.packing` makes them fast.
 
-On a CUDA device kernels read the integers as they are, one byte of each weight: those of
-`mqa_gpt.fast.fused_step` for steps of up to 16 rows, and for up to 64 (16 in float32) a layer's
-own. With more rows a layer makes floats of all its weights in every call: in 16 bit it moves 1 + 2
-+ 2 bytes of each where a plain layer moves 2. From some hundred rows on, as in a prefill, that
-hardly counts beside the arithmetic; for decoding rows in between, plain weights are the better
-choice.
+On a CUDA device kernels read the integers as they are, one byte per weight: in fused steps of up to
+16 rows (`mqa_gpt.fast.fused_step`), and in a layer by itself for up to 64 rows (16 in float32). With
+more rows a layer converts all its weights to floats in every call: in 16 bits it moves 1 + 2 + 2
+bytes per weight where a plain layer moves 2. From some hundred rows on, as in a prefill, that hardly
+counts next to the arithmetic; for decoding a number of rows in between, plain weights are better.
 """
 
 from __future__ import annotations
@@ -58,17 +57,17 @@ def says_quantized(config: GPTConfig) -> bool:
 
 
 def is_quantized(model: GPT) -> bool:
-    """Whether `quantize` has been at this model."""
+    """Whether the weights are int8."""
     return isinstance(model.transformer.wte, Int8Embedding)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight (N, K) -> integers (N, K) int8 and their scales (N,) float32."""
-    if weight.is_meta:  # for what is below torch would import a compiler: two seconds
+    if weight.is_meta:  # the operations below would make torch import a compiler: two seconds
         integers = torch.empty(weight.shape, dtype=torch.int8, device="meta")
         return integers, torch.empty(len(weight), dtype=torch.float32, device="meta")
     weight = weight.detach().float()
-    # Without `abs`, which would be one more copy of the weights.
+    # Not by `abs`, which would copy the weights once more.
     scale = torch.maximum(weight.amax(1), -weight.amin(1)) / 127  # (N,)
     # A row of zeros has no scale; NaN and infinity must not become harmless numbers.
     divisor = torch.where(scale == 0, 1.0, scale)[:, None]  # (N, 1)
@@ -76,7 +75,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Int8(nn.Module):
-    """A weight of 8-bit integers with a float32 scale for each row, whatever dtype a model gets."""
+    """A weight of 8-bit integers with a float32 scale per row, in a model of any dtype."""
 
     weight_scale: Tensor
 
@@ -95,7 +94,7 @@ class _Int8(nn.Module):
 
 
 def reads_integers(device: torch.device, dtype: torch.dtype, rows: int) -> bool:
-    """Whether a layer multiplies so many rows by a kernel, which has no gradient."""
+    """Whether a kernel, which has no gradient, computes this many rows."""
     if not HAS_TRITON or device.type != "cuda" or torch.is_grad_enabled():
         return False
     from mqa_kernels.launch import MAX_INT8_ROWS

@@ -1,10 +1,10 @@
-"""Packed weights: what brings inference on a CPU closer to the speed of its memory.
+"""Packed weights: a layout that brings inference on a CPU closer to the speed of its memory.
 
 A matrix product with few rows reads each weight once and does little with it, so its time is the
 time to read the weights. PyTorch's product with the plain row-major layout reads far below the
-speed of most CPUs' memory; oneDNN's with its blocked layout, in which the weights of one vector
-instruction lie side by side, comes close to it. On AMD's processors with AVX-512 its kernel for
-four rows does so better than those for one and two, so these rows are repeated to make four.
+speed of most CPUs' memory. oneDNN's product with its blocked layout, in which the weights of one
+vector instruction are adjacent, comes close to it. On AMD processors with AVX-512 oneDNN's kernel
+for four rows reads faster than those for one and two, so one or two rows are repeated to make four.
 
 bfloat16 weights are packed where the processor has AVX512-BF16 (not measured on Intel's). 8-bit
 weights (`mqa_gpt.fast.int8`) are packed too, for products of 8-bit integers: FBGEMM's, or
@@ -33,7 +33,7 @@ UNPACKED = "load the model with GPT.from_pretrained, which leaves its weights as
 
 
 class _Packed(nn.Module):
-    """What has no plain weight: nothing to read, edit, train, convert or save, and it says so."""
+    """A layer without a plain weight: it cannot be read, edited, trained, converted or saved."""
 
     def __getattr__(self, name: str) -> Any:
         if name in ("weight", "weight_scale"):
@@ -67,8 +67,8 @@ class PackedLinear(_Packed):
 
     Args:
         linear: what is packed, float32 or bfloat16.
-        repeat_to: up to how many rows those of x are repeated, if all of them fit in twice or more;
-            None for four where `few_rows_are_slow`, else one.
+        repeat_to: repeat the rows of x up to this many, if they fit in at least twice; None for
+            four where `few_rows_are_slow`, else one.
     """
 
     def __init__(self, linear: nn.Linear, repeat_to: int | None = None) -> None:
@@ -96,12 +96,11 @@ class PackedLinear(_Packed):
 class PackedInt8Linear(_Packed):
     """`Int8Linear` for inference, as a product of 8-bit integers, by FBGEMM or by oneDNN.
 
-    The rows of x become integers too, as they come: x is close to t r, with one scale t per row, so
-    that a row's result does not depend on the rows beside it. That adds a rounding to those of the
-    weights (`LLM.int8()`, Dettmers et al. 2022, section 2, without its outlier columns), and one
-    that jumps: where float32 sums in another order, as a step over several tokens does, the last
-    bit of a number may tip an integer. So with speculation, or in a batch, a choice between near
-    equals may be another, which in float32 is a matter of rounding errors alone.
+    The rows of x are rounded to integers too: x is close to t r, with one scale t per row, so that a
+    row's result does not depend on the other rows (`LLM.int8()`, Dettmers et al. 2022, section 2,
+    without its outlier columns). This rounding jumps: where float32 sums run in another order, as
+    in a step over several tokens, the last bit of a number may tip an integer. So with speculation
+    or in a batch, a choice between near equals may differ more often than in float32.
 
     Args:
         linear: what is packed.
@@ -131,8 +130,8 @@ class PackedInt8Linear(_Packed):
         return y.to(x.dtype)
 
 
-# Both libraries take rows of unsigned integers only (oneDNN is slow for others), so zero stands in
-# the middle of them. A row of zeros gives any integers, and 0 times those.
+# Both libraries take rows of unsigned integers only (oneDNN is slow for others), so zero is in the
+# middle of their range. A row of zeros gives arbitrary integers, which are multiplied by 0.
 
 
 class _OneDNNProduct:
@@ -142,7 +141,7 @@ class _OneDNNProduct:
         self._largest = largest
         self._packed = torch.ops.onednn.qlinear_prepack(weight, None)
         self._scale = scale / largest  # (N,)
-        # The conversion to integers cuts off, hence the half.
+        # The conversion to integers truncates, hence the half.
         self._middle = torch.tensor(largest + 1.5, dtype=torch.float32, device=weight.device)
 
     def __call__(self, rows: Tensor, top: Tensor) -> Tensor:
@@ -178,10 +177,10 @@ class _FBGEMMProduct:
 
 @cache
 def _holds_8_bits(product: type[_FBGEMMProduct | _OneDNNProduct]) -> bool:
-    """Whether it adds products of the largest 8-bit integers without an overflow.
+    """Whether a library adds products of the largest 8-bit integers without overflow.
 
-    Without VNNI it adds two of them in 16 bits, where those of 7-bit rows fit and those of 8 bits
-    do not.
+    Without VNNI it adds two of them in 16 bits, where products of 7-bit rows fit and those of 8-bit
+    rows do not.
     """
     ones = torch.ones(1, 64, dtype=torch.float32, device="cpu")
     run = product((127 * ones).to(torch.int8), ones[0, :1], 127)
@@ -204,7 +203,7 @@ def is_packed(module: nn.Module) -> bool:
 def packed_names(
     module: nn.Module, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> list[str]:
-    """The layers that `pack` replaces, by name, or would if they were of this dtype and there."""
+    """The names of the layers that `pack` replaces, or would in this dtype on this device."""
     plain_is_fast = reads_plain_layout_fast()
     return [
         name
@@ -215,10 +214,10 @@ def packed_names(
 
 
 def packing_bytes(module: nn.Module, dtype: torch.dtype, device: torch.device) -> int:
-    """What `pack` takes beside the plain weights of `module`, if it is of this dtype and there.
+    """The memory that `pack` needs besides the plain weights, in this dtype on this device.
 
-    One layer at a time has its weight twice: plain and packed, and FBGEMM, which takes a quantized
-    tensor, a copy between them (and pads narrow ones). A tied head, the last, keeps its plain one.
+    One layer at a time holds its weight twice, plain and packed, and with FBGEMM, which takes a
+    quantized tensor, a third time. A tied head, packed last, keeps its plain weight.
     """
     layers = [module.get_submodule(name) for name in packed_names(module, dtype, device)]
     int8_bytes = 2 if fbgemm_is_faster() else 1
@@ -234,8 +233,7 @@ def packing_bytes(module: nn.Module, dtype: torch.dtype, device: torch.device) -
 def reads_plain_layout_fast() -> bool:
     """Whether one row's product is as fast with a plain float32 weight as with a packed one here.
 
-    It does where MKL, Intel's own library, computes with AVX-512, which it does on Intel's
-    processors only.
+    True where MKL, Intel's library, computes with AVX-512: on Intel processors only.
     """
     return _has_avx512() and "intel" in cpu_name().lower()
 
@@ -243,8 +241,8 @@ def reads_plain_layout_fast() -> bool:
 def few_rows_are_slow() -> bool:
     """Whether a packed product with one or two rows takes longer than one with four rows here.
 
-    On AMD's Zen 4 one row takes 1.0 to 1.2 times as long as four, two rows 1.1 to 1.4 times. On
-    Intel's processors that was not measured.
+    On AMD's Zen 4 one row takes 1.0 to 1.2 times as long as four, two rows 1.1 to 1.4 times. Not
+    measured on Intel processors.
     """
     return _has_avx512() and "intel" not in cpu_name().lower()
 
@@ -256,14 +254,14 @@ def _has_avx512() -> bool:
 def fbgemm_is_faster() -> bool:
     """Whether 8-bit products of a decode step are faster with FBGEMM than with oneDNN here.
 
-    They are where FBGEMM is at hand, but for processors with tiles (AMX), which oneDNN alone uses.
-    With the many rows of a prefill they are up to a third slower: a generation has one of those.
+    True where torch has FBGEMM, except on processors with tiles (AMX), which only oneDNN uses. A
+    prefill, whose products have many rows, is up to a third slower with FBGEMM.
     """
     return has_fbgemm() and not torch.cpu._is_amx_tile_supported()
 
 
 def has_fbgemm() -> bool:
-    """Whether torch has FBGEMM's products of 8-bit integers and would choose them."""
+    """Whether torch has FBGEMM's products of 8-bit integers and chooses them."""
     names = ("linear_prepack", "linear_with_input_q_dq_qweight_dq_output_fp32")
     return (
         torch.backends.quantized.engine in ("x86", "fbgemm")
@@ -284,7 +282,7 @@ def _is_packable(
 
 
 def _weight_dtype(layer: nn.Module, dtype: torch.dtype | None = None) -> torch.dtype:
-    """The dtype of a linear layer's weight, or what it would be in a model of this dtype."""
+    """The dtype of a linear layer's weight, or its dtype in a model of this dtype."""
     own = cast(nn.Linear | Int8Linear, layer).weight.dtype
     return own if dtype is None or isinstance(layer, Int8Linear) else dtype
 
@@ -309,7 +307,7 @@ def _has_products(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether the processor does, and oneDNN, which can be told to do without, lets it."""
+    """Whether the processor does, and oneDNN, which can be told not to, uses it."""
     return (
         torch.cpu._is_avx512_bf16_supported()
         and hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
@@ -333,8 +331,8 @@ def pack(module: nn.Module) -> None:
     """Replace the linear layers inside `module` by their packed forms, one after the other.
 
     All of them, or in float32 only `lm_head` where `reads_plain_layout_fast`. Their plain weights
-    are given up, so the model can no longer be trained or saved. A weight that something else holds
-    too, as the embedding holds that of a tied `lm_head`, stays there as well.
+    are freed, so the model can no longer be trained or saved. A weight that is shared, as a tied
+    `lm_head` shares that of the embedding, also stays where it is.
 
     Raises:
         ValueError: `can_pack` is false.
@@ -344,7 +342,7 @@ def pack(module: nn.Module) -> None:
             "only models on a CPU can be packed, with a torch that has oneDNN: in float32, in 8 "
             "bits or, with AVX512-BF16, in bfloat16"
         )
-    # By name, because a list of the layers would keep all their weights to the end.
+    # By name, because a list of the layers would keep all their weights in memory.
     for name in packed_names(module):
         module.set_submodule(name, _pack_layer(module.get_submodule(name)))
     # What is left (embeddings, LayerNorms) cannot be trained through packed weights.

@@ -31,7 +31,7 @@ class Request:
         end_ids: tokens that end a row.
         stop: texts that end a row; the engine, which sees no text, leaves them to its caller.
         min_new_tokens: neither `end_ids` nor `stop` end a row before it has this many.
-        logprobs: None, or how many of the likeliest tokens to report beside the chosen one.
+        logprobs: None, or how many of the likeliest tokens to report with the chosen one.
         drafter: guesses ahead, so that the same tokens take fewer steps.
         name: what messages call the prompt.
     """

@@ -49,7 +49,7 @@ class Drafter:
     """What every drafter has: `start`, which gives each generation a proposer of its own."""
 
     def start(self, rows: int) -> Proposer:
-        """A proposer for at most so many continuations at a time."""
+        """A proposer for at most this many continuations at a time."""
         raise NotImplementedError
 
 
