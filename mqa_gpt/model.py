@@ -48,7 +48,7 @@ class MultiQueryAttention(nn.Module):
         self.attend: Attention = auto_attention  # until `GPT.set_backend`
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """qkv (B, T, C + 2GD) -> q (B, T, H, D) and kv (B, T, G, 2D), K and V of a head together."""
+        """qkv (B, T, C + 2GD) -> q (B, T, H, D) and kv (B, T, G, 2D), K with V per head."""
         B, T, _ = qkv.shape
         H, G, D = self.n_head, self.n_kv_head, self.head_dim
         if G == 1:  # all queries, then the one K and the one V

@@ -10,10 +10,10 @@ bfloat16 weights are packed where the processor has AVX512-BF16 (not measured on
 weights (`mqa_gpt.fast.int8`) are packed too, for products of 8-bit integers: FBGEMM's, or
 oneDNN's where those are faster.
 
-On Intel's processors with AVX-512 a float32 product with one or two rows reads the plain layout as
-fast, and a packed layer is slower there, though faster from about four rows on. A single prompt
-being the common case, only the head is packed then, which gains from the third row and loses
-nothing before. `benchmarks/cpu/products.py` shows how it is on a processor.
+On Intel processors with AVX-512 a float32 product with one or two rows reads the plain layout just
+as fast; a packed layer is slower for these, and faster from about four rows on. A single prompt is
+the common case, so only the head is packed there, which gains from the third row on and loses
+nothing before. `python -m benchmarks.cpu.products` measures a processor.
 """
 
 from __future__ import annotations
@@ -96,11 +96,11 @@ class PackedLinear(_Packed):
 class PackedInt8Linear(_Packed):
     """`Int8Linear` for inference, as a product of 8-bit integers, by FBGEMM or by oneDNN.
 
-    The rows of x are rounded to integers too: x is close to t r, with one scale t per row, so that a
-    row's result does not depend on the other rows (`LLM.int8()`, Dettmers et al. 2022, section 2,
-    without its outlier columns). This rounding jumps: where float32 sums run in another order, as
-    in a step over several tokens, the last bit of a number may tip an integer. So with speculation
-    or in a batch, a choice between near equals may differ more often than in float32.
+    The rows of x are rounded to integers too: x is close to t r, with one scale t per row, so that
+    a row's result does not depend on the other rows (`LLM.int8()`, Dettmers et al. 2022, section
+    2, without its outlier columns). This rounding jumps: where float32 sums run in another order,
+    as in a step over several tokens, the last bit of a number may tip an integer. So with
+    speculation or in a batch, a choice between near equals may differ more often than in float32.
 
     Args:
         linear: what is packed.
