@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 
 import mqa_gpt
 from mqa_gpt import GPTConfig
+from mqa_gpt.bench.ceilings import Ceilings
+from mqa_gpt.bench.report import BenchReport, Result
 from mqa_gpt.cache import cache_bytes
 from mqa_gpt.cli.app import app
 from mqa_gpt.machine import INSTALL_PEERS
@@ -213,8 +215,19 @@ def test_the_rates_in_the_readme_are_those_of_the_benchmark_results():
     assert [line.strip("| ").split(" | ")[1:] for line in table.splitlines()] == expected
 
 
+def test_the_report_in_the_guide_to_bench_is_that_of_the_result():
+    found = results("bench_tiny_starcoder_py_float32_zen4")
+    parts = {"ceilings": Ceilings(**found["ceilings"])}
+    parts["results"] = [Result(**result) for result in found["results"]]
+    report = BenchReport(**found | parts).to_markdown().splitlines()
+    (block,) = re.findall(r"Part of a report .*\n\n((?:    .*\n|\n)+)", GUIDES["bench.md"])
+    assert [line for line in block.split("\n") if line.strip() not in report] == []
+
+
 def test_the_sizes_of_the_official_checkpoints_are_those_of_their_configs():
-    rows = re.findall(r"^\| `(\w[\w-]*/[\w-]+)` \| (.*) \|$", GUIDES["checkpoints.md"], re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\w[\w-]*/[\w-]+)` \| (.*) \|$", GUIDES["checkpoints.md"], re.MULTILINE
+    )
     assert len(rows) > 6
     for name, cells in rows:
         config = GPTConfig.preset(name)
