@@ -94,7 +94,7 @@ def test_the_commands_are_found():
 def test_the_options_in_the_tables_exist():
     options = re.findall(r"`(--[a-z-]+)", ALL)
     assert len(options) > 30
-    known = help_texts() + "--no-special-tokens"
+    known = help_texts()
     assert [option for option in options if not re.search(rf"{option}\b", known)] == []
 
 
@@ -125,7 +125,7 @@ def test_what_else_is_needed_is_installed_by_one_command_wherever_it_is_said():
         assert text.count("pip install") == text.count(INSTALL_PEERS) > 0
 
 
-# ------------------------------------------------------------------------------ files, names, links
+# -------------------------------------------------------------------------- files, names, links
 
 
 def test_every_file_in_the_tree_exists():
@@ -186,7 +186,7 @@ def test_every_method_that_is_named_exists():
         assert hasattr(getattr(mqa_gpt, owner), name), (owner, name)
 
 
-# ------------------------------------------------------------------------------------------- numbers
+# ---------------------------------------------------------------------------------------- numbers
 
 
 def results(name: str) -> Any:
