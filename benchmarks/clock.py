@@ -1,8 +1,8 @@
 """Seconds and bytes on the device: the one place where the benchmarks tell a GPU from a CPU.
 
-On a GPU, times are CUDA events around one replay of a CUDA graph, so that no launch cost is in
-them, and the L2 cache holds nothing of use when the action begins. A CPU, on which the code is only
-tried out under Triton's interpreter, has its wall clock.
+GPU times are CUDA events around one replay of a CUDA graph, so that they hold no launch cost, with
+an L2 cache that holds nothing of use at the start. CPU times are the wall clock's; the kernels run
+there under Triton's interpreter, to try out the code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import interleaved
+
+from benchmarks.measure import interleaved
 
 Action = Callable[[], object]
 
@@ -29,7 +30,7 @@ class Clock:
         self._flush = torch.ones(FLUSH_BYTES // 4, device=device) if self.has_gpu else None
 
     def synchronize(self) -> None:
-        """Wait for the device; raises what a kernel did wrong before."""
+        """Wait for the device; raises the errors of kernels that ran before."""
         if self.has_gpu:
             torch.cuda.synchronize(self.device)
 
@@ -39,8 +40,8 @@ class Clock:
             return self.wall(action)
         begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        # Reading evicts. Writing would too, but what is written has to go back to memory, and that
-        # would share the bandwidth of the action's first microseconds.
+        # Reading evicts. So would writing, but writing back takes bandwidth from the action's first
+        # microseconds.
         self._flush.sum()
         begin.record()
         action()
@@ -49,7 +50,7 @@ class Clock:
         return begin.elapsed_time(end) / 1000
 
     def wall(self, action: Action) -> float:
-        """One run as the host sees it, launches included."""
+        """One run on the host's clock, launches included."""
         self.synchronize()
         begin = time.perf_counter()
         action()
@@ -59,8 +60,7 @@ class Clock:
     def recorder(self) -> Callable[[Action], Action]:
         """A function that turns actions into replays of CUDA graphs; on a CPU, into themselves.
 
-        Its graphs share one pool of memory, which is right as long as they take turns and nobody
-        reads their results.
+        Its graphs share one memory pool, which is safe while they take turns and no result is read.
         """
         if not self.has_gpu:
             return lambda action: action
@@ -69,7 +69,7 @@ class Clock:
         def record(action: Action) -> Action:
             stream: Any = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(stream):  # what is compiled or set up once must not be captured
+            with torch.cuda.stream(stream):  # compiling and setting up must not be captured
                 action()
                 action()
             torch.cuda.current_stream(self.device).wait_stream(stream)
@@ -88,10 +88,10 @@ class Clock:
         return interleaved(timed, repeats, label)
 
     def peak_bytes(self, action: Action) -> int | None:
-        """Device memory that an action takes at most, beyond what is there; None on a CPU."""
+        """The most device memory an action adds to what is allocated; None on a CPU."""
         if not self.has_gpu:
             return None
-        action()  # workspaces that stay
+        action()  # allocates workspaces that stay
         self.synchronize()
         before = torch.cuda.memory_allocated(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -100,6 +100,6 @@ class Clock:
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def release(self) -> None:
-        """Give back what the allocator keeps of tensors that are gone."""
+        """Return the memory that the allocator keeps for freed tensors."""
         if self.has_gpu:
             torch.cuda.empty_cache()

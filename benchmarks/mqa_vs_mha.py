@@ -1,19 +1,19 @@
 """What does one key/value head for all queries save over one for each, when decoding?
 
-    python benchmarks/mqa_vs_mha.py                                       # CPU, some minutes
-    python benchmarks/mqa_vs_mha.py --one-thread                          # on a CPU in use
-    python benchmarks/mqa_vs_mha.py --shape starcoderbase-1b --dtype bfloat16 \
+    python -m benchmarks.mqa_vs_mha                                       # CPU, some minutes
+    python -m benchmarks.mqa_vs_mha --one-thread                          # on a CPU in use
+    python -m benchmarks.mqa_vs_mha --shape starcoderbase-1b --dtype bfloat16 \
         --batch 1 8 32 --context 512 2048 8192                            # GPU
 
 Two models of random weights take turns: the shape with multi-query attention, and with multi-head
 attention. Both have the same width, layers and, as in Shazeer (2019), the same number of weights:
-what `c_attn` of the first is smaller, its MLP is wider. A measurement is one decode step of the
-whole model behind a cache of `context` tokens per row, as `generate` runs it: on a CPU with packed
-weights, on a GPU as a CUDA graph, of fused kernels where the rows are few. The largest batch is
-computed from the sizes.
+the first has a smaller `c_attn` and a wider MLP. A measurement is one decode step of the whole
+model after `context` tokens per row, as `generate` runs it: on a CPU with packed weights, on a GPU
+as a CUDA graph, with fused kernels where the rows are few. The largest batch is computed from the
+sizes.
 
-`--one-thread` counts the processor's time of one thread, in which the turns of other programs do
-not show: on a machine that others use, several threads would mostly wait for one another.
+`--one-thread` counts the processor's time of one thread, which leaves out the turns of other
+programs: on a machine that others use, several threads would mostly wait for each other.
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clock import Clock
-from measure import (
-    add_shape,
+
+from benchmarks.clock import Clock
+from benchmarks.measure import (
+    add_model,
     can_plot,
     interleaved,
     make_parser,
     nothing_measured,
     open_plot,
-    place,
     positive,
+    read_device,
     refuse_bad_input,
     require_context,
     require_memory,
@@ -45,11 +46,9 @@ from measure import (
     within,
     write_result,
 )
-
 from mqa_gpt import GPT, GPTConfig, KVCache
 from mqa_gpt.bench.run import random_model
 from mqa_gpt.cache import cache_bytes
-from mqa_gpt.checkpoints.load import DTYPES, as_device, as_dtype
 from mqa_gpt.fast.decode_step import greedy_step
 from mqa_gpt.fast.packing import can_pack, pack
 from mqa_gpt.generation.replay import can_replay
@@ -59,7 +58,7 @@ NAMES = ("MQA", "MHA")
 
 
 def both_configs(config: GPTConfig) -> dict[str, GPTConfig]:
-    """A shape with one key/value head and with H, equally many weights in their matrices."""
+    """A config with one key/value head and one with H, with as many weights in their matrices."""
     mha = dataclasses.replace(config, multi_query=False)
     # K and V of MHA have 2 C (C - D) weights more; a unit of the MLP has 2 C.
     wider = config.inner_size + config.n_embd - config.head_dim
@@ -68,38 +67,31 @@ def both_configs(config: GPTConfig) -> dict[str, GPTConfig]:
 
 def decode_step(model: GPT, batch: int, context: int) -> Callable[[], object]:
     """A function that decodes the token at the end of `context` tokens per row, its own included;
-    each call at the same place. The cache holds random numbers.
+    every call does so in the same slot. The cache holds random numbers.
     """
     cache = KVCache(model.config, batch, context, dtype=model.dtype, device=model.device)
     cache.kv.normal_()
-    if can_replay(model):
-        return replayed_step(model, cache)
-    ids = torch.randint(model.config.vocab_size, (batch, 1), device=model.device)  # (B, 1)
+    if can_replay(model):  # as `generate` does on a GPU
+        run, state = greedy_step(model, cache)
 
-    def step() -> None:
-        cache.end = context - 1
-        with torch.inference_mode():
+        def step() -> None:
+            state.lengths.fill_(context - 1)  # each run adds a token
+            run()
+    else:
+        ids = torch.randint(model.config.vocab_size, (batch, 1), device=model.device)  # (B, 1)
+
+        def step() -> None:
+            cache.end = context - 1
             model(ids, cache=cache)
 
-    return step
-
-
-def replayed_step(model: GPT, cache: KVCache) -> Callable[[], object]:
-    """The same as `generate` does it on a GPU, in a cache that is full with this token."""
-    run, state = greedy_step(model, cache)
-
-    def step() -> None:
-        with torch.inference_mode():
-            state.lengths.fill_(cache.max_length - 1)  # each run adds a token
-            run()
-
+    inference_step = torch.inference_mode()(step)
     for _ in range(2):
-        step()  # the second run records the graph
-    return step
+        inference_step()  # on a GPU the second run records the graph
+    return inference_step
 
 
 def largest_batch(config: GPTConfig, dtype: torch.dtype, context: int, memory: float) -> int:
-    """Rows of `context` tokens whose cache fits beside the weights."""
+    """Rows of `context` tokens whose cache fits into the memory that the weights leave."""
     left = memory - config.parameters * dtype.itemsize
     return max(0, int(left // cache_bytes(config, dtype, 1, context)))
 
@@ -117,7 +109,7 @@ def measure(
     }
     room = available_memory(any_model.device)
     if room is not None and sum(case["cache_bytes"].values()) > 0.8 * room:
-        return case | {"left_out": "the caches do not fit into the memory that is free"}
+        return case | {"left_out": "the caches do not fit into the free memory"}
     actions = {name: decode_step(model, batch, context) for name, model in models.items()}
     label = f"batch {batch}, context {context}"
     if one_thread:
@@ -182,9 +174,7 @@ def show(case: dict[str, Any]) -> None:
 @refuse_bad_input
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__, "mqa_vs_mha_*.json")
-    add_shape(parser)
-    parser.add_argument("--device", help="default: the GPU if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    add_model(parser)
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 2, 8], help="rows at once")
     parser.add_argument(
         "--context", type=positive, nargs="+", default=[256, 1024, 4096], help="tokens per row"
@@ -193,17 +183,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--memory-gb", type=within(0.001, 1e6), default=16.0, help="for the largest batch"
     )
     parser.add_argument("--repeats", type=several, default=15, help="rounds of measurement")
-    parser.add_argument("--one-thread", action="store_true", help="for a CPU that others use")
-    parser.add_argument("--note", help="kept with the result: what else this machine did")
     options = parser.parse_args(arguments)
 
-    device, dtype = as_device(options.device), as_dtype(options.dtype)
-    where = place(device)
+    device, dtype, where = read_device(options)
     output = result_path(options.output, f"mqa_vs_mha_{options.shape}_{where}.json")
-    if options.one_thread:
-        if device.type != "cpu":
-            parser.error("--one-thread is for a CPU: add --device cpu")
-        torch.set_num_threads(1)
     configs = both_configs(GPTConfig.preset(options.shape))
     require_context(configs["MQA"], max(options.context))
     require_memory(sum(config.parameters for config in configs.values()) * dtype.itemsize, device)
@@ -237,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
             },
         },
     }
-    status = write_result(output, __doc__.split("\n")[0], options, figures)
+    status = write_result(output, __file__, __doc__, options, figures)
     title = f"One key/value head (MQA) or one per query head (MHA): {options.shape}, "
     title += f"{options.dtype}, {where}{', one thread' if options.one_thread else ''}"
     if can_plot():

@@ -1,18 +1,18 @@
 """Where does the time of one decode step, or of a prefill, go?
 
-    python benchmarks/step_profile.py                                     # CPU, a minute or two
-    python benchmarks/step_profile.py --quantize int8
-    python benchmarks/step_profile.py --prefill --batch 8 --context 128
-    python benchmarks/step_profile.py --one-thread                        # on a CPU in use
-    python benchmarks/step_profile.py --shape starcoderbase-1b --dtype bfloat16    # GPU
+    python -m benchmarks.step_profile                                     # CPU, a minute or two
+    python -m benchmarks.step_profile --quantize int8
+    python -m benchmarks.step_profile --prefill --batch 8 --context 128
+    python -m benchmarks.step_profile --one-thread                        # on a CPU in use
+    python -m benchmarks.step_profile --shape starcoderbase-1b --dtype bfloat16    # GPU
 
 A model of random weights as `LLM.load` makes it, on a CPU with packed weights, computes what the
-plain loop of `generate` does: the newest token of each row behind a cache of `context` tokens, or
-with `--prefill` prompts of that length, and the largest logit. The time of each part of the model
-stands beside the least it can take (roofline): its bytes at the memory bandwidth of this machine or
-its operations at the rate of a matrix product, whichever is longer, both measured between steps.
-(What the caches hold is read faster.) Then come the operators, or on a GPU the kernels, that take
-most of it.
+plain loop of `generate` does: the newest token of each row after a cache of `context` tokens, or
+with `--prefill` prompts of that length, and the argmax. The table has the time of each part of the
+model and the least it can take (roofline): its bytes at this machine's memory bandwidth or its
+operations at the rate of a matrix product, whichever is longer, both measured between steps.
+(Caches are read faster than that.) Then come the operators, or on a GPU the kernels, that take most
+of it.
 
 On a CPU parts are timed as the model runs, Python included, and operators by torch.profiler, which
 slows them down; the step as a whole is measured without either. On a GPU a part's time is that of
@@ -25,6 +25,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -34,14 +35,16 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from clock import Clock
-from measure import (
-    add_shape,
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.clock import Clock
+from benchmarks.measure import (
+    add_model,
     can_plot,
     make_parser,
     open_plot,
-    place,
     positive,
+    read_device,
     refuse_bad_input,
     require_context,
     require_memory,
@@ -49,36 +52,30 @@ from measure import (
     several,
     write_result,
 )
-from torch.profiler import ProfilerActivity, profile, record_function
-
 from mqa_gpt import GPT, GPTConfig, KVCache
 from mqa_gpt.bench.ceilings import Ceilings, probes, reached
 from mqa_gpt.bench.counts import Work, weight_bytes, work_by_part
-from mqa_gpt.bench.run import (
-    Request,
-    random_model,
-    random_prompts,
-    take_turns,
-)
+from mqa_gpt.bench.run import Workload, random_model, random_prompts
+from mqa_gpt.bench.timing import take_turns
 from mqa_gpt.cache import cache_bytes
-from mqa_gpt.checkpoints.load import DTYPES, as_device, as_dtype
-from mqa_gpt.fast.flat import Forward, flat_forward, without_modules
+from mqa_gpt.fast.flat import flat_forward, without_modules
 from mqa_gpt.fast.int8 import METHODS, quantize
 from mqa_gpt.fast.packing import can_pack, pack
 from mqa_gpt.generation.prefill import prefill
 
-Part = AbstractContextManager[Any]
+Part = Callable[[str], AbstractContextManager[Any]]
 Step = Callable[[], None]
-PREFIX = "part: "  # of the ranges' names, to tell them from operators
+SUMS = ("undivided", "sum_of_parts", "least")  # of a step
+PREFIX = "part: "  # marks the ranges of parts among the profiler's operators
 
 
 class PartTimer:
-    """Seconds of each part, without the parts inside it, added up in `seconds`."""
+    """Seconds of each part, without those of the parts inside it, summed in `seconds`."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
         self.seconds: dict[str, float] = defaultdict(float)
-        self._inside = [0.0]  # seconds of inner parts, for every part that is under way
+        self._inside = [0.0]  # seconds of inner parts, for every part that is running
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -91,14 +88,14 @@ class PartTimer:
         self._inside[-1] += elapsed
 
 
-def profiler_part(name: str) -> Part:
-    """The block under the part's name for torch.profiler."""
+def profiler_part(name: str) -> AbstractContextManager[Any]:
+    """Record the block for torch.profiler, under the part's name."""
     return record_function(PREFIX + name)
 
 
 @contextmanager
-def named_parts(model: GPT, part: Callable[[str], Part]) -> Iterator[None]:
-    """Make every part of the model run as a `part`, but for what stands between them."""
+def named_parts(model: GPT, part: Part) -> Iterator[None]:
+    """Run every part of the model as a `part`; what lies between them belongs to none."""
     with ExitStack() as changes:
 
         def named(owner: Any, method: str, name: str) -> None:
@@ -127,17 +124,17 @@ def named_parts(model: GPT, part: Callable[[str], Part]) -> Iterator[None]:
         yield
 
 
-def make_step(
-    model: GPT, cache: KVCache, is_prefill: bool, inlined: Callable[[GPT], Forward] = flat_forward
-) -> Step:
-    """What chooses the token behind a full cache, or behind prompts that fill it, again and again.
+def make_step(model: GPT, cache: KVCache, is_prefill: bool, in_parts: bool = False) -> Step:
+    """A function that chooses the token after a full cache, or after prompts that fill it, each
+    time it is called.
 
     Args:
-        inlined: what makes a decode step of a model.
+        in_parts: whether the model's methods may be wrapped as parts, which would otherwise send
+            a step back to the modules.
     """
-    prompts = random_prompts(model.config, Request(cache.batch_size, cache.max_length, 1))
+    prompts = random_prompts(model.config, Workload(cache.batch_size, cache.max_length, 1))
     ids = torch.full((cache.batch_size, 1), 1, device=model.device)  # (B, 1)
-    forward = inlined(model)
+    forward = without_modules(model) if in_parts else flat_forward(model)
 
     def read() -> None:
         cache.set_lengths([0] * cache.batch_size)
@@ -152,13 +149,10 @@ def make_step(
 
 
 @contextmanager
-def step_of_parts(
-    model: GPT, cache: KVCache, is_prefill: bool, part: Callable[[str], Part]
-) -> Iterator[Step]:
-    """The same, running as named parts as long as the context lasts."""
+def step_of_parts(model: GPT, cache: KVCache, is_prefill: bool, part: Part) -> Iterator[Step]:
+    """The same step, running as named parts while the context lasts."""
     with named_parts(model, part):
-        # What wraps the parts must not send it back to the modules.
-        inner = make_step(model, cache, is_prefill, without_modules)
+        inner = make_step(model, cache, is_prefill, in_parts=True)
 
         def step() -> None:
             with part("rest"):
@@ -179,7 +173,7 @@ def timed_parts(step: Callable[[], object], timer: PartTimer, repeats: int) -> d
 
 
 def profiled(step: Step, clock: Clock, repeats: int) -> dict[tuple[str, str], float]:
-    """Seconds per step of every operator, on a GPU of every kernel, by part and name; medians.
+    """Median seconds per step of every operator, on a GPU of every kernel, by part and name.
 
     Python's share of a part is called "Python".
     """
@@ -207,7 +201,7 @@ def profiled(step: Step, clock: Clock, repeats: int) -> dict[tuple[str, str], fl
 
 
 def nearest_part(event: Any) -> str | None:
-    """The innermost part that an event on the host belongs to; None outside of a step."""
+    """The innermost part that a host event belongs to; None outside of a step."""
     while event is not None and not event.name.startswith(PREFIX):
         event = event.cpu_parent
     return None if event is None else event.name.removeprefix(PREFIX)
@@ -241,7 +235,7 @@ def table(
 
 
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """A bar per part, and a line where it would end at the roofline."""
+    """A bar per part, and a line where the roofline would end it."""
     shown = [row for row in rows if row["share"] > 0.005][::-1]
     with open_plot(path, 1, title, width=8) as axes:
         axes.barh([row["part"] for row in shown], [1000 * row["seconds"] for row in shown])
@@ -256,58 +250,65 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 @refuse_bad_input
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser(__doc__, "step_profile_*.json")
-    add_shape(parser)
-    parser.add_argument("--device", help="default: the GPU if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
+    add_model(parser)
     parser.add_argument("--quantize", choices=METHODS, help="8-bit weights, on a CPU")
     parser.add_argument(
         "--prefill", action="store_true", help="profile reading prompts of that context"
     )
     parser.add_argument("--batch", type=positive, default=1, help="rows at once")
     parser.add_argument("--context", type=positive, default=1024, help="tokens per row")
-    parser.add_argument("--repeats", type=several, default=30, help="steps that are measured")
-    parser.add_argument("--one-thread", action="store_true", help="for a CPU that others use")
-    parser.add_argument("--note", help="kept with the result: what else this machine did")
+    parser.add_argument("--repeats", type=several, default=30, help="steps to measure")
     options = parser.parse_args(arguments)
 
-    device, dtype = as_device(options.device), as_dtype(options.dtype)
-    where = place(device)
+    device, dtype, where = read_device(options)
     kind = "_int8" * (options.quantize is not None) + "_prefill" * options.prefill
     output = result_path(options.output, f"step_profile_{options.shape}_{where}{kind}.json")
-    if options.one_thread:
-        if device.type != "cpu":
-            parser.error("--one-thread is for a CPU: add --device cpu")
-        torch.set_num_threads(1)
     if options.quantize is not None and device.type != "cpu":
-        parser.error(
-            "--quantize is for a CPU, since on a GPU `generate` runs 8-bit weights by other kernels"
-        )
-    clock = Clock(device)
+        parser.error("--quantize is for a CPU: on a GPU `generate` runs other kernels in 8 bits")
+    model = make_model(options, device, dtype)
+    figures = measure(model, Clock(device), options)
+    show(figures)
+    status = write_result(output, __file__, __doc__, options, figures)
+    if can_plot():
+        threads = ", one thread" if options.one_thread else ""
+        what = "A prefill" if options.prefill else "One decode step"
+        weights = options.quantize or options.dtype
+        title = f"{what} of {options.shape}, {weights}, {where}{threads}\n"
+        title += f"batch {options.batch}, context {options.context}"
+        plot(figures["parts"], title, output.with_suffix(".png"))
+    return status
+
+
+def make_model(options: Namespace, device: torch.device, dtype: torch.dtype) -> GPT:
+    """Random weights, as `LLM.load` keeps them; InputError if they or the cache do not fit."""
     config = GPTConfig.preset(options.shape)
     require_context(config, options.context)
     held = cache_bytes(config, dtype, options.batch, options.context)
     require_memory(weight_bytes(config, dtype.itemsize) + held, device)
     model = random_model(config, dtype, device)
-    itemsize = dtype.itemsize
     if options.quantize is not None:
         quantize(model)
-        itemsize = 1
     if can_pack(model):
         pack(model)
-    cache = KVCache(config, options.batch, options.context, dtype=dtype, device=device)
+    return model
+
+
+def measure(model: GPT, clock: Clock, options: Namespace) -> dict[str, Any]:
+    """The step as a whole between the ceilings, then its parts, then its operators."""
+    cache = model.new_cache(options.batch, options.context)
     cache.kv.normal_()
     read_clock = time.process_time if options.one_thread else time.perf_counter
     whole_step = make_step(model, cache, options.prefill)
 
     def undivided() -> float:
-        # Behind one more, since what took its turn before this has emptied the caches.
+        # The second of two, since what ran in between has emptied the caches.
         for _ in range(2):
             begin = read_clock()
             whole_step()
             clock.synchronize()
         return read_clock() - begin
 
-    limits = probes(device, dtype, options.quantize is not None)
+    limits = probes(clock.device, model.dtype, options.quantize is not None)
     actions: dict[str, Callable[[], object]] = {"step": undivided}
     actions |= {name: probe.run for name, probe in limits.items()}
     for action in actions.values():
@@ -329,57 +330,46 @@ def main(arguments: list[str] | None = None) -> int:
         for (part, _), spent in operators.items():
             times[part] += spent
     least_work = work_by_part(
-        config,
+        model.config,
         options.batch,
         options.context,
-        dtype,
-        itemsize=itemsize,
+        model.dtype,
+        itemsize=model.dtype.itemsize if options.quantize is None else 1,
         is_prefill=options.prefill,
     )
     parts = table(times, least_work, ceilings)
     whole = sum(times.values())
-    longest = sorted(operators.items(), key=lambda item: -item[1])[:15]
-    without = statistics.median(seconds["step"])
-    least = sum(part["least_seconds"] for part in parts)
-    figures = {
+    return {
         "step_seconds": {
-            "undivided": without,
+            "undivided": statistics.median(seconds["step"]),
             "undivided_quartiles": statistics.quantiles(seconds["step"], n=4)[::2],
             "sum_of_parts": whole,
-            "least": least,
+            "least": sum(part["least_seconds"] for part in parts),
         },
         "ceilings": asdict(ceilings),
         "parts": parts,
         "operators": [
             {"part": part, "name": name, "seconds": spent, "share": spent / whole}
-            for (part, name), spent in longest
+            for (part, name), spent in sorted(operators.items(), key=lambda item: -item[1])[:15]
         ],
     }
 
+
+def show(figures: dict[str, Any]) -> None:
+    """Print the tables of the parts and of the operators, and the sums."""
     print(f"{'part':20}{'ms':>8}{'share':>7}{'MB':>8}{'GB/s':>7}{'GFLOP/s':>9}  of roofline")
-    for row in parts:
+    for row in figures["parts"]:
         print(
             f"{row['part']:20}{1000 * row['seconds']:>8.2f}{row['share']:>7.1%}"
             f"{row['bytes'] / 1e6:>8.1f}{row['gb_per_s']:>7.1f}{row['gflops']:>9.1f}"
             f"{row['of_roofline']:>9.0%} {row['limited_by']}"
         )
     print()
-    for (part, name), spent in longest:
-        print(f"{part:20}{name[:60]:60}{1000 * spent:>8.2f} ms")
-    print(
-        f"\nstep {1000 * without:.1f} ms, sum of parts {1000 * whole:.1f} ms, at least "
-        f"{1000 * least:.1f} ms; {ceilings.gb_per_s:.1f} GB/s, "
-        f"{ceilings.tflops(itemsize):.3g} TFLOP/s"
-    )
-    status = write_result(output, __doc__.split("\n")[0], options, figures)
-    threads = ", one thread" if options.one_thread else ""
-    what = "A prefill" if options.prefill else "One decode step"
-    weights = options.quantize or options.dtype
-    title = f"{what} of {options.shape}, {weights}, {where}{threads}\n"
-    title += f"batch {options.batch}, context {options.context}"
-    if can_plot():
-        plot(parts, title, output.with_suffix(".png"))
-    return status
+    for row in figures["operators"]:
+        print(f"{row['part']:20}{row['name'][:60]:60}{1000 * row['seconds']:>8.2f} ms")
+    step = {name: 1000 * figures["step_seconds"][name] for name in SUMS}
+    print("\nstep {undivided:.1f} ms, sum of parts {sum_of_parts:.1f} ms, at least "
+          "{least:.1f} ms".format(**step))  # fmt: skip
 
 
 if __name__ == "__main__":

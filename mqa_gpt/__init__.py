@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from mqa_gpt.cache import KVCache
     from mqa_gpt.config import GPTConfig
     from mqa_gpt.errors import CheckpointError, ConfigError, InputError, PromptError
-    from mqa_gpt.generation.completion import Completion, Options
+    from mqa_gpt.generation.completion import Completion
     from mqa_gpt.generation.loop import generate
+    from mqa_gpt.generation.prompts import Options
     from mqa_gpt.generation.speculative import DraftModel, PromptLookup
     from mqa_gpt.llm import LLM
     from mqa_gpt.model import GPT
@@ -39,8 +40,9 @@ _MODULES = {
     "cache": ["KVCache"],
     "config": ["GPTConfig"],
     "errors": ["CheckpointError", "ConfigError", "InputError", "PromptError"],
-    "generation.completion": ["Completion", "Options"],
+    "generation.completion": ["Completion"],
     "generation.loop": ["generate"],
+    "generation.prompts": ["Options"],
     "generation.speculative": ["DraftModel", "PromptLookup"],
     "llm": ["LLM"],
     "model": ["GPT"],

@@ -35,12 +35,17 @@ ALIASES = {
 MAX_SIZE = 2**28
 
 
+# GPT-2's end-of-text token, the last of the default vocabulary.
+DEFAULT_END = 50256
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """The sizes and switches of one model; field names and defaults are `GPTBigCodeConfig`'s.
 
     Keys of a `config.json` that do not change the computation (training notes, legacy switches
-    without effect) are kept in `extra`, so that saving a loaded model loses nothing.
+    without effect) are kept in `extra`, so that saving a loaded model loses nothing. The default
+    end-of-text id becomes None where the vocabulary is too small to have it.
 
     Raises:
         ConfigError: a value is of the wrong type, out of range, or contradicts another.
@@ -61,8 +66,8 @@ class GPTConfig:
     scale_attn_weights: bool = True
     multi_query: bool = True
     tie_word_embeddings: bool = True
-    bos_token_id: int | None = 50256
-    eos_token_id: int | list[int] | None = 50256
+    bos_token_id: int | None = DEFAULT_END
+    eos_token_id: int | list[int] | None = DEFAULT_END
     pad_token_id: int | None = None
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -98,7 +103,11 @@ class GPTConfig:
             value = getattr(self, key)
             if value is not None and not is_int(value):
                 raise ConfigError(f"{key} is {shown(value)}: it must be an integer or null")
+            if value == DEFAULT_END and self.vocab_size <= DEFAULT_END:
+                object.__setattr__(self, key, None)  # the default is of the default vocabulary
         eos = self.eos_token_id
+        if eos == DEFAULT_END and self.vocab_size <= DEFAULT_END:
+            object.__setattr__(self, "eos_token_id", None)
         if eos is not None and not all(map(is_int, eos if isinstance(eos, list) else [eos])):
             raise ConfigError(
                 f"eos_token_id is {shown(eos)}: it must be an integer, a list of integers or null"

@@ -29,10 +29,14 @@ class PromptError(InputError):
     """A prompt or a generation option that cannot be used."""
 
 
-# How a value from untrusted input is put into a message: quoted, escaped, and not long.
 _repr = reprlib.Repr()
-_repr.maxstring = _repr.maxlong = _repr.maxother = 120
-shown = _repr.repr
+_repr.maxlevel, _repr.maxstring, _repr.maxlong, _repr.maxother = 3, 120, 120, 120
+
+
+def shown(value: Any) -> str:
+    """A value from untrusted input for a message: quoted, escaped, at most 200 characters."""
+    text = _repr.repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def is_int(value: Any) -> bool:
@@ -65,3 +69,16 @@ def require_number(
         is_number = False
     if not is_number or not accept(value):
         raise error(f"{name} is {shown(value)}: it must be a number {range_}")
+
+
+def require_text(name: str, value: Any) -> None:
+    """Raise PromptError, naming the value, unless it is a str that UTF-8 can express."""
+    if not isinstance(value, str):
+        raise PromptError(f"{name} is {type(value).__name__}: it must be a str")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{name} holds a lone surrogate (U+{ord(value[error.start]):04X}) at character "
+            f"{error.start}: it cannot be written as UTF-8; remove or replace it"
+        ) from None

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, Unpack, overload
 
 import torch
 
 from mqa_gpt.checkpoints.hub import resolve
-from mqa_gpt.checkpoints.load import DEMO_DIR, load_model, read_config
+from mqa_gpt.checkpoints.load import (
+    DEMO_DIR,
+    as_device,
+    checkpoint_notes,
+    fast_dtype,
+    load_model,
+    read_config,
+    stored_dtype,
+)
 from mqa_gpt.checkpoints.save import save_model
 from mqa_gpt.errors import PromptError, require_int, shown
 from mqa_gpt.fast.int8 import is_quantized
 from mqa_gpt.fast.int8_cache import cache_class
-from mqa_gpt.fim import check_mode, infill_prompt, truncated_infill_prompt
 from mqa_gpt.generation.batching import Engine
-from mqa_gpt.generation.completion import Completion, Generation, Options, check_options
-from mqa_gpt.generation.request import Request, all_problems, make_requests, stop_texts
+from mqa_gpt.generation.completion import Completion, Generation
+from mqa_gpt.generation.prompts import (
+    Options,
+    check_options,
+    hole_request,
+    text_requests,
+)
 from mqa_gpt.model import GPT
-from mqa_gpt.sampling import SamplingParams
 from mqa_gpt.tokenizer import Tokenizer
 
 BATCH_SIZE = 16  # rows that run at a time, where there are many prompts
@@ -32,11 +43,13 @@ class LLM:
         model: the `GPT`; from `load` on a CPU its weights may be packed, which is for
             inference only (see `mqa_gpt.fast.packing`).
         tokenizer: its `Tokenizer`.
+        notes: what `load` chose or left out, a sentence each.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.notes: list[str] = []
         self._idle: list[Engine] = []  # with graphs that a further generation can replay
 
     def __repr__(self) -> str:
@@ -65,7 +78,9 @@ class LLM:
 
         Args:
             name_or_dir: a folder or a name on the hub; None is the bundled demo checkpoint.
-            revision, device, dtype, backend, quantize: see `mqa_gpt.checkpoints.load.load_model`.
+            dtype: None is the checkpoint's own, or float32 for 16-bit weights on a CPU that is slow
+                in 16 bits; `notes` says so.
+            revision, device, backend, quantize: see `mqa_gpt.checkpoints.load.load_model`.
             cache_dtype: "int8" keeps keys and values as 8-bit integers, see `KVCache`.
 
         Raises:
@@ -73,13 +88,20 @@ class LLM:
         """
         new_cache_class = cache_class(cache_dtype)
         folder = resolve(DEMO_DIR if name_or_dir is None else name_or_dir, revision)
-        read_config(folder)  # a folder that is no checkpoint lacks more than a tokenizer
+        config = read_config(folder)  # a folder that is no checkpoint lacks more than a tokenizer
+        notes = checkpoint_notes(folder)
         tokenizer = Tokenizer.from_pretrained(folder)
+        if dtype is None:
+            stored, where = stored_dtype(folder), as_device(device)
+            dtype, note = fast_dtype(stored, where, config.parameters)
+            notes += [] if note is None else [note]
         model = load_model(
             folder, device=device, dtype=dtype, backend=backend, quantize=quantize, packed=True
         )
         model.cache_class = new_cache_class
-        return cls(model, tokenizer)
+        llm = cls(model, tokenizer)
+        llm.notes = notes
+        return llm
 
     def save(self, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Write a checkpoint, model and tokenizer, that `load` reads, and transformers too unless
@@ -162,32 +184,6 @@ class LLM:
             return samples[0] if isinstance(prompt, str) else samples
         return completions[0] if isinstance(prompt, str) else completions
 
-    @overload
-    def generate_many(
-        self,
-        prompts: Sequence[str | tuple[str, str]],
-        max_new_tokens: int | None = 64,
-        *,
-        n: Literal[1] = 1,
-        batch_size: int = BATCH_SIZE,
-        special_tokens: bool = True,
-        mode: str = "psm",
-        **options: Unpack[Options],
-    ) -> Iterator[Completion]: ...
-
-    @overload
-    def generate_many(
-        self,
-        prompts: Sequence[str | tuple[str, str]],
-        max_new_tokens: int | None = 64,
-        *,
-        n: int,
-        batch_size: int = BATCH_SIZE,
-        special_tokens: bool = True,
-        mode: str = "psm",
-        **options: Unpack[Options],
-    ) -> Iterator[Any]: ...
-
     def generate_many(
         self,
         prompts: Sequence[str | tuple[str, str]],
@@ -255,6 +251,8 @@ class LLM:
         *,
         mode: str = "psm",
         truncate: bool = False,
+        file_name: str | None = None,
+        repo_name: str | None = None,
         **options: Unpack[Options],
     ) -> Completion:
         """Write what belongs between a prefix and a suffix (Bavarian et al. 2022).
@@ -264,6 +262,8 @@ class LLM:
             mode: "psm" or "spm", the order in which the model is shown the two.
             truncate: cut the far ends of prefix and suffix where they exceed the context, instead
                 of raising.
+            file_name, repo_name: where the text is from, as models of the StarCoder family saw it
+                in training; see `mqa_gpt.fim.infill_prompt`.
             options: see `mqa_gpt.Options`.
 
         Raises:
@@ -271,7 +271,15 @@ class LLM:
             PromptError: an unusable text or option.
         """
         return self.begin_infill(
-            prefix, suffix, max_new_tokens, n=1, mode=mode, truncate=truncate, **options
+            prefix,
+            suffix,
+            max_new_tokens,
+            n=1,
+            mode=mode,
+            truncate=truncate,
+            file_name=file_name,
+            repo_name=repo_name,
+            **options,
         ).run()[0]
 
     def begin(
@@ -290,9 +298,13 @@ class LLM:
             raise PromptError(
                 f"the prompt is {shown(prompts)}: it must be a text or a list of texts"
             )
-        names = _names(len(prompts))
-        ids = self._encode(prompts, names, special_tokens=special_tokens, mode="psm")
-        requests = self._requests(ids, max_new_tokens, options, n=n, truncate=truncate, names=names)
+        requests = text_requests(
+            self.model.config,
+            self.tokenizer,
+            prompts,
+            options | {"max_new_tokens": max_new_tokens, "n": n, "truncate": truncate},
+            special_tokens=special_tokens,
+        )
         return Generation(self.model, self.tokenizer, requests, idle=self._idle)
 
     def begin_many(
@@ -324,26 +336,18 @@ class LLM:
             raise PromptError(
                 "draft is for prompts that are completed all at once: leave it or batch_size out"
             )
-        names = names or _names(len(prompts))
-        ids = self._encode(prompts, names, special_tokens=special_tokens, mode=mode)
-        if per_prompt is None:
-            requests = self._requests(
-                ids, max_new_tokens, options, n=n, truncate=truncate, names=names
-            )
-        else:
-            requests, problems = [], {}
-            for row, name, own in zip(ids, names, per_prompt, strict=True):
-                merged = {"max_new_tokens": max_new_tokens, **options, **own}
-                room = merged.pop("max_new_tokens")
-                check_options(merged)
-                try:
-                    requests += self._requests(
-                        [row], room, merged, n=n, truncate=truncate, names=[name]
-                    )
-                except PromptError as error:
-                    problems[name] = error
-            if problems:
-                raise all_problems(problems)
+        for own in per_prompt or []:
+            check_options({name: own[name] for name in own.keys() - {"max_new_tokens"}})
+        requests = text_requests(
+            self.model.config,
+            self.tokenizer,
+            prompts,
+            options | {"max_new_tokens": max_new_tokens, "n": n, "truncate": truncate},
+            special_tokens=special_tokens,
+            mode=mode,
+            names=names,
+            per_prompt=per_prompt,
+        )
         return Generation(self.model, self.tokenizer, requests, slots=batch_size, idle=self._idle)
 
     def begin_infill(
@@ -355,97 +359,20 @@ class LLM:
         n: int = 1,
         mode: str = "psm",
         truncate: bool = False,
+        file_name: str | None = None,
+        repo_name: str | None = None,
         **options: Unpack[Options],
     ) -> Generation:
         """Start infilling, with the arguments of `infill`; n samples of it."""
         check_options(options)
-        # A probe checks the options before the number of new tokens is used.
-        self._requests([[0]], 0 if max_new_tokens is None else max_new_tokens, options, n=n)
-        context, cut = self.model.config.n_positions, (0, 0)
-        room = context - (1 if max_new_tokens is None else max_new_tokens)
-        if truncate:
-            fitted = truncated_infill_prompt(self.tokenizer, prefix, suffix, room, mode=mode)
-            ids, cut = fitted.ids, (fitted.cut_prefix, fitted.cut_suffix)
-        else:
-            ids = infill_prompt(self.tokenizer, prefix, suffix, mode=mode)
-            if 0 < room < len(ids):
-                raise PromptError(
-                    f"prefix and suffix take {len(ids):,} tokens and max_new_tokens is "
-                    f"{context - room:,}: together they exceed the context of {context:,} tokens; "
-                    "truncate=True (--truncate) leaves out what is farthest from the hole"
-                )
-        # A filling ends at any control token: the model has left the hole then.
-        requests = self._requests(
-            [ids], max_new_tokens, options, n=n, end_ids=self.tokenizer.special_ids
-        )
-        return Generation(self.model, self.tokenizer, requests, idle=self._idle, cut=cut)
-
-    def _encode(
-        self,
-        prompts: Sequence[str | tuple[str, str]],
-        names: Sequence[str],
-        *,
-        special_tokens: bool,
-        mode: str,
-    ) -> list[list[int]]:
-        """The ids of texts to continue and of pairs to infill; errors name the prompt."""
-        check_mode(mode)
-        ids = []
-        for name, prompt in zip(names, prompts, strict=True):
-            try:
-                if isinstance(prompt, tuple) and len(prompt) == 2:
-                    ids.append(infill_prompt(self.tokenizer, *prompt, mode=mode))
-                else:
-                    ids.append(self.tokenizer.encode(prompt, special_tokens=special_tokens))
-            except PromptError as error:
-                raise PromptError(f"{name}: {error}") from error
-        return ids
-
-    def _requests(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int | None,
-        options: Mapping[str, Any],
-        *,
-        n: int,
-        truncate: bool = False,
-        names: Sequence[str] | None = None,
-        end_ids: Collection[int] = (),
-    ) -> list[Request]:
-        """Requests for prompts of ids, which may be empty, with options by the names of `Options`.
-
-        Args:
-            end_ids: tokens that end a row, besides the checkpoint's end tokens.
-        """
-        options = dict(options)
-        stop, ignore_eos = options.pop("stop", None), options.pop("ignore_eos", False)
-        if not isinstance(ignore_eos, bool):
-            raise PromptError(f"ignore_eos is {shown(ignore_eos)}: it must be True or False")
-        others = {
-            name: options.pop(name) for name in ("min_new_tokens", "logprobs") if name in options
-        }
-        drafter = options.pop("draft", None)
-        sampling = SamplingParams(**options)
-        end_of_text = self.tokenizer.end_of_text_id
-        start = [] if end_of_text is None else [end_of_text]
-        ends = {*end_ids, *start, *self.model.config.end_token_ids} if not ignore_eos else set()
-        # A control token leaves no text in which its name could be found.
-        stops = stop_texts(stop)
-        ends |= {id_ for text in stops if (id_ := self.tokenizer.control_id(text)) is not None}
-        return make_requests(
+        request, cut = hole_request(
             self.model.config,
-            [ids or start for ids in prompts],
-            max_new_tokens,
-            sampling,
-            n=n,
-            end_ids=ends,
-            stop=stops,
-            drafter=drafter,
-            truncate=truncate,
-            names=names,
-            **others,
+            self.tokenizer,
+            prefix,
+            suffix,
+            options | {"max_new_tokens": max_new_tokens, "n": n, "truncate": truncate},
+            mode=mode,
+            file_name=file_name,
+            repo_name=repo_name,
         )
-
-
-def _names(count: int) -> list[str]:
-    return [f"prompt {i}" for i in range(count)]
+        return Generation(self.model, self.tokenizer, [request], idle=self._idle, cut=cut)

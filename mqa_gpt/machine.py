@@ -26,7 +26,7 @@ PACKAGES = (
     "ctranslate2",
 )
 
-# Installs a checkout and the programs it is compared with, in the words of the README.
+# Installs a checkout and the programs it is compared with, as the README says.
 INSTALL_PEERS = ".venv/bin/pip install -c constraints.txt -e '.[bench]'"
 
 
@@ -39,7 +39,7 @@ def version(package: str) -> str | None:
 
 
 def describe() -> dict[str, Any]:
-    """Everything about this machine that a bug report should say, ready for JSON.
+    """Everything about this machine that a bug report needs, ready for JSON.
 
     Returns:
         "versions": package -> version or None; "system"; "cpu": its name, how many cores there
@@ -81,13 +81,13 @@ def describe() -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """What this process was started as, as a shell would take it: program and arguments."""
+    """The command that started this process, quoted for a shell: program and arguments."""
     program = Path(sys.argv[0]).name
     return shlex.join(["mqa-gpt" if program == "__main__.py" else program, *sys.argv[1:]])
 
 
 def available_memory(device: torch.device, root: Path = Path("/")) -> int | None:
-    """Bytes that can still be allocated on a device; None where the system does not say.
+    """Bytes that can still be allocated on a device; None if the system does not tell.
 
     On Linux that is what the machine has available or, if less, what the limits of this process's
     control groups (containers, batch systems; cgroup v2) leave. Memory that only caches files
@@ -121,10 +121,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int | None:
-    """The most memory this process has held so far, in bytes: the GPU's where `device` is one.
+    """The peak memory of this process so far, in bytes: the GPU's if `device` is one.
 
     On a CPU this is resident memory, so pages of a memory-mapped checkpoint count while they are
-    mapped. None where the system does not say (Windows).
+    mapped. None if the system does not tell (Windows).
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -142,7 +142,7 @@ def peak_memory(device: torch.device | str = "cpu") -> int | None:
 
 
 def cpu_name() -> str:
-    """The processor's product name, where the system gives one."""
+    """The processor's product name, if the system tells it."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -173,7 +173,7 @@ def _backends(device: str) -> list[str]:
 
 
 def _room_in(group: Path) -> list[int]:
-    """What the limit of one control group leaves; nothing if it has no limit."""
+    """The bytes that the limit of one control group leaves; [] if it has no limit."""
     limit, used = _read(group / "memory.max"), _read(group / "memory.current")
     if not limit.strip().isdigit() or not used.strip().isdigit():  # "max", or no such file
         return []

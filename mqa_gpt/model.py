@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from mqa_gpt.attention import Attention, auto_attention, positions_from, select_attention
 from mqa_gpt.cache import KVCache
 from mqa_gpt.config import ACTIVATIONS, GPTConfig
+from mqa_gpt.errors import PromptError, shown
 
 
 class MultiQueryAttention(nn.Module):
@@ -184,9 +185,8 @@ class GPT(nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for this model; see `KVCache`."""
-        return self.cache_class(
-            self.config, batch_size, max_length, dtype=self.dtype, device=self.device
-        )
+        dtype, device = self.dtype, self.device
+        return self.cache_class(self.config, batch_size, max_length, dtype=dtype, device=device)
 
     def forward(
         self, ids: Tensor, cache: KVCache | None = None, logits_at: Tensor | None = None
@@ -204,9 +204,14 @@ class GPT(nn.Module):
             (B, T, V), or (B, V) or (0, V) with `logits_at`, in the model's dtype.
 
         Raises:
+            PromptError: `ids` is not a (B, T) tensor, or longer than the context.
             ValueError: the tokens do not fit into the cache.
-            IndexError: a token is not in the vocabulary, or a position not in the context.
+            IndexError: a token is not in the vocabulary.
         """
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] > self.config.n_positions:
+            found = shown(list(ids.shape) if isinstance(ids, Tensor) else ids)
+            limit = self.config.n_positions
+            raise PromptError(f"ids are {found}: they must be (B, T) with at most {limit} tokens")
         x = self.transformer(ids, cache)  # (B, T, C)
         if logits_at is not None:
             x = x[torch.arange(len(logits_at), device=x.device), logits_at]  # (B, C) or (0, C)

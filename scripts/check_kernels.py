@@ -1,15 +1,14 @@
 """Compile every shipped kernel configuration for every supported GPU; no GPU is needed.
 
-    make check-kernels      # with the Triton that is installed, then with the oldest supported
+    make check-kernels      # with the installed Triton, then with the oldest supported one
     python scripts/check_kernels.py --arch 90 --dtype bfloat16 --head-dim 128
 
-Calls `mqa_kernels.attention`, and what else a step of decoding launches, as users do, but on the
-CPU, and has Triton compile what would be launched: tiles, types, what 16 divides and what becomes a
-constant are the launcher's own. Prints shared memory, registers, spills and tensor-core
-instructions of each kernel, and how many of its blocks fit on a multiprocessor. Fails where one
-does not compile, spills registers, does not fit into shared memory, runs a 16-bit product without
-tensor cores or one of their instructions after the other, or starts before its predecessor ends
-and touches what that may write before it waits.
+Calls the public functions on CPU tensors and has Triton compile each launch instead of running it,
+so tiles, types, divisibility and constants are those of the real launch. Prints each kernel's
+shared memory, registers, spills, tensor-core instructions and resident blocks. Fails where a
+kernel does not compile, spills, exceeds shared memory, multiplies 16-bit numbers without tensor
+cores, serializes their instructions, or (programmatic dependent launch) touches its predecessor's
+output before it waits.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -54,37 +54,32 @@ from mqa_kernels import (
 
 
 class GPU(NamedTuple):
-    """What the choices and the verdicts depend on (CUDA programming guide, data sheets)."""
+    """Limits of a GPU (CUDA programming guide, data sheets)."""
 
     multiprocessors: int
-    shared: int  # bytes that one block may have
+    shared: int  # bytes per block
 
 
 GPUS = {80: GPU(108, 166_912), 90: GPU(132, 232_448), 100: GPU(148, 232_448)}
-# Of a multiprocessor of any of them.
-REGISTERS = 65_536
-WARPS = 64
-BLOCKS = 32
-RESERVED = 1024  # bytes of shared memory per block, which are the system's
+# Of a multiprocessor; the same on all of them.
+REGISTERS, WARPS, BLOCKS = 65_536, 64, 32
+RESERVED = 1024  # bytes of shared memory per block that the system takes
 TENSOR_MEMORY = 512  # columns, on sm_100
 DTYPES = ("bfloat16", "float16", "float32")
 CALLS = ("train", "ragged", "dropout", "decode", "fused", "fused_int8")
 PADDED_ROWS = (1, 8, 16)  # of a fused step
-# Of an 8-bit layer by itself.
-LAYER_ROWS = {"bfloat16": (16, 32, 64), "float16": (16, 32, 64), "float32": (16,)}
+LAYER_ROWS = {"bfloat16": (16, 32, 64), "float16": (16, 32, 64), "float32": (16,)}  # int8_linear
 WITHOUT_PRODUCT = ("combine_kernel", "choose_kernel")
-# What no kernel writes, by the names of their arguments: all that a kernel which starts before its
-# predecessor ends may read before it waits.
+# Arguments that no kernel writes. Only these may be read before griddepcontrol.wait.
 CONSTANT = {"norm_weight_ptr", "norm_bias_ptr", "weight_ptr", "scale_ptr", "bias_ptr"}
-# In PTX: access to memory that kernels share, and an instruction's name, target and sources.
+# PTX: accesses to global memory, and an instruction's name, target and sources.
 READS = r"ld\.(\w+\.)*global|cp\.async|cp\.bulk"
 WRITES = r"\b(st|red|atom)\.(\w+\.)*global"
 INSTRUCTION = re.compile(r"(?:@!?%p\d+\s+)?([a-z]\S*)\s+(\{[^}]*\}|\[[^]]*\]|[^,[]+)(.*)")
 
 
 class Case(NamedTuple):
-    """One call of `attention`, or all of a fused step where C = H D, on one GPU: G key/value
-    heads and H query heads, and what is computed."""
+    """What to compile for one GPU: a call of `attention`, or a fused step (C = H D)."""
 
     arch: int
     dtype: str
@@ -95,7 +90,7 @@ class Case(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """What the compiler made of one kernel that the call launches."""
+    """One compiled kernel."""
 
     kernel: str
     tiles: str
@@ -103,27 +98,20 @@ class Usage(NamedTuple):
     tensor_memory: int = 0  # columns
     registers: int = 0  # per thread
     spilled: int = 0  # bytes per thread
-    blocks: int = 0  # that fit on a multiprocessor at the same time
-    tensor_cores: str = ""  # their instructions
-    serialized: bool = False  # one of these waits for the one before needlessly
-    race: str = ""  # with the kernel before it
+    blocks: int = 0  # resident on a multiprocessor
+    tensor_cores: str = ""  # instructions
+    serialized: bool = False  # wgmma instructions wait for each other
+    race: str = ""  # with the preceding kernel
     error: str = ""
 
 
-class AbsentGPU:
-    """What Triton asks its driver before it compiles."""
-
-    def __init__(self, arch: int) -> None:
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return self.arch  # a number of its own: Triton keeps what it has compiled by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+def absent_gpu(arch: int) -> SimpleNamespace:
+    """The part of Triton's driver that compiling needs."""
+    return SimpleNamespace(
+        get_current_device=lambda: arch,  # Triton caches compiled kernels by device number
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+    )
 
 
 def main() -> int:
@@ -144,7 +132,7 @@ def main() -> int:
         and (options.head_dim is None or case.D in options.head_dim)
     ]
     if not cases:
-        parser.error("nothing that is shipped is of this head dim, dtype and call")
+        parser.error("no shipped configuration has this GPU, dtype, head dim and call")
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         found = list(tqdm(pool.map(compile_case, cases), total=len(cases), unit="call"))
     rows = [(case, usage) for case, usages in zip(cases, found, strict=True) for usage in usages]
@@ -157,7 +145,7 @@ def main() -> int:
 
 
 def all_cases() -> Iterator[Case]:
-    """Common head dims everywhere, one of each other kind once."""
+    """Common head dims on every GPU; one of each rarer kind on one."""
     for arch in GPUS:
         for dtype in ("bfloat16", "float32"):
             for D in (64, 80, 128, 256):
@@ -177,26 +165,21 @@ def all_cases() -> Iterator[Case]:
         yield Case(90, "bfloat16", D, 1, "train")
         yield Case(90, "bfloat16", D, 1, "decode")
     yield Case(90, "bfloat16", 128, 32, "train")
-    # Other numbers of heads, those of the official models among them, for each a kernel of its own.
+    # Each number of heads is a kernel of its own; these include the official models'.
     for H, G in ((16, 1), (22, 1), (48, 1), (32, 4)):
         yield Case(90, "bfloat16", 128, G, "train", H)
     for H in (12, 16):
         yield Case(90, "bfloat16", 64, 1, "train", H)
     for H, D in ((12, 64), (22, 128), (48, 128)):  # fused steps of the other official shapes
-        for dtype, call in (
-            ("bfloat16", "fused"),
-            ("bfloat16", "fused_int8"),
-            ("float32", "fused"),
-        ):
-            yield Case(90, dtype, D, 1, call, H)
-    for call in ("fused", "fused_int8"):
+        yield Case(90, "bfloat16", D, 1, "fused", H)
+        yield Case(90, "bfloat16", D, 1, "fused_int8", H)
+        yield Case(90, "float32", D, 1, "fused", H)
+    for call in ("fused", "fused_int8", "train", "decode"):
         yield Case(90, "float16", 128, 1, call)
-    yield Case(90, "float16", 128, 1, "train")
-    yield Case(90, "float16", 128, 1, "decode")
 
 
 def compile_case(case: Case) -> list[Usage]:
-    """Compile what the call launches down to machine code, and read off what it needs."""
+    """Compile every kernel that the call launches, to machine code."""
     usages = []
     compile_launch = triton.JITFunction.run
 
@@ -214,7 +197,7 @@ def compile_case(case: Case) -> list[Usage]:
         usages.append(usage)
 
     count = GPUS[case.arch].multiprocessors
-    driver.set_active(AbsentGPU(case.arch))
+    driver.set_active(absent_gpu(case.arch))
     with (
         patch.object(triton.JITFunction, "run", record),
         patch("mqa_kernels.launch.runs_on", return_value=True),
@@ -222,24 +205,21 @@ def compile_case(case: Case) -> list[Usage]:
         patch("mqa_kernels.forward.multiprocessors", return_value=count),
         patch("mqa_kernels.backward.multiprocessors", return_value=count),
     ):
-        if case.call in ("fused", "fused_int8"):
-            call_fused(case)
-        else:
-            call_attention(case)
+        (call_fused if case.call.startswith("fused") else call_attention)(case)
     return usages
 
 
 def call_attention(case: Case) -> None:
-    """The call of a case, on memory that nobody reads."""
+    """Call `attention` on uninitialised memory."""
     dtype = getattr(torch, case.dtype)
-    if case.call == "decode":  # one row, its keys in many shares, which another kernel joins
+    if case.call == "decode":  # one row whose keys are split, so that combine_kernel runs too
         q, k, v = projection(1, 1, 16_384, case, dtype)
         attention(q, k, v, torch.zeros(1, dtype=torch.int64))
         return
     if case.call == "train":
         q, k, v = (x.requires_grad_() for x in projection(2, 2048, 2048, case, dtype))
         out = attention(q, k, v)
-    else:  # rows of their own lengths, and a length that 16 does not divide
+    else:  # per-row lengths, and a T that 16 does not divide
         q, k, v = (x.requires_grad_() for x in projection(2, 2047, 2047, case, dtype))
         rows = torch.zeros(2, dtype=torch.int64)
         dropout_p = 0.1 if case.call == "dropout" else 0.0
@@ -248,7 +228,7 @@ def call_attention(case: Case) -> None:
 
 
 def call_fused(case: Case) -> None:
-    """What a step of decoding launches besides attention, for every padding of its rows."""
+    """Call everything that a decode step launches besides attention, for each padded row count."""
     D, G, C, V = case.D, case.G, case.H * case.D, 49_152
     dtype, int8 = getattr(torch, case.dtype), case.call == "fused_int8"
     gelu = "gelu" if case.H >= 32 else "gelu_tanh"  # as in the official models
@@ -281,7 +261,7 @@ def call_fused(case: Case) -> None:
 def projection(
     B: int, T: int, S: int, case: Case, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B, T, H, D), k and v (B, S, G, D) as parts of wider rows, as the model has them."""
+    """q (B, T, H, D), k and v (B, S, G, D): views into wider rows, as in the model."""
     H, G, D = case.H, case.G, case.D
     q = torch.empty(B, T, H + 2 * G, D, dtype=dtype)[:, :, :H]
     k, v = torch.empty(B, S, G, 2 * D, dtype=dtype).chunk(2, dim=-1)
@@ -289,7 +269,7 @@ def projection(
 
 
 def examine(case: Case, kernel: str, tiles: str, compiled: triton.compiler.CompiledKernel) -> Usage:
-    """Read off what a compiled kernel needs."""
+    """A compiled kernel's resources and faults."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -320,9 +300,9 @@ def examine(case: Case, kernel: str, tiles: str, compiled: triton.compiler.Compi
 
 
 def is_serialized(ptx: str) -> bool:
-    """Whether the assembler makes a wgmma wait for the one before, which it only remarks on.
+    """Whether ptxas makes each wgmma wait for the one before, which it reports only as a remark.
 
-    It does where it finds that something else touches their accumulators in between.
+    It does so where it believes that something touches their accumulators in between.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
@@ -333,10 +313,10 @@ def is_serialized(ptx: str) -> bool:
 
 
 def race_with_predecessor(ptx: str, pointers: dict[int, str]) -> str:
-    """What a kernel that starts early does before it has waited, or nothing.
+    """What a kernel wrongly does before griddepcontrol.wait; empty if nothing.
 
     Args:
-        pointers: the names of its arguments that are addresses, by their numbers in PTX.
+        pointers: names of its pointer arguments by their parameter numbers in PTX.
     """
     before, wait, _ = ptx.partition("griddepcontrol.wait")
     if not wait:
@@ -348,17 +328,17 @@ def race_with_predecessor(ptx: str, pointers: dict[int, str]) -> str:
 
 
 def pointers_of(signature: dict[str, str]) -> dict[int, str]:
-    """A kernel's arguments that are addresses, by their numbers in PTX, which has no constants."""
+    """Names of a kernel's pointer arguments by their parameter numbers in PTX (no constexprs)."""
     passed = [(name, kind) for name, kind in signature.items() if kind != "constexpr"]
     return {number: name for number, (name, kind) in enumerate(passed) if kind.startswith("*")}
 
 
 def sources_of_loads(ptx: str, pointers: dict[int, str]) -> set[str]:
-    """The arguments that the addresses of all loads were computed from.
+    """The pointer arguments that the addresses of all loads are computed from.
 
-    "an unknown address" is among them where no argument is found: it came through memory.
+    Includes "an unknown address" where an address was itself loaded from memory.
     """
-    sources: dict[str, set[str]] = {}  # of what a register holds
+    sources: dict[str, set[str]] = {}  # by register
 
     def found_in(text: str) -> set[str]:
         numbers = [int(number) for number in re.findall(r"_param_(\d+)\b", text)]
@@ -373,7 +353,7 @@ def sources_of_loads(ptx: str, pointers: dict[int, str]) -> set[str]:
                 continue
             name, target, rest = match.groups()
             if re.match(READS, name):
-                # Of two addresses, those of a copy, the second is read.
+                # A copy has two addresses and reads the second.
                 for address in re.findall(r"\[([^]]*)\]", target + rest)[-1:]:
                     read |= found_in(address) or {"an unknown address"}
             else:
@@ -387,9 +367,9 @@ def registers(ptx: str) -> list[str]:
 
 
 def blocks_that_fit(gpu: GPU, warps: int, registers: int, shared: int, tensor_memory: int) -> int:
-    """How many blocks of so many warps a multiprocessor holds (CUDA programming guide).
+    """Blocks of this many warps that are resident on a multiprocessor (CUDA programming guide).
 
-    Registers are given to warps in units of 256, and to four warps at a time.
+    Registers are allocated to a warp in units of 256, and to four warps at a time.
     """
     per_warp = -(-registers * 32 // 256) * 256
     most = [
@@ -404,13 +384,13 @@ def blocks_that_fit(gpu: GPU, warps: int, registers: int, shared: int, tensor_me
 
 
 def resources(report: str) -> tuple[int, int]:
-    """Registers per thread, and bytes per thread that did not fit into them, from cuobjdump."""
+    """Registers and spilled bytes per thread, from cuobjdump's report."""
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     return numbers["REG"], numbers["STACK"] + numbers["LOCAL"]
 
 
 def verdict(case: Case, usage: Usage) -> str:
-    """What is wrong, or nothing."""
+    """What is wrong with a kernel; empty if nothing."""
     if usage.error:
         return usage.error
     limit = GPUS[case.arch].shared
@@ -444,7 +424,7 @@ def print_table(rows: list[tuple[Case, Usage]]) -> None:
 
 
 def write_json(path: Path, rows: list[tuple[Case, Usage]]) -> None:
-    """Put the table into the file, beside those of other versions of Triton; a row is a line."""
+    """Write the table, keeping those of other versions of Triton; one line per kernel."""
     old = json.loads(path.read_text()) if path.exists() else {"runs": {}, "kernels": []}
     version = triton.__version__
     words = [word.replace(str(path), path.name) for word in sys.argv[1:]]

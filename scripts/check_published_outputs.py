@@ -1,10 +1,10 @@
-"""Check a real checkpoint against outputs that others published for it.
+"""Check an official checkpoint against outputs published for it.
 
     python scripts/check_published_outputs.py --model bigcode/tiny_starcoder_py
     python scripts/check_published_outputs.py --model ./my-copy --as bigcode/santacoder
 
-Token ids must be equal and texts begin as published; log-probabilities, which others computed in
-float16, may differ by 0.1. Exits with 0 if all cases pass, 1 if one fails, 2 for bad input.
+Token ids must be equal and texts must begin as published. Log-probabilities, published in float16,
+may differ by 0.1. Exit status: 0 if all cases pass, 1 if one fails, 2 for bad input.
 """
 
 from __future__ import annotations
@@ -51,23 +51,22 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def matching_cases(file: Path, name: str) -> list[dict[str, Any]]:
-    """The cases of a model, by its whole name or the part behind the owner's."""
+    """The cases of the model of this name; owner and folder do not matter."""
     try:
         cases = json.loads(file.read_text(encoding="utf-8"))["cases"]
         names = sorted({case["model"] for case in cases})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file} is not a file of published outputs: {error!r}") from error
-    short = Path(name).name
-    found = [case for case in cases if case["model"] == name or case["model"].endswith(f"/{short}")]
+    found = [case for case in cases if Path(case["model"]).name == Path(name).name]
     if not found:
         raise InputError(
-            f"nothing is published for {name!r}: choose with --as {' or '.join(names)}"
+            f"no outputs are published for {name!r}: name the model with --as {' or '.join(names)}"
         )
     return found
 
 
 def check(llm: LLM, case: dict[str, Any]) -> list[str]:
-    """What differs from a case; all of them are greedy, and control tokens in prompts act."""
+    """How the greedy completion differs from the published one; prompts may hold control tokens."""
     count = case.get("max_new_tokens") or len(llm.tokenizer.encode(case["text"])) + 8
     completion = llm.generate(case["prompt"], count, logprobs=0)
     problems = []

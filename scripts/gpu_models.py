@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_kernels import MODELS, TINY, Row, Twins, each, few_layers
+from gpu_kernels import MODELS, TINY, Row, Twins, each, shallow
 from torch import profiler
 from triton import knobs
 from triton.testing import do_bench
@@ -27,18 +27,15 @@ from mqa_gpt.verify.compare import verify
 
 STEPS = 8  # decode steps in one measurement
 NEW_TOKENS = 64  # of a measured generation
-REPORTED_KERNELS = 20  # of a profile
 
 # (batch, tokens in the cache) of what is decoded, by weights; the most telling first.
 DECODE = {
     "bfloat16": ((1, 1024), (32, 1024), (8, 1024), (128, 1024), (32, 8192 - STEPS)),
     "int8": ((1, 1024), (8, 1024), (32, 1024)),
 }
-GENERATE = ((1, 1024), (32, 1024))
 PREFILL = ((1, 2048), (1, 8192), (8, 2048))  # (batch, tokens of a prompt)
-PROFILE = ((1, 1024), (32, 1024))
 SMALL = ((1, 12), (2, 12))  # instead of these, without a GPU
-COMPARED = (  # dtype, backend, quantization
+COMPARED = (  # dtype, attention backend, quantization
     ("float32", "triton", None),
     ("bfloat16", "triton", None),
     ("bfloat16", "triton", "int8"),
@@ -53,43 +50,24 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 
 
 def environment(device: torch.device) -> Iterator[Row]:
-    """Versions, GPU, driver, assembler, commit."""
-    row: Row = {**describe(), "ptxas": knobs.nvidia.ptxas.path}
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        row |= {"gpu": gpu.name, "multiprocessors": gpu.multi_processor_count}
-        row |= {"cudnn": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
-    commands = {
-        "driver": "nvidia-smi --query-gpu=driver_version --format=csv,noheader",
-        "ptxas_version": f"{row['ptxas']} --version",
-        "commit": "git rev-parse HEAD",
-    }
-    for name, command in commands.items():
-        try:
-            done = subprocess.run(
-                command.split(),
-                capture_output=True,
-                text=True,
-                check=True,
-                cwd=Path(__file__).parent,
-            )
-            row[name] = done.stdout.strip().splitlines()[-1]
-        except (OSError, subprocess.CalledProcessError, IndexError):
-            row[name] = None
-    yield row | {"torch": torch.__version__, "triton": row["versions"]["triton"]}
+    """Versions, GPU, driver, assembler and commit, as far as they can be found out."""
+    row = describe()
+    row |= {"torch": torch.__version__, "triton": row["versions"]["triton"]}
+    for name, command in (
+        ("driver", "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader"),
+        ("ptxas", f"{knobs.nvidia.ptxas.path} --version"),
+        ("commit", "git rev-parse HEAD"),
+    ):
+        with suppress(OSError, subprocess.CalledProcessError):
+            text = subprocess.check_output(command.split(), text=True, cwd=Path(__file__).parent)
+            row[name] = text.strip().rpartition("\n")[2]
+    yield row
 
 
 def ceilings(device: torch.device) -> Iterator[Row]:
-    """The memory's and the multipliers' rates, which the other rates are compared with."""
-    row = {}
-    for name, probe in probes(device, torch.bfloat16).items():
-        seconds = []
-        for _ in range(1 + 5):  # the first one warms up
-            begin = time.perf_counter()
-            probe.run()
-            seconds.append(time.perf_counter() - begin)
-        row[name] = probe.amount / statistics.median(seconds[1:])
-    yield row
+    """The rates of memory and matrix products, which limit those of the sections below."""
+    limits = probes(device, torch.bfloat16)
+    yield {name: probe.amount / seconds_of(probe.run) for name, probe in limits.items()}
 
 
 def parity(device: torch.device) -> Iterator[Row]:
@@ -97,16 +75,16 @@ def parity(device: torch.device) -> Iterator[Row]:
 
     Then replayed steps against the model's modules, which a hook keeps `generate` on.
     """
-    for name, config in few_layers(device, 4).items():
+    for name, config in shallow(device).items():
         model = Twins(config, torch.float32, False, device).plain
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             yield from each(
                 (
-                    {"model": name, "dtype": dtype, "backend": backend, "quantize": quantized},
-                    partial(compare, folder, device, dtype, backend, quantized),
+                    {"model": name, "as": " ".join(filter(None, settings))},
+                    partial(compare, folder, device, *settings),
                 )
-                for dtype, backend, quantized in COMPARED
+                for settings in COMPARED
             )
         yield from each(
             ({"model": name, "check": f"replays, {kind}"}, partial(check_loops, model, options))
@@ -115,21 +93,17 @@ def parity(device: torch.device) -> Iterator[Row]:
 
 
 def compare(
-    folder: str, device: torch.device, dtype: str, backend: str, quantized: str | None
+    folder: str, device: torch.device, dtype: str, backend: str, quantize: str | None
 ) -> Row:
     """The verdict of `verify` on a checkpoint."""
+    count = 64 if device.type == "cuda" else 4
     report = verify(
-        folder, device=device, dtype=dtype, backend=backend, quantize=quantized,
-        max_new_tokens=64 if device.type == "cuda" else 4,
-    )  # fmt: skip
-    return {
-        "passed": report.passed,
-        "logits_error": report.logits_error,
-        "logits_limit": report.logits_limit,
+        folder, device=device, dtype=dtype, backend=backend, quantize=quantize, max_new_tokens=count
+    )
+    fields = ("passed", "logits_error", "logits_limit", "loss", "reference_loss")
+    return {name: getattr(report, name) for name in fields} | {
         "equal_tokens": sum(prompt.equal_tokens for prompt in report.prompts),
-        "new_tokens": sum(prompt.new_tokens for prompt in report.prompts),
-        "loss": report.loss,
-        "reference_loss": report.reference_loss,
+        "tokens": count * len(report.prompts),
     }
 
 
@@ -152,7 +126,7 @@ def decode(device: torch.device) -> Iterator[Row]:
     """Seconds per greedy decode step; then the tokens per second of whole generations."""
     for weights, sizes in DECODE.items():
         yield from measured(device, step_speed, sizes, weights)
-    yield from measured(device, generation_speed, GENERATE)
+    yield from measured(device, generation_speed, DECODE["bfloat16"][:2])
 
 
 def prefill(device: torch.device) -> Iterator[Row]:
@@ -162,7 +136,7 @@ def prefill(device: torch.device) -> Iterator[Row]:
 
 def profile(device: torch.device) -> Iterator[Row]:
     """The kernels of a decode step."""
-    return measured(device, profile_step, PROFILE)
+    return measured(device, profile_step, DECODE["bfloat16"][:2])
 
 
 def measured(
@@ -304,5 +278,5 @@ def profile_step(model: GPT, batch: int, context: int) -> Row:
         "kernels_us": sum(kernel["us"] for kernel in kernels),
         "kernels_per_step": sum(kernel["count"] for kernel in kernels),
         "longest": kernels[0]["kernel"][:60],
-        "kernels": kernels[:REPORTED_KERNELS],
+        "kernels": kernels[:20],
     }

@@ -47,7 +47,7 @@ SECTIONS = {
     "prefill": "gpu_models",
     "profile": "gpu_models",
 }
-# What a row's figure is divided by for its share of the limit: a key of the ceilings.
+# The ceiling that limits a rate.
 LIMITS = {"gb_per_s": "copy_gb_per_s", "tflops": "matmul_tflops"}
 
 
@@ -80,17 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"== {name}", flush=True)
         begin = time.monotonic()
         section = sections[name] = {"rows": [], "error": "interrupted", "seconds": 0.0}
-        try:
-            for row in run_section(name, options.limit):
-                section["rows"].append(row | shares_of_limits(row, sections))
-                write(path, report)
+        for row in run_section(name, options.limit):
+            if "ended" in row:
+                section["error"] = row["ended"]
+            else:
+                section["rows"].append(row | share_of_limit(row, sections))
                 print(line_of(section["rows"][-1]), flush=True)
-            section["error"] = None
-        except SectionError as error:
-            section["error"] = str(error)
-            print(f"FAIL  {last_line(error)}", flush=True)
-        section["seconds"] = round(time.monotonic() - begin, 1)
-        write(path, report)
+            section["seconds"] = round(time.monotonic() - begin, 1)
+            write(path, report)
     failed = failures(sections)
     print(f"== {len(failed)} failed" if failed else "== all passed", *failed, sep="\n")
     print(f"written to {path}")
@@ -115,36 +112,26 @@ def write(path: Path, report: Row) -> None:
     part.replace(path)
 
 
-class SectionError(Exception):
-    """A section did not finish; the message is its traceback, or how its process ended."""
-
-
 def run_section(name: str, limit: float) -> Iterator[Row]:
-    """A section's rows as its process sends them.
-
-    Raises:
-        SectionError: it failed, its process died, or it took more than `limit` seconds.
-    """
+    """A section's rows as its process sends them; the last one is {"ended": None or why}."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=serve, args=(name, theirs))
+    process = context.Process(target=serve, args=(SECTIONS[name], name, theirs))
     process.start()
     theirs.close()  # so that the process's death ends our pipe
     end = time.monotonic() + limit
+    row: Row = {}
     try:
-        while True:
+        while "ended" not in row:
             if not ours.poll(max(0.0, end - time.monotonic())):
-                raise SectionError(f"stopped after {limit:g} s")
-            try:
-                message = ours.recv()
-            except EOFError:
-                process.join()
-                raise SectionError(f"its process died: exit code {process.exitcode}") from None
-            if message is None:
-                return
-            if isinstance(message, str):
-                raise SectionError(message)
-            yield message
+                row = {"ended": f"stopped after {limit:g} s"}
+            else:
+                try:
+                    row = ours.recv()
+                except EOFError:
+                    process.join()
+                    row = {"ended": f"its process died: exit code {process.exitcode}"}
+            yield row
     finally:
         assert process.pid is not None
         with suppress(ProcessLookupError):  # and whatever it started, such as a compiler
@@ -153,8 +140,8 @@ def run_section(name: str, limit: float) -> Iterator[Row]:
         process.join()
 
 
-def serve(name: str, pipe: Connection) -> None:
-    """A section's process: send its rows, then None, or a traceback."""
+def serve(module: str, name: str, pipe: Connection) -> None:
+    """A section's process: call `name` of the module."""
     os.setpgrp()
     import torch
 
@@ -164,26 +151,25 @@ def serve(name: str, pipe: Connection) -> None:
         # The interpreter computes with the NaN that the checks put where kernels must not look.
         warnings.filterwarnings("ignore", "invalid value encountered", RuntimeWarning)
     try:
-        section = getattr(import_module(SECTIONS[name]), name)
-        for row in section(device):
+        for row in getattr(import_module(module), name)(device):
             pipe.send(row)
-        pipe.send(None)
+        pipe.send({"ended": None})
     except Exception:
-        pipe.send(traceback.format_exc())
+        pipe.send({"ended": traceback.format_exc()})
 
 
-def shares_of_limits(row: Row, sections: dict[str, Row]) -> Row:
-    """{"of_limit": figure / ceiling} for a row with a rate, once the ceilings are measured."""
+def share_of_limit(row: Row, sections: dict[str, Row]) -> Row:
+    """{"of_limit": rate / ceiling} for a row with a rate, once the ceilings are measured."""
     for ceilings in sections.get("ceilings", {}).get("rows", ()):
-        for figure, limit in LIMITS.items():
-            if figure in row and limit in ceilings:
-                return {"of_limit": row[figure] / ceilings[limit]}
+        for rate, limit in LIMITS.items():
+            if rate in row:
+                return {"of_limit": row[rate] / ceilings[limit]}
     return {}
 
 
 def line_of(row: Row) -> str:
     """A row on one line: whether it passed, then its numbers and words; lists stay in the JSON."""
-    words = ["FAIL" if row.get("passed") is False else "pass" if row.get("passed") else "    "]
+    words = ["pass" if row.get("passed") else "FAIL" if "passed" in row else "    "]
     for key, value in row.items():
         if key == "error":
             words.append(last_line(value))
@@ -194,9 +180,9 @@ def line_of(row: Row) -> str:
     return "  ".join(words)
 
 
-def last_line(error: object) -> str:
+def last_line(error: str) -> str:
     """What a traceback ends with."""
-    return str(error).strip().splitlines()[-1][:300]
+    return error.strip().splitlines()[-1][:300]
 
 
 def failures(sections: dict[str, Row]) -> list[str]:

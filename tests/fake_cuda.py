@@ -1,8 +1,7 @@
 """CUDA without a GPU: the fixtures `cuda` and `graphs`.
 
-What a graph would do to a step is imitated: the step's operations are written down once, and from
-then on repeated with the same arguments. Copies to the host that are not waited for arrive when an
-event behind them is.
+A fake graph records a step's operations once and then repeats them with the same arguments, as a
+CUDA graph does. Asynchronous copies to the host arrive when a later event is waited for.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from mqa_gpt.generation.replay import GraphStepper
 
 
 class Tape(TorchDispatchMode):
-    """Writes down operations as they run, to repeat them as a CUDA graph would.
+    """Records operations as they run, to repeat them as a CUDA graph would.
 
-    Each has the arguments that it had: the same numbers, and the same tensors or what the same
-    operation before it made this time.
+    A repeated operation gets the arguments it was recorded with: the same numbers and tensors, or
+    the new results of the operations whose results it was given.
     """
 
     def __init__(self) -> None:
@@ -55,9 +54,10 @@ def current(made: dict[int, Any], x: Any) -> Any:
 
 
 class TapedGraph:
-    """Stands for `torch.cuda.CUDAGraph`; what is recorded runs then, and not at the first replay.
+    """A stand-in for `torch.cuda.CUDAGraph`.
 
-    CUDA does it the other way round, which comes to the same.
+    Operations run while they are recorded and not at the first replay; CUDA does the opposite, with
+    the same result.
     """
 
     made: ClassVar[list[TapedGraph]] = []
@@ -73,10 +73,10 @@ class TapedGraph:
 
 
 class FakeCuda:
-    """Stands for what is used of `torch.cuda`, and writes down what is asked of it.
+    """A stand-in for the parts of `torch.cuda` in use, which records the calls.
 
     Attributes:
-        events: what was asked, in order.
+        events: the calls, in order.
         device, stream: the current ones.
     """
 
@@ -86,7 +86,7 @@ class FakeCuda:
         self.stream: Any = FakeStream(self)
 
     def pinned(self, make: Callable[..., Tensor], *arguments: Any, **options: Any) -> Tensor:
-        """What `make` gives, which is pinned if the options say so."""
+        """The result of `make`, in fake pinned memory if the options ask for it."""
         if not options.pop("pin_memory", False):
             return make(*arguments, **options)
         made = make(*arguments, **options).as_subclass(Pinned)
@@ -112,56 +112,56 @@ class FakeCuda:
             yield
 
     def action(self) -> None:
-        """What a test may replay."""
+        """An action for tests to replay."""
         self.events.append(("run", self.device, self.stream))
 
 
 class Pinned(Tensor):
-    """Pinned memory of the host, which a device reads and writes while the host goes on."""
+    """Pinned host memory, which a device reads and writes asynchronously."""
 
     cuda: FakeCuda
 
     def copy_(self, source: Tensor, non_blocking: bool = False) -> Pinned:
-        """Hold what the source holds, or without blocking nothing of use until that arrives."""
+        """Copy the source; if non-blocking, hold garbage until the copy arrives."""
         self.cuda.events.append(("to the host", non_blocking))
         if not non_blocking:
             return super().copy_(source)
         self.fill_(77)
-        self.cuda.stream.on_the_way.append((self, source.clone()))
+        self.cuda.stream.pending.append((self, source.clone()))
         return self
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Tensor:
-        """A copy on the device, which is the CPU here."""
+        """A copy on the device; here that is the CPU."""
         self.cuda.events.append(("to the device", device, non_blocking))
         return self.as_subclass(Tensor).clone()
 
 
 class FakeEvent:
-    """Stands for `torch.cuda.Event`."""
+    """A stand-in for `torch.cuda.Event`."""
 
     def __init__(self, cuda: FakeCuda) -> None:
         self._cuda = cuda
 
     def record(self, stream: FakeStream) -> None:
-        self._before = list(stream.on_the_way)
+        self._before = list(stream.pending)
 
     def synchronize(self) -> None:
-        """Let the copies arrive that the stream had to make when the event was recorded."""
+        """Deliver the copies that were pending on the stream when the event was recorded."""
         self._cuda.events.append("the host waits")
         for pinned, values in self._before:
             pinned.as_subclass(Tensor).copy_(values)
 
 
 class FakeStream:
-    """Stands for `torch.cuda.Stream`.
+    """A stand-in for `torch.cuda.Stream`.
 
     Attributes:
-        on_the_way: copies to pinned memory, and what they bring.
+        pending: copies to pinned memory that have not arrived, with their values.
     """
 
     def __init__(self, cuda: FakeCuda) -> None:
         self._cuda = cuda
-        self.on_the_way: list[tuple[Pinned, Tensor]] = []
+        self.pending: list[tuple[Pinned, Tensor]] = []
 
     def wait_stream(self, other: FakeStream) -> None:
         self._cuda.events.append((self, "waits for", other))
@@ -169,7 +169,7 @@ class FakeStream:
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    """What stands for `torch.cuda` during the test; there are no streams of recording yet."""
+    """The stand-in for `torch.cuda` during a test; no recording stream exists yet."""
     fake = FakeCuda()
     for name, stub in (
         ("device", fake.on_device),
@@ -198,7 +198,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> None:
 def graphs(
     cuda: FakeCuda, replayed: None, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[list[TapedGraph]]:
-    """The graphs that engines record from now on, on the CPU."""
+    """Record graphs on the CPU; the list of those that engines record during the test."""
 
     def recorded(self: GraphStepper, *arguments: Any) -> Replay:
         return Replay(plain(self, *arguments), self._model.device)

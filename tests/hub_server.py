@@ -1,17 +1,21 @@
-"""A model hub on loopback: as much of the Hugging Face hub as `huggingface_hub` asks for.
+"""A model hub on loopback: the part of the Hugging Face hub that `huggingface_hub` uses.
 
-Speaks the model info and file listing of the API, and HEAD and GET of files with ETag, commit and
-Range. It keeps a log of the requests, can cut a connection, fail, and gate a repository.
+It answers the API's model info and file listing, and HEAD and GET of files with ETag, commit and
+Range. It logs requests, can break a connection, fail, gate a repository and change any answer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import sys
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 ACCEPTED_TOKEN = "hf_accepted"  # of an account that may read gated repositories
@@ -43,28 +47,38 @@ class Request(NamedTuple):
 
     @property
     def file(self) -> str | None:
-        """The file name in /owner/name/resolve/commit/file; None for a request to the API."""
+        """The file name in /owner/name/resolve/commit/file; None for an API request."""
         return None if self.path.startswith("/api/") else self.path.split("/", 5)[-1]
+
+
+class Answer(NamedTuple):
+    """What is sent for a request."""
+
+    status: int
+    body: bytes
+    headers: dict[str, str]
 
 
 @dataclass
 class HubServer:
-    """Serves `repositories` while used as a context manager; `url` is what HF_ENDPOINT wants.
+    """Serves `repositories` while used as a context manager; `url` is a value for HF_ENDPOINT.
 
     cut: file name -> bytes after which its next download breaks off, once. The client writes in
-        pieces of 10 MiB, and what it has written is where it resumes.
+        pieces of 10 MiB and resumes after the last complete one.
     failing: files whose contents are answered with status 500.
-    login_page: every answer is one, as in a hotel.
+    pause: seconds before each byte of a body.
+    change: gets every request and answer, and returns the answer to send.
     """
 
     repositories: dict[str, Repository]
     cut: dict[str, int] = field(default_factory=dict)
     failing: set[str] = field(default_factory=set)
-    login_page: bool = False
+    change: Callable[[Request, Answer], Answer] | None = None
+    pause: float = 0.0
     log: list[Request] = field(default_factory=list)
 
     def __enter__(self) -> HubServer:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self  # type: ignore[attr-defined]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
         self._thread.start()
@@ -80,8 +94,14 @@ class HubServer:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def downloads(self) -> list[str]:
-        """The names of the files whose contents were asked for, sorted."""
+        """The names of the files whose contents were requested, sorted."""
         return sorted(r.file for r in self.log if r.method == "GET" and r.file)
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):  # of a client that breaks off
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -100,9 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
         """/api/models/O/N/revision/R, /api/models/O/N/tree/R or /O/N/resolve/R/FILE."""
         self.hub: HubServer = self.server.hub  # type: ignore[attr-defined]
         path = unquote(urlsplit(self.path).path)
-        self.hub.log.append(Request(self.command, path, self.headers.get("Range")))
-        if self.hub.login_page:
-            return self.send(200, b"<html>Welcome</html>", {"Content-Type": "text/html"})
+        self.request_ = Request(self.command, path, self.headers.get("Range"))
+        self.hub.log.append(self.request_)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         parts = path.removeprefix("/api/models").split("/")[1:]
         if len(parts) < 4:  # the client also asks for notices and the like
@@ -155,14 +174,25 @@ class _Handler(BaseHTTPRequestHandler):
     def send(
         self, status: int, body: bytes, headers: dict[str, str], cut: int | None = None
     ) -> None:
+        if self.hub.change is not None:
+            status, body, headers = self.hub.change(self.request_, Answer(status, body, headers))
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body[:cut])
+            if self.hub.pause:
+                self.drip(body)
+            else:
+                self.wfile.write(body[:cut])
             self.close_connection = cut is not None
+
+    def drip(self, body: bytes) -> None:
+        with contextlib.suppress(OSError):  # until the client has had enough
+            for i in range(len(body)):
+                time.sleep(self.hub.pause)
+                self.wfile.write(body[i : i + 1])
 
 
 def _is_large(file: str) -> bool:

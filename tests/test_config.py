@@ -228,3 +228,11 @@ def test_original_santacoder_becomes_a_gpt_bigcode_config() -> None:
 def test_a_santacoder_config_of_another_computation_is_refused(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"^{key} is .*: accepted with model_type 'gpt2'"):
         GPTConfig.from_dict(SANTACODER | {key: value})
+
+
+def test_the_default_end_token_is_not_kept_for_a_vocabulary_without_it() -> None:
+    assert (GPTConfig().bos_token_id, GPTConfig().eos_token_id) == (50256, 50256)
+    small = GPTConfig(vocab_size=50256)
+    assert (small.bos_token_id, small.eos_token_id, small.end_token_ids) == (None, None, ())
+    assert GPTConfig(vocab_size=4096, eos_token_id=7).eos_token_id == 7
+    assert GPTConfig(vocab_size=4096, eos_token_id=[7, 50256]).end_token_ids == (7, 50256)

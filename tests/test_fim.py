@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -14,8 +15,9 @@ from mqa_gpt.fim import MODES, fim_transform, infill_prompt, truncated_infill_pr
 from mqa_gpt.tokenizer import FIM_SPELLINGS, Tokenizer
 from tests.helpers import byte_tokenizer
 
-# "ab" is one token, so that a cut inside it shows.
-STARCODER = Tokenizer(byte_tokenizer("<|endoftext|>", *FIM_SPELLINGS[0], pair="ab"))
+# "ab" is one token, so a cut inside it shows.
+NAMES = ("<|endoftext|>", *FIM_SPELLINGS[0], "<filename>", "<reponame>")
+STARCODER = Tokenizer(byte_tokenizer(*NAMES, pair="ab"))
 SANTACODER = Tokenizer(byte_tokenizer("<|endoftext|>", *FIM_SPELLINGS[1], pair="ab"))
 BOTH = pytest.mark.parametrize("tokenizer", [STARCODER, SANTACODER], ids=["star", "santa"])
 
@@ -26,8 +28,9 @@ HOSTILE = st.lists(
 
 
 def spell(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text in which ⟨p⟩ ⟨s⟩ ⟨m⟩ stand for the control tokens and | for nothing."""
+    """Ids of a text in which | separates the tokens and ⟨p⟩ ⟨s⟩ ⟨m⟩ ⟨r⟩ ⟨f⟩ are control tokens."""
     control = dict(zip(("⟨p⟩", "⟨s⟩", "⟨m⟩"), tokenizer.fim[:3], strict=True))
+    control["⟨r⟩"], control["⟨f⟩"] = map(tokenizer.token_id, ("<reponame>", "<filename>"))
     return [
         id_
         for part in text.split("|")
@@ -66,6 +69,49 @@ def test_user_text_never_adds_a_control_token_to_an_infill(tokenizer, prefix, su
     assert tokenizer.decode(ids) == order
 
 
+@pytest.mark.parametrize(
+    ("names", "line"),
+    [
+        ({"file_name": "a/<b>.py"}, "⟨f⟩|a/<b>.py\n"),
+        ({"repo_name": "me/it"}, "⟨r⟩|me/it|\n"),
+        ({"file_name": "c.py", "repo_name": "me/it"}, "⟨r⟩|me/it|⟨f⟩|c.py\n"),
+    ],
+)
+def test_the_names_of_file_and_repository_are_the_first_line_of_the_prefix(names, line):
+    ids = infill_prompt(STARCODER, "left", "right", **names)
+    assert ids == spell(STARCODER, f"⟨p⟩|{line}|left|⟨s⟩|right|⟨m⟩")
+    ids = infill_prompt(STARCODER, "left", "right", mode="spm", **names)
+    assert ids == spell(STARCODER, f"⟨p⟩|⟨s⟩|right|⟨m⟩|{line}|left")
+
+
+def test_truncation_keeps_the_names_of_file_and_repository():
+    names = {"file_name": "c.py", "repo_name": "me/it"}
+    line = spell(STARCODER, "⟨r⟩|me/it|⟨f⟩|c.py\n")
+    room = 3 + len(line)
+    cut = truncated_infill_prompt(STARCODER, "0123456789", "ABCDEF", room + 6, **names)
+    assert cut.ids == spell(STARCODER, "⟨p⟩|⟨r⟩|me/it|⟨f⟩|c.py\n|789|⟨s⟩|ABC|⟨m⟩")
+    assert (cut.cut_prefix, cut.cut_suffix) == (7, 3)
+    with pytest.raises(
+        PromptError, match=f"max_tokens is {room}: an infilling prompt needs {room}"
+    ):
+        truncated_infill_prompt(STARCODER, "a", "b", room, **names)
+
+
+@pytest.mark.parametrize(
+    ("name", "control"), [("file_name", "<filename>"), ("repo_name", "<reponame>")]
+)
+def test_names_that_the_tokenizer_has_no_control_token_for_are_refused(name, control):
+    with pytest.raises(CheckpointError, match=f"{control}; leave the .* name out"):
+        infill_prompt(SANTACODER, "a", "b", **{name: "x"})
+
+
+@pytest.mark.parametrize("value", [3, b"x", "\udc80"])
+@pytest.mark.parametrize("name", ["file", "repo"])
+def test_a_name_that_is_no_text_is_refused(name, value):
+    with pytest.raises(PromptError, match=f"the {name}.* name"):
+        infill_prompt(STARCODER, "a", "b", **{f"{name}_name": value})
+
+
 def test_a_tokenizer_without_infilling_tokens_cannot_infill():
     tokenizer = Tokenizer(byte_tokenizer("<|endoftext|>", "<fim_prefix>", "<fim_suffix>"))
     for act in (
@@ -84,10 +130,13 @@ def test_an_unknown_mode_is_an_error_that_lists_the_modes():
 
 @pytest.mark.parametrize("text", ["\udc80", b"b", None])
 def test_text_that_cannot_be_encoded_is_refused_on_either_side(text):
-    with pytest.raises(PromptError):
-        infill_prompt(STARCODER, text, "b")
-    with pytest.raises(PromptError):
-        infill_prompt(STARCODER, "a", text)
+    for infill in (infill_prompt, partial(truncated_infill_prompt, max_tokens=9)):
+        with pytest.raises(PromptError, match="prefix"):
+            infill(STARCODER, text, "b")
+        with pytest.raises(PromptError, match="suffix"):
+            infill(STARCODER, "a", text)
+    with pytest.raises(PromptError, match="text"):
+        fim_transform(text, STARCODER, random.Random(0), rate=1)
 
 
 def test_truncation_keeps_what_is_nearest_to_the_hole():
@@ -115,13 +164,35 @@ def test_truncation_uses_all_the_room_and_no_more(prefix, suffix, max_tokens, mo
         assert cut.ids == whole
 
 
-def test_no_room_for_text_is_an_error():
-    with pytest.raises(PromptError, match="max_tokens is 3"):
-        truncated_infill_prompt(STARCODER, "a", "b", 3)
+@pytest.mark.parametrize("max_tokens", [3, -1, None, 9.0, True])
+def test_no_room_for_text_is_an_error(max_tokens):
+    with pytest.raises(PromptError, match=f"max_tokens is {max_tokens}"):
+        truncated_infill_prompt(STARCODER, "a", "b", max_tokens)
+
+
+def test_a_side_far_too_long_is_cut_before_it_is_tokenized(monkeypatch):
+    tokenizer = Tokenizer(byte_tokenizer(*NAMES))
+    lengths = []
+    encode = tokenizer.encode
+
+    def recorded(text, **options):
+        lengths.append(len(text))
+        return encode(text, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", recorded)
+    monkeypatch.setattr("mqa_gpt.fim.COUNTED", 50)
+    monkeypatch.setattr(tokenizer, "max_token_bytes", 10)
+    prefix, suffix = "p" * 1000 + "P", "S" + "s" * 2000
+    cut = truncated_infill_prompt(tokenizer, prefix, suffix, 3 + 10)
+    assert lengths == [100, 100]
+    assert tokenizer.decode(cut.ids) == "ppppPSssss"
+    assert (cut.cut_prefix, cut.cut_suffix) == (91 + 95, 191 + 95)  # at least
+    with pytest.raises(PromptError, match="prefix"):
+        truncated_infill_prompt(tokenizer, "\udc80" + prefix, suffix, 3 + 10)
 
 
 def parts_of(ids: list[int], tokenizer: Tokenizer) -> tuple[str, str, str, str]:
-    """mode, P, M, S of a transformed document; in SPM, P and M run on without a border."""
+    """mode, P, M, S of a transformed document; in SPM nothing separates P from M."""
     decode = tokenizer.decode
     prefix, suffix, middle, _ = tokenizer.fim
     assert ids[0] == prefix

@@ -81,6 +81,13 @@ def test_a_module_imports_from_its_own_layer_and_those_below(file: Path) -> None
     assert siblings == set() or own in BOOK
 
 
+def test_what_looks_back_does_so_inside_a_function() -> None:
+    for name, looked_at in LOOKS_BACK.items():
+        tree = ast.parse((PACKAGE / name).read_text())
+        at_once = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+        assert at_once.isdisjoint(looked_at), name
+
+
 def test_the_book_is_read_in_the_order_of_its_imports() -> None:
     for file in (PACKAGE / f"{name}.py" for name in BOOK):
         later = BOOK[BOOK.index(file.stem) + 1 :]

@@ -27,7 +27,7 @@ from tests.helpers import SPECIALS, byte_tokenizer, our_model, reference_model, 
 
 
 class Reciting(GPT):
-    """Says `script` one token after the other behind a prompt of any length."""
+    """Says `script` one token after the other after a prompt of any length, the last for ever."""
 
     def __init__(self, script: list[int], prompt_length: int, vocab_size: int) -> None:
         super().__init__(
@@ -43,13 +43,17 @@ class Reciting(GPT):
         assert cache is not None
         cache.advance(ids.shape[1])
         logits = torch.zeros(len(ids), self.config.vocab_size)
-        logits[:, self.script[cache.end - self.prompt_length]] = 9.0
+        at = min(cache.end - self.prompt_length, len(self.script) - 1)
+        logits[:, self.script[at]] = 9.0
         return logits if logits_at is not None else logits[:, None]
 
 
-def reciting(text: str, *, prompt_length: int = 1, end: bool = True) -> LLM:
+def reciting(
+    text: str, *, prompt_length: int = 1, end: bool = True, after: int | None = None
+) -> LLM:
+    """A model that writes a text, then a token `after` if there is one, then the end."""
     tokenizer = Tokenizer(byte_tokenizer(*SPECIALS))
-    script = tokenizer.encode(text) + [0] * end
+    script = tokenizer.encode(text) + [after] * (after is not None) + [0] * end
     return LLM(Reciting(script, prompt_length, tokenizer.vocab_size).eval(), tokenizer)
 
 
@@ -388,7 +392,7 @@ def test_no_prompts_and_no_new_tokens_are_nothing_to_do(llm):
         (None, {}, "prompts are None"),
         (["a", 5], {}, "prompt 1: text is int"),
         (["a", ("b", "c", "d")], {}, "prompt 1: text is tuple"),
-        (["a", ("b", None)], {}, "prompt 1: text is NoneType"),
+        (["a", ("b", None)], {}, "prompt 1: suffix is NoneType"),
         (["a", "\ud800"], {}, "prompt 1: .* surrogate"),
         (["a", ("b", "c")], {"mode": "pms"}, "^mode is 'pms'"),
         (["a"], {"mode": "pms"}, "^mode is 'pms'"),
@@ -444,3 +448,65 @@ def test_packed_weights_are_not_saved_and_leave_no_folder(llm, tmp_path, quantiz
 def test_the_demo_checkpoint_has_no_revisions():
     with pytest.raises(CheckpointError, match="revision is 'main'"):
         LLM.load(revision="main")
+
+
+# ------------------------------------------------------- what ends a completion, and what must not
+
+
+def test_a_filling_ends_at_any_control_token():
+    other = SPECIALS.index("<fim_prefix>")
+    filling = reciting("ab", prompt_length=5, after=other).infill("x", "y", 8)
+    assert (filling.text, filling.finish_reason, filling.token_ids[-1]) == ("ab", "stop", other)
+    completion = reciting("ab", after=other).generate("x", 8)
+    assert completion.token_ids[-2:] == [other, 0]  # which may go on
+
+
+def test_a_completion_has_min_new_tokens_and_may_ignore_the_end():
+    llm = reciting("ab")
+    assert llm.generate("x", 8).text == "ab"
+    longer = llm.generate("x", 8, min_new_tokens=6)
+    assert len(longer.token_ids) >= 6
+    assert longer.text.startswith("ab")
+    endless = llm.generate("x", 8, ignore_eos=True)
+    assert (len(endless.token_ids), endless.finish_reason) == (8, "length")
+    stopped = llm.generate("x", 8, stop="b", min_new_tokens=2)
+    assert stopped.text.startswith("ab")  # a stop string neither ends it before that
+    with pytest.raises(PromptError, match="ignore_eos is 1"):
+        llm.generate("x", ignore_eos=1)
+
+
+def test_as_many_tokens_as_fit_and_the_end_of_a_prompt_that_is_too_long(llm):
+    context = llm.model.config.n_positions
+    whole = llm.generate("a" * 10, None, ignore_eos=True)
+    assert len(whole.token_ids) + whole.prompt_tokens == context
+    text = "b" * 50 + "a" * context
+    with pytest.raises(PromptError, match="context"):
+        llm.generate(text, 4)
+    kept = llm.begin([text], 4, truncate=True).run()[0]
+    assert kept.prompt_tokens == context - 4
+    assert kept.text == llm.generate("a" * (context - 4), 4).text
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(llm):
+    text = "a b " * 5_000_000
+    begin = time.perf_counter()
+    for call in (
+        lambda: llm.generate(text),
+        lambda: llm.infill(text, ""),
+        lambda: llm.generate_many(["x", text]),
+    ):
+        with pytest.raises(PromptError, match="20,000,000 characters, at least"):
+            call()
+    assert time.perf_counter() - begin < 5
+
+
+def test_prompts_of_one_run_may_have_options_of_their_own(llm):
+    own = [{"max_new_tokens": 3}, {"temperature": 1.0, "seed": 4}, {}]
+    prompts = ["a", "b", "c"]
+    many = llm.begin_many(prompts, 6, per_prompt=own, batch_size=2).run()
+    alone = [
+        llm.generate(p, **{"max_new_tokens": 6} | o) for p, o in zip(prompts, own, strict=True)
+    ]
+    assert [c.token_ids for c in many] == [c.token_ids for c in alone]
+    with pytest.raises(PromptError, match=r"prompt 1: .*temperature"):
+        llm.begin_many(prompts, 6, per_prompt=[{}, {"temperature": -1}, {}])

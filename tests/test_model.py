@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mqa_gpt.model
-from mqa_gpt import GPT, GPTConfig, KVCache
+from mqa_gpt import GPT, GPTConfig, KVCache, PromptError
 from mqa_gpt.checkpoints.load import empty_model
 from mqa_gpt.model import MultiQueryAttention
 from tests.helpers import (
@@ -235,11 +236,6 @@ def test_a_token_outside_the_vocabulary_is_an_index_error(id_: int) -> None:
         GPT(tiny_config(vocab_size=97))(torch.tensor([[id_]]))
 
 
-def test_a_position_outside_the_context_is_an_index_error() -> None:
-    with pytest.raises(IndexError):
-        GPT(tiny_config(n_positions=4))(torch.zeros(1, 5, dtype=torch.int64))
-
-
 def test_the_backend_can_be_changed_and_an_unknown_one_is_an_error() -> None:
     config = tiny_config()
     model, ids = random_model(config, "reference"), random_ids(config, 2, 9)
@@ -252,6 +248,20 @@ def test_the_backend_can_be_changed_and_an_unknown_one_is_an_error() -> None:
         model.set_backend("fast")
     with pytest.raises(ValueError, match="backend is 'fast'"):
         GPT(config, backend="fast")
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ("def f():", r"'def f\(\):'"),
+        ([[1, 2]], r"\[\[1, 2\]\]"),
+        (torch.tensor([1, 2, 3]), r"\[3\]"),
+        (torch.zeros(1, 113, dtype=torch.int64), r"\[1, 113\].* at most 112 tokens"),
+    ],
+)
+def test_what_is_no_batch_of_ids_is_refused_in_our_words(ids: Any, words: str) -> None:
+    with pytest.raises(PromptError, match=rf"ids are .*{words}"):
+        GPT(tiny_config())(ids)
 
 
 def test_dtype_and_device_are_the_parameters() -> None:

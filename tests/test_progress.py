@@ -1,4 +1,4 @@
-"""The status line: rewritten on a terminal, a line now and then in a log."""
+"""Progress: a line or a bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -11,66 +11,113 @@ import termios
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 import mqa_gpt.bench.ceilings
 import mqa_gpt.bench.run
+import mqa_gpt.bench.timing
+import mqa_gpt.progress
 import mqa_gpt.verify.compare
-from mqa_gpt import GPT, progress
-from mqa_gpt.progress import status
+from mqa_gpt import GPT
+from mqa_gpt.progress import progress, status
 from tests.helpers import tiny_config
 
 
-def read_all(descriptor: int) -> str:
-    """What was written to a terminal, until its other end is closed."""
-    text = b""
-    with contextlib.suppress(OSError), os.fdopen(descriptor, "rb", buffering=0) as terminal:
-        while piece := terminal.read(1000):
-            text += piece
-    return text.decode()
-
-
-def test_a_terminal_shows_each_stage_until_it_is_done(monkeypatch: pytest.MonkeyPatch):
+@contextmanager
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
+    """Standard error is a terminal; gives a function for all that it has shown at the end."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
-    with os.fdopen(theirs, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        with status() as say:
-            say("loading")
-            say("at it")
-    shown = read_all(ours)
-    assert shown.split("\r")[-4:] == ["loading", "at it  ", "     ", ""]
+
+    def read_all() -> str:
+        text = b""
+        with contextlib.suppress(OSError), os.fdopen(ours, "rb", buffering=0) as stream:
+            while piece := stream.read(1000):
+                text += piece
+        return text.decode()
+
+    with os.fdopen(theirs, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        yield read_all
 
 
-def test_a_log_gets_a_line_now_and_then_and_none_for_what_is_short(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    seconds = iter([0, 10, 29, 31, 60, 61])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+class Log(io.StringIO):
+    """A stream that is no terminal, which tells when it was written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = Event()
+
+    def flush(self) -> None:
+        self.written.set()
+
+
+def test_a_terminal_shows_the_current_stage_until_the_end(monkeypatch: pytest.MonkeyPatch):
+    with terminal(monkeypatch) as shown, status() as say:
+        say("loading")
+        say("at it")
+    assert shown().split("\r")[-4:] == ["loading", "at it  ", "     ", ""]
+
+
+def test_a_terminal_shows_a_bar_until_the_end(monkeypatch: pytest.MonkeyPatch):
+    with terminal(monkeypatch) as shown, progress(3, "row") as show:
+        for done in range(1, 4):
+            show(done, f"{done} tok/s")
+    text = shown()
+    assert "| 3/3 [" in text
+    assert "3 tok/s" in text
+    assert text.split("\r")[-2].isspace()
+
+
+def test_elsewhere_what_is_quick_writes_nothing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with status() as say:
-        for stage in ("a", "b", "c", "d", "e"):
-            say(stage)
-    assert sys.stderr.getvalue() == "c\ne\n"
+        say("loading")
+    with progress(3, "row") as show:
+        show(1, "")
+    assert sys.stderr.getvalue() == ""
 
 
-@pytest.mark.parametrize("stream", ["none", "a closed pipe"])
-def test_without_a_reader_the_work_goes_on(stream: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(progress, "INTERVAL", 0.0)
-    read, write = os.pipe()
-    os.close(read)
-    with open(write, "w") as pipe:  # noqa: PTH123
-        monkeypatch.setattr(sys, "stderr", None if stream == "none" else pipe)
-        with status() as say:
-            say("loading")
-        monkeypatch.undo()
-        with contextlib.suppress(OSError):
-            pipe.close()
+def test_elsewhere_what_takes_long_writes_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(mqa_gpt.progress, "PERIOD", 0.01)
+    monkeypatch.setattr(sys, "stderr", log := Log())
+    with status() as say:
+        say("loading")
+        assert log.written.wait(60)
+        say("computing")
+        while "computing" not in log.getvalue():
+            log.written.clear()
+            assert log.written.wait(60)
+    assert dict.fromkeys(log.getvalue().split()).keys() == {"loading", "computing"}
+
+    monkeypatch.setattr(sys, "stderr", log := Log())
+    with progress(1000, "row") as show:
+        show(12, "3 tok/s")
+        assert log.written.wait(60)
+    assert log.getvalue().startswith("12 of 1,000 rows, 3 tok/s\n")
+
+
+def test_a_closed_or_failing_stream_is_no_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    with status() as say:
+        say("loading")
+
+    class Failing(Log):
+        def write(self, text: str) -> int:
+            self.written.set()
+            raise BrokenPipeError
+
+    monkeypatch.setattr(mqa_gpt.progress, "PERIOD", 0.01)
+    monkeypatch.setattr(sys, "stderr", log := Failing())
+    with status() as say:
+        say("loading")
+        assert log.written.wait(60)
 
 
 @pytest.mark.parametrize("command", ["verify", "bench"])
-def test_long_commands_name_their_stages(
+def test_commands_that_take_long_name_their_stages(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     GPT(tiny_config()).save_pretrained(tmp_path)
@@ -80,8 +127,9 @@ def test_long_commands_name_their_stages(
     def listening() -> Iterator[Callable[[str], None]]:
         yield said.append
 
-    module = mqa_gpt.bench.run if command == "bench" else mqa_gpt.verify.compare
-    monkeypatch.setattr(module, "status", listening)
+    module = mqa_gpt.verify.compare if command == "verify" else mqa_gpt.bench.run
+    for each in (module, mqa_gpt.bench.timing):
+        monkeypatch.setattr(each, "status", listening)
     if command == "verify":
         mqa_gpt.verify.compare.verify(tmp_path, dtype="bfloat16", max_new_tokens=2)
         assert said == [
@@ -98,15 +146,13 @@ def test_long_commands_name_their_stages(
             model=tmp_path, prompt_lengths=[2], new_lengths=[2], repeats=1, compare=["transformers"]
         )
         workloads = ["1 x 2+1 tokens", "1 x 1+2 tokens", "1 x 2+2 tokens"]
-        assert said[:6] == [
+        assert said[:10] == [
             "loading",
             "writing a checkpoint for the other programs",
             *(f"warming up: mqa-gpt {workload}" for workload in workloads),
             "loading transformers",
-        ]
-        assert said[-11:-8] == [
-            "warming up: transformers 1 x 2+2 tokens",
+            *(f"warming up: transformers {workload}" for workload in workloads),
             "warming up the measurement of the ceilings",
-            "measuring: round 1 of 1, mqa-gpt 1 x 2+1 tokens",
         ]
-        assert said[-1] == "measuring: round 1 of 1, matmul_tflops"
+        assert said[10] == "measuring: round 1 of 1, mqa-gpt 1 x 2+1 tokens"
+        assert len(said[10:]) == 2 * 3 + 3

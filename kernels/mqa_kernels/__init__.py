@@ -1,11 +1,11 @@
-"""Fused attention for one key/value head shared by many query heads, in Triton.
+"""Fused multi-query attention in Triton, and the other kernels of a decode step.
 
     from mqa_kernels import attention
 
     out = attention(q, k, v)    # q (B, T, H, D); k, v (B, S, G, D)
 
-Beside it what a step of decoding needs: layer norms, projections and the cache's writes, fused for
-few rows. The derivation is in kernels/README.md. Nothing here depends on mqa_gpt.
+For decoding a few rows, layer norms, projections and cache writes are fused too. The derivations
+are in kernels/README.md. Nothing here depends on mqa_gpt.
 """
 
 from mqa_kernels.fused_ops import (

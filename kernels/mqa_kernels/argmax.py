@@ -1,8 +1,8 @@
-"""Greedy decoding's last step: which logit is the largest, without writing any logit.
+"""Greedy decoding's last step: the argmax over the vocabulary, without writing the logits.
 
-Each program of `argmax_kernel` computes BLOCK_N logits of every row as `fused.linear_kernel` does,
-and keeps the best of each row; `choose_kernel` compares those. Value and index travel as one
-integer (`rank`), so that a plain maximum decides ties and NaN too.
+Each program of `argmax_kernel` computes BLOCK_N logits of every row, as `fused.linear_kernel` does,
+and keeps each row's largest; `choose_kernel` reduces those to one. Logit and index are packed into
+one integer (`pack`), so that a plain maximum decides ties and NaN too.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mqa_kernels.fused import columns, load_vector, load_weight, products
-from mqa_kernels.tiles import await_inputs, let_next_start, narrow
+from mqa_kernels.fused import columns, load_vector, load_weight, matmul
+from mqa_kernels.tiles import await_inputs, launch_dependents, round_to
 
 
 @triton.jit
-def rank(x, index):
-    """One int64 that orders by value, NaN above all, and then by lower index.
+def pack(x, index):
+    """One int64 ordered by value, with NaN the largest, and then by lower index.
 
-    The bits of a float32 order like integers, once those below the sign are flipped in negative
-    numbers; both zeros become one.
+    The bits of float32 numbers sort like integers once the bits below the sign are flipped in
+    negative numbers. -0 becomes 0.
     """
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
     key = tl.where(x != x, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
@@ -27,56 +27,61 @@ def rank(x, index):
 
 
 @triton.jit
-def value_and_index(ranked):
-    """The inverse of `rank`."""
-    key = (ranked >> 32).to(tl.int32)
+def unpack(packed):
+    """The value and the index, inverse of `pack`."""
+    key = (packed >> 32).to(tl.int32)
     bits = tl.where(key < 0, key ^ 0x7FFFFFFF, key)
-    return bits.to(tl.float32, bitcast=True), 0x7FFFFFFF - (ranked & 0x7FFFFFFF)
+    return bits.to(tl.float32, bitcast=True), 0x7FFFFFFF - (packed & 0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["num_rows"])
 def argmax_kernel(
-    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale_ptr, best_ptr, eps, R, N,
+    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale_ptr, best_ptr, eps, num_rows, N,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    SHARES: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """The best of each row's BLOCK_N logits, ranked: best (R, programs) int64.
+    """The largest of BLOCK_N logits of each row.
 
-    Logits are rounded to the model's dtype first: what is a tie there must be one here.
-    Grid: (cdiv(N, BLOCK_N),).
+    Grid: (programs,), with programs = cdiv(N, BLOCK_N). Reads x (num_rows, K), weight (N, K), scale
+    (N,), the norm's weight and bias (K,); writes best (num_rows, programs), packed int64. Logits
+    are rounded to the model's dtype first, because what is a tie there must be one here.
     """
-    let_next_start(OVERLAP)
+    launch_dependents(OVERLAP)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = columns(0, SHARES, BLOCK_K)
+    k = columns(0, SPLIT_K, BLOCK_K)
     gain, offset = load_vector(norm_weight_ptr, k, K), load_vector(norm_bias_ptr, k, K)
     scale = load_vector(scale_ptr, n, N, 1.0)  # (BLOCK_N,)
     weight = load_weight(weight_ptr, n, k, N, K)
     await_inputs(OVERLAP)
 
-    logits = products(
+    logits = matmul(
         weight, scale, gain, offset, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr,
-        eps, n, R, N, K, ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, STAGES,
+        eps, n, num_rows, N, K, ROWS, BLOCK_N, SPLIT_K, BLOCK_K, CHUNK, STAGES,
     )  # fmt: skip
-    logits = narrow(logits, x_ptr.dtype.element_ty).to(tl.float32)  # (BLOCK_N, ROWS)
+    logits = round_to(logits, x_ptr.dtype.element_ty).to(tl.float32)  # (BLOCK_N, ROWS)
     lowest = tl.full([1], -(2**63), tl.int64)
-    ranked = tl.where((n < N)[:, None], rank(logits, n[:, None]), lowest)
+    packed = tl.where((n < N)[:, None], pack(logits, n[:, None]), lowest)
     rows = tl.arange(0, ROWS)
-    at = rows * tl.num_programs(0) + tl.program_id(0)
-    tl.store(best_ptr + at, tl.max(ranked, 0), mask=rows < R)
+    offsets = rows * tl.num_programs(0) + tl.program_id(0)
+    tl.store(best_ptr + offsets, tl.max(packed, 0), mask=rows < num_rows)
 
 
 @triton.jit
 def choose_kernel(best_ptr, ids_ptr, values_ptr, parts, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
-    """The best of each row's parts: its index and its value. Grid: (R,)."""
-    let_next_start(OVERLAP)
+    """Reduce each row's candidates to the index and value of the largest.
+
+    Grid: (num_rows,). Reads best (num_rows, parts); writes ids (num_rows,) int64 and values
+    (num_rows,) float32.
+    """
+    launch_dependents(OVERLAP)
     await_inputs(OVERLAP)
     row, lanes = tl.program_id(0), tl.arange(0, BLOCK)
     best = tl.full([BLOCK], -(2**63), tl.int64)
     for first in range(0, parts, BLOCK):
-        at = first + lanes
-        ranked = tl.load(best_ptr + row * parts + at, mask=at < parts, other=-(2**63))
-        best = tl.maximum(best, ranked)
-    value, index = value_and_index(tl.max(best, 0))
+        part = first + lanes
+        packed = tl.load(best_ptr + row * parts + part, mask=part < parts, other=-(2**63))
+        best = tl.maximum(best, packed)
+    value, index = unpack(tl.max(best, 0))
     tl.store(ids_ptr + row, index)
     tl.store(values_ptr + row, value)

@@ -1,29 +1,31 @@
-"""What every launch needs: checked inputs, and facts about the device."""
+"""What every launch needs: argument checks, and properties of the device."""
 
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 from torch import Tensor
 from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)
-MAX_GRID = 65_535  # along a grid's second axis
-MAX_ROWS = 16  # of the fused kernels for few rows
+MAX_GRID = 65_535  # programs along the second and third axis of a CUDA grid
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Of `int8_linear`. In float32, without tensor cores, arithmetic takes longer than reading beyond.
+MAX_ROWS = 16  # B * T rows of the fused kernels
+# Rows of `int8_linear`. In float32, without tensor cores, more rows take longer to multiply than
+# the weights take to read.
 MAX_INT8_ROWS = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}
 
 
 def runs_on(device: torch.device) -> bool:
-    """Whether the kernels run there: on CUDA devices, and under Triton's interpreter anywhere."""
+    """Whether the kernels run on this device: CUDA, or any device under Triton's interpreter."""
     return device.type == "cuda" or INTERPRETED
 
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; a small made-up number for the interpreter."""
+    """Number of streaming multiprocessors; under the interpreter an arbitrary small number."""
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -31,7 +33,7 @@ def multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """Of a GPU, as in its name sm_90; 0 for the interpreter."""
+    """The compute capability as one number, 90 for sm_90; 0 under the interpreter."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)
@@ -39,18 +41,22 @@ def architecture(device: torch.device) -> int:
 
 
 def most_rows(device: torch.device) -> int:
-    """Rows that the fused kernels for few take there: 16, or 8 where a block may have 99 KiB of
-    shared memory, into which not all tiles for 16 fit."""
+    """Largest B * T that the fused kernels take: 16, or 8 on GPUs with only 99 KiB of shared memory
+    per block, where some tiles for 16 rows do not fit."""
     return 8 if architecture(device) in (86, 89, 120, 121) else MAX_ROWS
 
 
-NO_OVERLAP = {"OVERLAP": False}  # launch options of a kernel that starts when all before have ended
+NO_OVERLAP = {"OVERLAP": False}  # launch options of a kernel that starts after all earlier ones
 
 
 def overlap(device: torch.device) -> dict[str, bool]:
-    """Launch options of a kernel that may start before its predecessor ends, where GPUs can do that
-    (programmatic dependent launch, from sm_90 on); such a kernel waits by itself."""
-    if architecture(device) < 90:
+    """Launch options of a kernel that starts before its predecessor ends, and waits for it itself
+    (programmatic dependent launch): from sm_90 on, unless MQA_KERNELS_PDL=0 in the environment.
+    """
+    pdl = os.environ.get("MQA_KERNELS_PDL", "1")
+    if pdl not in ("0", "1"):
+        raise ValueError(f"the environment variable MQA_KERNELS_PDL is {pdl!r}: it must be 0 or 1")
+    if pdl == "0" or architecture(device) < 90:
         return NO_OVERLAP
     return {"OVERLAP": True, "launch_pdl": True}
 
@@ -62,10 +68,11 @@ def check_inputs(
     start: Tensor | None,
     lengths: Tensor | None,
     left_padding: Tensor | None,
+    seed: Tensor | None,
     scale: float,
 ) -> None:
     """Raise ValueError where the kernels would read the wrong memory or compute nonsense."""
-    if not 1e-30 < scale < 1e30:  # in float32 it must neither vanish nor overflow
+    if not 1e-30 < scale < 1e30:  # must neither underflow nor overflow in float32
         raise ValueError(f"scale is {scale}: it must be above 1e-30 and below 1e30")
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(
@@ -76,7 +83,7 @@ def check_inputs(
     G = k.shape[2]
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != D or G == 0 or H % G:
         raise ValueError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: k and v "
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not match: k and v "
             "must be (B, S, G, D) with q's B and D, and G must divide H"
         )
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
@@ -89,59 +96,72 @@ def check_inputs(
     if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
         raise ValueError("q, k and v must be contiguous along D, their last dimension")
     if not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v are on {q.device}, {k.device} and {v.device}: move them")
-    if not runs_on(q.device):
         raise ValueError(
-            f"q is on {q.device}: the kernels run on a CUDA device (or, for tests, on the CPU "
-            "with TRITON_INTERPRET=1)"
+            f"q, k and v are on {q.device}, {k.device} and {v.device}: move them to one device"
         )
+    check_device("q", q)
     if B * G > MAX_GRID:
         raise ValueError(
-            f"{B} rows of {G} key/value heads are {B * G} programs: CUDA starts at most {MAX_GRID} "
-            "along this axis; split the batch"
+            f"B * G is {B * G} ({B} rows, {G} key/value heads): CUDA starts at most {MAX_GRID} "
+            "programs along this axis; split the batch"
         )
-    per_rows = {"start": start, "lengths": lengths, "left_padding": left_padding}
-    for name, per_row in per_rows.items():
-        if per_row is None:
+    per_row = {"start": start, "lengths": lengths, "left_padding": left_padding}
+    for name, tensor in per_row.items():
+        if tensor is None:
             continue
-        if per_row.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"{name} is {per_row.dtype}: it must be int64 or int32")
-        if per_row.shape != (B,) or per_row.stride() != (1,) or per_row.device != q.device:
+        if tensor.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"{name} is {tensor.dtype}: it must be int64 or int32")
+        if tensor.shape != (B,) or tensor.stride() != (1,) or tensor.device != q.device:
             raise ValueError(
-                f"{name} has shape {tuple(per_row.shape)}, strides {per_row.stride()}, and is on "
-                f"{per_row.device}: it must hold one integer per row, ({B},), contiguous, on "
+                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, on "
+                f"{tensor.device}: it must hold one integer per row, ({B},), contiguous, on "
                 f"{q.device}"
             )
+    if seed is not None and (seed.dtype, seed.numel(), seed.device) != (torch.int64, 1, q.device):
+        raise ValueError(
+            f"seed is {seed.dtype} {tuple(seed.shape)} on {seed.device}: it must be one int64 on "
+            f"{q.device}"
+        )
+
+
+def check_device(name: str, x: Tensor) -> None:
+    """ValueError unless the kernels run where x is."""
+    if not runs_on(x.device):
+        raise ValueError(
+            f"{name} is on {x.device}: the kernels run on a CUDA device (or, for tests, on the CPU "
+            "with TRITON_INTERPRET=1)"
+        )
 
 
 def check_rows(
-    x: Tensor, weight: Tensor, weight_scale: Tensor | None, most: int = MAX_ROWS
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    most: dict[torch.dtype, int] | None = None,
 ) -> tuple[int, int]:
-    """K and N of x (R, K) and weight (N, K); ValueError where they do not fit the kernels.
+    """K and N of x (rows, K) and weight (N, K), or ValueError.
 
-    The weight is of x's dtype, or of int8 with a scale (N,) float32. R is at most `most`.
+    The weight has x's dtype, or is int8 with a float32 scale (N,). There are at most `most` rows,
+    by dtype; MAX_ROWS if None.
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}: x must be (R, K) and "
-            "weight (N, K)"
-        )
-    if not 1 <= len(x) <= most:
-        raise ValueError(
-            f"x has {len(x)} rows: these kernels take 1 to {most}; use the modules for more"
+            f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}: x must be (rows, K) "
+            "and weight (N, K)"
         )
     if x.dtype not in DTYPES:
         raise ValueError(f"x is {x.dtype}: the kernels take float32, bfloat16 or float16")
-    if not runs_on(x.device):
+    limit = MAX_ROWS if most is None else most[x.dtype]
+    if not 1 <= len(x) <= limit:
         raise ValueError(
-            f"x is on {x.device}: the kernels run on a CUDA device (or, for tests, on the CPU "
-            "with TRITON_INTERPRET=1)"
+            f"x has {len(x)} rows: these kernels take 1 to {limit}; use the modules for more"
         )
+    check_device("x", x)
     if (weight.dtype == torch.int8) != (weight_scale is not None):
         raise ValueError(
             f"weight is {weight.dtype} and weight_scale "
-            f"{None if weight_scale is None else weight_scale.dtype}: an int8 weight needs its "
-            "rows' scales, and no other weight takes any"
+            f"{None if weight_scale is None else weight_scale.dtype}: an int8 weight needs "
+            "weight_scale, one float32 per row, and no other weight takes one"
         )
     check_all(x, {"x": (x, tuple(x.shape))})
     check_all(
@@ -158,7 +178,8 @@ def check_all(
     expected: dict[str, tuple[Tensor | None, tuple[int, ...]]],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """ValueError unless each tensor is None or has its shape, x's device, and x's or this dtype."""
+    """ValueError unless each tensor is None, or contiguous with this shape and `dtype` (x's if
+    None), on x's device and without a gradient."""
     dtype = dtype or x.dtype
     for name, (tensor, shape) in expected.items():
         if tensor is None:
@@ -172,6 +193,6 @@ def check_all(
             raise ValueError(f"{name} has strides {tensor.stride()}: it must be contiguous")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f"{name} needs a gradient, which these kernels do not have: call them under "
+                f"{name} requires a gradient, and these kernels have no backward: call them under "
                 "torch.inference_mode() or torch.no_grad()"
             )

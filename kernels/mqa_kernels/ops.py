@@ -1,4 +1,4 @@
-"""The public function, and its registration with PyTorch's dispatcher and autograd."""
+"""`attention`, and its registration as a PyTorch operator with a gradient."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of H query heads over G shared key/value heads, fused and differentiable.
 
-    Query t of row b stands at position start[b] + t and sees the slots up to it. Slots behind a
-    row's last query, NaN included, have no influence. Softmax and sums are float32.
+    Query t of row b is at position start[b] + t and sees the slots up to that position. Slots after
+    a row's last query are not read; they may hold NaN. Scores, softmax and sums are float32.
 
     Args:
         q: (B, T, H, D) in float32, bfloat16 or float16, D from 1 to 256.
-        k, v: (B, S, G, D), G dividing H (1 in multi-query attention). All three may be views, such
+        k, v: (B, S, G, D), G dividing H (1 in multi-query attention). q, k and v may be views, such
             as parts of one projection's output, as long as D is contiguous.
-        start: position of the first new token: one int, or (B,) integers, read on the device.
-        scale: what the scores are multiplied by, from 1e-30 to 1e30; D^-0.5 if None.
-        dropout_p: share of the probabilities that is dropped, the others being scaled up.
-        lengths: (B,) integers: how many of its T tokens each row really has; None for all. What is
-            beyond is not computed: its output is zero and it has no gradient.
-        left_padding: (B,) integers: how many of each row's first slots are padding, which nobody
-            sees; None for none. Positions count them: `start` is a slot as ever. A query that
-            stands there itself sees nothing: its output is zero.
-        seed: one int64 number on the device that decides what is dropped; drawn from PyTorch's
-            generator if None.
-        return_lse: also return the log-sum-exp of each query's scores.
+        start: position of the first new token: an int, or (B,) integers, read on the device.
+        scale: factor of the scores, between 1e-30 and 1e30; D^-0.5 if None.
+        dropout_p: share of the probabilities to drop; the others are scaled by 1 / (1 - dropout_p).
+        lengths: (B,) integers: how many of the T tokens are valid in each row; all if None. The
+            others are not computed: their output and gradients are zero.
+        left_padding: (B,) integers: how many of each row's first slots are padding, which no query
+            sees; 0 if None. `start` still counts all slots. A query that is itself padding sees
+            nothing: its output is zero.
+        seed: (1,) int64 on the device, decides what is dropped; drawn from PyTorch's generator if
+            None.
+        return_lse: also return the natural log-sum-exp of each query's scores.
 
     Returns:
         (B, T, H, D) in q's dtype; with `return_lse` also (B, T, H) float32, which has no gradient.
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides do not fit, or there is no GPU (nor Triton's
-            interpreter) to run on.
+        ValueError: shapes, dtypes, devices or strides do not match, or there is neither a GPU nor
+            Triton's interpreter to run on.
     """
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}: it must be at least 0 and below 1")

@@ -1,8 +1,7 @@
-"""The kernels' formulas in plain PyTorch, for reading and for checking them one by one.
+"""The kernels' formulas in plain PyTorch: slow, obvious, and what the tests compare with.
 
-Attention itself has its reference in `mqa_gpt.attention`; here is what the kernels compute besides,
-and at the end what a step of decoding fuses. Shapes as there, with R = H / G query heads of a
-group; everything is in the dtype of the arguments, so float64 arguments give a float64 answer.
+Attention itself has its reference in `mqa_gpt.attention`. Everything is computed in the arguments'
+dtype, so float64 arguments give a float64 answer. Dimensions as in `forward.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from torch import Tensor
 
 
 def scores_of(q: Tensor, k: Tensor, start: int | Tensor, scale: float) -> Tensor:
-    """Scaled scores (B, T, H, S); -inf where a query does not see the slot."""
+    """Scaled scores (B, T, H, S) of q (B, T, H, D) and k (B, S, G, D); -inf where masked."""
     B, T, H, D = q.shape
     S, G = k.shape[1], k.shape[2]
-    scores = torch.einsum("btgrd,bsgd->btgrs", q.reshape(B, T, G, H // G, D), k) * scale
+    scores = torch.einsum("btghd,bsgd->btghs", q.reshape(B, T, G, H // G, D), k) * scale
     starts = torch.as_tensor(start, device=q.device).expand(B)
     positions = starts[:, None] + torch.arange(T, device=q.device)  # (B, T)
     hidden = torch.arange(S, device=q.device) > positions[:, :, None]  # (B, T, S)
@@ -24,45 +23,33 @@ def scores_of(q: Tensor, k: Tensor, start: int | Tensor, scale: float) -> Tensor
 
 
 def log_sum_exp(q: Tensor, k: Tensor, start: int | Tensor, scale: float) -> Tensor:
-    """The log-sum-exp of every query's scores, (B, T, H)."""
+    """The natural log-sum-exp of each query's scores, (B, T, H)."""
     return scores_of(q, k, start, scale).logsumexp(-1)
-
-
-def combine(parts: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
-    """Join attention over disjoint shares of the keys.
-
-    Args:
-        parts: (N, B, T, H, D), the attention over each of N shares by itself.
-        lses: (N, B, T, H), its log-sum-exp; -inf for a share in which the query sees nothing.
-
-    Returns:
-        The attention over all keys, (B, T, H, D), and its log-sum-exp, (B, T, H).
-    """
-    lse = lses.logsumexp(0)  # (B, T, H)
-    weights = (lses - lse).exp()  # (N, B, T, H); they sum to 1
-    return (parts * weights[..., None]).sum(0), lse
 
 
 def attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, start: int | Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq (B, T, H, D), dk and dv (B, S, G, D), by the formulas at the top of `backward.py`."""
+    """dq (B, T, H, D), dk and dv (B, S, G, D), by the formulas at the top of `backward.py`.
+
+    do and out are (B, T, H, D), v is (B, S, G, D).
+    """
     B, T, H, D = q.shape
     S, G = k.shape[1], k.shape[2]
     scores = scores_of(q, k, start, scale)  # (B, T, H, S)
     P = (scores - scores.logsumexp(-1, keepdim=True)).exp().view(B, T, G, H // G, S)
-    grouped_q, grouped_do = q.reshape(B, T, G, H // G, D), do.reshape(B, T, G, H // G, D)
-    dP = torch.einsum("btgrd,bsgd->btgrs", grouped_do, v)
-    delta = (do * out).sum(-1).view(B, T, G, H // G, 1)
-    dS = P * (dP - delta)  # (B, T, G, R, S)
-    dq = torch.einsum("btgrs,bsgd->btgrd", dS, k).reshape(B, T, H, D) * scale
-    dk = torch.einsum("btgrs,btgrd->bsgd", dS, grouped_q) * scale  # sums over the group's heads
-    dv = torch.einsum("btgrs,btgrd->bsgd", P, grouped_do)
+    q, do = (x.reshape(B, T, G, H // G, D) for x in (q, do))
+    dP = torch.einsum("btghd,bsgd->btghs", do, v)
+    delta = (do * out.view(do.shape)).sum(-1, keepdim=True)  # (B, T, G, H/G, 1)
+    dS = P * (dP - delta)  # (B, T, G, H/G, S)
+    dq = torch.einsum("btghs,bsgd->btghd", dS, k).reshape(B, T, H, D) * scale
+    dk = torch.einsum("btghs,btghd->bsgd", dS, q) * scale  # sums over the group's heads
+    dv = torch.einsum("btghs,btghd->bsgd", P, do)
     return dq, dk, dv
 
 
 def dequantized(weight: Tensor, weight_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What an int8 weight (N, K) and its rows' scales (N,) stand for; a weight without them."""
+    """An int8 weight (N, K) times its rows' scales (N,), in `dtype`; unchanged without scales."""
     return weight if weight_scale is None else (weight * weight_scale[:, None]).to(dtype)
 
 
@@ -76,14 +63,14 @@ def norm_linear(
     activation: str = "none",
     weight_scale: Tensor | None = None,
 ) -> Tensor:
-    """activation(layer_norm(x (R, C)) @ weight.T + bias), (R, N)."""
+    """activation(layer_norm(x (rows, C)) @ weight.T + bias): (rows, N)."""
     x = F.layer_norm(x, x.shape[1:], norm_weight, norm_bias, eps)
     x = F.linear(x, dequantized(weight, weight_scale, x.dtype), bias)
-    if activation == "relu":
-        return F.relu(x)
     if activation == "none":
         return x
-    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate={"gelu": "none", "gelu_tanh": "tanh"}[activation])
 
 
 def norm_argmax(
@@ -94,10 +81,10 @@ def norm_argmax(
     weight: Tensor,
     weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The largest of each row's logits: its index (R,), the lowest among equals, and itself."""
+    """The argmax of each row's logits (rows,), the lowest index in a tie, and the logit (rows,)."""
     logits = norm_linear(
         x, norm_weight, norm_bias, eps, weight, weight_scale=weight_scale
-    )  # (R, V)
+    )  # (rows, V)
     return logits.argmax(-1), logits.amax(-1)
 
 
@@ -108,7 +95,7 @@ def linear_residual(
     residual: Tensor,
     weight_scale: Tensor | None = None,
 ) -> Tensor:
-    """x (R, K) @ weight.T + bias + residual, (R, N)."""
+    """x (rows, K) @ weight.T + bias + residual: (rows, N)."""
     return F.linear(x, dequantized(weight, weight_scale, x.dtype), bias) + residual
 
 
@@ -125,11 +112,11 @@ def norm_qkv_to_cache(
 ) -> Tensor:
     """q (B, T, H, D) of layer_norm(x (B * T, C)); K and V go to slots (B, max_length, G, 2D)."""
     B, max_length, G, D = *slots.shape[:3], slots.shape[3] // 2
-    T, R = len(x) // B, x.shape[1] // (G * D)
+    T, H = len(x) // B, x.shape[1] // D
     qkv = norm_linear(x, norm_weight, norm_bias, eps, weight, bias, "none", weight_scale)
-    qkv = qkv.view(B, T, G, (R + 2) * D)  # of each key/value head its queries, K and V
+    q, kv = qkv.view(B, T, G, -1).split([H // G * D, 2 * D], dim=-1)
     for b, length in enumerate(lengths.tolist()):
         for t in range(T):
             if 0 <= length + t < max_length:
-                slots[b, length + t] = qkv[b, t, :, R * D :]
-    return qkv[..., : R * D].reshape(B, T, G * R, D)
+                slots[b, length + t] = kv[b, t]
+    return q.reshape(B, T, H, D)

@@ -1,4 +1,5 @@
-"""What the kernels share: starting early, folded rows, loads at the edges, products, dropout."""
+"""Device functions that the kernels share: early launch, folded rows, masked loads, products,
+dropout. Dimensions as in `forward.py`."""
 
 from __future__ import annotations
 
@@ -9,23 +10,24 @@ from mqa_kernels import launch
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
-# The interpreter gets two things wrong about bfloat16, and no others: products, and rounding, which
-# it does towards zero.
+# Triton's interpreter gets bfloat16 wrong in two places: it rounds towards zero, and `tl.dot`
+# returns garbage. `round_to` and `dot` work around both.
 INTERPRETED: tl.constexpr = tl.constexpr(launch.INTERPRETED)
 
 
 @triton.jit
-def let_next_start(OVERLAP: tl.constexpr):
-    """Allow the next kernel's programs onto the device once all of this one's are there."""
+def launch_dependents(OVERLAP: tl.constexpr):
+    """Let the next kernel start as soon as all programs of this one have started."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def await_inputs(OVERLAP: tl.constexpr):
-    """Wait until all that earlier kernels write is written: x, residual, cache and lengths.
+    """Wait until all earlier kernels have ended and their writes are visible.
 
-    Only weights may be read before. Nothing may be written before, as others may still read it.
+    Before it, a kernel may read weights only, and must not write: earlier kernels may still be
+    reading or writing everything else.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
@@ -33,15 +35,15 @@ def await_inputs(OVERLAP: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b, summed in float32; float32 operands keep all their bits (no TF32)."""
+    """acc + a @ b with float32 accumulation; float32 operands are not rounded to TF32."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
-def narrow(x, dtype: tl.constexpr):
-    """Round float32 to a dtype, to the nearest and ties to even."""
+def round_to(x, dtype: tl.constexpr):
+    """Convert float32 to `dtype`, rounding to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -51,17 +53,17 @@ def narrow(x, dtype: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    pointers, inside, channels, D: tl.constexpr, PADDED_D: tl.constexpr, EDGE: tl.constexpr
+    pointers, row_mask, channels, D: tl.constexpr, PADDED_D: tl.constexpr, MASKED: tl.constexpr
 ):
-    """A tile (rows, PADDED_D); what is not `inside`, or beyond D, is zero, whatever lies there.
+    """A tile (rows, PADDED_D); zero where `row_mask` is false and beyond D, whatever is in memory.
 
-    With EDGE false all rows are known to be inside.
+    With MASKED false all rows are known to be valid, and `row_mask` is ignored.
     """
-    if EDGE:
+    if MASKED:
         if D == PADDED_D:
-            tile = tl.load(pointers, mask=inside[:, None], other=0.0)
+            tile = tl.load(pointers, mask=row_mask[:, None], other=0.0)
         else:
-            tile = tl.load(pointers, mask=inside[:, None] & (channels[None, :] < D), other=0.0)
+            tile = tl.load(pointers, mask=row_mask[:, None] & (channels[None, :] < D), other=0.0)
     else:
         if D == PADDED_D:
             tile = tl.load(pointers)
@@ -71,16 +73,24 @@ def load_rows(
 
 
 @triton.jit
-def row_offsets(rows, channels, stride_t, stride_h, R: tl.constexpr):
-    """Offsets (M, PADDED_D) of folded rows, row = t * R + h, from row 0 of their group."""
-    at = (rows // R).to(tl.int64) * stride_t + (rows % R).to(tl.int64) * stride_h
-    return at[:, None] + channels[None, :]
+def row_offsets(rows, channels, stride_t, stride_h, HEADS: tl.constexpr):
+    """Offsets (M, PADDED_D) of folded rows, row = t * HEADS + h, from row 0 of their group."""
+    offsets = (rows // HEADS).to(tl.int64) * stride_t + (rows % HEADS).to(tl.int64) * stride_h
+    return offsets[:, None] + channels[None, :]
 
 
 @triton.jit
 def group_offset(b, g, stride_b, stride_g):
     """Offset of group g in row b of the batch."""
     return b.to(tl.int64) * stride_b + g.to(tl.int64) * stride_g
+
+
+@triton.jit
+def slot_pointer(ptr, b, slot, g, stride_b, stride_s, stride_g):
+    """Address of one slot's key or value in group g of row b."""
+    return (
+        ptr + b.to(tl.int64) * stride_b + g.to(tl.int64) * stride_g + slot.to(tl.int64) * stride_s
+    )
 
 
 @triton.jit
@@ -94,7 +104,7 @@ def first_position(start_ptr, offset, b):
 
 
 @triton.jit
-def count_of_padding(left_ptr, b):
+def left_padding_of(left_ptr, b):
     """How many of row b's first slots are padding."""
     if left_ptr is None:
         left = tl.full((), 0, tl.int32)
@@ -104,8 +114,8 @@ def count_of_padding(left_ptr, b):
 
 
 @triton.jit
-def count_of_new(lengths_ptr, T, b):
-    """How many of row b's T new tokens are real."""
+def new_tokens_of(lengths_ptr, T, b):
+    """How many of row b's T new tokens are valid."""
     if lengths_ptr is None:
         new = T
     else:
@@ -114,8 +124,21 @@ def count_of_new(lengths_ptr, T, b):
 
 
 @triton.jit
+def visible_keys(tile, start, new, size, M: tl.constexpr, HEADS: tl.constexpr):
+    """Two bounds of the causal mask for a tile of M rows: every row of it sees the keys below the
+    first, and no row sees any key from the second on. Keys count from the end of the padding.
+
+    A query that is padding has a negative position and sees nothing.
+    """
+    first_t = tile * M // HEADS
+    last_t = tl.minimum((tile * M + M - 1) // HEADS, new - 1)
+    end = tl.where(first_t < new, tl.maximum(tl.minimum(start + last_t + 1, size), 0), 0)
+    return tl.maximum(tl.minimum(start + first_t + 1, end), 0), end
+
+
+@triton.jit
 def load_seed(seed_ptr):
-    """The seed of dropout, 0 where there is none."""
+    """The dropout seed, or 0 without dropout."""
     if seed_ptr is None:
         seed = 0
     else:
@@ -124,14 +147,14 @@ def load_seed(seed_ptr):
 
 
 @triton.jit
-def dropout_keeps(seed, b, g, rows, keys, dropout_p, G: tl.constexpr, R: tl.constexpr):
-    """Which probabilities of folded rows (M, 1) and keys (1, N), or (1, M) and (N, 1), are kept.
+def dropout_keeps(seed, b, g, rows, keys, dropout_p, G: tl.constexpr, HEADS: tl.constexpr):
+    """Which probabilities are kept, for rows (M, 1) and keys (1, N), or (1, M) and (N, 1).
 
-    A function of seed, row of the batch, head, query and key alone, so that forward and backward
-    agree whatever their tiles are.
+    Depends only on the seed, row of the batch, head, query and key, so that forward and backward
+    agree whatever their tile sizes are.
     """
     zero = (rows + keys) * 0
-    batch_head = zero + b * (G * R) + g * R + rows % R
-    query = zero + rows // R
+    batch_head = zero + b * (G * HEADS) + g * HEADS + rows % HEADS
+    query = zero + rows // HEADS
     bits, _, _, _ = tl.philox(seed, zero + keys, query, batch_head, zero)
     return tl.random.uint_to_uniform_float(bits) >= dropout_p

@@ -1,7 +1,7 @@
 """Tile sizes and launch settings, by shape and dtype.
 
-In all that `make check-kernels` compiles none spills registers, and all fit into shared memory, on
-every supported GPU.
+`make check-kernels` compiles them for every supported GPU and verifies that none spills registers
+or exceeds shared memory. Which of those that fit is the fastest has not been measured on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 
 
 class Tiles(NamedTuple):
-    """M folded rows against N keys, and how the compiler is to schedule them."""
+    """M folded rows by N keys, with the number of warps and of pipeline stages."""
 
     M: int
     N: int
@@ -24,9 +24,9 @@ class Tiles(NamedTuple):
 
 @functools.cache
 def forward_tiles(dtype: torch.dtype, D: int, rows: int, dropout: bool = False) -> Tiles:
-    """Tiles of the forward kernel for `rows` = T * H / G folded rows.
+    """Tiles of `forward_kernel` for `rows` = T * H / G folded rows per group.
 
-    Here and below, dropout takes smaller tiles: its random numbers need many registers.
+    Here and below, dropout has smaller tiles because its random numbers take many registers.
     """
     if dtype == torch.float32:  # no tensor cores: small tiles that stay in registers
         if D <= 64 and rows > 16:
@@ -43,7 +43,7 @@ def forward_tiles(dtype: torch.dtype, D: int, rows: int, dropout: bool = False) 
 
 @functools.cache
 def query_tiles(dtype: torch.dtype, D: int, dropout: bool = False) -> Tiles:
-    """Tiles of the kernel for dQ."""
+    """Tiles of `dq_kernel`."""
     if dtype == torch.float32:
         if D <= 64:
             return Tiles(32, 32, 8, 1)
@@ -55,9 +55,9 @@ def query_tiles(dtype: torch.dtype, D: int, dropout: bool = False) -> Tiles:
 
 @functools.cache
 def key_tiles(dtype: torch.dtype, D: int, dropout: bool = False, architecture: int = 90) -> Tiles:
-    """Tiles of the kernel for dK and dV on a GPU of this architecture.
+    """Tiles of `dkv_kernel` on a GPU of this architecture.
 
-    The keys are the large side of its first products, which the warps divide among them by 16.
+    N is the larger side: Triton splits the key rows of its products among the warps, 16 to each.
     """
     if dtype == torch.float32:
         return Tiles(16 if D > 128 else 32, 16 if 64 < D <= 128 else 32, 8, 1)
@@ -65,32 +65,33 @@ def key_tiles(dtype: torch.dtype, D: int, dropout: bool = False, architecture: i
         return Tiles(16, 32 if dropout else 64, 8, 2)
     if D <= 64:
         return Tiles(32, 64, 4, 2 if dropout or D < 32 else 3)
-    if 90 <= architecture < 120:  # sm_90 and sm_100, with the most shared memory
+    if 90 <= architecture < 120:  # sm_90 and sm_100 have the most shared memory
         return Tiles(32, 128, 8, 2 if dropout else 3)
     return Tiles(32, 64, 8 if dropout else 4, 2)
 
 
 def split_count(programs: int, size: int, block: int, multiprocessors: int) -> int:
-    """How many shares to split a loop over `size` in steps of `block` into, so that a launch of
-    `programs` fills the device about twice.
+    """num_splits of a loop over `size` in steps of `block`, such that a launch of `programs` has
+    about two programs per multiprocessor.
 
-    A share has at least four steps: below that, joining them costs more than it wins.
+    At most 64 splits of at least four steps each: shorter ones are assumed not to be worth the
+    combining (not measured).
     """
     wanted = 2 * multiprocessors // programs
     return max(1, min(wanted, size // (4 * block), 64))
 
 
-def combine_warps(D: int, splits: int) -> int:
-    """Warps for joining `splits` parts of D channels."""
-    return 4 if D * splits >= 2048 else 1
+def combine_warps(D: int, num_splits: int) -> int:
+    """Warps that combine num_splits partial outputs of D channels."""
+    return 4 if D * num_splits >= 2048 else 1
 
 
 class LinearTiles(NamedTuple):
-    """BLOCK_N outputs of ROWS rows, by SHARES * BLOCK_K columns at a time (see `fused.py`)."""
+    """BLOCK_N outputs of ROWS rows, SPLIT_K * BLOCK_K columns at a time (see `fused.py`)."""
 
     ROWS: int
     BLOCK_N: int
-    SHARES: int
+    SPLIT_K: int
     BLOCK_K: int
     CHUNK: int
     STAGES: int
@@ -99,56 +100,54 @@ class LinearTiles(NamedTuple):
 
 
 @functools.cache
-def linear_tiles(dtype: torch.dtype, R: int, N: int, K: int, int8: bool = False) -> LinearTiles:
-    """Tiles of a product of R rows with a weight (N, K), for 8 warps; above 16 rows of int8 only.
+def linear_tiles(dtype: torch.dtype, rows: int, N: int, K: int, int8: bool = False) -> LinearTiles:
+    """Tiles of the product of `rows` rows with a weight (N, K), for 8 warps; more than 16 rows are
+    for int8 only.
 
-    Each program normalises all rows for itself, so a large BLOCK_N saves work where there are
-    several rows; but there must be about as many programs as a GPU has multiprocessors. That leaves
-    at least 128 programs for N from 2048 on, so K is not split among programs: whoever joins them
-    would have to wait once more. One row with K up to 2048 is read in a single step, which is all
-    under way before x is there.
-
-    Rows of fewer than 1024 columns meet tiles of 32 at most: with 64 some compilers spill.
-
-    The smallest tiles need fewer than 128 registers, with which two programs fit a multiprocessor.
-    The limit says so to the compiler, which would else spill to make room for a third.
-
-    8-bit weights are converted, each by one warp. Triton gives a warp whole shares, so there is one
-    for each. Several rows meet them in steps of 16 KiB, at least four of them along K, and in tiles
-    of 32 at most: with 64 some compilers spill. More than 16 rows of x, which every program reads
-    from the L2 cache, are more bytes than the weights, so there a tile is 32 wide even if there are
-    few programs, and its steps are of 8 KiB, which leaves room for x in shared memory.
+    - Every program normalizes all rows, so with several rows a large BLOCK_N saves work; but there
+      must be about as many programs as multiprocessors. From N = 2048 on there are at least 128, so
+      K is not split across programs: combining would need another kernel.
+    - One row with K up to 2048 is a single step, all of it in flight before x is ready.
+    - BLOCK_N is at most 32 where K is below 1024 or the weights are int8: with 64, some compiler
+      versions spill.
+    - Tiles with BLOCK_N = 16 fit in 128 registers, so that two programs fit on a multiprocessor.
+      Without the explicit limit the compiler spills to make room for a third.
+    - int8 weights have to be converted, each by one warp only. Triton gives each warp whole parts
+      of K, hence SPLIT_K = 8. With several rows a step is 16 KiB of weights, and there are at least
+      four along K.
+    - Above 16 rows, x, which every program reads from the L2 cache, is more bytes than the weights.
+      Hence BLOCK_N = 32 even with few programs, and steps of 8 KiB, so that x fits beside them.
     """
-    ROWS = 1 if R == 1 else max(8, triton.next_power_of_2(R))
-    BLOCK_N = 16 if R == 1 or N < 4096 else 32 if N < 8192 or K < 1024 or int8 else 64
-    if R > 16:
+    ROWS = 1 if rows == 1 else max(8, triton.next_power_of_2(rows))
+    BLOCK_N = 16 if rows == 1 or N < 4096 else 32 if N < 8192 or K < 1024 or int8 else 64
+    if rows > 16:
         BLOCK_N = 32
     if int8 and dtype == torch.float32:
         BLOCK_N = 16
-    SHARES = 128 // BLOCK_N
+    SPLIT_K = 128 // BLOCK_N
     if dtype == torch.float32:  # no tensor cores: a thread holds a whole BLOCK_K of its rows
-        BLOCK_K = {1: 64, 8: 32, 16: 16}[ROWS] if int8 else 32 if R == 1 else 16
-    elif R == 1:
+        BLOCK_K = {1: 64, 8: 32, 16: 16}[ROWS] if int8 else 32 if rows == 1 else 16
+    elif rows == 1:
         BLOCK_K = 256 if K <= 2048 else 128
     elif int8:
-        SHARES = 8
-        step = 2048 if R <= 16 else 1024  # weights of a share
-        BLOCK_K = min(step // BLOCK_N, triton.next_power_of_2(triton.cdiv(K, 4 * SHARES)))
+        SPLIT_K = 8
+        step = 2048 if rows <= 16 else 1024  # weights per part
+        BLOCK_K = min(step // BLOCK_N, triton.next_power_of_2(triton.cdiv(K, 4 * SPLIT_K)))
     else:
         BLOCK_K = 64
-    BLOCK_K = min(BLOCK_K, triton.next_power_of_2(triton.cdiv(K, SHARES)))
-    # What fills a tensor core's registers.
+    BLOCK_K = min(BLOCK_K, triton.next_power_of_2(triton.cdiv(K, SPLIT_K)))
+    # The least that fills one tensor-core instruction.
     BLOCK_K = max(BLOCK_K, 32 if int8 and dtype != torch.float32 else 16)
     CHUNK = min(triton.next_power_of_2(K), 4096 // ROWS)
-    STAGES = 3 if BLOCK_K >= 128 or (int8 and (R == 1 or R > 8)) else 4
+    STAGES = 3 if BLOCK_K >= 128 or (int8 and (rows == 1 or rows > 8)) else 4
     maxnreg = None
     if int8 and BLOCK_N == 32:
-        maxnreg = 168  # else some compilers spill to keep to 80 or 128
-    elif BLOCK_N == 16 and not int8 and (R == 1 or dtype != torch.float32):
+        maxnreg = 168  # without it, some compiler versions spill to stay at 80 or 128
+    elif BLOCK_N == 16 and not int8 and (rows == 1 or dtype != torch.float32):
         maxnreg = 128
-    return LinearTiles(ROWS, BLOCK_N, SHARES, BLOCK_K, CHUNK, STAGES, 8, maxnreg)
+    return LinearTiles(ROWS, BLOCK_N, SPLIT_K, BLOCK_K, CHUNK, STAGES, 8, maxnreg)
 
 
 def choose_block(parts: int) -> int:
-    """How many of `parts` candidates to look at together."""
+    """How many of `parts` candidates `choose_kernel` reduces at a time."""
     return min(triton.next_power_of_2(parts), 4096)

@@ -1,1 +1,1 @@
-"""Measuring: speed beside the machine's limits and beside other programs."""
+"""Measuring speed, against the machine's limits and against other programs."""

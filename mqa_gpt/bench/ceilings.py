@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mqa_gpt.bench.timing import take_turns
 from mqa_gpt.fast.int8 import Int8Linear
 from mqa_gpt.fast.packing import can_pack, pack
 
@@ -106,3 +107,11 @@ def reached(limits: Mapping[str, Probe], seconds: Mapping[Any, list[float]]) -> 
     return Ceilings(
         **{name: probe.amount / statistics.median(seconds[name]) for name, probe in limits.items()}
     )
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, repeats: int) -> Ceilings:
+    """The ceilings by themselves, after a warm-up."""
+    limits = probes(device, dtype)
+    actions = {name: probe.run for name, probe in limits.items()}
+    take_turns(actions, 1, "warming up the ceilings")
+    return reached(limits, take_turns(actions, repeats, "ceilings"))

@@ -66,7 +66,7 @@ def ours(model: GPT) -> Program:
 
 
 @contextmanager
-def temporary_folder(parent: str | None = None) -> Iterator[Path]:
+def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
     """A folder in `parent`, or where temporary files go, deleted even if SIGTERM ends the process.
 
     Checkpoints in it take gigabytes, which nothing else would delete.

@@ -21,11 +21,11 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from os import PathLike
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +34,7 @@ from mqa_gpt.bench.ceilings import PROBE_BYTES, Ceilings, probes, reached
 from mqa_gpt.bench.counts import decode_bytes, prefill_flops, weight_bytes
 from mqa_gpt.bench.peers import OURS, PEERS, Program, ours, require_peers, temporary_folder
 from mqa_gpt.bench.report import BenchReport, Result
+from mqa_gpt.bench.timing import take_turns
 from mqa_gpt.cache import cache_bytes
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.load import (
@@ -52,8 +53,6 @@ from mqa_gpt.fast.packing import can_pack, pack, packing_bytes
 from mqa_gpt.machine import available_memory, command_line, describe, peak_memory
 from mqa_gpt.model import GPT
 from mqa_gpt.progress import status
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 class Workload(NamedTuple):
@@ -84,34 +83,6 @@ class Test(NamedTuple):
     minus: Workload | None = None
     decode: range = range(0)
     is_prefill: bool = False
-
-
-def take_turns(
-    actions: Mapping[Key, Callable[[], object]],
-    repeats: int,
-    label: str,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[Key, list[float]]:
-    """Run all actions in turn, `repeats` times, and return the seconds of each.
-
-    Taking turns gives every action the same share of a noisy machine's good and bad moments.
-
-    Args:
-        actions: key -> what to time. An action that returns a float has timed itself.
-        label: what the status line calls the measurement.
-        clock: the time in seconds.
-    """
-    seconds: dict[Key, list[float]] = {key: [] for key in actions}
-    with status() as say:
-        for repeat in range(1, repeats + 1):
-            for key, action in actions.items():
-                name = " ".join(map(str, key)) if isinstance(key, tuple) else key
-                say(f"{label}: round {repeat} of {repeats}, {name}")
-                begin = clock()
-                measured = action()
-                elapsed = clock() - begin
-                seconds[key].append(measured if isinstance(measured, float) else elapsed)
-    return seconds
 
 
 def benchmark(

@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint folder: what they hold, from their headers alone, and why not.
+"""The files of a checkpoint folder: which tensors they hold, from their headers, or what is wrong.
 
 Only JSON and safetensors are ever opened, neither of which can run code, and no name that a file
 contains becomes a path outside its folder.
@@ -7,10 +7,13 @@ contains becomes a path outside its folder.
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
+import struct
+import weakref
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -20,14 +23,115 @@ from safetensors import SafetensorError, safe_open
 
 from mqa_gpt.errors import CheckpointError, InputError, shown
 
+CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# As much as safetensors allows a header; the index of the largest models is a hundredth of it.
-MAX_JSON_BYTES = 100_000_000
+# The name of the folder, inside the one that is saved to, with a complete set of written files that
+# are being moved into place.
+WRITTEN = ".saving-"
 
-# A plain file name: it stays in its folder, fits every file system and prints as it is.
+# Far above what any checkpoint needs (an index of the family's largest has 60 kB). Python's objects
+# take up to 30 times the bytes of their JSON.
+MAX_JSON_BYTES = 1_000_000
+MAX_HEADER_BYTES = 10_000_000  # of an index or a safetensors header, which name every tensor
+
+# A plain file name: it stays in its folder, fits every file system and is safe to print.
 SHARD_NAME = re.compile(r"[\w .+@-]{1,200}\.safetensors", re.ASCII)
+
+# What converters list in an index without storing it: a tied head, and old versions' mask buffers.
+MASK_BUFFER = r"(transformer\.)?h\.\d+\.attn\.(masked_)?bias"
+OPTIONAL = re.compile(rf"{MASK_BUFFER}|lm_head\.weight")
+
+
+class Version(NamedTuple):
+    """What tells a file from one that was written in its place."""
+
+    st_dev: int
+    st_ino: int
+    st_size: int
+    st_mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Version:
+        """The version that `os.stat` describes."""
+        return cls(*(getattr(status, name) for name in cls._fields))
+
+
+def versions(folder: Path, names: Sequence[str]) -> list[Version | None]:
+    """The versions of files in a folder, None for those that are not there.
+
+    Equal before and after others were opened, they say that no saving came between: it replaces
+    these files too.
+    """
+    found: list[Version | None] = []
+    for name in names:
+        try:
+            found.append(Version.of((folder / name).stat()))
+        except OSError:
+            found.append(None)
+    return found
+
+
+class WeightFile:
+    """A safetensors file that is opened once and stays the same if its path is replaced.
+
+    It is closed when nothing refers to it any more.
+
+    Attributes:
+        path: where it was, for messages.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        weakref.finalize(self, os.close, self._descriptor)
+        self._version = self._stat()
+
+    @contextmanager
+    def opened(self) -> Iterator[Any]:
+        """The file mapped into memory by safetensors, until the context ends.
+
+        Raises:
+            CheckpointError: it is damaged, or was overwritten since it was opened.
+        """
+        # Mapped through the descriptor, because the path may have become another file's. Systems
+        # without /proc or /dev/fd do not replace files that are open.
+        numbered = (f"{folder}/{self._descriptor}" for folder in ("/proc/self/fd", "/dev/fd"))
+        file = next(filter(os.path.exists, numbered), self.path)
+        try:
+            with safe_open(file, framework="pt") as handle:
+                yield handle
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(_diagnose(self.path, error)) from None
+        if self._stat() != self._version:
+            raise CheckpointError(
+                f"{self.path} was overwritten while it was read: load it again when it is complete"
+            )
+
+    def header(self) -> list[StoredTensor]:
+        """The tensors that the file holds, sorted by name."""
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        start = os.read(self._descriptor, 8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if MAX_HEADER_BYTES < length < self._version.st_size:
+            reason = f"its header of {length:,} bytes is longer than {MAX_HEADER_BYTES:,}"
+            raise CheckpointError(_diagnose(self.path, ValueError(reason)))
+        with self.opened() as handle:
+            views = {name: handle.get_slice(name) for name in sorted(handle.keys())}
+            return [
+                StoredTensor(name, tuple(view.get_shape()), view.get_dtype(), self)
+                for name, view in views.items()
+            ]
+
+    def _stat(self) -> Version:
+        return Version.of(os.fstat(self._descriptor))
 
 
 class StoredTensor(NamedTuple):
@@ -39,7 +143,7 @@ class StoredTensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: str
-    file: Path
+    file: WeightFile
 
 
 def stored_tensors(folder: str | PathLike[str]) -> list[StoredTensor]:
@@ -54,7 +158,7 @@ def stored_tensors(folder: str | PathLike[str]) -> list[StoredTensor]:
     """
     folder = Path(folder)
     if is_there(folder / WEIGHTS_FILE):
-        return _read_header(folder / WEIGHTS_FILE)
+        return WeightFile(folder / WEIGHTS_FILE).header()
     if not is_there(folder / INDEX_FILE):
         raise CheckpointError(_no_weights(folder))
     weight_map = _read_index(folder / INDEX_FILE)
@@ -66,28 +170,29 @@ def stored_tensors(folder: str | PathLike[str]) -> list[StoredTensor]:
             if not is_there(folder / shard):
                 problems.append(f"{shown(shard)} is missing")
                 continue
-            tensors = _read_header(folder / shard)
+            tensors = WeightFile(folder / shard).header()
         except CheckpointError as error:
             problems.append(str(error))
             continue
         names = {tensor.name for tensor in tensors}
         promised = {name for name, file in weight_map.items() if file == shard}
-        problems += [f"{shard} lacks {shown(name)}" for name in sorted(promised - names)]
+        differing = {name for name in promised ^ names if not OPTIONAL.fullmatch(name)}
+        problems += [f"{shard} lacks {shown(name)}" for name in sorted(differing & promised)]
         problems += [
             f"{shard} holds {shown(name)}, which the index does not place there"
-            for name in sorted(names - promised)
+            for name in sorted(differing & names)
         ]
         stored += tensors
     if problems:
         raise all_problems(
-            f"{folder / INDEX_FILE} does not fit the files beside it; get them all again", problems
+            f"{folder / INDEX_FILE} does not fit the files next to it; get them all again", problems
         )
     return stored
 
 
 def _read_index(file: Path) -> dict[str, str]:
     """The index's map from tensor name to shard, of plain safetensors file names only."""
-    index = read_json(file, CheckpointError)
+    index = read_json(file, CheckpointError, MAX_HEADER_BYTES)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{file} has no weight_map from tensor names to shards: get it again")
@@ -118,46 +223,26 @@ def is_there(file: Path) -> bool:
             ) from None
         return False
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(mode):
         what = "folder" if stat.S_ISDIR(mode) else "pipe or device"
         raise CheckpointError(f"{file} is a {what}, not a file: put the checkpoint's file there")
     return True
 
 
-def read_json(file: Path, error_type: type[InputError]) -> Any:
-    """The contents of a JSON file."""
+def read_json(file: Path, error_type: type[InputError], limit: int = MAX_JSON_BYTES) -> Any:
+    """The contents of a JSON file of at most `limit` bytes."""
     try:
         with file.open("rb") as stream:
-            data = stream.read(MAX_JSON_BYTES + 1)
+            data = stream.read(limit + 1)
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    if len(data) > MAX_JSON_BYTES:
-        raise error_type(f"{file} is larger than {MAX_JSON_BYTES:,} bytes: get it again")
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
+    if len(data) > limit:
+        raise error_type(f"{file} is larger than {limit:,} bytes: get it again")
     try:
         return json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # ValueError: JSON, UTF-8 or a number too long
-        raise error_type(f"{file} is not valid JSON ({error}): get it again") from error
-
-
-@contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, mapped into memory; CheckpointError where it cannot be used."""
-    try:
-        with safe_open(file, framework="pt") as handle:
-            yield handle
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(_diagnose(file, error)) from error
-
-
-def _read_header(file: Path) -> list[StoredTensor]:
-    """The tensors of one safetensors file."""
-    with opened(file) as handle:
-        views = {name: handle.get_slice(name) for name in sorted(handle.keys())}
-        return [
-            StoredTensor(name, tuple(view.get_shape()), view.get_dtype(), file)
-            for name, view in views.items()
-        ]
+        raise error_type(f"{file} is not valid JSON ({error}): get it again") from None
 
 
 def _diagnose(file: Path, error: Exception) -> str:
@@ -188,7 +273,7 @@ def _diagnose(file: Path, error: Exception) -> str:
 
 
 def _holds_pickle(archive: Path) -> bool:
-    """Whether a zip file is what `torch.save` writes: a pickle, and its tensors beside it."""
+    """Whether a zip file is what `torch.save` writes: a pickle together with raw tensors."""
     try:
         with zipfile.ZipFile(archive) as opened_archive:
             return any(name.split("/")[-1] == "data.pkl" for name in opened_archive.namelist())
@@ -197,10 +282,24 @@ def _holds_pickle(archive: Path) -> bool:
 
 
 def _no_weights(folder: Path) -> str:
-    """What to say about a folder without the files that loading starts from."""
+    """The message for a folder without the files that loading starts from."""
     message = f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}"
+    saved = [path.name for path in folder.glob(f"{WRITTEN}*")]
+    dated = zip(versions(folder, saved), saved, strict=True)
+    found = [(version.st_mtime_ns, name) for version, name in dated if version is not None]
+    if found:
+        return (
+            f"{message}: saving into it was interrupted, or is not finished; if nothing is being "
+            f"saved, move all files of {folder / max(found)[1]} into {folder}"
+        )
     others = sorted(file.name for file in folder.glob("*.safetensors"))
     if others:
+        try:
+            names = [tensor.name for tensor in WeightFile(folder / others[0]).header()]
+        except CheckpointError:
+            names = []
+        if method := quantized_by(folder, names):
+            return quantized_message(folder, method)
         return f"{message} but {shown(others)}: rename a single file to {WEIGHTS_FILE}"
     pickles = sorted(
         file.name for file in folder.glob("*") if file.suffix in (".bin", ".pt", ".pth", ".ckpt")
@@ -211,6 +310,24 @@ def _no_weights(folder: Path) -> str:
         f"{message}: get the rest if files are missing; only safetensors are read, since opening a "
         "pickle (.bin, .pt) can run code, so convert a checkpoint of pickles with transformers' "
         "save_pretrained, or look for a revision with safetensors"
+    )
+
+
+def quantized_by(folder: Path, names: Iterable[str]) -> str | None:
+    """The method by which other software quantized a checkpoint, as file and tensor names tell."""
+    for file, method in (("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ")):
+        if (folder / file).exists():
+            return method
+    if any(name.endswith((".qweight", ".qzeros", ".g_idx")) for name in names):
+        return "GPTQ or AWQ"
+    return "bitsandbytes" if any(name.endswith((".absmax", ".SCB")) for name in names) else None
+
+
+def quantized_message(folder: Path, method: str) -> str:
+    """What to do about weights that other software quantized."""
+    return (
+        f"the weights in {folder} are quantized by {method}, which is not read: load the "
+        "checkpoint that they were made from, with quantize='int8' to save memory"
     )
 
 

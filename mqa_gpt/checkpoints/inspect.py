@@ -1,4 +1,4 @@
-"""What a checkpoint holds and what it costs to run, without loading the model."""
+"""What a checkpoint holds and how much memory it takes to run, without loading the model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mqa_gpt.cache import cache_bytes
-from mqa_gpt.checkpoints.files import opened, stored_tensors
+from mqa_gpt.checkpoints.files import WeightFile, stored_tensors
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.load import DEMO_DIR, empty_model, read_config
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import CheckpointError
 from mqa_gpt.fast.int8 import says_quantized
 
-# What weights and caches are counted in.
+# The dtypes for which weights and caches are counted.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Formats that have neither NaN nor infinity, and for which torch has no arithmetic.
@@ -30,12 +30,14 @@ ALWAYS_FINITE = ("F4", "F6_E2M3", "F6_E3M2")
 
 
 class TensorInfo(NamedTuple):
-    """One tensor; `dtype` is as safetensors names it ("F32"). Unstored, it and `file` are None."""
+    """One tensor; `dtype` is safetensors' name, as "F32". Both it and `file` are None if no file
+    holds the tensor.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str | None = None
-    file: Path | None = None
+    file: WeightFile | None = None
 
     @property
     def elements(self) -> int:
@@ -48,11 +50,11 @@ class Inspection:
     """The sizes of a model.
 
     Attributes:
-        name: the folder, hub name or official shape that was asked for.
+        name: the folder, hub name or preset that was asked for.
         config: its config.
-        tensors: what its files store, or for an official shape, the parameters it would have.
-        file_bytes: size of the weight files; None for an official shape.
-        hub: the hub name and the commit that the files were published under; None elsewhere.
+        tensors: what its files store, or for a preset, the parameters it would have.
+        file_bytes: size of the weight files; None for a preset.
+        hub: hub name and commit of the files; None for a folder or a preset.
     """
 
     name: str
@@ -74,7 +76,7 @@ class Inspection:
         names = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
         weights = {name: self.weight_bytes(dtype) for name, dtype in names.items()}
         if self.file_bytes is not None and says_quantized(self.config):
-            # Scales and what is not rounded included, as the files hold them.
+            # Including scales and weights that are not quantized, as the files hold them.
             names["int8"], weights["int8"] = torch.int8, self.file_bytes
         return {
             "name": self.name,
@@ -91,7 +93,7 @@ class Inspection:
                 for name, dtype in names.items()
             },
             "tensors": [
-                tensor._asdict() | {"file": tensor.file and tensor.file.name}
+                tensor._asdict() | {"file": tensor.file and tensor.file.path.name}
                 for tensor in self.tensors
             ],
         }
@@ -106,10 +108,10 @@ class NonFinite(NamedTuple):
 
 
 class FileHash(NamedTuple):
-    """The SHA-256 of a weight file beside the one it should have, hexadecimal.
+    """The SHA-256 of a weight file and the one it should have, hexadecimal.
 
-    `expected` is None where nobody says; `source` is who does: "hub", or "cache" for the name
-    under which the hub's cache keeps the file.
+    `expected` is None if it is not known. `source` says where it comes from: "hub", or "cache" for
+    the file's name in the hub's local cache.
     """
 
     file: str
@@ -119,7 +121,7 @@ class FileHash(NamedTuple):
 
     @property
     def differs(self) -> bool:
-        """True if the file is not what was published."""
+        """Whether the file is not the published one."""
         return self.expected is not None and self.sha256 != self.expected
 
 
@@ -129,7 +131,7 @@ def inspect_checkpoint(
     """The sizes of a checkpoint, from its config and its files' headers; None is the demo.
 
     Raises:
-        CheckpointError, ConfigError: it cannot be had, or is damaged.
+        CheckpointError, ConfigError: it cannot be found or downloaded, or is damaged.
     """
     name = DEMO_DIR if name_or_dir is None else name_or_dir
     folder = resolve(name, revision)
@@ -149,7 +151,7 @@ def inspect_shape(name: str) -> Inspection:
     """The sizes of a published checkpoint by its name alone; nothing is downloaded.
 
     Raises:
-        ConfigError: not one of the official shapes; lists them.
+        ConfigError: not one of the presets; lists them.
     """
     config = GPTConfig.preset(name)
     tensors = [
@@ -169,8 +171,8 @@ def check_finite(found: Inspection) -> list[NonFinite]:
     for tensor in _progress(found.tensors, "checking", "tensor"):
         if tensor.file is None or tensor.dtype in ALWAYS_FINITE:
             continue
-        # Opened for each tensor: what has been read of a mapped file counts as memory.
-        with opened(tensor.file) as handle:
+        # Mapped again for each tensor: what has been read of a mapped file counts as memory.
+        with tensor.file.opened() as handle:
             values = handle.get_tensor(tensor.name)
         if values.is_floating_point() and values.itemsize == 1:
             values = values.float()  # torch cannot ask this of every 8-bit format
@@ -183,8 +185,8 @@ def check_finite(found: Inspection) -> list[NonFinite]:
 def hash_files(found: Inspection) -> list[FileHash]:
     """The SHA-256 of each weight file, and what the hub says it should be.
 
-    For a hub name the hub is asked. Where it cannot be, and for a snapshot folder in its cache,
-    the file's name in the cache counts: a large file is kept there under its SHA-256.
+    For a hub name, the hub is asked. If it does not answer, and for a snapshot folder in its cache,
+    the file's name in the cache counts: a large file is stored there under its SHA-256.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -196,7 +198,7 @@ def hash_files(found: Inspection) -> list[FileHash]:
             with file.open("rb") as stream:
                 sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
         blob = file.resolve()
         expected, source = from_hub.get(file.name), "hub"
         if expected is None and blob.parent.name == "blobs":
@@ -211,7 +213,6 @@ def hash_files(found: Inspection) -> list[FileHash]:
 def _hub_digests(name: str, commit: str) -> dict[str, str]:
     """File name -> SHA-256 of a repository's large files; empty if the hub does not answer."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
     from huggingface_hub.hf_api import RepoFile
 
     try:
@@ -220,16 +221,16 @@ def _hub_digests(name: str, commit: str) -> dict[str, str]:
             for file in HfApi().list_repo_tree(name, revision=commit)
             if isinstance(file, RepoFile)
         ]
-    except (HTTPError, OSError, ValueError, KeyError):  # offline, refused, not a hub's answer
+    except Exception:  # offline, refused, or an answer that no hub gives
         return {}
     return {file.path: file.lfs.sha256 for file in files if file.lfs}
 
 
 def _files(tensors: list[TensorInfo]) -> list[Path]:
     """The files that hold the tensors."""
-    return sorted({tensor.file for tensor in tensors if tensor.file is not None})
+    return sorted({tensor.file.path for tensor in tensors if tensor.file is not None})
 
 
 def _progress(items: list[Any], what: str, unit: str) -> Iterator[Any]:
-    """The items with a progress bar on standard error, once they have taken a second."""
+    """The items, with a progress bar on standard error after a second."""
     return tqdm(items, desc=what, unit=unit, delay=1, leave=False, disable=None)

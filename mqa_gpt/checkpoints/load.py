@@ -1,4 +1,4 @@
-"""Checkpoints: a hub name or a folder -> validated safetensors -> GPT. `saving` is the way back.
+"""A hub name or a folder -> validated safetensors -> GPT.
 
 A checkpoint is untrusted input. Only JSON and safetensors are ever opened, neither of which can
 run code; every name, shape and dtype is checked against the config before memory is allocated;
@@ -7,10 +7,8 @@ and no name that a checkpoint contains becomes a path outside its folder.
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Iterable
-from functools import reduce
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,27 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from mqa_gpt.attention import select_attention
 from mqa_gpt.cache import cache_bytes
 from mqa_gpt.checkpoints.files import (
+    CONFIG_FILE,
+    INDEX_FILE,
     WEIGHTS_FILE,
     StoredTensor,
-    all_problems,
     is_there,
-    opened,
     read_json,
     stored_tensors,
+    versions,
 )
 from mqa_gpt.checkpoints.hub import resolve
+from mqa_gpt.checkpoints.match import (
+    LM_HEAD,
+    WTE,
+    Parts,
+    by_parameter_name,
+    match,
+    own_weights,
+    widest_dtype,
+)
 from mqa_gpt.config import GPTConfig
-from mqa_gpt.errors import CheckpointError, ConfigError, InputError, shown
+from mqa_gpt.errors import CheckpointError, ConfigError, InputError, is_int, shown
 from mqa_gpt.fast.int8 import (
     check_method,
     is_quantized,
@@ -48,7 +56,11 @@ from mqa_gpt.model import GPT
 
 DEMO_DIR = Path(__file__).parents[1] / "demo"
 
-CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+ADAPTER_FILE = "adapter_config.json"  # peft's
+
+# What generation_config.json holds besides defaults of sampling and length.
+NO_DEFAULTS = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
 
 DTYPES = {
     "float32": torch.float32,
@@ -57,35 +69,38 @@ DTYPES = {
     "float64": torch.float64,
 }
 
-# The same, by the names that safetensors writes. Anything else is a quantized checkpoint.
-STORED_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F64": torch.float64,
+# Other common names of these.
+DTYPE_ALIASES = {
+    "float": "float32",
+    "fp32": "float32",
+    "bf16": "bfloat16",
+    "half": "float16",
+    "fp16": "float16",
+    "double": "float64",
+    "fp64": "float64",
 }
-
-WTE, LM_HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
 def read_config(folder: str | PathLike[str]) -> GPTConfig:
     """The config of the checkpoint in `folder`.
 
+    Its end tokens are those of generation_config.json if that names any, as in transformers.
+
     Raises:
-        CheckpointError: there is no config.json.
-        ConfigError: it is not JSON, or not a config that this architecture can run.
+        CheckpointError: there is no config.json, or generation_config.json cannot be used.
+        ConfigError: config.json is not JSON, or not a config that this architecture can run.
     """
-    file = Path(folder) / CONFIG_FILE
+    folder = Path(folder)
+    file = folder / CONFIG_FILE
     if not is_there(file):
-        raise CheckpointError(
-            f"{folder} holds no {CONFIG_FILE}: a checkpoint is a folder with {CONFIG_FILE} and "
-            f"{WEIGHTS_FILE}"
-        )
+        raise CheckpointError(_no_config(folder))
     values = read_json(file, ConfigError)
     try:
-        return GPTConfig.from_dict(values)
+        config = GPTConfig.from_dict(values)
     except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
+        raise ConfigError(f"{file}: {error}") from None
+    end = _read_generation_config(folder).get("eos_token_id")
+    return config if end is None else replace(config, eos_token_id=end)
 
 
 def load_model(
@@ -103,8 +118,9 @@ def load_model(
     Reads every layout in which these models are published: one file or shards, names with or
     without "transformer.", a tied embedding stored as `lm_head` or `wte`, the mask buffers of old
     versions (skipped), and original SantaCoder's separate and transposed projections. Tensors are
-    copied one by one from the mapped file into the model, so that the peak is the model plus its
-    largest tensor, in whatever dtype they are stored.
+    copied one by one from the mapped file into the model, so peak memory is the model plus its
+    largest tensor as stored. A checkpoint that another process saves over meanwhile loads as it
+    was before or after, or not at all.
 
     Args:
         name_or_dir, revision: see `resolve`.
@@ -125,16 +141,16 @@ def load_model(
     check_method(quantize)
     wanted_dtype = None if dtype is None else as_dtype(dtype)
     chosen_device = as_device(device)
-    select_attention(backend, chosen_device)  # a wrong name is said before the work, not after
+    select_attention(backend, chosen_device)  # fail early on an unknown name
     folder = resolve(name_or_dir, revision)
-    config = read_config(folder)
-    stored = _by_parameter_name(folder, stored_tensors(folder), config)
-    chosen_dtype = wanted_dtype or _widest_dtype(stored.values())
+    config, tensors = _read_headers(folder)
+    stored = by_parameter_name(folder, tensors, config)
+    chosen_dtype = wanted_dtype or widest_dtype(stored.values())
     model = empty_model(config).to(chosen_dtype)
     if says_quantized(config):
         quantize_model(model)
     wanted = own_weights(model)
-    parts = _match(folder, config, wanted, stored)
+    parts = match(folder, config, wanted, stored)
     if quantize is not None and not is_quantized(model):
         quantize_model(model)
     final = own_weights(model)
@@ -145,7 +161,7 @@ def load_model(
     if config.tie_word_embeddings and WTE in stored and LM_HEAD in stored:
         _require_equal(folder, stored[WTE], stored[LM_HEAD], chosen_dtype)
 
-    # What is packed, or rounded at once, needs no copy of its own.
+    # Weights that are packed or quantized at once need no copy of their own.
     from_file = {f"{name}.weight" for name in packed_names(model, chosen_dtype, chosen_device)}
     state = {}
     total = sum(tensor.numel() for tensor in wanted.values())
@@ -171,6 +187,24 @@ def load_model(
     return model.eval()
 
 
+def _read_headers(folder: Path) -> tuple[GPTConfig, list[StoredTensor]]:
+    """A checkpoint's config and stored tensors, of one saving even while another replaces it."""
+    watched = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, WEIGHTS_FILE)
+    for _ in range(5):
+        before = versions(folder, watched)
+        try:
+            config, tensors = read_config(folder), stored_tensors(folder)
+        except InputError:
+            if versions(folder, watched) == before:
+                raise
+        else:
+            if versions(folder, watched) == before:
+                return config, tensors
+    raise CheckpointError(
+        f"{folder} is being written by another process: load it when that has finished"
+    )
+
+
 class _NoRandomNumbers(TorchFunctionMode):
     """Skip `normal_`, for which the meta device would import a compiler: two seconds."""
 
@@ -189,133 +223,131 @@ def empty_model(config: GPTConfig) -> GPT:
         return GPT(config)
 
 
+def checkpoint_notes(folder: str | PathLike[str]) -> list[str]:
+    """What loading the checkpoint in `folder` ignores and its user may expect, a sentence each.
+
+    Raises:
+        CheckpointError: generation_config.json cannot be used.
+    """
+    folder = Path(folder)
+    notes = []
+    defaults = {
+        key: value
+        for key, value in _read_generation_config(folder).items()
+        if key not in NO_DEFAULTS and not key.startswith("_") and value is not None
+    }
+    if defaults:
+        notes.append(
+            f"the defaults in {folder / GENERATION_FILE} are not used: {shown(defaults)}; choose "
+            "sampling and length by options"
+        )
+    if is_there(folder / ADAPTER_FILE):
+        notes.append(
+            f"the peft adapter in {folder} is not used: only the full weights there are loaded"
+        )
+    return notes
+
+
+def _read_generation_config(folder: Path) -> dict[str, Any]:
+    """The contents of generation_config.json, {} if there is none; its end tokens are checked."""
+    file = folder / GENERATION_FILE
+    if not is_there(file):
+        return {}
+    values = read_json(file, CheckpointError)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} is not a JSON object: get it again, or remove it")
+    end = values.get("eos_token_id")
+    if end is not None and not all(map(is_int, end if isinstance(end, list) else [end])):
+        raise CheckpointError(
+            f"{file}: eos_token_id is {shown(end)}: it must be an integer, a list of integers or "
+            "null"
+        )
+    return values
+
+
+def _no_config(folder: Path) -> str:
+    """The message for a folder without config.json, which may be that of an adapter."""
+    if not is_there(folder / ADAPTER_FILE):
+        return (
+            f"{folder} holds no {CONFIG_FILE}: a checkpoint is a folder with {CONFIG_FILE} and "
+            f"{WEIGHTS_FILE}"
+        )
+    values = read_json(folder / ADAPTER_FILE, CheckpointError)
+    base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    return (
+        f"{folder} holds a peft adapter for {shown(base)}, not a model: load the model and merge "
+        "the adapter into it with peft's merge_and_unload, then save it and load that"
+    )
+
+
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """The dtype of that name; InputError if a model cannot have it."""
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found is None or found not in DTYPES.values():
-        raise InputError(f"dtype is {dtype!r}: accepted are {', '.join(DTYPES)}")
-    return found
+    """The dtype of that name, such as "bfloat16", "bf16" or "torch.bfloat16".
+
+    Raises:
+        InputError: a model cannot have it.
+    """
+    found: Any = dtype
+    if isinstance(dtype, str):
+        name = dtype.removeprefix("torch.")
+        found = DTYPES.get(DTYPE_ALIASES.get(name, name))
+    if found not in DTYPES.values():
+        raise InputError(f"dtype is {shown(dtype)}: accepted are {', '.join(DTYPES)}")
+    return DTYPES[str(found).removeprefix("torch.")]
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that `load_model` gives the checkpoint in `folder` where none is asked for.
+
+    Raises:
+        CheckpointError: its weights are missing or damaged.
+    """
+    return widest_dtype(stored_tensors(folder))
+
+
+def fast_dtype(
+    stored: torch.dtype, device: torch.device, parameters: int
+) -> tuple[torch.dtype, str | None]:
+    """The dtype to run stored weights in where none is asked for, and why if it is another.
+
+    float32 for 16-bit weights on a CPU without fast products of that dtype, if memory allows.
+    """
+    if device.type != "cpu" or stored not in (torch.bfloat16, torch.float16):
+        return stored, None
+    if can_pack(torch.nn.Linear(1, 1, dtype=stored, device=device)):  # has fast products of it
+        return stored, None
+    name = str(stored).removeprefix("torch.")
+    room = available_memory(device)
+    if room is not None and 4 * parameters > room:
+        return stored, (
+            f"running in {name}, which is slow on this processor: in float32 the weights would "
+            f"take {4 * parameters / 1e9:.2f} GB, and {room / 1e9:.2f} GB are available"
+        )
+    return torch.float32, (
+        f"running in float32, because this processor is slow in {name}: --dtype {name} "
+        f"(dtype='{name}') keeps the checkpoint's"
+    )
 
 
 def as_device(device: torch.device | str | None) -> torch.device:
-    """The device of that name, or the best one here; InputError if there is none such."""
+    """The device of that name; None is CUDA if it is available, else the CPU.
+
+    Raises:
+        InputError: there is no such device.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of names that are on their way out
+        with warnings.catch_warnings(action="ignore"):  # about deprecated names
             found = torch.device(device)
         if found.type == "meta":
             raise RuntimeError("has no values to compute with")
         torch.empty(0, device=found)  # the name may be known and the hardware absent
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError):
         raise InputError(
-            f"device is {str(device)!r}, which this machine or this build of PyTorch does not "
+            f"device is {shown(str(device))}, which this machine or this build of PyTorch does not "
             "have: 'cpu' always works"
-        ) from error
+        ) from None
     return found
-
-
-def _by_parameter_name(
-    folder: Path, tensors: list[StoredTensor], config: GPTConfig
-) -> dict[str, StoredTensor]:
-    """The stored tensors by the model's names, without the mask buffers of old versions."""
-    buffer = re.compile(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)")
-    stored: dict[str, StoredTensor] = {}
-    twice = []
-    for tensor in tensors:
-        name = tensor.name
-        if not name.startswith(("transformer.", "lm_head.")):
-            name = f"transformer.{name}"
-        if buffer.fullmatch(name):
-            continue
-        if name in stored:
-            twice.append(f"{shown(tensor.name)} and {shown(stored[name].name)} are the same weight")
-        stored[name] = tensor
-    if twice:
-        raise all_problems(f"{folder} holds weights twice; remove one of each", twice)
-    if config.n_layer > len(stored):  # before a model of that many layers is built
-        raise CheckpointError(
-            f"{folder} holds {len(stored)} weights, too few for the n_layer of {config.n_layer} in "
-            f"its {CONFIG_FILE}: one of the two is of another model"
-        )
-    return stored
-
-
-def own_weights(model: GPT) -> dict[str, Tensor]:
-    """What a checkpoint of the model holds: all its tensors, a tied head's once."""
-    tensors = model.state_dict()
-    if model.config.tie_word_embeddings:
-        return {name: tensor for name, tensor in tensors.items() if not name.startswith("lm_head.")}
-    return tensors
-
-
-# The one or two stored tensors that make a weight, and whether they are stored transposed.
-Parts = list[tuple[StoredTensor, bool]]
-
-
-def _match(
-    folder: Path, config: GPTConfig, wanted: dict[str, Tensor], stored: dict[str, StoredTensor]
-) -> dict[str, Parts]:
-    """What each weight is made of; CheckpointError with every name, shape or dtype amiss."""
-    # Original SantaCoder keeps queries apart from keys and values, and every linear weight of its
-    # blocks as [in, out], the habit of GPT-2's Conv1D.
-    santacoder = config.multi_query and any(name.endswith(".q_attn.weight") for name in stored)
-    left = dict(stored)
-    parts: dict[str, Parts] = {}
-    problems = []
-    if config.tie_word_embeddings and LM_HEAD in left:
-        head = left.pop(LM_HEAD)
-        if left.setdefault(WTE, head) is not head:
-            problems += _amiss(head, (config.vocab_size, config.n_embd), wanted[WTE].dtype)
-    for weight_name, weight in wanted.items():
-        shape = tuple(weight.shape)
-        names = [(weight_name, shape)]
-        if santacoder and ".c_attn." in weight_name:
-            sizes = {"q_attn": config.n_embd, "kv_attn": 2 * config.head_dim}
-            names = [
-                (weight_name.replace("c_attn", part), (rows, *shape[1:]))
-                for part, rows in sizes.items()
-            ]
-        transposed = santacoder and ".h." in weight_name and len(shape) == 2
-        parts[weight_name] = []
-        for name, part_shape in names:
-            tensor = left.pop(name, None)
-            if tensor is None:
-                problems.append(f"{name} is missing")
-                continue
-            stored_shape = part_shape[::-1] if transposed else part_shape
-            problems += _amiss(tensor, stored_shape, weight.dtype)
-            parts[weight_name].append((tensor, transposed))
-    problems += [f"{shown(tensor.name)} is unexpected" for tensor in left.values()]
-    if problems:
-        quantized = " (quantized weights)" * ("quantization_config" in config.extra)
-        raise all_problems(
-            f"the weights in {folder} are not those that its {CONFIG_FILE} describes{quantized}; "
-            "get both from the same place",
-            problems,
-        )
-    return parts
-
-
-def _amiss(tensor: StoredTensor, shape: tuple[int, ...], dtype: torch.dtype) -> list[str]:
-    """What is wrong with one stored tensor."""
-    problems = []
-    if tensor.shape != shape:
-        problems.append(
-            f"{tensor.name} has the shape {shown(list(tensor.shape))} instead of {list(shape)}"
-        )
-    readable = ["I8"] if dtype == torch.int8 else list(STORED_DTYPES)
-    if tensor.dtype not in readable:
-        problems.append(
-            f"{tensor.name} has the dtype {tensor.dtype}: only {', '.join(readable)} are read"
-        )
-    return problems
-
-
-def _widest_dtype(tensors: Iterable[StoredTensor]) -> torch.dtype:
-    """The dtype that holds every stored weight exactly; 8-bit weights and scales do not count."""
-    names = {t.dtype for t in tensors if t.dtype in STORED_DTYPES and not t.name.endswith("_scale")}
-    return reduce(torch.promote_types, {STORED_DTYPES[name] for name in names} or {torch.float32})
 
 
 def _require_memory(
@@ -373,7 +405,7 @@ def _require_equal(
     Versions of transformers differ on it (wte for both, or both untied, with a warning): a
     checkpoint that contradicts its config is not guessed at.
     """
-    with opened(wte.file) as a, opened(lm_head.file) as b:
+    with wte.file.opened() as a, lm_head.file.opened() as b:
         # As bytes, because NaN is not equal to itself.
         one = a.get_tensor(wte.name).to(dtype).view(torch.uint8)
         two = b.get_tensor(lm_head.name).to(dtype).view(torch.uint8)
@@ -390,20 +422,20 @@ def _read(
 ) -> Tensor:
     """One weight from its stored parts, which follow each other in its first dimension.
 
-    With `mapped` it may be the file's own memory, for whoever does not keep it: a file that changes
-    would change it too.
+    With `mapped` it may be the file's own mapped memory, for callers that do not keep it: writing
+    to the file would change it.
     """
     if mapped and device.type == "cpu" and len(parts) == 1 and not parts[0][1]:
-        with opened(parts[0][0].file) as handle:
+        with parts[0][0].file.opened() as handle:
             stored: Tensor = handle.get_tensor(parts[0][0].name)
         if stored.dtype == dtype:
             return stored
     weight = torch.empty(shape, dtype=dtype, device=device)
     first = 0
     for tensor, transposed in parts:
-        # Opened for each tensor, which takes half a millisecond: the pages of a mapped file count
-        # as this process's memory until it is closed.
-        with opened(tensor.file) as handle:
+        # Mapped again for each tensor, which takes half a millisecond: the pages of a mapped file
+        # count as this process's memory until it is unmapped.
+        with tensor.file.opened() as handle:
             stored = handle.get_tensor(tensor.name)
             stored = stored.T if transposed else stored
             weight[first : first + len(stored)].copy_(stored)

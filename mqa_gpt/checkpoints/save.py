@@ -1,9 +1,10 @@
-"""A model to the files of a checkpoint, which are there as a whole or not at all."""
+"""A model -> the files of a checkpoint, all of them or none."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from os import PathLike
@@ -13,13 +14,17 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from mqa_gpt.checkpoints.files import INDEX_FILE, WEIGHTS_FILE
-from mqa_gpt.checkpoints.load import CONFIG_FILE, own_weights
-from mqa_gpt.errors import CheckpointError, InputError
+from mqa_gpt.checkpoints.files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, WRITTEN
+from mqa_gpt.checkpoints.load import GENERATION_FILE
+from mqa_gpt.checkpoints.match import own_weights
+from mqa_gpt.config import GPTConfig
+from mqa_gpt.errors import CheckpointError, InputError, is_int, shown
 from mqa_gpt.fast.int8 import CONFIG_ENTRY, CONFIG_KEY, is_quantized, says_quantized
 from mqa_gpt.fast.packing import UNPACKED, is_packed
 from mqa_gpt.model import GPT
-from mqa_gpt.tokenizer import TOKENIZER_FILE, Tokenizer
+from mqa_gpt.tokenizer import END_OF_TEXT, TOKENIZER_FILE, Tokenizer
+
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"  # read by transformers only
 
 
 def save_model(
@@ -31,42 +36,43 @@ def save_model(
 ) -> None:
     """Write `config.json` and the weights so that transformers loads them back bit for bit.
 
-    8-bit weights (`mqa_gpt.fast.int8`) load here only; transformers refuses them.
+    8-bit weights (`mqa_gpt.fast.int8`) load here only; transformers refuses them. The config's end
+    tokens are also written as `generation_config.json`.
 
     Everything is written and synced under a temporary name first. A folder that does not exist
-    appears complete, in one step. In one that exists, the files are moved into place with the one
-    that loading starts from as the last; old shards go, other files stay. If that is broken off,
-    the folder does not load, or loads the old or the new model, and what was not moved is still in
-    the folder `.saving-...` inside it.
+    appears complete, in one step. In one that exists, old shards are replaced and other files stay;
+    the file that loading starts from is moved into place last. If the process is killed before
+    that, the old model loads, or loading says where the complete new files are.
 
     Args:
         model: weights in any float dtype, on any device.
         folder: made if it does not exist.
-        tokenizer: written as `tokenizer.json`; None leaves the one that may be there.
+        tokenizer: written as `tokenizer.json` and `tokenizer_config.json`; None leaves those that
+            may be there.
         max_shard_size: bytes, or text such as "5GB"; a larger model is written in shards with an
             index.
 
     Raises:
-        CheckpointError: the files cannot be written, and those of before are untouched; or they
-            cannot be moved into place, and the message says where they are.
-        ValueError: a size that cannot be read, or a tied model whose head is a weight of its own.
-        InputError: the model's weights are packed (see `mqa_gpt.fast.packing`); nothing is touched.
+        CheckpointError: the files cannot be written, and the old ones are untouched; or they cannot
+            be moved into place, and the message says where they are.
+        InputError: an invalid size; weights that are packed (see `mqa_gpt.fast.packing`), or a tied
+            model whose head is a weight of its own. Nothing is written.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
     if is_packed(model):
         raise InputError(f"packed weights cannot be saved: {UNPACKED}")
-    folder = Path(folder).expanduser().resolve()
+    folder, max_bytes = _as_path(folder), _as_bytes(max_shard_size)
     tensors = model.state_dict()
     if model.config.tie_word_embeddings:
         if model.lm_head.weight is not model.transformer.wte.weight:
-            raise ValueError(
+            raise InputError(
                 "lm_head.weight is not wte.weight, though the model's config ties them: "
                 "use a config with tie_word_embeddings=False"
             )
         tensors = own_weights(model)
     split = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_bytes
     )
     values = model.config.to_dict()
     for stale in ("torch_dtype", "transformers_weights"):  # the older name; another weights file
@@ -77,9 +83,10 @@ def save_model(
         del values[CONFIG_KEY]
     values["dtype"] = str(model.dtype).removeprefix("torch.")
 
-    # On the same disk as what it becomes. pathlib would raise where the folder may not be seen.
-    beside = folder if os.path.isdir(folder) else folder.parent  # noqa: PTH112
-    temporary = beside / f".saving-{uuid.uuid4().hex[:8]}"
+    # On the same disk as the folder. pathlib would raise where the folder may not be seen.
+    disk = folder if os.path.isdir(folder) else folder.parent  # noqa: PTH112
+    unique = uuid.uuid4().hex[:8]
+    temporary = disk / f".writing-{unique}"
     moving = False
     try:
         temporary.mkdir(parents=True)
@@ -87,8 +94,13 @@ def save_model(
             shard = {name: tensors[name].contiguous() for name in names}
             save_file(shard, temporary / file, metadata={"format": "pt"})
         _write_json(temporary / CONFIG_FILE, values)
+        ids = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        _write_json(temporary / GENERATION_FILE, {k: v for k, v in ids.items() if v is not None})
         if tokenizer is not None:
             (temporary / TOKENIZER_FILE).write_text(tokenizer.to_json(), encoding="utf-8")
+            _write_json(
+                temporary / TOKENIZER_CONFIG_FILE, tokenizer_config(tokenizer, model.config)
+            )
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             _write_json(temporary / INDEX_FILE, index)
@@ -97,6 +109,7 @@ def save_model(
             written.chmod(mode)
             _sync(written)
         if folder.is_dir():
+            temporary = temporary.rename(folder / f"{WRITTEN}{unique}")
             moving = True
             _move_into(folder, temporary)
             moving = False
@@ -109,14 +122,55 @@ def save_model(
             raise CheckpointError(
                 f"the checkpoint is written but cannot be moved into {folder} ({error}): move the "
                 f"files of {temporary} there by hand"
-            ) from error
+            ) from None
         raise CheckpointError(
             f"the checkpoint cannot be written to {folder} ({error}): make room there, or choose "
             "another folder"
-        ) from error
+        ) from None
     finally:
         if not moving:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def tokenizer_config(tokenizer: Tokenizer, config: GPTConfig) -> dict[str, Any]:
+    """The `tokenizer_config.json` by which transformers finds class and control tokens."""
+
+    def name(*ids: int | None) -> str | None:
+        """The first of the ids that is a control token, else end-of-text, by name."""
+        names = [*(tokenizer.id_to_token(id_) for id_ in ids if id_ is not None), END_OF_TEXT]
+        return next((n for n in names if n and tokenizer.control_id(n) is not None), None)
+
+    end = name(*config.end_token_ids)
+    tokens = {"bos_token": name(config.bos_token_id), "eos_token": end, "unk_token": end}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.n_positions,
+        "clean_up_tokenization_spaces": False,
+    } | {key: token for key, token in tokens.items() if token is not None}
+
+
+def _as_path(folder: str | PathLike[str]) -> Path:
+    """The folder's absolute path; CheckpointError if there can be none of that name."""
+    try:
+        return Path(folder).expanduser().resolve()
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        raise CheckpointError(
+            f"{shown(folder)} cannot be the path of a folder ({error}): choose another"
+        ) from None
+
+
+def _as_bytes(max_shard_size: int | str) -> int:
+    """A size such as 1000 or "5GB" in bytes; InputError if it is not one."""
+    size: Any = max_shard_size
+    if isinstance(size, str):
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])B", size.strip().upper())
+        size = int(float(found[1]) * 1000 ** (1 + "KMGT".index(found[2]))) if found else 0
+    if not is_int(size) or size < 1:
+        raise InputError(
+            f"max_shard_size is {shown(max_shard_size)}: it must be a positive number of bytes, or "
+            "text such as '5GB' or '500MB'"
+        )
+    return int(size)
 
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:
@@ -135,9 +189,9 @@ def _sync(path: Path) -> None:
 def _move_into(folder: Path, temporary: Path) -> None:
     """Replace the checkpoint in `folder` by the one in `temporary`.
 
-    Between the first and the last move the folder must hold nothing that loads, for the files of
-    two savings have the same names: what loading starts from goes first and comes last. Weights in
-    one file are replaced in one step where nothing else changes.
+    From the first move to the last the folder must hold nothing that loads, because the files of
+    two savings have the same names: what loading starts from is removed first and moved last. If
+    only the weights change and they are in one file, they are replaced in one step.
     """
     new = {file.name for file in temporary.iterdir()}
     shards = folder.glob("model-?????-of-?????.safetensors")

@@ -13,7 +13,7 @@ oneDNN's where those are faster.
 On Intel's processors with AVX-512 a float32 product with one or two rows reads the plain layout as
 fast, and a packed layer is slower there, though faster from about four rows on. A single prompt
 being the common case, only the head is packed then, which gains from the third row and loses
-nothing before. `benchmarks/cpu_products.py` shows how it is on a processor.
+nothing before. `benchmarks/cpu/products.py` shows how it is on a processor.
 """
 
 from __future__ import annotations
@@ -45,6 +45,12 @@ class _Packed(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError(f"packed weights cannot be copied or pickled: {UNPACKED}")
+
+    def train(self, mode: bool = True) -> _Packed:
+        """Only evaluation mode is left."""
+        if mode:
+            raise RuntimeError(f"packed weights cannot be trained: {UNPACKED}")
+        return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> _Packed:
         raise RuntimeError(f"packed weights cannot be moved or converted: {UNPACKED}")
@@ -289,7 +295,7 @@ def _pack_layer(layer: nn.Module) -> _Packed:
         packed = PackedInt8Linear(layer)
     else:
         packed = PackedLinear(cast(nn.Linear, layer))
-    return packed.train(layer.training)
+    return packed.eval()
 
 
 def _has_products(dtype: torch.dtype, device: torch.device) -> bool:

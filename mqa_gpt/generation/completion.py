@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
 
-from mqa_gpt.errors import shown
 from mqa_gpt.generation.batching import Engine, Token
 from mqa_gpt.generation.request import Request
-from mqa_gpt.generation.speculative import Drafter
 from mqa_gpt.generation.stop import RowText
 from mqa_gpt.model import GPT
 from mqa_gpt.tokenizer import Tokenizer
@@ -86,37 +83,6 @@ class Stats:
                 f"{self.accepted_tokens:,} of {self.drafted_tokens:,} drafted tokens accepted"
             )
         return " | ".join(parts)
-
-
-class Options(TypedDict, total=False):
-    """The options that every way of generating takes.
-
-    The first six are those of `SamplingParams`. `stop` is a text or several, any of which ends a
-    completion, as the control token of that name does too. A completion has at least
-    `min_new_tokens`; with `ignore_eos` the model's end tokens do not end it. `logprobs` is how many
-    log-probabilities to report per token besides the chosen token's own. `draft` guesses ahead, so
-    that the same tokens take fewer steps (`PromptLookup`, `DraftModel`).
-    """
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float
-    seed: int | None
-    stop: str | Sequence[str] | None
-    min_new_tokens: int
-    ignore_eos: bool
-    logprobs: int | None
-    draft: Drafter | None
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """TypeError, as for any unknown argument, unless all of these are `Options`."""
-    for name in sorted(options.keys() - Options.__annotations__.keys()):
-        raise TypeError(
-            f"there is no option {shown(name)}: accepted are {', '.join(Options.__annotations__)}"
-        )
 
 
 @dataclass

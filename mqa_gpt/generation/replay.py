@@ -30,14 +30,20 @@ from mqa_gpt.fast.decode_step import (
 )
 from mqa_gpt.fast.flat import is_plain
 from mqa_gpt.fast.graph import Replay, fetch, upload
-from mqa_gpt.generation.steps import Choice, Results, Row, report_choices, require_finite
+from mqa_gpt.generation.steps import (
+    Choice,
+    Options,
+    Results,
+    Row,
+    by_options,
+    not_finite,
+    report_choices,
+)
 from mqa_gpt.model import GPT, MultiQueryAttention
-from mqa_gpt.sampling import SamplingParams, forbid
+from mqa_gpt.sampling import forbid
 
 # Graphs of one engine: a server whose requests all differ must not record without end.
 MAX_GRAPHS = 64
-
-Options = tuple[SamplingParams, int | None]  # sampling and log-probabilities of a row
 
 
 def can_replay(model: GPT) -> bool:
@@ -93,15 +99,15 @@ class GraphStepper:
 
     def advance(self, rows: Sequence[Row]) -> Results:
         """See `Stepper`; all rows have a new token, and the step for the next ones runs then."""
-        groups = _groups(rows)
+        groups = by_options(rows)
         reports = [self._reports_for(options) for options in groups]
         tensors = [self._state.chosen, *(x for report in reports if report for x in report)]
         results = fetch([tensor[: len(rows)] for tensor in tensors], self._model.device)
         if any(row.count + 1 < row.request.max_new_tokens for row in rows):
             self._run(rows)
         ids, *lists = results()
-        for row, id_ in zip(rows, ids, strict=False):
-            require_finite(id_ >= 0, row)
+        if -1 in ids:
+            raise not_finite(rows[ids.index(-1)])
         choices = [Choice(id_) for id_ in ids]
         for slots, report in zip(groups.values(), reports, strict=True):
             if report is not None:
@@ -125,7 +131,7 @@ class GraphStepper:
     def _run(self, rows: Sequence[Row]) -> None:
         """Start a step; the device is not waited for."""
         count = min(1 << (len(rows) - 1).bit_length(), self.cache.batch_size)
-        groups = _groups(rows)
+        groups = by_options(rows)
         counts = [row.count + 1 for row in rows]  # the newest is chosen, and not yet counted
         is_free = not any(map(Row.must_go_on, rows, counts))
         if len(groups) == 1 and is_free:
@@ -165,7 +171,7 @@ class GraphStepper:
         self, logits: Tensor, first: int, rows: Sequence[Row], counts: Sequence[int]
     ) -> None:
         """Choose by logits (B, V) for the rows from the slot `first` on, by calls from Python."""
-        for options, group in _groups(rows).items():
+        for options, group in by_options(rows).items():
             slots = [first + i for i in group]
             part, some = logits[group], self._state.copy(slots)  # (b, V)
             allowed = part
@@ -192,14 +198,6 @@ class GraphStepper:
             values = torch.zeros((slots, K), device=device)
             self._reports[K] = (values.new_zeros(slots), torch.zeros_like(values).long(), values)
         return self._reports[K]
-
-
-def _groups(rows: Sequence[Row]) -> dict[Options, list[int]]:
-    """The indices of the rows that share their options."""
-    groups: dict[Options, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault((row.request.sampling, row.request.logprobs), []).append(i)
-    return groups
 
 
 def _addresses(model: GPT) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mqa_gpt.config import GPTConfig
-from mqa_gpt.errors import PromptError, is_int, require_int, shown
+from mqa_gpt.errors import PromptError, is_int, require_int, require_text, shown
 from mqa_gpt.generation.speculative import Drafter, check_drafter
 from mqa_gpt.sampling import GREEDY, SamplingParams
 
@@ -131,13 +131,7 @@ def stop_texts(stop: Any) -> tuple[str, ...]:
     if not isinstance(stops, Sequence) or not all(isinstance(t, str) and t for t in stops):
         raise PromptError(f"stop is {shown(stop)}: it must be a non-empty text or several")
     for text in stops:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise PromptError(
-                f"stop is {shown(text)}: it holds a lone surrogate, which no text that is "
-                "generated can hold; leave it out"
-            ) from None
+        require_text("stop", text)
     return tuple(stops)
 
 

@@ -103,11 +103,12 @@ class ModelStepper:
         self._model = model
         self._forward: Forward | None = None  # made at the first step, as a first token needs none
         self._begun: tuple[int, Tensor] | None = None  # first slot and logits (B, V) of new rows
+        self._view: KVCache | None = None  # the slots of the rows, while these stay the same
         self._seen: Tensor | None = None  # (slots, V) bool, once a request penalises repetition
 
     def begin(self, slot: int, rows: Sequence[Row], logits: Tensor) -> None:
         """See `Stepper`."""
-        self._begun = slot, logits
+        self._begun, self._view = (slot, logits), None
         for i, row in enumerate(rows, slot):
             if row.request.sampling.repetition_penalty != 1:
                 if self._seen is None:
@@ -123,10 +124,13 @@ class ModelStepper:
             new = rows[slot : slot + len(logits)]
             first = self._choose(logits, new, range(slot, slot + len(new)), [0] * len(new))
             return [(i, [choice]) for i, choice in enumerate(first, slot)]
-        # The cache lacks each row's newest token only.
-        cache = self.cache.rows(0, [len(row.text) - 1 for row in rows])
+        if self._view is None:  # the cache lacks each row's newest token only
+            self._view = self.cache.rows(0, [len(row.text) - 1 for row in rows])
+        cache = self._view
         guesses = self._guess(rows, cache.max_length - cache.end - 1)
         width = max(map(len, guesses))
+        if width > 0:
+            self._view = None  # it will hold guesses that are not accepted
         feed = [
             [row.newest, *guess, *[0] * (width - len(guess))]
             for row, guess in zip(rows, guesses, strict=True)
@@ -139,6 +143,7 @@ class ModelStepper:
 
     def remove(self, slot: int, last: int) -> None:
         """See `Stepper`."""
+        self._view = None
         if slot != last:
             self.cache.copy_row(slot, last)
             if self._seen is not None:
@@ -169,6 +174,9 @@ class ModelStepper:
         One position after the other: only while all of a row's guesses were what the model chose
         are the logits after them the row's own.
         """
+        if logits.shape[1] == 1:
+            counts = [row.count for row in rows]
+            return [[c] for c in self._choose(logits[:, 0], rows, range(len(rows)), counts)]
         chosen: list[list[Choice]] = [[] for _ in rows]
         undecided = list(range(len(rows)))
         for position in range(logits.shape[1]):
@@ -206,9 +214,7 @@ class ModelStepper:
             slots: of the rows.
             counts: how many new tokens precede each row's.
         """
-        groups: dict[tuple[SamplingParams, int | None], list[int]] = {}
-        for i, row in enumerate(rows):
-            groups.setdefault((row.request.sampling, row.request.logprobs), []).append(i)
+        groups = by_options(rows)
         choices: list[Choice] = [Choice(-1)] * len(rows)
         for (sampling, logprobs), group in groups.items():
             part = logits if len(groups) == 1 else logits[group]  # (b, V)
@@ -225,8 +231,8 @@ class ModelStepper:
                 numbers = [rows[i].draws[counts[i]] for i in group]
                 u = torch.tensor(numbers, dtype=torch.float64, device=part.device)  # (b,)
             ids, are_finite = choose(allowed, sampling, seen, u)  # (b,), (b,)
-            for i, is_finite in zip(group, are_finite.tolist(), strict=True):
-                require_finite(is_finite, rows[i])
+            if not are_finite.all():
+                raise not_finite(rows[group[are_finite.tolist().index(False)]])
             if seen is not None and self._seen is not None:
                 self._seen[at, ids] = True
             for i, choice in zip(group, choices_of(part, ids, logprobs), strict=True):
@@ -252,11 +258,26 @@ def report_choices(
     ]
 
 
-def require_finite(is_finite: bool, row: Row) -> None:
-    """Raise FloatingPointError unless the row's logits are finite."""
-    if not is_finite:
-        raise FloatingPointError(
-            f"{row.request.name}: the model's logits are not finite: the weights hold NaN or "
-            "infinity (see `mqa-gpt inspect --check-finite`) or overflow in the model's dtype; "
-            "try float32"
-        )
+Options = tuple[SamplingParams, int | None]  # sampling and log-probabilities of a row
+
+
+def by_options(rows: Sequence[Row]) -> dict[Options, list[int]]:
+    """The indices of the rows that share their options."""
+    first = rows[0].request
+    if all(row.request is first or row.request.sampling is first.sampling for row in rows) and all(
+        row.request.logprobs == first.logprobs for row in rows
+    ):  # the common case, without hashing
+        return {(first.sampling, first.logprobs): list(range(len(rows)))}
+    groups: dict[Options, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault((row.request.sampling, row.request.logprobs), []).append(i)
+    return groups
+
+
+def not_finite(row: Row) -> FloatingPointError:
+    """The error about a row whose logits are NaN or infinite."""
+    return FloatingPointError(
+        f"{row.request.name}: the model's logits are not finite: the weights hold NaN or "
+        "infinity (see `mqa-gpt inspect --check-finite`) or overflow in the model's dtype; "
+        "try float32"
+    )

@@ -1,1 +1,1 @@
-"""The project's kernels in other libraries."""
+"""The kernels in other libraries."""

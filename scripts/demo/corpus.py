@@ -1,7 +1,7 @@
-"""What the demo checkpoint is trained and judged on: the sources of Python's standard library.
+"""The demo checkpoint's data: the sources of Python's standard library, tokenized and packed.
 
-Every machine with Python has them. Some modules are held out, by name; test packages, generated
-tables and whatever repeats a held-out module are left out of training.
+Every machine with Python has them. Some modules are held out, by name. Test packages, generated
+tables and modules that repeat a held-out one are left out of training.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from mqa_gpt.fim import MODES, fim_transform, infill_prompt
 from mqa_gpt.tokenizer import Tokenizer
 
-# Of differing kinds: a long interface, text handling, numbers, files, protocols, a parser, async.
+# Of several kinds: a long interface, text, numbers, files, protocols, a parser, async.
 HELD_OUT = (
     "argparse.py",
     "asyncio/streams.py",
@@ -39,7 +39,7 @@ HELD_OUT = (
     "textwrap.py",
 )
 
-# Not the library itself (installed packages, tests), or tables that programs have written.
+# Not the library itself (installed packages, tests), and tables written by programs.
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
 GENERATED = re.compile(r"encodings/(cp|iso|mac|koi|kz|hp|ptcp|tis|palmos).*|_sysconfigdata.*")
 
@@ -66,13 +66,13 @@ SPECIAL_TOKENS = [
     "<reponame>",
 ]
 
-# Of a piece for infilling: at least so many, and at most so many per token of the window, so that
-# as a rule it fits in.
+# An infilling piece has at least PIECE_CHARACTERS, and at most PIECE_CHARACTERS_PER_TOKEN for each
+# token of the window, so that it usually fits.
 PIECE_CHARACTERS = 200
 PIECE_CHARACTERS_PER_TOKEN = 3
-HOLE_LINES = (1, 1, 1, 2, 3)  # of a hole that ends with a line: one of these
-LONG_LINE = 20  # characters; shorter lines are alike everywhere
-REPEATED_SHARE = 0.25  # of a file's long lines in a held-out module: it is a relative of it
+HOLE_LINES = (1, 1, 1, 2, 3)  # a hole of whole lines has one of these lengths
+LONG_LINE = 20  # characters; shorter lines are common to all files
+REPEATED_SHARE = 0.25  # a file with more of its long lines in held-out modules repeats them
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Corpus:
 
 
 def read_corpus(library: Path | None = None) -> Corpus:
-    """Read the standard library of the Python that runs, or of another folder."""
+    """Read the standard library of the running Python, or of another folder."""
     library = library or Path(sysconfig.get_paths()["stdlib"])
     texts: dict[str, str] = {}
     for path in sorted(library.rglob("*.py")):
@@ -111,7 +111,7 @@ def read_corpus(library: Path | None = None) -> Corpus:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Byte-level BPE in StarCoder's layout: its special tokens first, every digit by itself."""
+    """Byte-level BPE as StarCoder's: control tokens first, every digit a token of its own."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -134,11 +134,11 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> tokenizers.Tokenizer:
 def batches(
     texts: list[str], tokenizer: Tokenizer, *, batch_size: int, length: int, seed: int
 ) -> Iterator[Tensor]:
-    """Endless training batches (B, length + 1) int64, the same ones for the same seed.
+    """Endless training batches (B, length + 1) int64, determined by the seed.
 
-    A pass takes every text once, in a new order: about half of them whole, the other half in
-    pieces rearranged for infilling. The documents are packed with `<|endoftext|>` between them
-    and cut into windows, which are shuffled. A window's last token is the next one's first.
+    Each epoch reads every text once, in a new order: about half of them whole, the rest in pieces
+    rearranged for infilling. Documents are packed with `<|endoftext|>` between them and cut into
+    windows, which are shuffled. A window's last token is the next one's first.
     """
     rng = random.Random(seed)
     end = tokenizer.end_of_text_id
@@ -158,7 +158,7 @@ def batches(
 
 
 def split_into_pieces(text: str, longest: int, rng: random.Random) -> Iterator[str]:
-    """Cut a text at line starts into pieces of very different lengths, so that holes are too."""
+    """Cut a text at line starts into pieces of very different lengths."""
     start = 0
     while start < len(text):
         size = int(PIECE_CHARACTERS * (longest / PIECE_CHARACTERS) ** rng.random())
@@ -171,9 +171,9 @@ def rearrange(piece: str, tokenizer: Tokenizer, rng: random.Random) -> list[int]
     """The ids of a piece rearranged for infilling, with a hole of one of two kinds.
 
     Half of the holes lie anywhere, as in StarCoder's training. The other half are what an editor
-    asks for, and are easier to learn where to end: they end with a line, and begin where a line or
-    a word does. A line begins with the line break and the indentation before it, which are one
-    token; a word with its space.
+    asks for, and their end is easier to learn: they end with a line and begin with a line or a
+    word. A line includes the line break and indentation before it, which are one token; a word
+    includes its space.
     """
     if rng.random() < 0.5:
         return fim_transform(piece, tokenizer, rng, rate=1.0)

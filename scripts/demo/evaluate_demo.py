@@ -1,9 +1,9 @@
-"""Measure the demo checkpoint on the held-out modules and write its card.
+"""Measure the demo checkpoint on the held-out modules and write its model card.
 
     python scripts/demo/evaluate_demo.py demo-run
 
-Reads the checkpoint and `training.json` of a run of train_demo.py; writes `figures.json` and the
-card, `README.md`, beside them. Everything is computed in float32.
+Reads the checkpoint and `training.json` of a run of train_demo.py; writes `figures.json` and
+`README.md` (from `card.md`) to the same folder. Computes in float32.
 """
 
 from __future__ import annotations
@@ -36,18 +36,20 @@ from mqa_gpt.fim import MODES, truncated_infill_prompt
 from mqa_gpt.generation.loop import generate
 from mqa_gpt.machine import describe
 
+CARD = Path(__file__).with_name("card.md")  # with the names of the figures in braces
+
 SEED = 0
 FUNCTIONS = 50
 FUNCTION_TOKENS = 200
-SAMPLING = {"temperature": 0.2, "top_p": 0.95}  # as code models are customarily evaluated with
+SAMPLING = {"temperature": 0.2, "top_p": 0.95}  # customary for code models
 HOLES = 200
-HOLE_PROMPT_TOKENS = 256  # about as much as most pieces have that it learned infilling from
+HOLE_PROMPT_TOKENS = 256  # about the length of most infilling pieces in training
 HOLE_TOKENS = 48
 BATCH = 10
 
 
 class Signature(NamedTuple):
-    """A function's signature: the module's text up to its end, and the signature by itself."""
+    """A function's signature: the module's text up to its end, and the signature alone."""
 
     before: str
     text: str
@@ -67,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate(folder: Path, device: str | None) -> None:
-    """Measure the checkpoint of a run, and write figures and card into its folder."""
+    """Measure a run's checkpoint and write the figures and the card to its folder."""
     llm = LLM.load(folder, device=device, dtype="float32")
     try:
         training = json.loads((folder / "training.json").read_text("utf-8"))
@@ -75,7 +77,8 @@ def evaluate(folder: Path, device: str | None) -> None:
         raise InputError(f"{folder / 'training.json'} is not JSON: {error}") from error
     corpus = read_corpus()
     figures = {
-        "command": "python scripts/demo/train_demo.py --out RUN; python scripts/demo/evaluate_demo.py RUN",
+        "command": "python scripts/demo/train_demo.py --out RUN; "
+        "python scripts/demo/evaluate_demo.py RUN",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": describe(),
         "python": platform.python_version(),
@@ -108,7 +111,7 @@ def compare_with_xz(llm: LLM, modules: dict[str, str]) -> dict[str, object]:
     return {
         "bytes": len(everything),
         "model": model_bits / len(everything),
-        # One file for all of them lets xz find repetitions between modules; the model may not.
+        # In one file xz finds repetitions between modules, which the model does not see.
         "xz_of_all_in_one": 8 * len(lzma.compress(everything, preset=9)) / len(everything),
         "xz_one_by_one": 8 * one_by_one / len(everything),
         "modules": table,
@@ -118,10 +121,10 @@ def compare_with_xz(llm: LLM, modules: dict[str, str]) -> dict[str, object]:
 def complete_functions(llm: LLM, modules: dict[str, str]) -> dict[str, Any]:
     """Write functions from their signatures, greedily and by sampling, and count those that parse.
 
-    A prompt is a module up to the end of a signature's last line, as much of it as fits. The line
-    break after it is left to the model: a token holds it and the indentation together. The function
-    ends before the first line that is indented no deeper than its `def`. Where the tokens do not
-    suffice to get there, the last line, which is unfinished, is left out.
+    The prompt is the module up to the end of the signature, cut on the left to fit. The line break
+    is left to the model, since one token holds it together with the indentation. The function ends
+    before the first line indented no deeper than its `def`. If the tokens run out first, the
+    unfinished last line is dropped.
     """
     tokenizer = llm.tokenizer
     everything = [s for text in modules.values() for s in signatures(text)]
@@ -146,10 +149,10 @@ def count_functions(
     signatures: list[Signature], completions: list[tuple[str, bool]]
 ) -> dict[str, int]:
     """How many functions parse as far as they go, hold more than a docstring, reach their end, and
-    how many do all three."""
+    do all three."""
     counts = {"parse": 0, "parse_beyond_docstring": 0, "finished": 0, "whole": 0}
     for signature, (text, ended) in zip(signatures, completions, strict=True):
-        rest, newline, text = text.partition("\n")  # a comment may stand behind the signature
+        rest, newline, text = text.partition("\n")  # a comment may follow the signature
         if not newline and not ended:
             rest = ""
         body, finished = function_body(signature.text, text, ended)
@@ -176,7 +179,7 @@ def logical_lines(text: str) -> Iterator[list[tokenize.TokenInfo]]:
 
 
 def signatures(text: str) -> Iterator[Signature]:
-    """Every `def` of a module whose body stands on lines of its own."""
+    """Every `def` of a module whose body is on lines of its own."""
     lines = io.StringIO(text).readlines()
     for tokens in logical_lines(text):
         words = [token.string for token in tokens]
@@ -210,12 +213,12 @@ def parsed_body(function: str) -> list[ast.stmt]:
 
 
 def fill_holes(llm: LLM, modules: dict[str, str]) -> dict[str, Any]:
-    """Take lines out of the modules: how well the model knows them, and how many it restores.
+    """Take lines out of the modules: how many bits they cost, and how many the model restores.
 
-    A hole is a statement of one line with all the white space before it. Besides
-    infilling in both orders, the model continues what is before the hole without seeing what is
-    after it. A line counts as restored if what is written begins with exactly it, as ended if the
-    model ended its filling by itself, and as one line if that is what it then is.
+    A hole is a one-line statement with the white space before it. It is filled in both infilling
+    orders, and by plain continuation without the suffix. A line counts as "restored" if the output
+    begins with exactly that line, as "ended" if the model ended the filling, and as "one_line" if
+    it ended after one line.
     """
     tokenizer = llm.tokenizer
     start = tokenizer.end_of_text_id
@@ -255,7 +258,7 @@ def fill_holes(llm: LLM, modules: dict[str, str]) -> dict[str, Any]:
 
 @torch.no_grad()
 def line_bits(llm: LLM, prompts: list[list[int]], lines: list[str]) -> float:
-    """What the model needs per byte to encode each line after its prompt."""
+    """Bits per byte of each line after its prompt."""
     nats = 0.0
     for prompt, line in zip(prompts, lines, strict=True):
         ids = llm.tokenizer.encode(line, special_tokens=False)
@@ -266,7 +269,7 @@ def line_bits(llm: LLM, prompts: list[list[int]], lines: list[str]) -> float:
 
 
 def one_line_statements(text: str) -> Iterator[tuple[str, str, str]]:
-    """(before, statement, after) of every statement that is one line; docstrings are left out."""
+    """(before, statement, after) of every one-line statement but docstrings."""
     lines = io.StringIO(text).readlines()
     for tokens in logical_lines(text):
         first, last = tokens[0], tokens[-1]
@@ -281,7 +284,7 @@ def one_line_statements(text: str) -> Iterator[tuple[str, str, str]]:
 def write(
     llm: LLM, prompts: list[list[int]], new_tokens: int, what: str, **sampling: Any
 ) -> list[tuple[str, bool]]:
-    """The text after each prompt, and whether the model ended it by itself."""
+    """The text after each prompt, and whether the model wrote an end token."""
     end = llm.tokenizer.end_of_text_id
     results = []
     for i in tqdm(range(0, len(prompts), BATCH), desc=what, leave=False):
@@ -291,115 +294,8 @@ def write(
     return results
 
 
-CARD = """\
----
-license: other
-license_name: psf-2.0
-license_link: https://docs.python.org/3/license.html
-language: code
-tags: [python, gpt_bigcode, multi-query-attention, fill-in-the-middle]
----
-
-# The demo checkpoint of mqa-gpt
-
-A model of {millions:.1f} million parameters that completes and infills Python, small enough to
-come with the package and large enough to show everything working. It has StarCoder's architecture
-(GPT-2 with one key/value head), control tokens and infilling format, and is an ordinary
-`gpt_bigcode` checkpoint: transformers loads it too.
-
-```python
-from mqa_gpt import LLM
-
-llm = LLM.load()
-llm.generate("def read_lines(path):", max_new_tokens=48).text
-llm.infill("def area(width, height):\\n    return", "\\n", max_new_tokens=16).text
-```
-
-## Figures
-
-On {held_out} modules of the standard library that it was not trained on ({held_out_bytes:,}
-bytes), in float32:
-
-| | bits per byte |
-| --- | --- |
-| the model | **{model:.3f}** |
-| `xz -9`, all these modules in one file | {xz_all:.3f} |
-| `xz -9`, each by itself | {xz_each:.3f} |
-
-{functions} of their functions, written from the signature:
-
-| | greedy | temperature {temperature}, top-p {top_p} |
-| --- | --- | --- |
-| parse, as far as they go | {greedy[parse]} | {sampled[parse]} |
-| ... and hold more than a docstring | {greedy[parse_beyond_docstring]} | \
-{sampled[parse_beyond_docstring]} |
-| reach their end within {function_tokens} tokens | {greedy[finished]} | {sampled[finished]} |
-| all three | {greedy[whole]} | **{sampled[whole]}** |
-
-And {holes} of their lines taken out, filled in greedily:
-
-| what the model sees | bits per byte of the line | restored exactly | filling ended by itself \
-| ... after one line |
-| --- | --- | --- | --- | --- |
-| what is before the line | {bits_without:.3f} | {without[restored]} | | |
-| both sides, PSM order | {bits_psm:.3f} | {psm[restored]} | {psm[ended]} | {psm[one_line]} |
-| both sides, SPM order | {bits_spm:.3f} | {spm[restored]} | {spm[ended]} | {spm[one_line]} |
-
-Bits per byte: each module starts afresh after `<|endoftext|>`; a token is predicted from the last
-{half} to {context} tokens. Functions: the prompt is the module up to the end of a signature, as
-much as fits beside {function_tokens} new tokens; the function ends before the first line indented
-no deeper than its `def`; of those that do not get there, and mostly repeat themselves, the
-unfinished last line is left out. Parsing says nothing about doing the right thing. Lines:
-statements of one line, with the white space before them; {hole_tokens} tokens of text around them,
-or half as many before them, and up to {filling_tokens} new ones; exactly means character by
-character. Functions and lines are drawn at random, once.
-
-| held-out module | bytes | bits per byte | `xz -9` |
-| --- | --- | --- | --- |
-{modules}
-
-## Data
-
-The sources of Python {python}'s standard library: {training_modules} modules, {characters:.1f}
-million characters, without test packages, generated tables, and modules that share more than a
-quarter of their lines with a held-out one. Half of the modules in each pass are read whole; the
-other half is cut at line starts into pieces of {shortest} to {longest} characters, which are
-rearranged for infilling (half PSM, half SPM). Half of the holes lie anywhere; the other half are
-one to three lines, or what is left of them from a word on. The tokenizer, byte-level BPE with
-StarCoder's control tokens at ids 0 to 18, is trained on the same modules.
-
-## Settings
-
-{layers} layers, {heads} query heads and one key/value head of width {head_dim}, width {width},
-MLP width {inner}, context {context}, vocabulary {vocab}, tied embeddings, no dropout. The weights
-start from an induction circuit (`scripts/demo/induction.py`): two heads that copy what followed the
-current token before. AdamW
-(betas 0.9 and 0.99, weight decay 0.1 on matrices and embeddings, gradient norm clipped at 1),
-{warmup} warm-up steps to {peak_lr}, then linearly to nothing; {steps} steps of {tokens_per_step}
-tokens ({tokens:.1f} million in all), two steps in three with {short_rows} windows of
-{short_length} tokens and the third with {long_rows} of {long_length}; float32 on {device},
-{cpu_minutes:.0f} minutes of CPU time on {threads} threads. Stored in float16.
-
-    python scripts/demo/train_demo.py --out demo-run
-    python scripts/demo/evaluate_demo.py demo-run
-
-## Licence and limits
-
-The training data is under the Python Software Foundation License, version 2; these weights are
-distributed under the same licence, and what they write may repeat parts of the standard library
-word for word.
-
-It is a demonstration. It knows the standard library's manner and little else, loses the thread
-after a few lines, repeats itself when decoded greedily, and what it writes must not be trusted to
-work. Infilling is its weak side: a filling looks like its surroundings, but seldom is what stood
-there. In PSM order it often knows where to end; in SPM order, where nothing marks the end of the
-prefix, hardly ever. Leave a line break at the end of a prompt to the model, which knows it together
-with the indentation after it. It is a base model: it continues text and follows no instructions.
-"""
-
-
 def card(llm: LLM, corpus: Corpus, figures: dict[str, Any]) -> str:
-    """The model card, every number taken from the figures or the code that made them."""
+    """The model card; every number is from the figures or from the code that made them."""
     config = llm.model.config
     compression, completion = figures["compression"], figures["completion"]
     infilling, training = figures["infilling"], figures["training"]
@@ -407,7 +303,7 @@ def card(llm: LLM, corpus: Corpus, figures: dict[str, Any]) -> str:
         f"| `{name}` | {row['bytes']:,} | {row['model']:.3f} | {row['xz']:.3f} |"
         for name, row in compression["modules"].items()
     )
-    return CARD.format(
+    return CARD.read_text("utf-8").format(
         millions=figures["parameters"] / 1e6,
         held_out=len(corpus.held_out),
         held_out_bytes=compression["bytes"],

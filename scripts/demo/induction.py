@@ -1,14 +1,13 @@
-"""Where the training of the demo checkpoint starts from: an induction circuit, built by hand.
+"""The demo checkpoint's initial weights: an induction circuit, built by hand.
 
-Text repeats itself, programs most of all: what followed a token once is likely to follow it again.
-Transformers learn to copy so with two heads, one in each of two layers (Olsson et al. 2022,
-"In-context Learning and Induction Heads"). The first tells every position which token stood before
-it; the second looks for positions whose previous token is the current one, and copies the token
-that it finds there. Training discovers this by itself, but needs hundreds of millions of tokens for
-it. The demo sees some ten million, so it is given the two heads to begin with. They are parameters
-like any other from the first step on.
+Programs repeat themselves: what followed a token once is likely to follow it again. Transformers
+learn to copy with two heads in two successive layers (Olsson et al. 2022, "In-context Learning and
+Induction Heads"). The first writes to every position which token came before it; the second attends
+to positions whose previous token is the current one, and copies the token there. Training discovers
+this after hundreds of millions of tokens. The demo sees some ten million, so it starts with the two
+heads, which are then trained like all other parameters.
 
-The channels of the residual stream (C wide, D per head) are shared out for it:
+The circuit divides the channels of the residual stream (C wide, D per head):
 
     0 ... C/2            position: sines, then cosines
     C/2 ... C/2 + D      WORD: a part of the token's embedding
@@ -23,17 +22,17 @@ import torch
 
 from mqa_gpt.model import GPT, MLP, MultiQueryAttention
 
-POSITION_SHARPNESS = 1.8  # of layer 0's match between positions
-WORD_SHARPNESS = 2.0  # of layer 1's match between tokens
-COPY_STRENGTH = 0.5  # of what layer 1 writes
+POSITION_SHARPNESS = 1.8  # scales layer 0's queries and keys
+WORD_SHARPNESS = 2.0  # scales layer 1's queries and keys
+COPY_STRENGTH = 0.5  # scales what layer 1 writes
 
 
 @torch.no_grad()
 def start_from_induction(model: GPT) -> None:
-    """Give a new model an induction circuit in head 0 of its layers 0 and 1, in place.
+    """Write an induction circuit into head 0 of a new model's layers 0 and 1, in place.
 
-    Everything else that writes to the residual stream starts at zero, which would drown the
-    circuit otherwise.
+    Everything else that writes to the residual stream starts at zero, or it would drown the
+    circuit.
 
     Raises:
         ValueError: the model is not multi-query with two layers, D even and C >= 4D.
@@ -48,8 +47,8 @@ def start_from_induction(model: GPT) -> None:
             module.c_proj.weight.zero_()
     first, second, *_ = (m for m in model.modules() if isinstance(m, MultiQueryAttention))
 
-    # Positions: waves of C/4 lengths from 2 to 2 n_positions (Vaswani et al. 2017, section 3.5). To
-    # look back by a fixed distance is then to rotate every wave by an angle.
+    # Positions: sinusoids of C/4 wavelengths from 2 to 2 n_positions (Vaswani et al. 2017, section
+    # 3.5). Looking back by a fixed distance rotates each of them by a fixed angle.
     positions, half = model.transformer.wpe.weight, C // 2
     frequencies = math.pi * config.n_positions ** -torch.linspace(0, 1, C // 4)  # (C/4,)
     angles = torch.arange(config.n_positions)[:, None] * frequencies  # (n_positions, C/4)
@@ -59,8 +58,8 @@ def start_from_induction(model: GPT) -> None:
     word = half + torch.arange(D)
     previous = word + D
 
-    # Layer 0: the query is the position turned back by one, the key the position itself; the
-    # fastest D/2 waves tell neighbours apart.
+    # Layer 0: the query is the position rotated back by one, the key the position itself. The D/2
+    # shortest wavelengths separate neighbours.
     n = D // 2
     wave = torch.arange(n)
     sines, cosines = wave, C // 4 + wave  # channels

@@ -1,11 +1,11 @@
 """Train the demo checkpoint: a small multi-query model of the Python standard library's sources.
 
     python scripts/demo/train_demo.py --out demo-run             # about an hour on two cores
-    python scripts/demo/train_demo.py --out demo-run --resume    # go on after an interruption
-    python scripts/demo/evaluate_demo.py demo-run                # its figures and its card
+    python scripts/demo/train_demo.py --out demo-run --resume    # after an interruption
+    python scripts/demo/evaluate_demo.py demo-run                # figures and model card
 
-What is read and how it is packed is in corpus.py. The result in `--out` is an ordinary
-checkpoint; `state.pt` beside it is what `--resume` reads.
+The data and its packing are in corpus.py. The result in `--out` is an ordinary checkpoint;
+`--resume` reads `state.pt` in the same folder.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ CONFIG = GPTConfig(
     n_head=4,
     n_inner=1024,
     initializer_range=0.05,  # about n_embd^-0.5, as in StarCoderBase
-    # Under three passes over the data are too few to overfit.
+    # Fewer than three passes over the data do not overfit.
     resid_pdrop=0.0,
     embd_pdrop=0.0,
     attn_pdrop=0.0,
     bos_token_id=0,
     eos_token_id=0,
 )
-# Many small steps learn more than few large ones when there is little time, and short windows learn
-# the basics in less of it: rows and window length of two steps in three, and of the third.
+# (rows, window) of two steps in three, and of the third. In a short run many small steps learn more
+# than few large ones, and short windows teach the basics sooner.
 SHORT_BATCH, LONG_BATCH = (8, 256), (2, CONFIG.n_positions)
 TOKENS_PER_STEP = 2048
 STEPS = 6000
@@ -63,23 +63,23 @@ WARMUP_STEPS = 200
 SEED = 0
 
 EVALUATE_EVERY = 400
-SUBSET_CHARACTERS = 4000  # of each held-out module, for the figure shown while training
+SUBSET_CHARACTERS = 4000  # of each held-out module, for the loss during training
 
 SAMPLE_PROMPTS = ("def read_lines(path):\n", "class Stack:\n    def __init__(self")
 SAMPLE_HOLE = ("def area(width, height):\n    return ", "\n\n\nprint(area(3, 4))\n")
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then linearly down to nothing."""
+    """Linear warm-up, then linear decay to zero."""
     if step < WARMUP_STEPS:
         return PEAK_LR * (step + 1) / WARMUP_STEPS
     return PEAK_LR * (steps - step) / (steps - WARMUP_STEPS)
 
 
 def make_optimizer(model: GPT) -> torch.optim.AdamW:
-    """AdamW; only matrices and embeddings decay.
+    """AdamW with weight decay on matrices and embeddings only.
 
-    beta2 is nearer to 1 than the customary 0.95: the gradients of so small a batch are noisy.
+    beta2 is above the customary 0.95 because gradients of so small a batch are noisy.
     """
     parameters = list(model.parameters())
     groups = [
@@ -98,7 +98,7 @@ def loss_of(model: GPT, batch: Tensor) -> Tensor:
 
 
 def mixed_batches(texts: list[str], tokenizer: Tokenizer) -> Iterator[Tensor]:
-    """Endless training batches: two of short windows, then one of the longest."""
+    """Endless training batches: two of short windows, then one of long windows."""
     short, long = (
         batches(texts, tokenizer, batch_size=rows, length=length, seed=SEED + rows)
         for rows, length in (SHORT_BATCH, LONG_BATCH)
@@ -111,10 +111,10 @@ def mixed_batches(texts: list[str], tokenizer: Tokenizer) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def bits_per_byte(model: GPT, tokenizer: Tokenizer, texts: list[str]) -> float:
-    """What the model needs to encode the texts, each starting afresh from `<|endoftext|>`.
+    """Bits per byte of the texts, each from a new `<|endoftext|>`.
 
-    A window slides by half a context, so that a token is predicted from at least half of one
-    (where there is that much before it).
+    The window slides by half a context, so every token after the first half context is predicted
+    from at least that many tokens.
     """
     context = model.config.n_positions
     nats = 0.0
@@ -143,7 +143,7 @@ def show_samples(model: GPT, tokenizer: Tokenizer) -> None:
 
 
 def write_atomically(path: Path, save: Callable[[Path], object]) -> None:
-    """Have `save(temporary path)` write a file that appears under its name only when complete."""
+    """Let `save(temporary path)` write a file, which gets its name once it is complete."""
     temporary = path.with_name(path.name + ".part")
     save(temporary)
     with temporary.open("rb") as file:
@@ -152,7 +152,7 @@ def write_atomically(path: Path, save: Callable[[Path], object]) -> None:
 
 
 def load_tokenizer(out: Path, texts: list[str], resume: bool) -> Tokenizer:
-    """The run's tokenizer: the one it was started with, or a newly trained one."""
+    """The tokenizer that a resumed run started with, or a newly trained one."""
     if not resume:
         trained = train_tokenizer(texts, CONFIG.vocab_size)
         write_atomically(out / "tokenizer.json", lambda temporary: trained.save(str(temporary)))
@@ -160,7 +160,7 @@ def load_tokenizer(out: Path, texts: list[str], resume: bool) -> Tokenizer:
 
 
 def load_state(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put the weights and moments of an interrupted run in place, and return what else it knew."""
+    """Load an interrupted run's weights and moments; returns the rest of its state."""
     try:
         state: dict[str, Any] = torch.load(path, map_location=model.device, weights_only=True)
         model.load_state_dict(state.pop("model"))
@@ -168,16 +168,16 @@ def load_state(path: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict
         if state.keys() != new_state().keys():
             raise ValueError(f"it holds {', '.join(state)}")
     except Exception as error:  # of a damaged file torch raises many kinds
-        if isinstance(error, OSError) or is_out_of_memory(error):  # nothing against the file
+        if isinstance(error, OSError) or is_out_of_memory(error):  # not the file's fault
             raise
         raise InputError(
-            f"{path} is not the state of a run of this script: omit --resume to begin anew"
+            f"{path} is not the state of a run of this script: omit --resume to start again"
         ) from error
     return state
 
 
 def new_state() -> dict[str, Any]:
-    """Everything that is not a function of the seed and the number of steps taken."""
+    """All state that does not follow from the seed and the number of steps taken."""
     return {"step": 0, "seconds": [], "cpu_seconds": 0.0, "held_out": []}
 
 
@@ -268,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"default {STEPS}")
     parser.add_argument("--device", help="default: the GPU if there is one")
-    parser.add_argument("--resume", action="store_true", help="go on from the folder's state.pt")
+    parser.add_argument("--resume", action="store_true", help="continue from the folder's state.pt")
     options = parser.parse_args(arguments)
     if options.steps < 1:
         parser.error(f"--steps is {options.steps}: it must be at least 1")

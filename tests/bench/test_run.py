@@ -108,7 +108,7 @@ def test_every_figure_follows_from_the_clock_and_known_sizes(folder):
     assert report.ceilings.copy_gb_per_s == pytest.approx(copy_rate)
     assert report.ceilings.matmul_tflops == pytest.approx(2 * 64**3 / 0.1 / 1e12)
 
-    pp, tg, both, behind = report.results
+    pp, tg, both, after = report.results
     assert [r.test for r in report.results] == ["pp8", "tg5", "pp8+tg5", "tg4 @ d8"]
     assert [r.tokens for r in report.results] == [24, 15, 39, 12]
     assert pp.seconds == [2.0, 1.0, 4.0]
@@ -128,9 +128,9 @@ def test_every_figure_follows_from_the_clock_and_known_sizes(folder):
     assert both.median == pytest.approx(39 / 3.0)
     assert (both.gb_per_s, both.tflops) == (None, None)
     # The first of the 5 tokens belongs to the prefill; the others attend to 9, 10, 11 and 12.
-    assert behind.seconds == [1.0, 1.0, 5.0]
+    assert after.seconds == [1.0, 1.0, 5.0]
     read = 4 * weight_bytes(config, 4) + KVCache(config, 3, 9 + 10 + 11 + 12).kv.nbytes
-    assert behind.gb_per_s == pytest.approx(read / 1.0 / 1e9)
+    assert after.gb_per_s == pytest.approx(read / 1.0 / 1e9)
     assert {r.ours_faster for r in report.results} == {None}
 
 

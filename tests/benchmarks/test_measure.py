@@ -10,36 +10,38 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-import measure
 import pytest
 import torch
 
+from benchmarks import measure
 from mqa_gpt.errors import InputError
 
-ROOT = Path(__file__).parents[2]
-SCRIPTS = ["cpu_decode", "cpu_memory", "cpu_products", "mqa_vs_mha", "speculation", "step_profile"]
-ON_TRITON = ["attention", "forward_forms"]
+SCRIPTS = [
+    *("cpu.decode", "cpu.memory", "cpu.products", "cpu.speculation"),
+    *("mqa_vs_mha", "step_profile", "gpu.attention"),
+]
+FILE = str(measure.ROOT / "benchmarks/cpu/decode.py")
 
 NONSENSE = """
-cpu_decode --new 1
-cpu_decode --new 9000
-cpu_decode --batch 0
-cpu_decode --batch 99999999
-cpu_decode --prompt 0
-cpu_decode --repeats 0
-cpu_decode --cold-repeats 0
-cpu_decode --shape nonsense
-cpu_memory --shape nonsense
-cpu_memory --folder /nonexistent
-cpu_products --sizes foo
-cpu_products --sizes 0x64
-cpu_products --sizes 64x-4
-cpu_products --sizes 268435456x268435456
-cpu_products --sizes 99999999999999999999x64
-cpu_products --rows 0
-cpu_products --rows 268435456
-cpu_products --megabytes -5
-cpu_products --repeats 0
+cpu.decode --new 1
+cpu.decode --new 9000
+cpu.decode --batch 0
+cpu.decode --batch 99999999
+cpu.decode --prompt 0
+cpu.decode --repeats 0
+cpu.decode --cold-repeats 0
+cpu.decode --shape nonsense
+cpu.memory --shape nonsense
+cpu.memory --folder /nonexistent
+cpu.products --sizes foo
+cpu.products --sizes 0x64
+cpu.products --sizes 64x-4
+cpu.products --sizes 268435456x268435456
+cpu.products --sizes 99999999999999999999x64
+cpu.products --rows 0
+cpu.products --rows 268435456
+cpu.products --megabytes -5
+cpu.products --repeats 0
 mqa_vs_mha --batch 0
 mqa_vs_mha --context 0
 mqa_vs_mha --context 8193
@@ -49,14 +51,14 @@ mqa_vs_mha --memory-gb nan
 mqa_vs_mha --memory-gb -1
 mqa_vs_mha --repeats 1
 mqa_vs_mha --shape nonsense
-speculation --agreement nan
-speculation --agreement 1.5
-speculation --modules 0
-speculation --modules 99
-speculation --new 1
-speculation --new 900
-speculation --prompt 8192
-speculation --repeats 0
+cpu.speculation --agreement nan
+cpu.speculation --agreement 1.5
+cpu.speculation --modules 0
+cpu.speculation --modules 99
+cpu.speculation --new 1
+cpu.speculation --new 900
+cpu.speculation --prompt 8192
+cpu.speculation --repeats 0
 step_profile --batch 0
 step_profile --batch 99999999
 step_profile --context 0
@@ -66,20 +68,15 @@ step_profile --dtype nonsense
 step_profile --quantize nonsense
 step_profile --repeats 1
 step_profile --shape nonsense
-forward_forms --batch 99999999
-forward_forms --length 0
-forward_forms --heads 0
-forward_forms --head-dim 0
-forward_forms --head-dim 257
-attention --only nonsense
-attention --repeats 0
+gpu.attention --only nonsense
+gpu.attention --repeats 0
 """
 
 
 def benchmark(name: str) -> ModuleType:
-    if name in ON_TRITON:
+    if name.startswith("gpu."):
         pytest.importorskip("triton", reason="Triton is not available on this platform")
-    return import_module(name)
+    return import_module(f"benchmarks.{name}")
 
 
 def status(main: Callable[[list[str]], int], arguments: list[str]) -> int | str | None:
@@ -105,7 +102,7 @@ def test_nonsense_is_one_sentence_and_status_2_and_no_result(command, tmp_path, 
     assert not list(tmp_path.rglob("*.json"))
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "forward_forms"])
+@pytest.mark.parametrize("name", SCRIPTS[:-1])
 @pytest.mark.parametrize("obstacle", ["a folder", "below a file", "not JSON"])
 def test_a_result_that_cannot_be_written_is_refused_before_anything_is_measured(
     name, obstacle, tmp_path, capsys
@@ -128,8 +125,8 @@ def test_a_result_that_cannot_be_written_is_refused_before_anything_is_measured(
 def test_by_default_results_go_where_git_does_not_look(monkeypatch, tmp_path):
     assert measure.result_path(None, "x.json") == tmp_path / "out" / "x.json"
     monkeypatch.undo()
-    out = measure.OUT.relative_to(ROOT)
-    assert f"{out}/" in (ROOT / ".gitignore").read_text().splitlines()
+    out = measure.OUT.relative_to(measure.ROOT)
+    assert f"{out}/" in (measure.ROOT / ".gitignore").read_text().splitlines()
 
 
 def test_a_result_named_by_output_goes_there_and_its_folder_is_made(tmp_path):
@@ -148,7 +145,7 @@ def test_an_old_result_survives_one_that_breaks_off(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", write_half)
     with pytest.raises(OSError, match="No space left"):
-        measure.write_result(path, "question", argparse.Namespace(), {"a": 1})
+        measure.write_result(path, FILE, "question", argparse.Namespace(), {"a": 1})
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -158,34 +155,36 @@ def test_where_nothing_was_measured_there_is_no_success(capsys):
     assert "no result is written" in capsys.readouterr().err
 
 
-def test_a_place_is_a_part_of_a_files_name_whatever_the_gpu_is_called(monkeypatch):
+def test_a_device_name_is_a_part_of_a_files_name_whatever_the_gpu_is_called(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A10/24 (PCIe)")
-    assert measure.place(torch.device("cuda")) == "NVIDIA_A10_24_PCIe_"
-    assert measure.place(torch.device("cpu")) == "cpu"
+    assert measure.device_name(torch.device("cuda")) == "NVIDIA_A10_24_PCIe_"
+    assert measure.device_name(torch.device("cpu")) == "cpu"
 
 
 def test_a_result_says_what_was_asked_and_what_came_out(tmp_path):
     path = tmp_path / "x.json"
     options = argparse.Namespace(repeats=3, output=path)
-    assert measure.write_result(path, "question", options, {"a": 1}) == 0
+    assert measure.write_result(path, FILE, "question\n\nmore", options, {"a": 1}) == 0
     written = json.loads(path.read_text())
+    assert written["question"] == "question"
+    assert written["command"] == "python -m benchmarks.cpu.decode --repeats 3"
     assert written["settings"] == {"repeats": 3}
     assert written["figures"] == {"a": 1}
 
 
 def test_products_that_all_fail_are_no_success(tmp_path, monkeypatch, capsys):
-    module = benchmark("cpu_products")
+    module = benchmark("cpu.products")
 
     def absent(weight):
         raise RuntimeError("not in this PyTorch")
 
-    monkeypatch.setattr(module, "CONTENDERS", {"absent": absent})
+    monkeypatch.setattr(module, "PRODUCTS", {"absent": absent})
     assert module.main(["--sizes", "32x16", "--rows", "1", "--repeats", "1"]) == 1
     assert "32 x 16, absent: not in this PyTorch" in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_errors_that_are_no_ones_input_keep_their_traceback(capsys):
+def test_errors_that_no_input_causes_keep_their_traceback(capsys):
     def fails(error):
         @measure.refuse_bad_input
         def main(arguments):
@@ -200,7 +199,7 @@ def test_errors_that_are_no_ones_input_keep_their_traceback(capsys):
         fails(ValueError("a mistake of ours"))([])
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, *ON_TRITON])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_the_help_says_what_every_option_is_and_its_default(name, monkeypatch, capsys):
     module = benchmark(name)
     parsers = []
@@ -222,7 +221,9 @@ def test_the_help_says_what_every_option_is_and_its_default(name, monkeypatch, c
         ):
             assert f"(default: {action.default})" in shown
     assert "(default: None)" not in shown
-    assert f"(default: benchmarks/out/{name}" in shown or name == "speculation"
+    file = name.replace("cpu.", "cpu_").replace("gpu.", "")
+    file = "speculation_cpu" if name == "cpu.speculation" else file
+    assert f"(default: benchmarks/out/{file}" in shown
 
 
 def test_a_number_has_to_be_of_its_kind_and_within_its_range():

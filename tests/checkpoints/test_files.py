@@ -1,4 +1,4 @@
-"""What is said of weight files that are not what their names say, and what odd ones are."""
+"""Messages for weight files that are not what their names say, and unusual files that are valid."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ import torch
 from safetensors.torch import save_file
 
 from mqa_gpt import CheckpointError, ConfigError
-from mqa_gpt.checkpoints import files as weight_files
-from mqa_gpt.checkpoints.files import INDEX_FILE, WEIGHTS_FILE, read_json, stored_tensors
+from mqa_gpt.checkpoints.files import (
+    INDEX_FILE,
+    MAX_HEADER_BYTES,
+    WEIGHTS_FILE,
+    read_json,
+    stored_tensors,
+)
+from mqa_gpt.checkpoints.load import read_config
+from mqa_gpt.errors import InputError
 
 SHARD = "model-00001-of-00001.safetensors"
 
 
 def safetensors(header: str, size: int) -> bytes:
-    """A file of this header and so many bytes of data."""
+    """A file of this header and `size` bytes of data."""
     return struct.pack("<Q", len(header)) + header.encode() + bytes(size)
 
 
@@ -34,7 +41,7 @@ def sharded(folder: Path, weight_map: str) -> Path:
     return folder
 
 
-# ------------------------------------------------------------------------- names that are no files
+# ------------------------------------------------------------------------------- not regular files
 
 
 def link_to_nothing(file: Path) -> str:
@@ -64,7 +71,7 @@ def endless_device(file: Path) -> str:
 
 @pytest.mark.parametrize("make", [link_to_nothing, link_to_itself, subfolder, pipe, endless_device])
 @pytest.mark.parametrize("name", [WEIGHTS_FILE, INDEX_FILE, SHARD])
-def test_a_name_taken_by_something_else_is_said_to_be_that(
+def test_what_is_no_regular_file_is_named(
     tmp_path: Path, name: str, make: Callable[[Path], str]
 ) -> None:
     if name == SHARD:
@@ -90,7 +97,7 @@ def test_what_torch_saves_is_a_pickle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_any_other_zip_file_is_said_to_be_one(tmp_path: Path, damaged: bool) -> None:
+def test_any_other_zip_file_is_named_as_one(tmp_path: Path, damaged: bool) -> None:
     file = tmp_path / WEIGHTS_FILE
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("model.safetensors", bytes(100))
@@ -100,16 +107,13 @@ def test_any_other_zip_file_is_said_to_be_one(tmp_path: Path, damaged: bool) -> 
         stored_tensors(tmp_path)
 
 
-def test_a_json_file_without_end_is_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(weight_files, "MAX_JSON_BYTES", 1000)
+def test_a_json_file_above_the_limit_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(" " * 998 + "{}")
-    assert read_json(file, ConfigError) == {}
+    assert read_json(file, ConfigError, 1000) == {}
     file.write_text(" " * 999 + "{}")
     with pytest.raises(ConfigError, match=r"config\.json is larger than 1,000 bytes: get it again"):
-        read_json(file, ConfigError)
+        read_json(file, ConfigError, 1000)
 
 
 # ------------------------------------------------------------------------------- odd but permitted
@@ -136,7 +140,10 @@ def test_a_name_that_an_index_repeats_must_be_where_it_is_named_last(tmp_path: P
     save_file({"a": torch.zeros(1)}, tmp_path / SHARD)
     save_file({"b": torch.zeros(1)}, tmp_path / other)
     sharded(tmp_path, json.dumps({"b": other})[:-1] + f', "a": "{other}", "a": "{SHARD}"}}')
-    assert [(t.name, t.file.name) for t in stored_tensors(tmp_path)] == [("a", SHARD), ("b", other)]
+    assert [(t.name, t.file.path.name) for t in stored_tensors(tmp_path)] == [
+        ("a", SHARD),
+        ("b", other),
+    ]
     sharded(tmp_path, json.dumps({"b": other})[:-1] + f', "a": "{SHARD}", "a": "{other}"}}')
     with pytest.raises(CheckpointError, match=f"{other} lacks 'a'"):
         stored_tensors(tmp_path)
@@ -147,3 +154,28 @@ def test_a_file_may_hold_no_tensors_and_a_tensor_no_elements(tmp_path: Path) -> 
     assert stored_tensors(tmp_path) == []
     save_file({"a": torch.zeros(0), "b": torch.zeros(2, 0, 3)}, tmp_path / WEIGHTS_FILE)
     assert [(t.name, t.shape) for t in stored_tensors(tmp_path)] == [("a", (0,)), ("b", (2, 0, 3))]
+
+
+def test_a_long_header_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    header = "{" + " " * MAX_HEADER_BYTES + "}"
+    (tmp_path / WEIGHTS_FILE).write_bytes(safetensors(header, 0))
+    with pytest.raises(CheckpointError, match=r"its header of 10,000,002 bytes is longer than 10"):
+        stored_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_config_takes_little_memory_however_long_it_is(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text('{"a": [' + "{}," * 400_000 + "{}]}")
+    with pytest.raises(InputError, match=rf"{name} is larger than 1,000,000 bytes: get it again"):
+        read_config(tmp_path)
+
+
+def test_a_weights_file_is_closed_when_nothing_refers_to_it(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / WEIGHTS_FILE)
+    found = stored_tensors(tmp_path)
+    descriptor = found[0].file._descriptor
+    assert os.fstat(descriptor).st_size > 0
+    del found
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)

@@ -1,10 +1,16 @@
-"""Whatever a checkpoint holds: it loads, or raises a typed error; and no other file is opened."""
+"""Whatever a checkpoint holds, it loads or raises a typed error, in bounded time and memory, and no
+other file is opened.
+
+FUZZ_EXAMPLES is the number of inputs for each test; a few hundred without it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +22,17 @@ from safetensors.torch import save_file
 
 from mqa_gpt import GPT, CheckpointError, ConfigError, GPTConfig
 from mqa_gpt.checkpoints import files as weight_files
+from mqa_gpt.checkpoints.load import checkpoint_notes
+from mqa_gpt.machine import peak_memory
 
 CONFIG = GPTConfig(
     vocab_size=5, n_positions=3, n_embd=4, n_layer=1, n_head=2, n_inner=3, bos_token_id=0
 )
 INDEX = "model.safetensors.index.json"
-fuzz = settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
+fuzz = settings(
+    max_examples=EXAMPLES or 200, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 texts = st.text(st.characters(), max_size=20)  # every code point, lone surrogates included
 numbers = st.integers() | st.integers(-3, 9) | st.floats() | st.sampled_from([2**28, 2**63, 1e308])
@@ -31,11 +42,11 @@ json_values = st.recursive(
     max_leaves=8,
 )
 
-opened: list[str] | None = None  # what has been opened, while `check` looks
+opened: list[str] | None = None  # what was opened while `check` looks
 
 
 def record(event: str, arguments: tuple[Any, ...]) -> None:
-    """An audit hook, which no process gets rid of: idle unless `check` looks."""
+    """An audit hook, which cannot be removed: idle unless `check` looks."""
     if opened is not None and event == "open":
         opened.append(str(arguments[0]))
 
@@ -45,7 +56,7 @@ sys.addaudithook(record)
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A sound checkpoint, in one file and in shards, beside a file that must not be opened."""
+    """A valid checkpoint, in one file and in shards, and a file outside that must not be opened."""
     folder = tmp_path / "checkpoint"
     GPT(CONFIG).save_pretrained(folder)
     GPT(CONFIG).save_pretrained(tmp_path / "sharded", max_shard_size=150)
@@ -55,7 +66,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     real = weight_files.safe_open
 
     def recorded(file: Path, **kwargs: Any) -> Any:
-        record("open", (file,))
+        record("open", (Path(file).resolve(),))  # of /proc/self/fd: the file
         return real(file, **kwargs)
 
     monkeypatch.setattr(weight_files, "safe_open", recorded)
@@ -63,11 +74,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def check(folder: Path) -> None:
-    """Load; the outcome must be a model that runs, or a typed error fit to print."""
+    """Load; the outcome must be a model that runs, or a typed error that is safe to print."""
     global opened
     opened = files = []
+    started, before = time.monotonic(), peak_memory() or 0
     try:
         model = GPT.from_pretrained(folder, device="cpu")
+        checkpoint_notes(folder)
     except (CheckpointError, ConfigError) as error:
         message = str(error)
         assert str(folder) in message
@@ -80,6 +93,8 @@ def check(folder: Path) -> None:
         opened = None
     touched = {Path(file).resolve() for file in files if "outside" in file or ".safe" in file}
     assert all(file.parent == folder for file in touched), touched
+    assert time.monotonic() - started < 10
+    assert (peak_memory() or 0) - before < 10**9
 
 
 def test_a_file_outside_is_noticed_and_no_file_is_recorded_afterwards(
@@ -213,7 +228,20 @@ def test_a_config_of_anything(folder: Path, changes: dict[str, Any]) -> None:
     file.write_text(sound)
 
 
-@settings(max_examples=300)
+@fuzz
+@given(
+    st.dictionaries(st.sampled_from(["eos_token_id", "top_p"]) | texts, json_values, max_size=4)
+    | json_values
+)
+def test_a_generation_config_of_anything(folder: Path, values: Any) -> None:
+    file = folder / "generation_config.json"
+    sound = file.read_text()
+    file.write_text(json.dumps(values))
+    check(folder)
+    file.write_text(sound)
+
+
+@settings(max_examples=EXAMPLES or 300)
 @given(configs | json_values)
 def test_a_config_is_refused_or_written_as_it_was_read(values: Any) -> None:
     try:
@@ -226,9 +254,9 @@ def test_a_config_is_refused_or_written_as_it_was_read(values: Any) -> None:
     assert GPTConfig.from_dict(json.loads(text)).to_json() == text
 
 
-@settings(max_examples=100)
+@settings(max_examples=EXAMPLES or 100)
 @given(text=st.binary(max_size=60) | json_values.map(lambda v: json.dumps(v).encode()))
-@pytest.mark.parametrize("name", ["config.json", INDEX])
+@pytest.mark.parametrize("name", ["config.json", INDEX, "generation_config.json"])
 def test_a_json_file_of_any_bytes(
     tmp_path_factory: pytest.TempPathFactory, name: str, text: bytes
 ) -> None:

@@ -6,10 +6,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,13 +24,16 @@ from tests.hub_server import (
     ACCEPTED_TOKEN,
     EXPIRED_TOKEN,
     OTHER_TOKEN,
+    Answer,
     Files,
     HubServer,
     Repository,
+    Request,
     commit_of,
 )
 
 NAME = "someone/tiny"
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))  # what `make fuzz` asks for
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +62,8 @@ def hub(files: dict[str, Files]) -> Iterator[HubServer]:
         "README.md": b"#",
         "training/model.safetensors": b"in a sub-folder",
         ".gitattributes": b"",
-        "generation_config.json": b"{}",
         "tokenizer_config.json": b"{}",
         "special_tokens_map.json": b"{}",
-        "vocab.json": b"{}",
-        "merges.txt": b"",
     }
     repositories = {
         NAME: Repository({"main": files["a"] | never, "sharded": files["b"]}),
@@ -110,6 +113,17 @@ class Client:
         """The folder that `resolve` finds, or the error it raises."""
         return self.run(f"print(resolve({name!r}, {revision!r}))", endpoint, **variables)
 
+    def resolve_each(self, names: list[str], endpoint: str) -> list[str]:
+        """What `resolve` finds or raises for each name, in one process."""
+        code = (
+            f"for name in {names!r}:\n"
+            "        try: print(resolve(name))\n"
+            "        except InputError as error: print(f'{type(error).__name__}: {error}')"
+        )
+        lines = self.run(code, endpoint).splitlines()
+        assert len(lines) == len(names)
+        return lines
+
 
 @pytest.fixture
 def client(tmp_path: Path) -> Client:
@@ -133,7 +147,7 @@ def test_only_what_is_read_is_asked_for(
 ) -> None:
     folder = client.resolve(NAME, hub.url)
     assert same_weights(GPT.from_pretrained(folder), models["a"])
-    wanted = ["config.json", "model.safetensors", "tokenizer.json"]
+    wanted = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
     assert hub.downloads() == wanted
     assert {request.file for request in hub.log if request.file} <= set(wanted)
     listings = {"revision/main", f"tree/{commit_of('main')}"}
@@ -162,8 +176,8 @@ def test_what_is_cached_is_not_downloaded_again_and_works_offline(
     requests = len(hub.log)
     assert client.resolve(NAME, hub.url, HF_HUB_OFFLINE="1") == folder
     assert len(hub.log) == requests
-    nobody_listens = "http://127.0.0.1:9"
-    assert client.resolve(NAME, nobody_listens) == folder
+    unused_port = "http://127.0.0.1:9"
+    assert client.resolve(NAME, unused_port) == folder
 
 
 def test_offline_and_not_cached_says_so(client: Client, hub: HubServer) -> None:
@@ -198,9 +212,10 @@ def test_after_a_failed_download_the_complete_files_are_kept(
 ) -> None:
     hub.failing.add("model.safetensors")
     message = client.resolve(NAME, hub.url)
-    assert message.startswith(f"CheckpointError: downloading {NAME} failed (")
-    assert "500" in message
-    assert "run the same again" in message
+    assert message == (
+        f"CheckpointError: downloading {NAME} failed: {hub.url} answers with status 500 (Internal "
+        "Server Error): run the same again later; the files that are complete are kept"
+    )
     assert len(message.splitlines()) == 1
 
     offline = client.resolve(NAME, hub.url, HF_HUB_OFFLINE="1")
@@ -266,7 +281,7 @@ def test_a_repository_of_pickles_is_refused_without_downloading_them(
 
 
 @pytest.mark.parametrize("name", ["a b/c", "a//b", "-x", "a/b\0", "x" * 5000, "", " ", "a..b/c"])
-def test_what_is_no_name_at_all_is_said_without_asking_the_hub(name: str) -> None:
+def test_an_invalid_name_is_refused_without_asking_the_hub(name: str) -> None:
     with pytest.raises(CheckpointError, match=r"neither a folder nor a hub name|no folder"):
         resolve(name)
 
@@ -310,32 +325,35 @@ def test_a_folder_of_the_owners_name_does_not_hide_the_model_but_one_of_its_name
     assert printed.splitlines() == [str(next(client.home.glob("hub/*/snapshots/*"))), NAME]
 
 
-@pytest.mark.parametrize("revision", ["", "../main", "a..b", "a\0b", "\ud800", "a\nb"])
-def test_what_is_no_revision_at_all_is_said_without_asking_the_hub(revision: str) -> None:
+@pytest.mark.parametrize(
+    "revision",
+    ["", "../main", "a..b", "a\0b", "\ud800", "a\nb", "/etc/passwd", "a//b", ".", "a\\b"],
+)
+def test_an_invalid_revision_is_refused_without_asking_the_hub(revision: str) -> None:
     with pytest.raises(CheckpointError, match=r"revision is '.*': it must be a br"):
         resolve(NAME, revision)
 
 
-def test_an_answer_that_is_not_the_hubs_is_an_error(client: Client, hub: HubServer) -> None:
-    hub.login_page = True
+def test_a_login_page_is_not_taken_for_the_hub(client: Client, hub: HubServer) -> None:
+    hub.change = lambda *_: Answer(200, b"<html>Welcome</html>", {"Content-Type": "text/html"})
     message = client.resolve(NAME, hub.url)
-    assert message.startswith(f"CheckpointError: downloading {NAME} failed (")
-    assert len(message.splitlines()) == 1
+    assert message == (
+        "CheckpointError: http://127.0.0.1 answers '<html>Welcome</html>', not as a hub does: "
+        "check HF_ENDPOINT, and whether the network asks for a login"
+    )
 
 
 @pytest.mark.parametrize(
     "variables",
     [{"HF_ENDPOINT": "http://["}, {"HF_ENDPOINT": "nowhere"}, {"HF_HUB_DOWNLOAD_TIMEOUT": "long"}],
 )
-def test_a_setting_that_cannot_be_used_is_an_error(
-    client: Client, variables: dict[str, str]
-) -> None:
+def test_an_invalid_setting_is_an_error(client: Client, variables: dict[str, str]) -> None:
     message = client.resolve(NAME, "http://127.0.0.1:9", **variables)
     assert message.startswith("CheckpointError: ")
     assert len(message.splitlines()) == 1
 
 
-def test_a_link_of_the_cache_whose_file_is_gone_is_said_and_mended_online(
+def test_a_broken_link_in_the_cache_is_reported_and_repaired_online(
     client: Client, hub: HubServer, models: dict[str, GPT]
 ) -> None:
     folder = client.resolve(NAME, hub.url)
@@ -370,3 +388,246 @@ def test_a_folder_needs_neither_the_hub_library_nor_a_compiler(
         "http://127.0.0.1:9",
     )
     assert json.loads(printed) == []
+
+
+# ------------------------------------------------------------------- answers that no hub gives
+
+Change = Callable[[Request, Answer], Answer]
+
+
+def with_header(name: str, value: str) -> Change:
+    return lambda _, answer: answer._replace(headers=answer.headers | {name: value})
+
+
+def with_listing(change: Callable[[Any], Any], kind: str = "revision") -> Change:
+    """Changes the model info or, with "tree", the list of files."""
+
+    def changed(request: Request, answer: Answer) -> Answer:
+        if not request.path.startswith("/api/models/") or f"/{kind}/" not in request.path:
+            return answer
+        body = change(json.loads(answer.body))
+        return answer._replace(body=body if isinstance(body, bytes) else json.dumps(body).encode())
+
+    return changed
+
+
+def every_entry(**values: Any) -> Change:
+    return with_listing(lambda entries: [entry | values for entry in entries], "tree")
+
+
+@pytest.mark.parametrize("path", ["{outside}", "../../../../outside", "..", "a/b", "x\\y", ""])
+def test_no_answer_becomes_a_path_outside_the_cache(
+    client: Client, hub: HubServer, tmp_path: Path, path: str
+) -> None:
+    path = path.format(outside=tmp_path / "outside")
+    changes = [
+        with_header("X-Repo-Commit", path),
+        with_header("ETag", f'"{path}"'),
+        with_header("X-Linked-Etag", f'W/"{path}"'),
+        with_listing(lambda info: info | {"sha": path}),
+        every_entry(oid=path),
+        every_entry(lfs={"oid": path, "size": 1, "pointerSize": 1}),
+        every_entry(xetHash=path),
+    ]
+    names = [f"someone/case{i}" for i in range(len(changes))]
+    for name in names:
+        hub.repositories[name] = hub.repositories[NAME]
+
+    def changed(request: Request, answer: Answer) -> Answer:
+        found = re.search(r"/someone/case(\d)/", request.path)
+        return changes[int(found[1])](request, answer) if found else answer
+
+    hub.change = changed
+    for name, message in zip(names, client.resolve_each(names, hub.url), strict=True):
+        assert message.startswith("CheckpointError: http://127.0.0.1 names the "), name
+        assert message.endswith("whether the network asks for a login"), name
+    assert not list(client.home.glob("hub/**/blobs/*"))
+    assert [file.name for file in tmp_path.iterdir()] == ["home"]
+
+
+def test_malformed_answers_are_typed_errors(client: Client, hub: HubServer) -> None:
+    forms: list[Any] = [
+        None, [], {}, 5, "sha", {"sha": None}, {"sha": ["a"]}, [None], [[]], b"[" * 100_000,
+        b"{", b"\xff", b"", {"sha": "0" * 40, "siblings": 5}, [{"type": "file"}],
+        [{"type": "file", "path": 5, "size": "x", "oid": "0"}], [{"path": "a", "lfs": [1]}],
+    ]  # fmt: skip
+    names = [f"someone/{kind}{i}" for i in range(len(forms)) for kind in ("revision", "tree")]
+    for name in names:
+        hub.repositories[name] = hub.repositories[NAME]
+
+    def changed(request: Request, answer: Answer) -> Answer:
+        found = re.match(r"/api/models/someone/(revision|tree)(\d+)/\1/", request.path)
+        if not found:
+            return answer
+        form = forms[int(found[2])]
+        return answer._replace(body=form if isinstance(form, bytes) else json.dumps(form).encode())
+
+    hub.change = changed
+    lines = client.resolve_each(names, hub.url)
+    for name, line in zip(names, lines, strict=True):
+        if name != "someone/tree1":  # which lists no files
+            assert line.startswith("CheckpointError: "), name
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (403, "answers with status 403 (Forbidden): it refuses access: check what the access"),
+        (429, "answers with status 429 (Too Many Requests): it limits the rate of requests"),
+        (500, "answers with status 500 (Internal Server Error): run the same again later"),
+        (599, "answers with status 599 (unknown): run the same again later"),
+    ],
+)
+def test_a_refusal_is_named_with_its_status(
+    client: Client, hub: HubServer, code: int, expected: str
+) -> None:
+    hub.change = lambda _, answer: answer._replace(status=code)
+    assert f"; {hub.url} {expected}" in client.resolve(NAME, hub.url)
+
+
+@pytest.mark.parametrize("header", [("Retry-After", "259200"), ("RateLimit", '"api";r=0;t=259200')])
+def test_a_wait_of_days_is_an_error(
+    client: Client, hub: HubServer, header: tuple[str, str]
+) -> None:
+    change = with_header(*header)
+    hub.change = lambda *exchange: change(*exchange)._replace(status=429)
+    assert client.resolve(NAME, hub.url) == (
+        "CheckpointError: http://127.0.0.1 answers with status 429 and asks to wait 259,200 "
+        "seconds: run the same again after that time"
+    )
+
+
+def test_an_answer_that_trickles_is_an_error(client: Client, hub: HubServer) -> None:
+    hub.pause = 0.05
+    code = "from mqa_gpt.checkpoints import answers; answers.PATIENCE = 0.5"
+    message = client.run(f"{code}; print(resolve({NAME!r}))", hub.url)
+    assert re.fullmatch(
+        r"CheckpointError: http://127\.0\.0\.1 sent \d+ bytes in 1 seconds: run the same again "
+        "when it is faster",
+        message,
+    )
+
+
+def test_a_server_that_never_answers_is_an_error(client: Client, hub: HubServer) -> None:
+    hub.change = lambda _, answer: answer._replace(status=100)  # and the client waits for another
+    code = "from mqa_gpt.checkpoints import answers; answers.PATIENCE = 0.5"
+    message = client.run(f"{code}; print(resolve({NAME!r}))", hub.url)
+    assert f"{hub.url} cannot be reached (ReadTimeout: timed out): check the network" in message
+
+
+def test_a_listing_without_end_is_an_error(client: Client, hub: HubServer) -> None:
+    hub.change = with_listing(lambda info: info | {"padding": "x" * 21_000_000})
+    message = client.resolve(NAME, hub.url)
+    assert message.startswith("CheckpointError: http://127.0.0.1 lists more than 20,000,000 bytes")
+
+
+def test_passwords_and_tokens_are_not_printed(client: Client, hub: HubServer) -> None:
+    token = "hf_" + "s3cret" * 4
+    hub.change = lambda _, answer: answer._replace(
+        status=400, headers=answer.headers | {"X-Error-Message": f"\x1b[2J token {token} mine"}
+    )
+    endpoint = hub.url.replace("//", "//user:p4ssword@")
+    for mode in ("0", "1"):
+        message = client.resolve(NAME, endpoint, HF_TOKEN=token, HF_HUB_OFFLINE=mode)
+        assert message.startswith("CheckpointError: ")
+        assert "p4ssword" not in message
+        assert "s3cret" not in message
+        assert message.isprintable()
+
+
+def test_a_corrupted_download_is_deleted_and_fetched_again(
+    client: Client, hub: HubServer, models: dict[str, GPT]
+) -> None:
+    def changed(request: Request, answer: Answer) -> Answer:
+        if request.method == "HEAD" or request.file != "model.safetensors":
+            return answer
+        return answer._replace(body=answer.body[:-1] + b"?")
+
+    hub.change = changed
+    message = client.resolve(NAME, hub.url)
+    assert message.startswith("CheckpointError: a downloaded file does not have the SHA-256")
+    hub.change = None
+    folder = client.resolve(NAME, hub.url)
+    assert same_weights(GPT.from_pretrained(folder), models["a"])
+
+
+def test_a_hub_error_hides_the_errors_that_caused_it(client: Client, hub: HubServer) -> None:
+    code = (
+        f"from mqa_gpt import LLM\n    try: LLM.load({NAME!r})\n"
+        "    except InputError as error: print(error.__cause__, error.__context__)"
+    )
+    assert client.run(code, hub.url, HF_HUB_OFFLINE="1") == "None None"
+
+
+def mutated(answer: Answer, chance: random.Random) -> Answer:
+    """The answer with one thing wrong in its status, headers or body."""
+    junk = [None, [], {}, "", "../../x", "/etc/x", -1, 2**70, 0.5, True, "\x1b[2J", "x" * 10_000]
+    match chance.randrange(5):
+        case 0:
+            statuses = [100, 204, 206, 301, 302, 400, 401, 403, 404, 416, 418, 429, 500, 503, 599]
+            return answer._replace(status=chance.choice(statuses))
+        case 1:
+            names = [
+                *answer.headers,
+                "Location",
+                "X-Error-Code",
+                "Link",
+                "X-Xet-Hash",
+                "X-Repo-Commit",
+            ]
+            texts = ["", "../../x", "/etc/x", "-1", "9" * 40, "a b", '"', "http://127.0.0.1:9/x"]
+            values = {chance.choice(names): chance.choice(texts)}
+            return answer._replace(headers=answer.headers | values)
+        case 2:
+            kept = chance.sample(sorted(answer.headers), len(answer.headers) // 2)
+            return answer._replace(headers={name: answer.headers[name] for name in kept})
+        case 3:
+            place = chance.randrange(len(answer.body) + 1)
+            return answer._replace(body=answer.body[:place] + chance.randbytes(chance.randrange(9)))
+    try:
+        values = json.loads(answer.body)
+    except ValueError:
+        return answer._replace(body=b"")
+    inside = values
+    while isinstance(inside, dict | list) and inside:
+        key = chance.choice(list(inside) if isinstance(inside, dict) else range(len(inside)))
+        if chance.random() < 0.4 or not isinstance(inside[key], dict | list):
+            inside[key] = chance.choice(junk)
+            break
+        inside = inside[key]
+    return answer._replace(body=json.dumps(values).encode())
+
+
+def test_whatever_a_hub_answers_is_a_folder_or_a_typed_error(
+    client: Client, hub: HubServer, tmp_path: Path
+) -> None:
+    names = [f"someone/fuzz{i}" for i in range(max(60, EXAMPLES // 100))]
+    for name in names:
+        hub.repositories[name] = hub.repositories[NAME]
+    counts: Counter[str] = Counter()
+
+    def changed(request: Request, answer: Answer) -> Answer:
+        found = re.search(r"/someone/fuzz\d+/", request.path)
+        if not found:
+            return answer
+        counts[found[0]] += 1
+        chance = random.Random(f"{found[0]} {counts[found[0]]}")
+        return mutated(answer, chance) if chance.random() < 0.4 else answer
+
+    hub.change = changed
+    lines = []
+    for first in range(0, len(names), 100):
+        code = (
+            "import time; from mqa_gpt.checkpoints import answers\n"
+            "    time.sleep = lambda seconds: None\n"  # before a retry
+            "    answers.PATIENCE = 0.5\n"
+            f"    for name in {names[first : first + 100]!r}:\n"
+            "        try: print(resolve(name))\n"
+            "        except InputError as error: print(f'{type(error).__name__}: {error}')"
+        )
+        printed = client.run(code, hub.url, HF_HUB_DOWNLOAD_TIMEOUT="1", HF_HUB_ETAG_TIMEOUT="1")
+        lines += printed.splitlines()
+    kinds = Counter(line.split(":")[0] == "CheckpointError" for line in lines)
+    assert kinds[True] + kinds[False] == len(names)
+    assert kinds[True] > len(names) / 5
+    assert [file.name for file in tmp_path.iterdir()] == ["home"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,14 @@ from mqa_gpt import GPT, CheckpointError, ConfigError, GPTConfig
 from mqa_gpt.checkpoints import files as weight_files
 from mqa_gpt.checkpoints import load as checkpoint
 from mqa_gpt.checkpoints.files import stored_tensors
-from mqa_gpt.checkpoints.load import load_model, read_config
+from mqa_gpt.checkpoints.load import (
+    as_dtype,
+    checkpoint_notes,
+    fast_dtype,
+    load_model,
+    read_config,
+    stored_dtype,
+)
 from mqa_gpt.errors import InputError
 from mqa_gpt.fast import packing
 from mqa_gpt.fast.packing import can_pack, packing_bytes
@@ -271,20 +279,72 @@ def test_tensors_of_several_dtypes_load_in_the_one_that_holds_them_all(
     assert all(torch.equal(p, tensors[name].float()) for name, p in model.named_parameters())
 
 
-@pytest.mark.parametrize("dtype", ["int8", "half", "", torch.int8, torch.float8_e4m3fn, 16])
+@pytest.mark.parametrize("dtype", ["int8", "int", "", torch.int8, torch.float8_e4m3fn, 16])
 def test_an_unknown_dtype_is_answered_with_the_known_ones(tmp_path: Path, dtype: Any) -> None:
     with pytest.raises(InputError, match=r"dtype is .*accepted are float32, bfloat16"):
         load_model(tmp_path, dtype=dtype)
 
 
+@pytest.mark.parametrize(
+    ("names", "dtype"),
+    [
+        (["float32", "torch.float32", "float", "fp32"], torch.float32),
+        (["bfloat16", "torch.bfloat16", "bf16"], torch.bfloat16),
+        (["float16", "torch.float16", "half", "torch.half", "fp16"], torch.float16),
+        (["float64", "double", "fp64"], torch.float64),
+    ],
+)
+def test_a_dtype_has_all_its_usual_names(names: list[str], dtype: torch.dtype) -> None:
+    assert {as_dtype(name) for name in [*names, dtype]} == {dtype}
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_run_in_float32_where_a_cpu_is_slow_in_them(
+    monkeypatch: pytest.MonkeyPatch, stored: torch.dtype
+) -> None:
+    name = str(stored)[6:]
+    monkeypatch.setattr(packing, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(checkpoint, "available_memory", lambda device: 4_000)
+    dtype, why = fast_dtype(stored, CPU, 1_000)
+    assert dtype == torch.float32
+    assert why == (
+        f"running in float32, because this processor is slow in {name}: --dtype {name} "
+        f"(dtype='{name}') keeps the checkpoint's"
+    )
+    dtype, why = fast_dtype(stored, CPU, 1_001)
+    assert dtype == stored
+    assert why is not None
+    assert why.startswith(f"running in {name}, which is slow on this processor: in float32 the")
+
+
+def test_weights_keep_a_dtype_that_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_multiplies_bfloat16", lambda: True)
+    if can_pack(torch.nn.Linear(1, 1)):
+        assert fast_dtype(torch.bfloat16, CPU, 1) == (torch.bfloat16, None)
+    for stored in (torch.float32, torch.float64):
+        assert fast_dtype(stored, CPU, 1) == (stored, None)
+    assert fast_dtype(torch.float16, torch.device("cuda"), 1) == (torch.float16, None)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_the_stored_dtype_is_found_without_loading(
+    tmp_path: Path, reference: GPTBigCodeForCausalLM, stored: torch.dtype
+) -> None:
+    tensors = {name: tensor.to(stored) for name, tensor in weights_of(reference).items()}
+    assert stored_dtype(write_checkpoint(tmp_path, tensors, tiny_config())) == stored
+
+
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:x", "xla", "meta", "hpu", "mkldnn", ""])
 @pytest.mark.filterwarnings("error")
-def test_an_absent_device_is_named(tmp_path: Path, device: str) -> None:
+def test_an_unavailable_device_is_named(tmp_path: Path, device: str) -> None:
     with pytest.raises(InputError, match=rf"device is '{device}'.*'cpu' always works"):
         load_model(tmp_path, device=device)
 
 
-def test_an_unknown_backend_is_said_before_anything_is_read(tmp_path: Path) -> None:
+def test_an_unknown_backend_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="backend is 'flash'"):
         load_model(tmp_path / "nowhere", backend="flash")
 
@@ -296,12 +356,36 @@ def test_quantized_weights_are_refused_by_name(
     name = "transformer.h.1.mlp.c_fc.weight"
     tensors = weights_of(reference)
     tensors[name] = torch.zeros_like(tensors[name]).to(dtype)
-    config = tiny_config(quantization_config={"quant_method": "some"})
+    folder = write_checkpoint(tmp_path, tensors, tiny_config())
+    with pytest.raises(CheckpointError, match=f"{name} has the dtype .*only F32, BF16, F16, F64 "):
+        load_model(folder)
+    write_checkpoint(
+        tmp_path, tensors, tiny_config(quantization_config={"quant_method": "bitsandbytes"})
+    )
+    with pytest.raises(CheckpointError, match="are quantized by 'bitsandbytes', which is not read"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, "gptq_model-4bit-128g.safetensors"])
+@pytest.mark.parametrize("says", ["names", "quantize_config.json", "quant_config.json"])
+def test_gptq_and_awq_weights_are_named_as_such(
+    tmp_path: Path, reference: GPTBigCodeForCausalLM, file: str, says: str
+) -> None:
+    tensors = weights_of(reference)
+    del tensors["transformer.h.0.attn.c_proj.weight"]
+    if says == "names":
+        tensors["transformer.h.0.attn.c_proj.qweight"] = torch.zeros(2, 3, dtype=torch.int32)
+    write_checkpoint(tmp_path, tensors, tiny_config())
+    (tmp_path / WEIGHTS).rename(tmp_path / file)
+    if says != "names":
+        (tmp_path / says).write_text("{}")
+    method = {"names": "GPTQ or AWQ", "quantize_config.json": "GPTQ", "quant_config.json": "AWQ"}
     with pytest.raises(CheckpointError) as caught:
-        load_model(write_checkpoint(tmp_path, tensors, config))
-    assert f"{name} has the dtype" in str(caught.value)
-    assert "only F32, BF16, F16, F64 are read" in str(caught.value)
-    assert "quantized" in str(caught.value)
+        load_model(tmp_path)
+    assert str(caught.value) == (
+        f"the weights in {tmp_path} are quantized by {method[says]}, which is not read: load the "
+        "checkpoint that they were made from, with quantize='int8' to save memory"
+    )
 
 
 # ------------------------------------------------------------------------------------ damaged files
@@ -362,9 +446,7 @@ def test_a_damaged_file_is_named_with_its_size(tmp_path: Path, kind: str) -> Non
         (b"\x80\x02}q\x00." + bytes(9), "is a pickle (PyTorch's .bin format), which can run code"),
     ],
 )
-def test_what_is_no_safetensors_file_is_called_what_it_is(
-    tmp_path: Path, head: bytes, expected: str
-) -> None:
+def test_other_file_formats_are_named(tmp_path: Path, head: bytes, expected: str) -> None:
     (tmp_path / "config.json").write_text(tiny_config().to_json())
     (tmp_path / WEIGHTS).write_bytes(head)
     with pytest.raises(CheckpointError) as caught:
@@ -381,7 +463,7 @@ def test_a_file_that_may_not_be_read_is_named(
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    with monkeypatch.context() as patch:  # permissions do not bind root, so they are played
+    with monkeypatch.context() as patch:  # root ignores permissions, so they are simulated
         patch.setattr(weight_files, "safe_open", refuse)
         patch.setattr(Path, "open", refuse)
         with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: Permission"):
@@ -632,7 +714,7 @@ def test_a_missing_shard_and_keys_that_are_elsewhere_are_listed_at_once(
         {},
     ],
 )
-def test_an_index_that_names_anything_but_a_file_beside_it_is_refused(
+def test_an_index_that_names_anything_but_a_file_in_its_folder_is_refused(
     tmp_path: Path, reference: GPTBigCodeForCausalLM, monkeypatch: pytest.MonkeyPatch, shard: Any
 ) -> None:
     folder = tmp_path / "checkpoint"
@@ -664,6 +746,233 @@ def test_an_index_without_a_map_is_refused(
         load_model(tmp_path)
 
 
+def add_to_index(folder: Path, names: Iterable[str], shard: str) -> None:
+    """Have the folder's index promise more names, in the form that transformers reads."""
+    index = json.loads((folder / INDEX).read_text()) | {"metadata": {}}
+    index["weight_map"] |= dict.fromkeys(names, shard)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def test_an_index_may_promise_what_is_not_needed_as_in_transformers(
+    tmp_path: Path, reference: GPTBigCodeForCausalLM
+) -> None:
+    write_sharded(tmp_path, halves(weights_of(reference)), tiny_config())
+    optional = ("lm_head.weight", "transformer.h.0.attn.bias", "h.1.attn.masked_bias")
+    add_to_index(tmp_path, optional, "model-00002-of-00002.safetensors")
+    assert_same_weights(load_model(tmp_path), reference)
+    assert_same_weights(GPTBigCodeForCausalLM.from_pretrained(tmp_path), reference)
+
+
+def test_an_index_may_leave_out_what_is_not_needed(
+    tmp_path: Path, reference: GPTBigCodeForCausalLM
+) -> None:
+    tensors = with_mask_buffers(with_head_and_embedding(weights_of(reference)))
+    write_sharded(tmp_path, halves(tensors), tiny_config())
+    index = json.loads((tmp_path / INDEX).read_text())
+    needed = weights_of(reference)
+    index["weight_map"] = {n: shard for n, shard in index["weight_map"].items() if n in needed}
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    assert_same_weights(load_model(tmp_path), reference)
+
+
+def test_an_untied_head_that_only_the_index_promises_is_missing(
+    tmp_path: Path, reference: GPTBigCodeForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tie_word_embeddings=False)
+    write_sharded(tmp_path, halves(weights_of(reference)), config)
+    add_to_index(tmp_path, ["lm_head.weight"], "model-00002-of-00002.safetensors")
+    assert problems_of(tmp_path, monkeypatch) == ["lm_head.weight is missing"]
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "model.x."])
+@pytest.mark.parametrize("layout", [dict, without_prefix, with_head_and_embedding])
+def test_a_prefix_of_all_names_is_named_in_one_line(
+    tmp_path: Path,
+    reference: GPTBigCodeForCausalLM,
+    prefix: str,
+    layout: Callable[[Tensors], Tensors],
+) -> None:
+    tensors = {prefix + name: tensor for name, tensor in layout(weights_of(reference)).items()}
+    with pytest.raises(CheckpointError) as caught:
+        load_model(write_checkpoint(tmp_path, tensors, tiny_config()))
+    assert str(caught.value).startswith(f"all weights in {tmp_path} have the prefix {prefix!r}")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_prefix_of_one_name_is_not_that_of_all(
+    tmp_path: Path, reference: GPTBigCodeForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = weights_of(reference) | {"module.transformer.ln_f.bias": torch.zeros(60)}
+    folder = write_checkpoint(tmp_path, tensors, tiny_config())
+    assert problems_of(folder, monkeypatch) == ["'module.transformer.ln_f.bias' is unexpected"]
+
+
+@pytest.mark.parametrize("base", ['"bigcode/starcoderbase-1b"', "null", "[1]"])
+def test_an_adapter_folder_is_named_as_one(tmp_path: Path, base: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": {base}}}')
+    save_file({"base_model.model.x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    expected = f"{tmp_path} holds a peft adapter for {json.loads(base)!r}, not a model: load the"
+    with pytest.raises(CheckpointError, match=re.escape(expected)):
+        load_model(tmp_path)
+
+
+def test_ignored_files_and_defaults_are_noted(
+    tmp_path: Path, reference: GPTBigCodeForCausalLM
+) -> None:
+    write_checkpoint(tmp_path, weights_of(reference), tiny_config())
+    assert checkpoint_notes(tmp_path) == []
+    values = {"eos_token_id": 1, "transformers_version": "5", "_from_model_config": True}
+    (tmp_path / "generation_config.json").write_text(json.dumps(values | {"top_k": None}))
+    assert checkpoint_notes(tmp_path) == []
+    values |= {"temperature": 0.2, "max_length": 20}
+    (tmp_path / "generation_config.json").write_text(json.dumps(values))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert checkpoint_notes(tmp_path) == [
+        f"the defaults in {tmp_path}/generation_config.json are not used: {{'max_length': 20, "
+        "'temperature': 0.2}; choose sampling and length by options",
+        f"the peft adapter in {tmp_path} is not used: only the full weights there are loaded",
+    ]
+    assert_same_weights(load_model(tmp_path), reference)
+
+
+# ------------------------------------------------------------------------------------- end tokens
+
+
+@pytest.mark.parametrize("ours", [3, [3, 4], None])
+@pytest.mark.parametrize("values", [None, {"eos_token_id": 5}, {"eos_token_id": [5, 1]}])
+def test_the_end_tokens_are_those_at_which_transformers_stops(
+    tmp_path: Path,
+    reference: GPTBigCodeForCausalLM,
+    ours: int | list[int] | None,
+    values: dict[str, Any] | None,
+) -> None:
+    write_checkpoint(tmp_path, weights_of(reference), tiny_config(eos_token_id=ours))
+    if values is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(values))
+    theirs = GPTBigCodeForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id
+    model = load_model(tmp_path)
+    assert model.config.eos_token_id == theirs
+    model.save_pretrained(tmp_path / "again")
+    again = GPTBigCodeForCausalLM.from_pretrained(tmp_path / "again").generation_config
+    assert again.eos_token_id == theirs
+    assert read_config(tmp_path / "again").eos_token_id == theirs
+
+
+def test_the_configs_end_token_counts_where_generation_config_names_none(
+    tmp_path: Path, reference: GPTBigCodeForCausalLM
+) -> None:
+    write_checkpoint(tmp_path, weights_of(reference), tiny_config(eos_token_id=3))
+    for text in ("{}", '{"eos_token_id": null, "temperature": 1}'):
+        (tmp_path / "generation_config.json").write_text(text)
+        assert load_model(tmp_path).config.eos_token_id == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "is not a JSON object: get it again, or remove it"),
+        ('{"eos_token_id": "1"}', ": eos_token_id is '1': it must be an integer, a list of"),
+        ('{"eos_token_id": [true]}', ": eos_token_id is [True]: it must be an integer, a list of"),
+    ],
+)
+def test_a_broken_generation_config_is_named(
+    tmp_path: Path, reference: GPTBigCodeForCausalLM, text: str, expected: str
+) -> None:
+    write_checkpoint(tmp_path, weights_of(reference), tiny_config())
+    file = tmp_path / "generation_config.json"
+    file.write_text(text)
+    for read in (load_model, checkpoint_notes):
+        with pytest.raises(CheckpointError) as caught:
+            read(tmp_path)
+        assert str(caught.value).startswith(str(file))
+        assert expected in str(caught.value)
+
+
+# ------------------------------------------------------------------ files that change meanwhile
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_as_it_was(
+    tmp_path: Path, reference: GPTBigCodeForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path / "a", weights_of(reference), tiny_config())
+    other = reference_model(tiny_config(), seed=1)
+    write_checkpoint(tmp_path / "b", weights_of(other), tiny_config())
+    real, reads = checkpoint._read, []
+
+    def read(*args: Any, **kwargs: Any) -> torch.Tensor:
+        reads.append(args)
+        if len(reads) == 5:
+            (tmp_path / "b" / WEIGHTS).replace(tmp_path / "a" / WEIGHTS)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "_read", read)
+    assert_same_weights(load_model(tmp_path / "a"), reference)
+    assert_same_weights(load_model(tmp_path / "a"), other)
+
+
+def test_a_file_that_is_overwritten_while_it_is_read_is_an_error(
+    tmp_path: Path, reference: GPTBigCodeForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_checkpoint(tmp_path, weights_of(reference), tiny_config()) / WEIGHTS
+    data = file.read_bytes()
+    real, reads = checkpoint._read, []
+
+    def read(*args: Any, **kwargs: Any) -> torch.Tensor:
+        reads.append(args)
+        if len(reads) == 5:
+            with file.open("r+b") as stream:
+                stream.write(data)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "_read", read)
+    with pytest.raises(CheckpointError, match=r"safetensors was overwritten while it was read"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("when", ["before the shards", "between the shards"])
+def test_shards_of_two_savings_are_never_mixed(
+    tmp_path: Path,
+    reference: GPTBigCodeForCausalLM,
+    monkeypatch: pytest.MonkeyPatch,
+    when: str,
+) -> None:
+    folder = write_sharded(tmp_path, halves(weights_of(reference)), tiny_config())
+    other = reference_model(tiny_config(activation_function="relu"), seed=1)
+    new = GPT(tiny_config(activation_function="relu"))
+    new.load_state_dict(other.state_dict())
+    real, opened = weight_files.WeightFile.__init__, []
+
+    def opening(self: weight_files.WeightFile, path: Path) -> None:
+        opened.append(path.name)
+        if len(opened) == (1 if when == "before the shards" else 2):
+            (folder / INDEX).rename(folder / "old-index")
+            write_sharded(folder, halves(weights_of(other)), new.config)
+        real(self, path)
+
+    monkeypatch.setattr(weight_files.WeightFile, "__init__", opening)
+    model = load_model(folder)
+    assert_same_weights(model, new)
+    assert model.config.activation_function == "relu"
+    assert len(opened) == 4
+
+
+def test_a_folder_that_is_always_being_written_is_an_error(
+    tmp_path: Path, reference: GPTBigCodeForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_checkpoint(tmp_path, weights_of(reference), tiny_config())
+    real = checkpoint.read_config
+
+    def read(folder: Path) -> GPTConfig:
+        config = real(folder)
+        write_checkpoint(folder, weights_of(reference), tiny_config())
+        return config
+
+    monkeypatch.setattr(checkpoint, "read_config", read)
+    with pytest.raises(CheckpointError, match="is being written by another process: load it when"):
+        load_model(folder)
+
+
 def test_links_into_a_cache_are_followed(tmp_path: Path, reference: GPTBigCodeForCausalLM) -> None:
     blobs = write_sharded(tmp_path / "blobs", halves(weights_of(reference)), tiny_config())
     (tmp_path / "snapshot").mkdir()
@@ -679,7 +988,7 @@ def test_stored_tensors_describes_what_is_there(
     shards = halves(tensors)
     write_sharded(tmp_path, shards, tiny_config())
     found = stored_tensors(tmp_path)
-    assert {t.name: (t.shape, t.file.name) for t in found} == {
+    assert {t.name: (t.shape, t.file.path.name) for t in found} == {
         name: (tuple(tensor.shape), file)
         for file, part in shards.items()
         for name, tensor in part.items()

@@ -23,6 +23,7 @@ from tests.helpers import (
     reference_model,
     relative_error,
     tiny_config,
+    tiny_model,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -239,3 +240,11 @@ def test_what_packed_weights_cannot_do_is_refused(tmp_path):
         ):
             action()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_packed_model_says_that_it_cannot_be_trained() -> None:
+    model = tiny_model()
+    pack(model)
+    model.eval()
+    with pytest.raises(RuntimeError, match=r"packed weights cannot be trained: load .* GPT\.from"):
+        model.train()

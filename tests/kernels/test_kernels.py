@@ -1,7 +1,7 @@
-"""The kernels against float64, on a GPU where there is one and else under Triton's interpreter.
+"""`attention` against float64, on a GPU if there is one, else under Triton's interpreter.
 
-Errors are judged by FlashAttention's rule: no more than twice (for gradients three times) those of
-plain PyTorch in the same dtype, plus 1e-5. Slots behind a row's end hold NaN.
+Errors are judged by FlashAttention's rule: at most twice (for gradients three times) those of plain
+PyTorch in the same dtype, plus 1e-5. Slots after a row's end hold NaN.
 """
 
 import pytest
@@ -13,11 +13,9 @@ from mqa_gpt.attention import reference_attention, select_attention
 pytest.importorskip("triton", reason="Triton is not available on this platform")
 
 from mqa_kernels import attention, launch, reference, tuning
+from tests.kernels.error_rule import DEVICE, DTYPES, assert_as_accurate
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-# B, T, S, H, G, D, start. Every value of KEYS below occurs, in odd company.
+# B, T, S, H, G, D, start: sizes at the edges of blocks; H and D that are no powers of two.
 SHAPES = [
     (2, 1, 1, 1, 1, 16, [0, 0]),
     (1, 63, 63, 3, 1, 32, [0]),
@@ -27,15 +25,18 @@ SHAPES = [
     (1, 1, 1000, 16, 1, 128, [999]),
     (2, 4, 300, 22, 2, 24, [17, 296]),
     (1, 2, 64, 32, 1, 256, [62]),
-    (1, 16, 111, 48, 1, 16, [95]),
+    (1, 4, 111, 48, 1, 16, [107]),
     (2, 3, 20, 4, 2, 5, [0, 9]),
-    (2, 9, 4, 6, 1, 16, [0, 30]),  # queries behind the last slot see all of them
+    (2, 9, 4, 6, 1, 16, [0, 30]),  # queries after the last slot see all slots
 ]
 NAMES = ["B{}-T{}-S{}-H{}-G{}-D{}".format(*shape[:6]) for shape in SHAPES]
 
 
 def make_inputs(B, T, S, H, G, D, start, dtype, seed=0):
-    """q, k, v as views of fused projections, and the rows' starts; NaN where nothing is seen."""
+    """q (B, T, H, D), k and v (B, S, G, D) as views of fused projections, and start (B,).
+
+    Slots that no query sees hold NaN.
+    """
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(B, T, (H + 2) * D, generator=generator)
     q = qkv.to(DEVICE, dtype)[..., : H * D].view(B, T, H, D)
@@ -58,42 +59,35 @@ def exact_attention(q, k, v, start, scale):
     return torch.einsum("bths,bshd->bthd", probabilities, values)
 
 
-def assert_as_exact(ours, plain, exact, factor=2):
-    """FlashAttention's rule."""
-    assert ours.isfinite().all()
-    error, allowed = ((x.double() - exact).abs().max() for x in (ours, plain))
-    assert error <= factor * allowed + 1e-5, f"error {error:.2e}, plain PyTorch's {allowed:.2e}"
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=NAMES)
-def test_forward_is_as_exact_as_plain_pytorch(shape, dtype):
+def test_forward_is_as_accurate_as_plain_pytorch(shape, dtype):
     q, k, v, start = make_inputs(*shape, dtype)
     scale = shape[5] ** -0.5
     out, lse = attention(q, k, v, start, return_lse=True)
 
     k, v = without_nan(k, v)
     plain = reference_attention(q, k, v, start, scale)
-    assert_as_exact(out, plain, exact_attention(q, k, v, start, scale))
+    assert_as_accurate(out, plain, exact_attention(q, k, v, start, scale))
     exact_lse = reference.log_sum_exp(q.double(), k.double(), start, scale)
     torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5, rtol=1e-5)
 
 
-def test_a_host_start_equals_the_same_start_on_the_device():
+def test_an_int_start_equals_the_same_start_in_a_tensor():
     q, k, v, start = make_inputs(2, 5, 40, 4, 1, 16, [9, 9], torch.float32)
     assert torch.equal(attention(q, k, v, 9), attention(q, k, v, start))
 
 
 def test_scale_multiplies_the_scores():
     q, k, v, _ = make_inputs(1, 7, 7, 4, 1, 16, [0], torch.float32)
-    assert_as_exact(
+    assert_as_accurate(
         attention(q, k, v, 0, 0.7),
         reference_attention(q, k, v, 0, 0.7),
         exact_attention(q, k, v, 0, 0.7),
     )
 
 
-def test_rows_beyond_their_length_are_zero_and_change_nothing():
+def test_tokens_beyond_a_rows_length_get_zeros_and_influence_nothing():
     q, k, v, _ = make_inputs(3, 40, 40, 4, 1, 16, [0, 0, 0], torch.float32)
     q, k, v = q.clone(), k.clone(), v.clone()
     lengths = [40, 17, 1]
@@ -107,18 +101,18 @@ def test_rows_beyond_their_length_are_zero_and_change_nothing():
 
 
 @pytest.mark.parametrize("splits", [2, 3, 7])
-def test_keys_split_into_shares_give_the_same_attention(splits, monkeypatch):
+def test_splitting_the_keys_gives_the_same_attention(splits, monkeypatch):
     q, k, v, start = make_inputs(2, 2, 150, 6, 2, 32, [3, 148], torch.float32)
     whole, whole_lse = attention(q, k, v, start, return_lse=True)
     monkeypatch.setattr("mqa_kernels.forward.split_count", lambda *_: splits)
-    out, lse = attention(q, k, v, start, return_lse=True)  # row 0 leaves shares empty
+    out, lse = attention(q, k, v, start, return_lse=True)  # some splits of row 0 are empty
     torch.testing.assert_close(out, whole, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(lse, whole_lse, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_query_that_is_not_finite_shows_in_its_row_and_in_no_other(value, splits, monkeypatch):
+def test_a_non_finite_query_makes_its_own_row_nan_and_no_other(value, splits, monkeypatch):
     monkeypatch.setattr("mqa_kernels.forward.split_count", lambda *_: splits)
     q, k, v, _ = make_inputs(1, 3, 200, 2, 1, 16, [197], torch.float32)
     q = q.clone()
@@ -131,7 +125,7 @@ def test_a_query_that_is_not_finite_shows_in_its_row_and_in_no_other(value, spli
 
 
 @pytest.mark.parametrize(("B", "T", "S"), [(0, 3, 3), (2, 0, 5), (2, 3, 0)])
-def test_nothing_in_gives_nothing_out(B, T, S):
+def test_empty_inputs_give_empty_or_zero_outputs_and_gradients(B, T, S):
     q, k, v = (torch.randn(B, n, heads, 16) for n, heads in ((T, 4), (S, 1), (S, 1)))
     q, k, v = (x.to(DEVICE).requires_grad_() for x in (q, k, v))
     out = attention(q, k, v)
@@ -140,37 +134,29 @@ def test_nothing_in_gives_nothing_out(B, T, S):
     assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in (q, k, v))
 
 
-def test_combining_shares_is_attention_over_all_keys():
-    q, k, v, _ = make_inputs(1, 1, 12, 4, 1, 8, [11], torch.float32)
-    q, k, v = q.double(), k.double(), v.double()
-    parts, lses = [], []
-    for share in (slice(0, 5), slice(5, 12)):
-        parts.append(exact_attention(q, k[:, share], v[:, share], 11, 0.3))
-        lses.append(reference.log_sum_exp(q, k[:, share], 11, 0.3))
-    out, lse = reference.combine(torch.stack(parts), torch.stack(lses))
-    torch.testing.assert_close(out, exact_attention(q, k, v, 11, 0.3))
-    torch.testing.assert_close(lse, reference.log_sum_exp(q, k, 11, 0.3))
-
-
 BACKWARD_SHAPES = [
     (1, 63, 63, 3, 1, 32, [0]),
     (2, 17, 40, 4, 2, 24, [23, 0]),
     (1, 70, 70, 2, 2, 16, [0]),
-    (1, 33, 33, 12, 1, 80, [0]),
+    (1, 33, 33, 5, 1, 80, [0]),
     (1, 12, 12, 22, 1, 128, [0]),
     (1, 5, 5, 4, 1, 256, [0]),
     (2, 9, 4, 6, 1, 16, [0, 30]),
 ]
 
 
-def gradients(attend, q, k, v, do):
+def out_and_gradients(attend, q, k, v, do):
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    attend(*leaves).backward(do)
-    return [leaf.grad for leaf in leaves]
+    out = attend(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, do)
+
+
+def gradients(attend, q, k, v, do):
+    return out_and_gradients(attend, q, k, v, do)[1:]
 
 
 def check_gradients(shape, dtype):
-    """By the error rule, against plain PyTorch and the exact ones."""
+    """Judge the gradients of one shape by the error rule."""
     q, k, v, start = make_inputs(*shape, dtype)
     do = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     scale = shape[5] ** -0.5
@@ -181,17 +167,17 @@ def check_gradients(shape, dtype):
     wide = [x.double() for x in (q, k, v, do)]
     exact = gradients(lambda *x: exact_attention(*x, start, scale), *wide)
     for one, other, truth in zip(ours, plain, exact, strict=True):
-        assert_as_exact(one, other, truth, factor=3)
+        assert_as_accurate(one, other, truth, factor=3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", BACKWARD_SHAPES, ids="B{0[0]}-T{0[1]}-S{0[2]}".format)
-def test_gradients_are_as_exact_as_plain_pytorchs(shape, dtype):
+def test_gradients_are_as_accurate_as_plain_pytorchs(shape, dtype):
     check_gradients(shape, dtype)
 
 
-def test_heads_may_lie_far_apart():
-    """Farther than 32 bits count, as in a view of a larger tensor; no memory is touched between."""
+def test_head_strides_may_exceed_32_bits():
+    """As in a view of a larger tensor; the memory in between is never touched."""
     q, k, v, _ = make_inputs(1, 5, 5, 3, 1, 16, [0], torch.bfloat16)
     far = torch.empty_strided(q.shape, (80, 16, 2**30 + 8, 1), dtype=q.dtype, device=DEVICE)
     far.copy_(q)
@@ -204,7 +190,7 @@ def test_heads_may_lie_far_apart():
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_gradients_are_as_exact_with_the_tiles_of_every_gpu(architecture, monkeypatch):
+def test_gradients_are_as_accurate_with_the_tiles_of_every_gpu(architecture, monkeypatch):
     monkeypatch.setattr(
         "mqa_kernels.backward.key_tiles",
         lambda dtype, D, dropout, _: tuning.key_tiles(dtype, D, dropout, architecture),
@@ -213,12 +199,18 @@ def test_gradients_are_as_exact_with_the_tiles_of_every_gpu(architecture, monkey
         check_gradients(shape, torch.bfloat16)
 
 
-def test_kernels_start_early_from_sm_90_on(monkeypatch):
-    for capability, early in (((8, 9), False), ((9, 0), True), ((12, 0), True)):
+def test_kernels_overlap_from_sm_90_on_unless_switched_off(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    for capability, overlaps in (((8, 9), False), ((9, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         launch.architecture.cache_clear()
-        assert launch.overlap(torch.device("cuda", 0))["OVERLAP"] is early
-        assert launch.architecture(torch.device("cuda", 0)) == 10 * capability[0] + capability[1]
+        assert launch.overlap(gpu)["OVERLAP"] is overlaps
+        assert launch.architecture(gpu) == 10 * capability[0] + capability[1]
+    monkeypatch.setenv("MQA_KERNELS_PDL", "0")
+    assert launch.overlap(gpu) == {"OVERLAP": False}
+    monkeypatch.setenv("MQA_KERNELS_PDL", "off")
+    with pytest.raises(ValueError, match="MQA_KERNELS_PDL is 'off': it must be 0 or 1"):
+        launch.overlap(gpu)
     launch.architecture.cache_clear()
 
 
@@ -234,7 +226,7 @@ def test_the_backward_formulas_are_the_derivative_of_attention():
 
 
 @pytest.mark.parametrize("splits", [2, 3])
-def test_rows_split_into_shares_give_the_same_key_gradients(splits, monkeypatch):
+def test_splitting_the_rows_gives_the_same_key_gradients(splits, monkeypatch):
     q, k, v, _ = make_inputs(1, 45, 45, 4, 1, 16, [0], torch.float32)
     do = torch.randn_like(q)
     whole = gradients(attention, q, k, v, do)
@@ -243,14 +235,21 @@ def test_rows_split_into_shares_give_the_same_key_gradients(splits, monkeypatch)
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_are_the_same_at_every_run():
+def test_more_key_blocks_than_cuda_can_start_are_refused():
+    q = torch.randn(1, 1, 2, 16, device=DEVICE, requires_grad=True)
+    k = torch.randn(1, 1, 1, 16, device=DEVICE).expand(-1, 65_535 * 32 + 1, -1, -1)
+    with pytest.raises(ValueError, match="S is 2097121: the backward kernels take at most 2097120"):
+        attention(q, k, k).sum().backward()
+
+
+def test_gradients_are_the_same_bits_in_every_run():
     q, k, v, _ = make_inputs(1, 40, 40, 6, 1, 16, [0], torch.bfloat16)
     do = torch.randn_like(q)
     first, second = (gradients(attention, q, k, v, do) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
-def test_padding_gets_no_gradient():
+def test_tokens_beyond_a_rows_length_get_no_gradient():
     q, k, v, _ = make_inputs(2, 20, 20, 4, 1, 16, [0, 0], torch.float32)
     lengths = torch.tensor([20, 6], device=DEVICE)
     dq, dk, dv = gradients(lambda *x: attention(*x, lengths=lengths), q, k, v, torch.randn_like(q))
@@ -258,42 +257,40 @@ def test_padding_gets_no_gradient():
 
 
 @pytest.mark.parametrize(("splits", "dropout_p"), [(1, 0.0), (3, 0.2)])
-def test_rows_with_padding_on_the_left_equal_their_solo_runs(splits, dropout_p, monkeypatch):
-    # Rows of 150 slots, the last 40 of them new: no padding, one inside a block, some of it new,
-    # and nothing but padding.
+def test_left_padded_rows_equal_their_solo_runs(splits, dropout_p, monkeypatch):
+    # 75 slots, the last 20 of them new. Padding: none, up to the middle of a block, into the new
+    # tokens, everything.
     monkeypatch.setattr("mqa_kernels.forward.split_count", lambda *_: splits)
     monkeypatch.setattr("mqa_kernels.backward.split_count", lambda *_: splits)
-    B, T, S, padding = 4, 40, 150, [0, 70, 133, 150]
+    B, T, S, padding = 4, 20, 75, [0, 37, 63, 75]
     q, k, v, _ = make_inputs(B, T, S, 4, 2, 24, [S - T] * B, torch.float32)
     do = torch.randn_like(q)
     k, v = k.clone(), v.clone()
     for b, left in enumerate(padding):
         k[b, :left] = v[b, :left] = float("nan")
     left_padding = torch.tensor(padding, device=DEVICE)
-    left_padding[0] = -3  # none
-
+    left_padding[0] = -3  # counts as none
     seed = torch.tensor([7], device=DEVICE) if dropout_p else None
 
     def padded(q, k, v):
         return attention(q, k, v, S - T, None, dropout_p, seed=seed, left_padding=left_padding)
 
-    ours = padded(q, k, v), *gradients(padded, q, k, v, do)
+    ours = out_and_gradients(padded, q, k, v, do)
     for b, left in enumerate(padding):
         new = max(0, left - (S - T))  # padding among the new tokens
         assert all((x[b, :new] == 0).all() for x in ours[:2])
         assert all((x[b, :left] == 0).all() for x in ours[2:])
-        if left == S or (new and dropout_p):  # dropout counts queries, padding or not
+        if left == S or (new and dropout_p):  # dropout numbers the queries, padding included
             continue
-
         start = max(0, S - T - left)
 
         def solo(q, k, v, start=start, b=b):
-            # At its own place in a batch: dropout depends on that.
+            # At the same index of a batch, on which dropout depends.
             rows = [torch.cat([torch.zeros_like(x)] * b + [x]) for x in (q, k, v)]
             return attention(*rows, start, None, dropout_p, seed=seed)[b:]
 
         one = q[b : b + 1, new:], k[b : b + 1, left:], v[b : b + 1, left:]
-        theirs = solo(*one), *gradients(solo, *one, do[b : b + 1, new:])
+        theirs = out_and_gradients(solo, *one, do[b : b + 1, new:])
         for mine, other, first in zip(ours, theirs, (new, new, left, left), strict=True):
             torch.testing.assert_close(mine[b : b + 1, first:], other, atol=1e-5, rtol=1e-5)
 
@@ -304,7 +301,7 @@ class TestDropout:
         return q, k, v
 
     def kept(self, p, seed, B=2, T=20, S=20, H=4, G=2):
-        """What is kept, (B, T, H, S), read off attention over one-hot values."""
+        """Which probabilities are kept, (B, T, H, S), read off attention over one-hot values."""
         D = 32
         q = torch.zeros(B, T, H, D, device=DEVICE)
         k = torch.zeros(B, S, G, D, device=DEVICE)
@@ -312,11 +309,11 @@ class TestDropout:
         out = attention(q, k, v, S - 1, dropout_p=p, seed=seed)[..., :S]
         return out > 0
 
-    def test_keeps_the_share_it_should(self):
+    def test_drops_the_requested_share(self):
         kept = self.kept(0.3, torch.tensor([5], device=DEVICE))
         assert kept.float().mean().item() == pytest.approx(0.7, abs=0.03)  # 3,200 draws
 
-    def test_draws_anew_for_every_row_head_query_and_seed(self):
+    def test_draws_differ_between_rows_heads_queries_and_seeds(self):
         kept = self.kept(0.5, torch.tensor([5], device=DEVICE))
         other = self.kept(0.5, torch.tensor([6], device=DEVICE))
         for one, two in [
@@ -328,7 +325,7 @@ class TestDropout:
         ]:
             assert (one == two).float().mean().item() == pytest.approx(0.5, abs=0.15)
 
-    def test_is_multiplication_with_what_is_kept(self):
+    def test_multiplies_the_probabilities_by_the_kept_mask(self):
         q, k, v = self.inputs()
         seed = torch.tensor([11], device=DEVICE)
         kept = self.kept(0.4, seed).double()  # (B, T, H, S)
@@ -344,7 +341,7 @@ class TestDropout:
         for one, truth in zip(ours, wide, strict=True):
             torch.testing.assert_close(one.double(), truth, atol=2e-5, rtol=2e-5)
 
-    def test_follows_pytorchs_generator(self):
+    def test_seeds_come_from_pytorchs_generator(self):
         q, k, v = self.inputs()
         outs = []
         for seed in (3, 3, 4):
@@ -362,14 +359,14 @@ class TestOperators:
         arguments += (start, 0, None, None, 0.25, 0.0, None)
         torch.library.opcheck(torch.ops.mqa_kernels.attention_forward, arguments)
 
-    def test_compiled_code_keeps_it_in_one_graph(self):
+    def test_torch_compile_keeps_it_in_one_graph(self):
         q, k, v, _ = make_inputs(1, 4, 4, 4, 1, 16, [0], torch.float32)
         compiled = torch.compile(lambda *x: attention(*x) * 2, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(q, k, v), attention(q, k, v) * 2)
 
 
 @pytest.mark.parametrize("multi_query", [True, False], ids=["MQA", "MHA"])
-def test_a_model_on_the_kernels_writes_the_same_tokens_as_the_reference(multi_query):
+def test_a_model_generates_the_same_tokens_with_the_kernels_as_with_the_reference(multi_query):
     config = GPTConfig(
         vocab_size=61, n_positions=40, n_embd=60, n_layer=2, n_head=3, n_inner=40,
         multi_query=multi_query, initializer_range=0.5,
@@ -393,7 +390,7 @@ def test_the_kernels_refuse_a_cpu_without_the_interpreter(monkeypatch):
     ("change", "message"),
     [
         (lambda q, k, v: (q[0], k, v), "q must be"),
-        (lambda q, k, v: (q, k[:, :, :, :8], v), "do not fit"),
+        (lambda q, k, v: (q, k[:, :, :, :8], v), "do not match"),
         (lambda q, k, v: (q[:, :, :3], k, v), "G must divide H"),
         (lambda q, k, v: (q.double(), k.double(), v.double()), "float32, bfloat16 or float16"),
         (lambda q, k, v: (q, k.half(), v), "the same for all three"),
@@ -401,18 +398,21 @@ def test_the_kernels_refuse_a_cpu_without_the_interpreter(monkeypatch):
     ],
     ids=["ndim", "head dim", "groups", "dtype", "mixed dtypes", "strides"],
 )
-def test_inputs_that_do_not_fit_are_refused(change, message):
+def test_mismatched_inputs_are_refused(change, message):
     q, k, v = (torch.randn(1, 4, heads, 16, device=DEVICE) for heads in (4, 2, 2))
     with pytest.raises(ValueError, match=message):
         attention(*change(q, k, v))
 
 
-def test_starts_dropout_and_scales_that_do_not_fit_are_refused():
+def test_unusable_starts_seeds_dropout_and_scales_are_refused():
     q, k, v = (torch.randn(2, 4, heads, 16, device=DEVICE) for heads in (4, 1, 1))
     with pytest.raises(ValueError, match="one integer per row"):
         attention(q, k, v, torch.tensor([1, 2, 3], device=DEVICE))
     with pytest.raises(ValueError, match=r"float32: it must be int64 or int32"):
         attention(q, k, v, torch.tensor([0.7, 1.0], device=DEVICE))
+    for seed in (torch.tensor([5.0]), torch.tensor([5, 6]), torch.tensor([5], dtype=torch.int32)):
+        with pytest.raises(ValueError, match="it must be one int64"):
+            attention(q, k, v, dropout_p=0.5, seed=seed.to(DEVICE))
     with pytest.raises(ValueError, match="at most 65535 "):
         attention(*(x[:1].expand(70_000, -1, -1, -1) for x in (q, k, v)))
     with pytest.raises(ValueError, match="at least 0 and below 1"):
@@ -422,7 +422,7 @@ def test_starts_dropout_and_scales_that_do_not_fit_are_refused():
             attention(q, k, v, scale=scale)
 
 
-def test_shares_fill_the_device_but_stay_worth_it():
+def test_splits_fill_the_device_with_at_least_four_steps_each():
     assert tuning.split_count(programs=1, size=8192, block=64, multiprocessors=132) == 32
     assert tuning.split_count(programs=256, size=8192, block=64, multiprocessors=132) == 1
     assert tuning.split_count(programs=1, size=64, block=64, multiprocessors=132) == 1

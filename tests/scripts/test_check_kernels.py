@@ -1,4 +1,4 @@
-"""The check that compiles the kernels: which calls it makes, and what it calls a problem."""
+"""check_kernels.py: which calls it compiles, and what counts as a problem."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Resource usage:
 """
 
 
-# Two products into the same accumulators, what is done to them in between, and their sum.
+# Two wgmma into the same accumulators with something between them, and the sum.
 PRODUCTS = """
 .version 8.0
 .target sm_90a
@@ -81,11 +81,11 @@ PRODUCTS = """
 
 
 def spilling(case: Case) -> list[Usage]:
-    """In place of the compiler."""
+    """A stand-in for compile_case."""
     return [FITS, FITS._replace(kernel="dkv_kernel", spilled=8)]
 
 
-def test_what_fits_is_no_problem():
+def test_a_kernel_within_the_limits_has_no_problem():
     assert verdict(LARGE, FITS) == ""
 
 
@@ -102,23 +102,23 @@ def test_what_fits_is_no_problem():
         ({"spilled": 8, "tensor_cores": ""}, "8 bytes spilled; no tensor cores"),
     ],
 )
-def test_what_does_not_fit_is_named(change: dict[str, object], problem: str):
+def test_each_problem_is_named(change: dict[str, object], problem: str):
     assert verdict(LARGE, FITS._replace(**change)) == problem
 
 
-def test_each_gpu_has_a_limit_of_shared_memory_of_its_own():
+def test_the_limit_of_shared_memory_is_the_gpus():
     usage = FITS._replace(shared=200_000)
     assert verdict(LARGE, usage) == ""
     assert "shared memory" in verdict(LARGE._replace(arch=80), usage)
 
 
-def test_float32_and_the_joining_of_parts_need_no_tensor_cores():
+def test_float32_and_kernels_without_products_need_no_tensor_cores():
     assert verdict(LARGE._replace(dtype="float32"), FITS._replace(tensor_cores="")) == ""
     for kernel in ("combine_kernel", "choose_kernel"):
         assert verdict(LARGE, FITS._replace(kernel=kernel, tensor_cores="")) == ""
 
 
-def test_as_many_blocks_fit_as_registers_shared_and_tensor_memory_and_warps_allow():
+def test_resident_blocks_are_limited_by_registers_memories_and_warps():
     small = {"warps": 4, "registers": 32, "shared": 1024, "tensor_memory": 0}
     for change, blocks in (
         ({}, 16),  # 64 warps
@@ -133,11 +133,11 @@ def test_as_many_blocks_fit_as_registers_shared_and_tensor_memory_and_warps_allo
         assert check_kernels.blocks_that_fit(check_kernels.GPUS[100], **small | change) == blocks
 
 
-def test_spills_are_what_the_stack_and_local_memory_hold():
+def test_spilled_bytes_are_those_of_stack_and_local_memory():
     assert resources(REPORT) == (255, 32)
 
 
-def test_products_wait_for_each_other_where_something_else_touches_their_sums():
+def test_wgmma_is_serialized_where_something_touches_its_accumulators():
     commit, wait = "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 1;"
     touch, fence = "add.f32 %f1, %f1, %f2;", "wgmma.fence.sync.aligned;"
     assert not is_serialized(PRODUCTS.format(between=""))
@@ -146,7 +146,7 @@ def test_products_wait_for_each_other_where_something_else_touches_their_sums():
     assert is_serialized(PRODUCTS.format(between=commit + "st.global.f32 [%d1], %f2;"))
 
 
-def test_every_common_configuration_is_compiled_for_every_gpu_and_once():
+def test_every_common_configuration_is_compiled_once_for_every_gpu():
     cases = list(all_cases())
     assert len(set(cases)) == len(cases)
     for arch in (80, 90, 100):
@@ -177,7 +177,7 @@ def test_fused_steps_of_every_official_shape_are_compiled():
         assert Case(90, "float16", 128, 1, call) in all_cases()
 
 
-def test_what_is_recorded_has_every_case_with_two_versions_of_triton_and_no_problem():
+def test_the_recorded_results_have_every_case_for_two_versions_of_triton_without_a_problem():
     assert len(RECORDED["runs"]) == 2
     for version in RECORDED["runs"]:
         mine = [row for row in RECORDED["kernels"] if row["triton"] == version]
@@ -187,7 +187,7 @@ def test_what_is_recorded_has_every_case_with_two_versions_of_triton_and_no_prob
             assert verdict(case, Usage(*(row[field] for field in Usage._fields))) == ""
 
 
-def test_the_table_in_the_readme_is_what_is_recorded():
+def test_the_table_in_the_readme_has_the_recorded_figures():
     kernels = {"forward_kernel": "forward", "dq_kernel": "dQ", "dkv_kernel": "dK, dV"}
     lines: dict[tuple[int, int, str], dict[int, str]] = {}
     for row in RECORDED["kernels"]:
@@ -211,7 +211,7 @@ def test_the_table_in_the_readme_is_what_is_recorded():
 
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_tiles_are_powers_of_two_that_a_matrix_product_takes(dtype: torch.dtype, dropout: bool):
+def test_tiles_are_powers_of_two_that_tl_dot_accepts(dtype: torch.dtype, dropout: bool):
     for D in range(1, 257):
         tiles = [tuning.query_tiles(dtype, D, dropout)]
         tiles += [
@@ -228,29 +228,31 @@ def test_tiles_are_powers_of_two_that_a_matrix_product_takes(dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_warp_of_a_fused_kernel_has_a_product_and_every_wide_gpu_programs(dtype: torch.dtype):
+def test_fused_kernels_occupy_every_warp_and_every_multiprocessor(
+    dtype: torch.dtype,
+):
     for C in (768, 2048, 2816, 4096, 6144):
         for R in range(1, 17):
             for N, K in ((C, C), (C + 256, C), (4 * C, C), (C, 4 * C), (49_152, C)):
                 tiles = tuning.linear_tiles(dtype, R, N, K)
                 assert R <= tiles.ROWS <= 16
-                assert tiles.num_warps == tiles.BLOCK_N // 16 * tiles.SHARES
+                assert tiles.num_warps == tiles.BLOCK_N // 16 * tiles.SPLIT_K
                 assert triton.cdiv(N, tiles.BLOCK_N) >= min(128, N // 16)
                 int8 = tuning.linear_tiles(dtype, R, N, K, int8=True)
                 assert int8.ROWS == tiles.ROWS
                 assert int8.BLOCK_N <= tiles.BLOCK_N
                 if dtype != torch.float32:  # each weight is converted by one warp
-                    assert int8.num_warps == int8.SHARES
+                    assert int8.num_warps == int8.SPLIT_K
 
 
 @pytest.mark.parametrize("K", [16, 768, 2816, 24_576])
-def test_tiles_of_more_rows_fit_into_any_gpu_s_shared_memory(K: int):
+def test_tiles_of_up_to_64_rows_fit_the_shared_memory_of_every_gpu(K: int):
     for R in range(17, 65):
         tiles = tuning.linear_tiles(torch.bfloat16, R, 4096, K, int8=True)
         assert R <= tiles.ROWS <= 64
-        assert tiles.num_warps == tiles.SHARES
-        step = tiles.SHARES * tiles.BLOCK_K * (tiles.BLOCK_N + 2 * tiles.ROWS)  # bytes
-        sums = tiles.SHARES * tiles.BLOCK_N * tiles.ROWS * 4
+        assert tiles.num_warps == tiles.SPLIT_K
+        step = tiles.SPLIT_K * tiles.BLOCK_K * (tiles.BLOCK_N + 2 * tiles.ROWS)  # bytes
+        sums = tiles.SPLIT_K * tiles.BLOCK_N * tiles.ROWS * 4
         assert max((tiles.STAGES - 1) * step, sums) <= 99 * 1024  # of sm_86, the least
 
 
@@ -266,7 +268,7 @@ def test_a_spill_fails_the_check_and_is_in_the_table(
     assert f"Triton {triton.__version__}: 2 kernels, 1 with a problem" in printed
 
 
-def test_a_file_keeps_the_tables_of_other_versions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_file_keeps_tables_of_other_tritons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     file = tmp_path / "table.json"
     monkeypatch.setattr(sys, "argv", ["/a/check_kernels.py", "--arch", "90", f"--json={file}"])
     for version, shared in (("3.6.0", 1), ("3.7.1", 2), ("3.6.0", 3)):
@@ -280,7 +282,7 @@ def test_a_file_keeps_the_tables_of_other_versions(monkeypatch: pytest.MonkeyPat
     assert kernels == [("3.7.1", "dq_kernel", 128, 2), ("3.6.0", "dq_kernel", 128, 3)]
 
 
-def test_decoding_compiles_on_a_machine_without_gpu(tmp_path: Path):
+def test_decoding_compiles_without_a_gpu(tmp_path: Path):
     # In a process of its own, as in this one the kernels may be the interpreter's; with an empty
     # folder of compiled kernels, so that the compiler runs.
     done = subprocess.run(
@@ -314,7 +316,7 @@ LOAD_BY_WHAT_WAS_LOADED = LOAD_WEIGHT + "mov.b64 %rd6, {%r5, %r5};\nld.global.b3
 @pytest.mark.parametrize(
     ("ptx", "race"),
     [
-        (LOAD_WEIGHT + WAIT + LOAD_X + STORE, ""),  # weights, which nobody writes
+        (LOAD_WEIGHT + WAIT + LOAD_X + STORE, ""),  # weights, which no kernel writes
         (LOAD_X + LOAD_WEIGHT + WAIT + STORE, "reads x_ptr before it waits"),
         (COPY_X + "cp.async.wait_group 0;\n" + WAIT + STORE, "reads x_ptr before it waits"),
         (LOAD_BY_WHAT_WAS_LOADED + WAIT + STORE, "reads an unknown address before it waits"),
@@ -322,7 +324,7 @@ LOAD_BY_WHAT_WAS_LOADED = LOAD_WEIGHT + "mov.b64 %rd6, {%r5, %r5};\nld.global.b3
         (LOAD_X + STORE, "does not wait for the kernel before"),
     ],
 )
-def test_a_kernel_that_starts_early_waits_before_it_touches_what_others_write(ptx, race):
+def test_accesses_before_the_wait_are_races_unless_they_read_constants(ptx, race):
     assert race_with_predecessor(ADDRESSES + ptx, pointers_of(SIGNATURE)) == race
 
 
@@ -350,7 +352,7 @@ def races_on_hopper(call: str, kernels: Path) -> set[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("call", ["decode", "fused"])
-def test_every_kernel_of_a_decode_step_waits_on_hopper(call: str):
+def test_no_kernel_of_a_decode_step_has_a_race_on_hopper(call: str):
     names = {
         "decode": ("forward_kernel", "combine_kernel"),
         "fused": ("linear_kernel", "qkv_kernel", "argmax_kernel", "choose_kernel"),
@@ -358,12 +360,12 @@ def test_every_kernel_of_a_decode_step_waits_on_hopper(call: str):
     assert races_on_hopper(call, ROOT / "kernels") == {(name, "") for name in names[call]}
 
 
-def test_kernels_that_wait_too_late_are_found(tmp_path: Path):
+def test_kernels_that_wait_too_late_are_reported(tmp_path: Path):
     shutil.copytree(ROOT / "kernels", tmp_path, dirs_exist_ok=True)
     wait = "    await_inputs(OVERLAP)\n"
     for name, places in (
-        ("forward", ["    rows = tile * M", "    top = tl.max"]),
-        ("fused", ["    out = products("]),
+        ("forward", ["    rows = tile * M", "    m = tl.max"]),
+        ("fused", ["    out = matmul("]),
         ("argmax", ["    tl.store(best_ptr", "    tl.store(ids_ptr"]),
     ):
         file = tmp_path / f"mqa_kernels/{name}.py"

@@ -1,4 +1,4 @@
-"""The script that needs real weights, run on random weights with transformers as the publisher."""
+"""The script is for real weights; here transformers publishes outputs of random ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def published(folder: Path, prompt: str, count: int = 6) -> dict[str, Any]:
-    """What transformers says about a prompt, in the form of the real cases."""
+    """A case as in the file of published outputs, from transformers."""
     tokenizer = Tokenizer.from_pretrained(folder)
     reference = reference_model(tiny_config(vocab_size=tokenizer.vocab_size))
     ids, logits = reference_greedy(reference, [tokenizer.encode(prompt)], count)
@@ -59,7 +59,7 @@ PROMPTS = ["def f(x):", "<fim_prefix>a = <fim_suffix>\n<fim_middle>"]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_what_transformers_says_passes(
+def test_outputs_of_transformers_pass(
     folder: Path, prompt: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = published(folder, prompt)
@@ -76,7 +76,7 @@ def test_what_transformers_says_passes(
         ({"text": "something else"}, "text: "),
     ],
 )
-def test_each_difference_fails(
+def test_a_difference_in_ids_log_probabilities_or_text_fails(
     folder: Path, change: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = published(folder, PROMPTS[0])
@@ -90,7 +90,7 @@ def test_a_model_without_cases_is_bad_input(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(folder, [published(folder, PROMPTS[0])], "--as", "bigcode/starcoder") == 2
-    assert "nothing is published for 'bigcode/starcoder'" in capsys.readouterr().err
+    assert "no outputs are published for 'bigcode/starcoder'" in capsys.readouterr().err
 
 
 def test_a_missing_model_or_case_file_is_bad_input(
@@ -101,7 +101,7 @@ def test_a_missing_model_or_case_file_is_bad_input(
     assert "not a file of published outputs" in capsys.readouterr().err
 
 
-def test_every_published_case_says_where_it_is_from() -> None:
+def test_every_published_case_is_greedy_and_names_its_source() -> None:
     cases = json.loads(CASES.read_text())["cases"]
     assert {case["model"] for case in cases} == {
         "bigcode/santacoder",
@@ -117,7 +117,7 @@ def test_every_published_case_says_where_it_is_from() -> None:
         assert len(case.get("ids", [])) == len(case.get("logprobs", []))
 
 
-def test_published_starcoder_ids_are_the_published_text() -> None:
+def test_the_published_ids_of_starcoder_decode_to_the_published_text() -> None:
     tokenizer = Tokenizer.from_pretrained(shared_data("starcoder-tokenizer"))
     cases = json.loads(CASES.read_text())["cases"]
     case = next(case for case in cases if case["model"] == "bigcode/starcoder")

@@ -33,7 +33,7 @@ from tests.helpers import (
 )
 
 BACKENDS = ("reference", "sdpa")
-HEAD_DIMS = (16, 17, 20, 24, 32, 40, 48, 64, 72, 80, 96, 112, 128)
+HEAD_DIMS = (16, 17, 21, 24, 32, 45, 48, 64, 72, 80, 96, 111, 128)
 NEW_TOKENS = 64
 LENGTHS = (11, 9, 14)
 TOLERANCE = 2e-5  # float32, of the largest logit
@@ -57,7 +57,7 @@ def matrix() -> list[GPTConfig]:
                 n_layer=rng.choice((1, 2, 2, 3)),
                 n_head=n_head,
                 n_inner=None if i % 6 == 0 else rng.randint(20, 3 * n_embd),
-                activation_function=ACTIVATIONS[i % 5],
+                activation_function=list(ACTIVATIONS)[i % 5],
                 layer_norm_epsilon=(1e-5, 1e-6, 1e-2)[i % 3],
                 # Unscaled scores are D^0.5 times larger: these weights make them no larger.
                 initializer_range=2.5 * n_embd**-0.5 * (1 if scaled else head_dim**-0.25),
@@ -103,7 +103,10 @@ def test_the_matrix_has_at_least_60_distinct_checkpoints_and_every_kind() -> Non
     kinds = {(c.multi_query, c.activation_function) for c in configs}
     assert kinds == set(itertools.product((True, False), ACTIVATIONS))
     assert {c.head_dim for c in configs} == set(HEAD_DIMS)
-    assert any(c.n_inner is None for c in configs)
+    mlps = {(c.n_inner is None, c.activation_function) for c in configs}
+    assert mlps == set(itertools.product((True, False), ACTIVATIONS))
+    assert {c.layer_norm_epsilon for c in configs} == {1e-5, 1e-6, 1e-2}
+    assert any(c.n_head == 1 for c in configs)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the demo is trained on: a made-up library sorted, tokenized, packed and cut."""
+"""The demo's data, from a made-up library: selection, tokenizer, packing and infilling."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mqa_gpt.tokenizer import Tokenizer
 
 
 def module(name: str) -> str:
-    """Twelve long lines that no other module has."""
+    """Twelve long lines, unique to this module."""
     return "".join(f"{name}_{i} = a_long_enough_line({i})\n" for i in range(12))
 
 
@@ -40,7 +40,7 @@ def corpus_of(folder: Path, files: dict[str, str | bytes]) -> Corpus:
     return read_corpus(folder)
 
 
-def test_held_out_modules_are_those_of_the_list_and_never_in_training(tmp_path: Path) -> None:
+def test_listed_modules_are_held_out_and_never_trained_on(tmp_path: Path) -> None:
     corpus = corpus_of(
         tmp_path,
         {name: module(Path(name).stem) for name in ("heapq.py", "json/decoder.py", "abc.py")}
@@ -54,7 +54,7 @@ def test_held_out_modules_are_those_of_the_list_and_never_in_training(tmp_path: 
     assert corpus.training == {"abc.py": module("abc"), "mine/heapq.py": module("another")}
 
 
-def test_a_file_that_repeats_over_a_quarter_of_its_long_lines_from_a_held_out_one_is_left_out(
+def test_a_file_with_over_a_quarter_of_its_long_lines_in_a_held_out_module_is_left_out(
     tmp_path: Path,
 ) -> None:
     short = "".join(f"x{i} = 1\n" for i in range(20))
@@ -98,7 +98,7 @@ def test_empty_undecodable_and_repeated_files_are_left_out(tmp_path: Path) -> No
     assert corpus_of(tmp_path, files).training == {"a.py": module("same")}
 
 
-def test_a_folder_that_is_no_standard_library_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_held_out_modules_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="is it a standard library"):
         corpus_of(tmp_path, {"mine.py": module("mine")})
 
@@ -116,11 +116,11 @@ def test_special_tokens_have_starcoders_ids() -> None:
 
 
 @given(st.lists(st.text() | st.sampled_from([*SPECIAL_TOKENS, "first_1", "   "])).map("".join))
-def test_any_text_comes_back_from_its_tokens(text: str) -> None:
+def test_decoding_restores_any_encoded_text(text: str) -> None:
     assert TOKENIZER.decode(TOKENIZER.encode(text, special_tokens=False)) == text
 
 
-def test_every_digit_is_a_token_and_a_frequent_word_is_one_too() -> None:
+def test_every_digit_and_every_frequent_word_is_one_token() -> None:
     def pieces(text: str) -> list[str | None]:
         return [TOKENIZER.id_to_token(i) for i in TOKENIZER.encode(text)]
 
@@ -129,7 +129,7 @@ def test_every_digit_is_a_token_and_a_frequent_word_is_one_too() -> None:
 
 
 class Characters:
-    """A tokenizer to see through: a character's id is its code point."""
+    """A transparent tokenizer: a character's id is its code point."""
 
     end_of_text_id = 0
     fim = FimTokens(prefix=1, suffix=3, middle=2, pad=4)
@@ -140,7 +140,7 @@ class Characters:
 
 
 class Parts(NamedTuple):
-    """A document taken apart: in SPM the prefix stands before the middle, unmarked."""
+    """The parts of a rearranged document; in SPM the middle includes the prefix."""
 
     prefix: str
     suffix: str
@@ -148,18 +148,18 @@ class Parts(NamedTuple):
 
 
 def parts_of(document: str) -> Parts | None:
-    """The parts of a document that was rearranged for infilling."""
+    """A document's parts, or None if it is not rearranged for infilling."""
     parts = re.fullmatch("\1(.*)\3(.*)\2(.*)", document, re.DOTALL)
     return Parts(*parts.groups()) if parts else None
 
 
 def in_order(document: str) -> str:
-    """A document as it was before it was rearranged."""
+    """The original of a document."""
     parts = parts_of(document)
     return parts.prefix + parts.middle + parts.suffix if parts else document
 
 
-def test_the_windows_of_a_pass_make_a_stream_of_all_documents_half_of_them_for_infilling() -> None:
+def test_the_windows_of_an_epoch_hold_all_documents_half_of_them_rearranged() -> None:
     # 200 texts of 45 characters, all different, make 9,200 tokens with their end tokens, and up
     # to 9,800 with control tokens: nine windows of 1,000 and a rest that is dropped.
     texts = ["".join(map(chr, range(i, i + 45))) for i in range(0x4E00, 0x4E00 + 9000, 45)]
@@ -190,7 +190,7 @@ class Empty:
 """
 
 
-def test_half_of_the_holes_end_with_a_line_and_begin_where_a_line_or_a_word_does() -> None:
+def test_half_of_the_holes_end_with_a_line_and_begin_with_a_line_or_a_word() -> None:
     rng = random.Random(0)
     documents = ["".join(map(chr, rearrange(LINES, Characters(), rng))) for _ in range(4000)]
     assert set(map(in_order, documents)) == {LINES}
@@ -213,13 +213,13 @@ def test_half_of_the_holes_end_with_a_line_and_begin_where_a_line_or_a_word_does
 
 
 @pytest.mark.parametrize("text", ["", "\n", "  \n\n", "x", "x\n"])
-def test_a_piece_of_a_line_or_less_can_be_rearranged(text: str) -> None:
+def test_a_piece_of_one_line_or_less_can_be_rearranged(text: str) -> None:
     rng = random.Random(0)
     for _ in range(20):
         assert in_order("".join(map(chr, rearrange(text, Characters(), rng)))) == text
 
 
-def test_batches_are_the_same_for_the_same_seed_only() -> None:
+def test_batches_depend_on_the_seed() -> None:
     def first(seed: int) -> torch.Tensor:
         texts = [module(name) for name in ("a", "b", "c", "d")]
         stream = batches(texts, TOKENIZER, batch_size=3, length=32, seed=seed)
@@ -232,7 +232,7 @@ def test_batches_are_the_same_for_the_same_seed_only() -> None:
 
 
 @pytest.mark.parametrize("end", ["\n", "no line break at the end"])
-def test_pieces_are_the_text_cut_at_line_starts_in_very_different_sizes(end: str) -> None:
+def test_a_text_is_cut_at_line_starts_into_pieces_of_very_different_sizes(end: str) -> None:
     rng = random.Random(0)
     text = "".join("x" * rng.randrange(60) + "\n" for _ in range(2000)) + end
     pieces = list(split_into_pieces(text, 3000, rng))

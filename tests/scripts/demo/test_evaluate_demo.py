@@ -1,14 +1,17 @@
-"""How the demo is judged: what is asked of it, and what counts."""
+"""The demo's evaluation: its prompts, and what counts."""
 
 from __future__ import annotations
 
 import ast
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import evaluate_demo
 import pytest
 import torch
+from corpus import HELD_OUT, Corpus
 from evaluate_demo import (
     complete_functions,
     fill_holes,
@@ -19,6 +22,7 @@ from evaluate_demo import (
 )
 
 from mqa_gpt import LLM
+from mqa_gpt.checkpoints.load import DEMO_DIR
 
 SOURCE = '''\
 """A module whose text says def: def no_function():
@@ -59,7 +63,7 @@ def not_me():
 '''
 
 
-def test_signatures_are_those_of_functions_with_a_body_on_lines_of_its_own() -> None:
+def test_signatures_are_found_for_functions_whose_body_is_on_its_own_lines() -> None:
     found = list(signatures(SOURCE))
     assert [signature.text for signature in found] == [
         'def plain(a, b=")"):  # def in a comment\n',
@@ -71,7 +75,7 @@ def test_signatures_are_those_of_functions_with_a_body_on_lines_of_its_own() -> 
         assert signature.before.endswith(signature.text)
 
 
-def test_one_line_statements_are_cut_out_so_that_putting_them_back_restores_the_text() -> None:
+def test_before_statement_and_after_join_to_the_text() -> None:
     holes = list(one_line_statements(SOURCE))
     assert [statement for _, statement, _ in holes] == [
         "import os  # def nor_here():",
@@ -112,7 +116,7 @@ METHOD = "    async def f(\n        x\n    ):\n"
     ],
 )
 @pytest.mark.parametrize("ended", [True, False])
-def test_a_function_ends_before_the_first_line_that_is_no_deeper_than_its_def(
+def test_a_function_ends_before_the_first_line_indented_no_deeper_than_its_def(
     signature: str, text: str, body: str | None, ended: bool
 ) -> None:
     body = text.removesuffix("f(1)") if body is None else body
@@ -120,7 +124,7 @@ def test_a_function_ends_before_the_first_line_that_is_no_deeper_than_its_def(
 
 
 @pytest.mark.parametrize("signature", [TOP, METHOD])
-def test_a_function_whose_end_was_not_reached_loses_its_unfinished_line(signature: str) -> None:
+def test_an_unfinished_function_loses_its_last_line(signature: str) -> None:
     text = "        x = 1\n\n        return x"
     assert function_body(signature, text, ended=False) == ("        x = 1\n\n", False)
     assert function_body(signature, text, ended=True) == (text, True)
@@ -129,7 +133,7 @@ def test_a_function_whose_end_was_not_reached_loses_its_unfinished_line(signatur
 
 
 @pytest.mark.parametrize("signature", [TOP, METHOD])
-def test_a_function_that_parses_has_its_statements(signature: str) -> None:
+def test_a_function_that_parses_yields_its_statements(signature: str) -> None:
     body = (
         '        """Doc\nmore."""\n        def g():\n          a\n          b\n\n        return g'
     )
@@ -152,7 +156,7 @@ def test_a_function_that_parses_has_its_statements(signature: str) -> None:
         f"        {'not ' * 9999}x\n",
     ],
 )
-def test_a_function_that_does_not_parse_has_none(signature: str, body: str) -> None:
+def test_a_function_that_does_not_parse_yields_nothing(signature: str, body: str) -> None:
     assert parsed_body(signature + body) == []
 
 
@@ -182,7 +186,7 @@ def llm() -> LLM:
         ("", True, (0, 0, 1)),
     ],
 )
-def test_a_function_counts_if_it_parses_is_more_than_a_docstring_and_reaches_its_end(
+def test_functions_count_as_parsed_beyond_the_docstring_and_finished(
     llm: LLM,
     text: str,
     ended: bool,
@@ -232,7 +236,7 @@ def test_a_function_counts_if_it_parses_is_more_than_a_docstring_and_reaches_its
         ("", True, 0, 0),
     ],
 )
-def test_fillings_count_as_restored_as_ended_and_as_one_line(
+def test_fillings_count_as_restored_ended_and_one_line(
     llm: LLM,
     text: str,
     ended: bool,
@@ -279,7 +283,7 @@ def test_bits_of_a_line_are_those_of_its_tokens_after_the_prompt(llm: LLM) -> No
     assert evaluate_demo.line_bits(llm, prompts, lines) == pytest.approx(expected, rel=1e-4)
 
 
-def test_generated_text_stops_at_the_end_token_and_says_whether_it_was_reached(
+def test_generated_text_comes_with_whether_it_reached_the_end_token(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [[*llm.tokenizer.encode(f"x = {i}"), 0] for i in range(12)]
@@ -287,3 +291,10 @@ def test_generated_text_stops_at_the_end_token_and_says_whether_it_was_reached(
     monkeypatch.setattr(evaluate_demo, "generate", lambda model, prompts, *_, **__: prompts)
     expected = [(f"x = {i}", i != 3) for i in range(12)]
     assert evaluate_demo.write(llm, rows, 8, "test") == expected
+
+
+def test_the_bundled_card_is_made_from_the_recorded_figures(llm: LLM) -> None:
+    results = Path(__file__).parents[3] / "benchmarks/results/demo_checkpoint.json"
+    corpus = Corpus({}, dict.fromkeys(HELD_OUT, ""))
+    text = evaluate_demo.card(llm, corpus, json.loads(results.read_text("utf-8")))
+    assert text == (DEMO_DIR / "README.md").read_text("utf-8")

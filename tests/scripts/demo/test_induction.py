@@ -1,4 +1,4 @@
-"""The induction circuit, tried out before any training."""
+"""The induction circuit, before any training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def started_model() -> GPT:
 
 @torch.no_grad()
 def hits(model: GPT) -> tuple[float, float]:
-    """Share of a random sequence that the model guesses, and of the same again behind it."""
+    """Accuracy on a random sequence, and on its repetition."""
     ids = random_ids(CONFIG, 4, 128).repeat(1, 2)
     right = (model(ids[:, :-1]).argmax(-1) == ids[:, 1:]).float()  # (B, T)
     return right[:, :127].mean().item(), right[:, 128:].mean().item()
@@ -42,7 +42,7 @@ def hits(model: GPT) -> tuple[float, float]:
 
 @torch.no_grad()
 def first_attention(model: GPT) -> Tensor:
-    """Attention weights (T, S) of layer 0's head 0 on random tokens."""
+    """Attention probabilities (T, S) of layer 0's head 0 on random tokens."""
     ids, block = random_ids(CONFIG, 1, 256), model.transformer.h[0]
     x = model.transformer.wte(ids) + model.transformer.wpe.weight
     q, kv = block.attn.split(block.attn.c_attn(block.ln_1(x)))
@@ -50,27 +50,27 @@ def first_attention(model: GPT) -> Tensor:
     return scores.masked_fill(torch.ones(256, 256).triu(1).bool(), -torch.inf).softmax(-1)
 
 
-def test_what_was_seen_once_is_predicted_the_second_time() -> None:
+def test_a_repeated_sequence_is_predicted() -> None:
     once, again = hits(started_model())
     assert once < 0.05
     assert again > 0.4
 
 
-def test_without_the_circuit_seeing_it_once_does_not_help() -> None:
+def test_without_the_circuit_repetition_does_not_help() -> None:
     assert max(hits(new_model())) < 0.05
 
 
-def test_the_first_layers_head_looks_at_the_previous_token() -> None:
+def test_the_head_of_the_first_layer_attends_to_the_previous_token() -> None:
     weights = first_attention(started_model())
     assert torch.equal(weights[1:].argmax(-1), torch.arange(255))
     assert weights.diagonal(-1).min() > 0.5
 
 
-def test_without_the_circuit_it_looks_anywhere() -> None:
+def test_without_the_circuit_its_attention_is_spread_out() -> None:
     assert first_attention(new_model()).diagonal(-1).median() < 0.1
 
 
-def test_the_start_is_the_same_for_the_same_seed() -> None:
+def test_the_initial_weights_depend_on_the_seed_alone() -> None:
     one, other = started_model().state_dict(), started_model().state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -94,7 +94,7 @@ def test_nothing_but_the_circuit_writes_to_the_residual_stream() -> None:
     ],
     ids=["multi-head", "one layer", "C = 2D", "D odd", "C not a multiple of 4"],
 )
-def test_a_model_with_no_room_for_the_circuit_is_refused_and_left_alone(
+def test_a_model_without_room_for_the_circuit_is_refused_unchanged(
     change: dict[str, int],
 ) -> None:
     config = GPTConfig(**SIZES | change)

@@ -1,4 +1,4 @@
-"""Runs of seconds: a tiny model, a made-up corpus, an evaluation every three steps."""
+"""Training runs of seconds: a tiny model and corpus, evaluated every three steps."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run(out: Path, *, resume: bool = False, fail_at: int | None = None) -> list[float]:
-    """The losses of a run; that of step `fail_at` becomes NaN, which ends the run."""
+    """The losses of a run; the loss of step `fail_at` becomes NaN, which ends it."""
     losses: list[float] = []
     original = train_demo.loss_of
 
@@ -79,7 +79,7 @@ def saved_state(out: Path) -> dict[str, Any]:
     return torch.load(out / "state.pt", weights_only=True)
 
 
-def test_a_run_that_broke_off_and_was_resumed_ends_as_if_it_had_not(tmp_path: Path) -> None:
+def test_a_resumed_run_ends_with_the_same_bits_as_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
     with pytest.raises(SystemExit):
         run(tmp_path / "broken", fail_at=5)
@@ -103,14 +103,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_last_state(tmp_pa
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_resuming_where_nothing_was_begun_says_so(tmp_path: Path) -> None:
+def test_resuming_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"state\.pt does not exist: there is no run to resume"):
         run(tmp_path / "new", resume=True)
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("state", [b"", b"garbage", {"step": 1}, [1]])
-def test_a_state_that_is_not_one_of_a_run_is_refused(tmp_path: Path, state: Any, capsys) -> None:
+def test_a_file_that_is_not_a_run_state_is_refused(tmp_path: Path, state: Any, capsys) -> None:
     run(tmp_path)
     if isinstance(state, bytes):
         (tmp_path / "state.pt").write_bytes(state)
@@ -129,7 +129,7 @@ def test_a_state_that_is_not_one_of_a_run_is_refused(tmp_path: Path, state: Any,
         RuntimeError("DefaultCPUAllocator: can't allocate memory"),
     ],
 )
-def test_a_state_that_cannot_be_read_just_now_is_not_called_damaged(
+def test_a_state_that_cannot_be_read_at_the_moment_is_not_called_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     run(tmp_path)
@@ -150,7 +150,7 @@ def test_a_run_cannot_be_resumed_for_fewer_steps_than_it_has_taken(tmp_path: Pat
     assert f"has taken {STEPS} steps: ask for more --steps" in capsys.readouterr().err
 
 
-def test_what_cannot_be_trained_is_one_sentence(tmp_path: Path, capsys) -> None:
+def test_bad_options_are_one_sentence_each(tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         train_demo.main(["--out", str(tmp_path / "run"), "--steps", "0"])
     assert ended.value.code == 2
@@ -163,7 +163,7 @@ def test_what_cannot_be_trained_is_one_sentence(tmp_path: Path, capsys) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_folder_that_holds_no_run_is_not_evaluated(tmp_path: Path, capsys) -> None:
+def test_a_folder_without_a_run_is_not_evaluated(tmp_path: Path, capsys) -> None:
     assert evaluate_demo.main([str(tmp_path)]) == 2
     assert "holds no config.json" in capsys.readouterr().err
     run(tmp_path)
@@ -177,7 +177,7 @@ def test_a_folder_that_holds_no_run_is_not_evaluated(tmp_path: Path, capsys) -> 
     assert not (tmp_path / "figures.json").exists()
 
 
-def test_a_finished_run_loads_here_and_in_transformers_and_gets_its_figures_and_card(
+def test_a_finished_run_loads_here_and_in_transformers_and_gets_a_card(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--out", str(tmp_path), "--steps", str(STEPS), "--device", "cpu"]
@@ -207,7 +207,7 @@ def test_a_finished_run_loads_here_and_in_transformers_and_gets_its_figures_and_
     assert f"| `heapq.py` | {size} | {row['model']:.3f} | {row['xz']:.3f} |" in card
 
 
-def test_the_learning_rate_warms_up_and_falls_to_nothing_along_a_line() -> None:
+def test_the_learning_rate_warms_up_and_decays_linearly_to_zero() -> None:
     steps, middle = 1000, (WARMUP_STEPS + 1000) // 2
     assert learning_rate(0, steps) == pytest.approx(PEAK_LR / WARMUP_STEPS)
     assert learning_rate(WARMUP_STEPS // 2 - 1, steps) == pytest.approx(PEAK_LR / 2)
@@ -217,7 +217,7 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing_along_a_line() -> None:
     assert 0 < learning_rate(steps - 1, steps) < 0.002 * PEAK_LR
 
 
-def test_matrices_and_embeddings_decay_and_nothing_else_does() -> None:
+def test_weight_decay_applies_to_matrices_and_embeddings_only() -> None:
     model = GPT(CONFIG)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decaying, others = (
@@ -231,7 +231,7 @@ def test_matrices_and_embeddings_decay_and_nothing_else_does() -> None:
     assert all(name.endswith("bias") or ".ln_" in name for name in others[1])
 
 
-def test_bits_per_byte_are_those_of_predicting_one_token_after_the_other() -> None:
+def test_bits_per_byte_equal_those_of_one_token_at_a_time() -> None:
     texts = ["a few words of 猫 and é " * 8, "short"]
     tokenizer = Tokenizer(train_tokenizer(texts, 280))
     config = tiny_config(vocab_size=280, n_positions=24)

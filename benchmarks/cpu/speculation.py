@@ -1,15 +1,14 @@
 """When does speculation win, and how much?
 
-    python benchmarks/speculation.py
+    python -m benchmarks.cpu.speculation
 
-Two measurements on this machine's CPU, greedy, one prompt, plain loop and speculation taking turns:
+Two measurements on this machine's CPU, greedy, one prompt, the plain loop and speculation in turn:
 
-- by agreement: random weights of a published shape, and a draft that knows what will be written and
-  gets each token right with a given probability. At 0 it shows what speculation costs where it is
-  of no use.
+- by agreement: random weights of a preset, and a drafter that knows what will be written and gets
+  each token right with a given probability. At 0 it shows the cost of useless speculation.
 - of the prompt: the demo checkpoint and `PromptLookup`, on held-out modules of the standard
-  library. "continue" goes on where a piece of the module ends; "edit" is given the piece and then
-  its first lines once more, as when a file is written anew with changes.
+  library. "continue" gives a piece of the module to go on with; "edit" gives the piece and then its
+  first lines once more, as when a file is rewritten with changes.
 
 In float32 the tokens must be the plain loop's each time. 8-bit products round every row of numbers
 (see `mqa_gpt.fast.packing.PackedInt8Linear`), so there a choice between near equals may differ.
@@ -24,11 +23,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import (
+
+from benchmarks.measure import (
+    ROOT,
     add_shape,
     interleaved,
     make_parser,
@@ -42,33 +42,34 @@ from measure import (
     within,
     write_result,
 )
-
 from mqa_gpt import GPT, LLM, GPTConfig, generate
 from mqa_gpt.bench.counts import weight_bytes
 from mqa_gpt.checkpoints.load import DEMO_DIR, read_config
 from mqa_gpt.fast.int8 import quantize
 from mqa_gpt.fast.packing import pack
-from mqa_gpt.generation.speculative import Drafter, PromptLookup
+from mqa_gpt.generation.batching import Engine
+from mqa_gpt.generation.request import make_requests
+from mqa_gpt.generation.speculative import Drafter, PromptLookup, Proposer
+from mqa_gpt.sampling import GREEDY
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts/demo"))
+sys.path.insert(0, str(ROOT / "scripts/demo"))
 from corpus import HELD_OUT, read_corpus
 
-PIECE = slice(100, 400)  # of a held-out module's tokens: what is to be continued
-BEGINNING = 48  # of its tokens that are given once more where it is to be edited
+PIECE = slice(100, 400)  # the tokens of a held-out module to continue
+BEGINNING = 48  # how many of them an edit repeats
+BETWEEN = "\n\n"  # the piece and the repeated beginning: at most a token per character
 MOST_TRIES = 30  # each agrees with the one before for longer
-BETWEEN = "\n\n"  # the piece and its beginning anew: at most a token for each
 
 
 class Knowing(Drafter):
-    """Guesses what is known to come, each token right with a probability."""
+    """Guesses a known text, each token right with a given probability."""
 
     def __init__(self, text: list[int], agreement: float, vocabulary: int) -> None:
         self._text, self._agreement, self._vocabulary = text, agreement, vocabulary
-        super().__init__()
 
-    def begin(self) -> None:
-        super().begin()
+    def start(self, rows: int) -> Proposer:
         self._random = random.Random(0)
+        return self
 
     def propose(
         self, rows: Sequence[int], texts: Sequence[list[int]], most: int
@@ -82,18 +83,30 @@ class Knowing(Drafter):
         ]
 
 
+def drafted(
+    model: GPT, prompt: list[int], count: int, drafter: Drafter
+) -> tuple[list[int], int, int]:
+    """The new tokens of `generate`, how many tokens were drafted, and how many accepted."""
+    requests = make_requests(model.config, [prompt], count, GREEDY, drafter=drafter)
+    engine = Engine.for_requests(model, requests)
+    engine.add(requests[0])
+    tokens = []
+    while engine.is_busy:
+        tokens += [token.id for token in engine.step()]
+    return tokens, *engine.drafted
+
+
 def compare(
-    model: GPT, prompt: list[int], draft: Drafter, options: argparse.Namespace, label: str
+    model: GPT, prompt: list[int], drafter: Drafter, options: argparse.Namespace, label: str
 ) -> dict[str, Any]:
-    """Times of the decode steps with and without a draft; the prefill is taken off both."""
-    plain = generate(model, [prompt], options.new)
-    same = generate(model, [prompt], options.new, draft=draft) == plain
-    proposed, accepted = draft.proposed, draft.accepted
+    """Times of the decode steps with and without a drafter; the prefill is subtracted from both."""
+    tokens, proposed, accepted = drafted(model, prompt, options.new, drafter)
+    same = [tokens] == generate(model, [prompt], options.new)
     times = interleaved(
         {
             "first": partial(generate, model, [prompt], 1),
             "plain": partial(generate, model, [prompt], options.new),
-            "draft": partial(generate, model, [prompt], options.new, draft=draft),
+            "draft": partial(generate, model, [prompt], options.new, draft=drafter),
         },
         options.repeats,
         label,
@@ -109,15 +122,15 @@ def compare(
 
 
 def written_with(model: GPT, prompt: list[int], text: list[int], agreement: float) -> list[int]:
-    """What is written behind the prompt, with it, by a model whose draft knows just that.
+    """The prompt and what the model writes after it with a drafter that knows this very text.
 
     Args:
-        text: the same, as the plain loop writes it. In 8 bits it may differ, and a draft that knew
-            this one would be wrong from there on, whatever its agreement.
+        text: the same by the plain loop. In 8 bits it may differ, and a drafter that knew this one
+            would be wrong from there on, whatever its agreement.
     """
     for _ in range(MOST_TRIES):
-        draft = Knowing(text, agreement, model.config.vocab_size)
-        written = prompt + generate(model, [prompt], len(text) - len(prompt), draft=draft)[0]
+        drafter = Knowing(text, agreement, model.config.vocab_size)
+        written = prompt + generate(model, [prompt], len(text) - len(prompt), draft=drafter)[0]
         if written == text:
             break
         text = written
@@ -125,7 +138,7 @@ def written_with(model: GPT, prompt: list[int], text: list[int], agreement: floa
 
 
 def by_agreement(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The figures of each draft, by name."""
+    """The figures of each drafter, by name."""
     for method in (None, "int8"):
         print(f"{options.shape}: random weights in {method or 'float32'}", file=sys.stderr)
         torch.manual_seed(0)
@@ -138,9 +151,9 @@ def by_agreement(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, A
         text = prompt + generate(model, [prompt], options.new)[0]
         for agreement in options.agreement:
             known = written_with(model, prompt, text, agreement)
-            draft = Knowing(known, agreement, vocabulary)
+            drafter = Knowing(known, agreement, vocabulary)
             name = f"{method or 'float32'}, agreement {agreement:g}"
-            yield name, compare(model, prompt, draft, options, name)
+            yield name, compare(model, prompt, drafter, options, name)
 
 
 def of_the_prompt(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -183,7 +196,7 @@ def require_room(options: argparse.Namespace) -> None:
     require_context(config, options.prompt + options.new)
     longest = PIECE.stop - PIECE.start + len(BETWEEN) + BEGINNING
     require_context(read_config(DEMO_DIR), longest + options.new)
-    # Plain, and packed beside it.
+    # Plain and packed.
     require_memory(2 * weight_bytes(config, torch.float32.itemsize), torch.device("cpu"))
 
 
@@ -196,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
         type=within(0.0, 1.0),
         nargs="+",
         default=[0, 0.3, 0.6, 0.8, 0.95],
-        help="how often a draft is right",
+        help="how often a guess is right",
     )
     parser.add_argument(
         "--modules", type=within(1, len(HELD_OUT)), default=8, help="held-out modules"
@@ -217,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, figure in measured:
             figures[group][name] = figure
             show(name, figure)
-    return write_result(output, __doc__.split("\n")[0], options, figures)
+    return write_result(output, __file__, __doc__, options, figures)
 
 
 if __name__ == "__main__":

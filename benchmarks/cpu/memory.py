@@ -1,9 +1,9 @@
 """How much memory does it take to load a float32 checkpoint and decode from it?
 
-    python benchmarks/cpu_memory.py --shape starcoderbase-1b   # needs 4.5 GB of disk
+    python -m benchmarks.cpu.memory --shape starcoderbase-1b   # needs 4.5 GB of disk
 
 Peak resident memory of a new process that loads a checkpoint of random weights with `LLM.load`,
-which packs it, and generates 16 tokens. The weights are written shard by shard by another process.
+which packs it, and generates 16 tokens. Another process writes the checkpoint, in shards.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from measure import (
+
+from benchmarks.measure import (
+    ROOT,
     add_shape,
     make_parser,
     refuse_bad_input,
@@ -24,13 +26,11 @@ from measure import (
     result_path,
     write_result,
 )
-
 from mqa_gpt import GPTConfig
 from mqa_gpt.bench.counts import weight_bytes
+from mqa_gpt.bench.peers import temporary_folder
 from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.errors import InputError
-
-ROOT = Path(__file__).parents[1]
 
 WRITE = """
 from mqa_gpt import GPT, GPTConfig
@@ -88,20 +88,19 @@ def main(arguments: list[str] | None = None) -> int:
         raise InputError(f"--folder {options.folder} is not a folder: make it first")
     require_room(options.shape, options.folder)
 
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+    with temporary_folder(options.folder) as folder:
         print("writing a checkpoint of random weights", file=sys.stderr)
-        run(WRITE.format(shape=options.shape, folder=folder))
+        run(WRITE.format(shape=options.shape, folder=str(folder)))
         shutil.copy(DEMO_DIR / "tokenizer.json", folder)  # any: the prompt is ids
-        files = sorted(Path(folder).glob("*.safetensors"))
-        checkpoint_bytes = sum(file.stat().st_size for file in files)
+        sizes = [file.stat().st_size for file in folder.glob("*.safetensors")]
         print("loading it and decoding", file=sys.stderr)
-        figures = json.loads(run(DECODE.format(folder=folder)).splitlines()[-1])
-    figures = {"checkpoint_bytes": checkpoint_bytes, "files": len(files)} | figures
-    print(f"{options.shape}, float32, {checkpoint_bytes / 1e9:.2f} GB in {len(files)} files")
-    for stage, peak in figures["peak_bytes_after"].items():
+        measured = json.loads(run(DECODE.format(folder=str(folder))).splitlines()[-1])
+    figures = {"checkpoint_bytes": sum(sizes), "files": len(sizes)} | measured
+    print(f"{options.shape}, float32, {sum(sizes) / 1e9:.2f} GB in {len(sizes)} files")
+    for stage, peak in measured["peak_bytes_after"].items():
         print(f"peak resident memory after {stage:9}{peak / 1e9:>8.2f} GB")
-    print(f"load {figures['load_s']:.1f} s")
-    return write_result(output, __doc__.split("\n")[0], options, figures, dtype="float32")
+    print(f"load {measured['load_s']:.1f} s")
+    return write_result(output, __file__, __doc__, options, figures, dtype="float32")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Which product with a weight matrix is the fastest on this CPU, for how many rows?
 
-    python benchmarks/cpu_products.py
-    python benchmarks/cpu_products.py --sizes 2048x8192 --rows 1 8
+    python -m benchmarks.cpu.products
+    python -m benchmarks.cpu.products --sizes 2048x8192 --rows 1 8
 
-A decode step is products of a few rows with weights that no cache holds, so each contender walks
-through as many copies of its weight as `--megabytes` hold. Its time is that of one product, and its
-GB/s the weight's bytes over that. "Repeated" are one and two rows to make four. The answer decides
-what `mqa_gpt.fast.packing` does.
+A decode step multiplies a few rows by weights that no cache holds, so each product walks through
+`--megabytes` of copies of its weight. The time is that of one product, and GB/s are the weight's
+bytes over it. "Repeated" makes four rows of one or two. `mqa_gpt.fast.packing` acts on the answer.
 """
 
 from __future__ import annotations
@@ -19,7 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import (
+from torch import Tensor, nn
+
+from benchmarks.measure import (
     interleaved,
     make_parser,
     nothing_measured,
@@ -29,17 +30,15 @@ from measure import (
     result_path,
     write_result,
 )
-from torch import Tensor, nn
-
 from mqa_gpt.errors import shown
 from mqa_gpt.fast.int8 import Int8Linear, quantize_rows
 from mqa_gpt.fast.packing import PackedInt8Linear, PackedLinear, can_pack
 
 INT4_GROUP = 32  # columns that share a scale
 INT8_STEP = 16  # columns that PyTorch's product with 8-bit weights reads at a time
-MOST_COPIES = 10_000  # beyond them a weight is so small that Python is all that is measured
+MOST_COPIES = 10_000  # of a weight so small that more would only measure Python
 
-# One more copy of a weight (N, K): its bytes, and the product of x (R, K) float32 with it.
+# A copy of a weight (N, K): its bytes, and its product with x (R, K) float32.
 Copy = tuple[int, Callable[[Tensor], Tensor]]
 
 
@@ -60,12 +59,8 @@ def onednn_float32(weight: Tensor) -> Copy:
     )
 
 
-def packed_float32(weight: Tensor) -> Copy:
-    return weight.nbytes, PackedLinear(as_layer(weight), repeat_to=1)
-
-
-def packed_float32_repeated(weight: Tensor) -> Copy:
-    return weight.nbytes, PackedLinear(as_layer(weight), repeat_to=4)
+def packed_float32(weight: Tensor, repeat_to: int = 1) -> Copy:
+    return weight.nbytes, PackedLinear(as_layer(weight), repeat_to)
 
 
 def packed_bfloat16(weight: Tensor, repeat_to: int = 1) -> Copy:
@@ -76,16 +71,8 @@ def packed_bfloat16(weight: Tensor, repeat_to: int = 1) -> Copy:
     return 2 * weight.numel(), lambda x: product(x.bfloat16())
 
 
-def packed_bfloat16_repeated(weight: Tensor) -> Copy:
-    return packed_bfloat16(weight, repeat_to=4)
-
-
-def int8_onednn(weight: Tensor) -> Copy:
-    return weight.numel(), PackedInt8Linear(Int8Linear(as_layer(weight)), fbgemm=False)
-
-
-def int8_fbgemm(weight: Tensor) -> Copy:
-    return weight.numel(), PackedInt8Linear(Int8Linear(as_layer(weight)), fbgemm=True)
+def packed_int8(weight: Tensor, fbgemm: bool) -> Copy:
+    return weight.numel(), PackedInt8Linear(Int8Linear(as_layer(weight)), fbgemm=fbgemm)
 
 
 def int8_weights_only(weight: Tensor) -> Copy:
@@ -107,16 +94,16 @@ def int4_weights_only(weight: Tensor) -> Copy:
     )
 
 
-CONTENDERS = {
+PRODUCTS: dict[str, Callable[[Tensor], Copy]] = {
     "float32": plain_float32,
     "float32 oneDNN": onednn_float32,
     "float32 packed": packed_float32,
-    "float32 packed, repeated": packed_float32_repeated,
+    "float32 packed, repeated": partial(packed_float32, repeat_to=4),
     "bfloat16": plain_bfloat16,
     "bfloat16 packed": packed_bfloat16,
-    "bfloat16 packed, repeated": packed_bfloat16_repeated,
-    "int8 oneDNN": int8_onednn,
-    "int8 FBGEMM": int8_fbgemm,
+    "bfloat16 packed, repeated": partial(packed_bfloat16, repeat_to=4),
+    "int8 oneDNN": partial(packed_int8, fbgemm=False),
+    "int8 FBGEMM": partial(packed_int8, fbgemm=True),
     "int8 weights only, bfloat16": int8_weights_only,
     "int4 weights only, bfloat16": int4_weights_only,
 }
@@ -128,11 +115,11 @@ def as_layer(weight: Tensor) -> nn.Linear:
     return layer
 
 
-def copies(contender: Callable[[Tensor], Copy], weight: Tensor, total: int) -> list[Copy]:
-    """At least two, and as many as `total` bytes hold, within reason."""
-    first = contender(weight)
+def copies(make: Callable[[Tensor], Copy], weight: Tensor, total: int) -> list[Copy]:
+    """As many as fit into `total` bytes, at least two and at most `MOST_COPIES` more."""
+    first = make(weight)
     more = min(max(1, total // first[0] - 1), MOST_COPIES)
-    return [first, *(contender(weight) for _ in range(more))]
+    return [first, *(make(weight) for _ in range(more))]
 
 
 def walk(held: list[Copy], x: Tensor) -> None:
@@ -141,17 +128,15 @@ def walk(held: list[Copy], x: Tensor) -> None:
 
 
 def measure(K: int, N: int, options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
-    """A figure of each contender, for one number of rows after the other; then the reasons of those
-    that cannot do it.
-    """
+    """The figures of all products, for one number of rows after another; then why others cannot."""
     weight = 0.02 * torch.randn(N, K)
     held, bytes_, reasons = {}, {}, {}
-    for name, contender in CONTENDERS.items():
+    for name, make in PRODUCTS.items():
         try:
-            held[name] = copies(contender, weight, options.megabytes * 1_000_000)
+            held[name] = copies(make, weight, options.megabytes * 1_000_000)
             bytes_[name] = held[name][0][0]
             walk(held[name][:1], torch.randn(1, K))
-        # This PyTorch does not have it, or not for this size.
+        # This PyTorch does not have it, or not in this size.
         except (AttributeError, RuntimeError, ValueError) as error:
             held.pop(name, None)
             reasons[name] = str(error).splitlines()[0]
@@ -178,9 +163,9 @@ def measure(K: int, N: int, options: argparse.Namespace) -> Iterator[list[dict[s
 
 
 def line(rows: list[dict[str, Any]]) -> str:
-    """Milliseconds of all contenders for one size and number of rows."""
+    """Milliseconds of all products for one size and number of rows."""
     found = {row["product"]: f"{row['ms']:.3f}" for row in rows}
-    cells = [found.get(name, "-").rjust(len(name)) for name in CONTENDERS]
+    cells = [found.get(name, "-").rjust(len(name)) for name in PRODUCTS]
     case = "{K} x {N}, {rows}".format(**rows[0])
     return " | ".join([case.rjust(18), *cells])
 
@@ -196,7 +181,7 @@ def size(text: str) -> tuple[int, int]:
 def require_room(K: int, N: int, options: argparse.Namespace) -> None:
     """Raise InputError if weight, rows and copies, of 4 bytes a number at most, do not fit."""
     copies_bytes = max(2 * 4 * K * N, options.megabytes * 1_000_000)
-    needed = len(CONTENDERS) * copies_bytes + 3 * 4 * K * N + 3 * 4 * max(options.rows) * (K + N)
+    needed = len(PRODUCTS) * copies_bytes + 3 * 4 * K * N + 3 * 4 * max(options.rows) * (K + N)
     require_memory(needed, torch.device("cpu"))
 
 
@@ -215,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--rows", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 128], help="rows at once"
     )
     parser.add_argument("--repeats", type=positive, default=9, help="rounds of measurement")
-    parser.add_argument("--megabytes", type=positive, default=200, help="of copies per contender")
+    parser.add_argument("--megabytes", type=positive, default=200, help="of copies per product")
     options = parser.parse_args(arguments)
     output = result_path(options.output, "cpu_products.json")
     sizes = [size(text) for text in options.sizes]
@@ -226,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     torch.manual_seed(0)
     figures: list[dict[str, Any]] = []
-    print(" | ".join(["K x N, rows; in ms", *CONTENDERS]))
+    print(" | ".join(["K x N, rows; in ms", *PRODUCTS]))
     with torch.inference_mode():
         for K, N in sizes:
             for rows in measure(K, N, options):
@@ -238,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("{K} x {N}, {product}: {reason}".format(**row))
     if not any("ms" in row for row in figures):
         return nothing_measured()
-    return write_result(output, __doc__.split("\n")[0], options, figures)
+    return write_result(output, __file__, __doc__, options, figures)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""One script per question about speed or memory; see README.md."""
