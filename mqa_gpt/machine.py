@@ -29,6 +29,11 @@ PACKAGES = (
 # Installs a checkout and the programs it is compared with, as the README says.
 INSTALL_PEERS = ".venv/bin/pip install -c constraints.txt -e '.[bench]'"
 
+# The threads of OpenMP (libgomp) do not survive a fork, and the next product waits for them for
+# ever; with one thread a child process needs none of them.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
 
 def version(package: str) -> str | None:
     """The version of an installed package, found without importing it; None if it is not there."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -111,3 +112,29 @@ def test_an_allocation_that_failed_is_told_from_other_errors() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not is_out_of_memory(RuntimeError("the size of tensor a must match"))
     assert not is_out_of_memory(ValueError())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_generates_too(tmp_path: Path) -> None:
+    """With the threads of its parent, which do not exist there, it would wait for ever."""
+    script = """if True:
+        import os, torch
+        torch.set_num_threads(2)
+        from mqa_gpt import GPT, GPTConfig, generate
+        model = GPT(GPTConfig(512, n_embd=512, n_layer=1, n_head=8, n_positions=256)).eval()
+        generate(model, [[1] * 200], 2)
+        child = os.fork()
+        if child == 0:
+            generate(model, [[1] * 200], 2)
+            os._exit(0)
+        print(os.waitpid(child, 0)[1])
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        start_new_session=True,
+    )
+    assert (run.stdout, run.stderr) == ("0\n", "")

@@ -200,3 +200,10 @@ def test_values_that_change_nothing_elsewhere_change_nothing_here() -> None:
     greedy = SamplingParams(top_k=2, top_p=0.5, min_p=0.2)
     assert greedy.greedy
     assert torch.equal(filter_logits(logits, greedy), logits)
+
+
+def test_rare_tokens_are_drawn_exactly_since_sums_are_in_double_precision() -> None:
+    V = 49152
+    tokens = torch.arange(0, V, 97)
+    u = (tokens.double() + 0.001) / V  # just inside each token's share, by less than float32 sees
+    assert draw(torch.zeros(len(u), V), u).tolist() == tokens.tolist()

@@ -150,7 +150,9 @@ def plot(chart: Chart, results: Results, ceiling: float, path: Path) -> None:
             axes.plot(xs, ys, "o-", label=line)
         if chart.ceiling:
             axes.axhline(ceiling, color="black", label="ceiling")
-        axes.set(xscale="log", xlabel=chart.x, ylabel=chart.label)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(xs, labels=map(str, xs))
+        axes.set(xlabel=chart.x, ylabel=chart.label)
         axes.legend(fontsize=8)
 
 

@@ -73,6 +73,27 @@ class _Waiting:
     seed: int
 
 
+class _Size(NamedTuple):
+    """How large an engine is, and whether its requests may have drafters."""
+
+    slots: int
+    length: int
+    drafts: bool
+
+    @classmethod
+    def of(cls, model: GPT, requests: Sequence[Request], slots: int | None) -> _Size:
+        """What these requests need, on at most this many slots."""
+        rows = sum(request.n for request in requests)
+        count = max(1, rows if slots is None else min(slots, rows))
+        length = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
+        drafts = any(request.drafter is not None for request in requests)
+        if can_replay(model) and not drafts:
+            # Sizes in steps, so that later generations can use the graphs again.
+            count = 1 << (count - 1).bit_length()
+            length = min(-(-length // LENGTH_STEP) * LENGTH_STEP, model.config.n_positions)
+        return cls(count, length, drafts)
+
+
 class Engine:
     """Runs requests on a model: rows are added, stepped and cancelled.
 
@@ -124,46 +145,55 @@ class Engine:
 
         Args:
             slots: at most this many; None runs all rows together.
-            idle: retired engines, one of which is taken if it fits; the others are dropped.
+            idle: a list of retired engines, from which one that fits is taken; others are dropped.
         """
-        count, length = _size(requests, slots)
-        drafts = any(request.drafter is not None for request in requests)
-        if can_replay(model) and not drafts:
-            # Sizes in steps, so that later generations can use the graphs again.
-            count = 1 << (count - 1).bit_length()
-            length = min(-(-length // LENGTH_STEP) * LENGTH_STEP, model.config.n_positions)
-        while idle:
-            engine = idle.pop()
-            if not drafts and engine._fits(model, count, length):
-                return engine
-        return cls(model, count, length, drafts=drafts, prefill_chunk=prefill_chunk)
+        size = _Size.of(model, requests, slots)
+        cls._drop_others(model, size, idle)
+        if idle:
+            return idle.pop()
+        return cls(model, size.slots, size.length, drafts=size.drafts, prefill_chunk=prefill_chunk)
 
-    @staticmethod
-    def require_room(model: GPT, requests: Sequence[Request], slots: int | None = None) -> None:
-        """Raise PromptError if the device has no room for the cache that these requests need."""
-        count, length = _size(requests, slots)
+    @classmethod
+    def require_room(
+        cls,
+        model: GPT,
+        requests: Sequence[Request],
+        *,
+        slots: int | None = None,
+        idle: list[Engine] | None = None,
+    ) -> None:
+        """Raise PromptError if the device has no room for the engine of `for_requests`."""
+        size = _Size.of(model, requests, slots)
+        cls._drop_others(model, size, idle)
+        if idle:  # it has its cache already
+            return
         dtype = model.dtype if model.cache_class is KVCache else torch.int8
-        needed = cache_bytes(model.config, dtype, count, length)
+        needed = cache_bytes(model.config, dtype, size.slots, size.length)
         room = available_memory(model.device)
         if room is not None and needed > room:
             raise PromptError(
-                f"{count:,} completions of {length:,} tokens need {needed / 1e9:,.2f} GB for their "
-                f"keys and values, but {room / 1e9:,.2f} GB are available on {model.device}: ask "
-                "for less"
+                f"{size.slots:,} completions of {size.length:,} tokens need {needed / 1e9:,.2f} GB "
+                f"for their keys and values, but {room / 1e9:,.2f} GB are available on "
+                f"{model.device}: ask for less"
             )
+
+    @staticmethod
+    def _drop_others(model: GPT, size: _Size, idle: list[Engine] | None) -> None:
+        """Leave only the idle engines that do what a new one of this size would do."""
+        if idle:
+            idle[:] = [engine for engine in idle if engine._fits(model, size)]
 
     def retire(self, idle: list[Engine]) -> None:
         """Keep this engine in a list of idle ones, if it has recorded graphs."""
         if isinstance(self._stepper, GraphStepper) and not self.is_busy:
             idle[:] = [self]
 
-    def _fits(self, model: GPT, slots: int, length: int) -> bool:
-        """Whether this idle engine does what a new one of this size would do."""
+    def _fits(self, model: GPT, size: _Size) -> bool:
         return (
             self._model is model
             and isinstance(self._stepper, GraphStepper)
             and self._stepper.is_valid()
-            and (self._slots, self.length) == (slots, length)
+            and size == _Size(self._slots, self.length, drafts=False)
         )
 
     @property
@@ -304,10 +334,3 @@ class Engine:
             self._stepper.remove(slot, last)
             self._running[slot] = self._running[last]
             del self._running[last]
-
-
-def _size(requests: Sequence[Request], slots: int | None) -> tuple[int, int]:
-    """How many slots of which length run these requests."""
-    rows = sum(request.n for request in requests)
-    length = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
-    return max(1, rows if slots is None else min(slots, rows)), length

@@ -152,7 +152,7 @@ class Generation:
             prompt_tokens=sum(len(request.prompt) for request in requests),
             finished_rows=sum(0 if r.max_new_tokens else r.n for r in requests),
         )
-        Engine.require_room(model, requests, slots)
+        Engine.require_room(model, requests, slots=slots, idle=self._idle)
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         stats, begin = self.stats, time.perf_counter()

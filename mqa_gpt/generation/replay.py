@@ -203,4 +203,4 @@ class GraphStepper:
 def _addresses(model: GPT) -> list[int]:
     """What graphs of this model depend on: where its weights are, and its attention functions."""
     attends = [id(m.attend) for m in model.modules() if isinstance(m, MultiQueryAttention)]
-    return [x.data_ptr() for x in model.state_dict().values()] + attends
+    return [x.data_ptr() for x in (*model.parameters(), *model.buffers())] + attends

@@ -406,7 +406,7 @@ def test_what_exceeds_the_context_is_refused_before_anything_is_loaded(folder, m
         (["-r", "0"], "repeats is 0"),
         (["-p", "0", "-g", "0"], "there is nothing to measure"),
         (["--output", "xml"], "--output is 'xml': accepted are md, csv, json"),
-        (["--shape", "gpt2"], "'gpt2' is not an official shape"),
+        (["--shape", "gpt2"], "'gpt2' is not a preset"),
         (["--shape", "starcoder", "--backend", "magic"], "backend is 'magic'"),
         (["--shape", "starcoder", "--dtype", "int3"], "dtype is 'int3'"),
     ],

@@ -353,6 +353,20 @@ def test_an_engine_is_not_used_again_for_other_weights_modules_or_sizes(replayed
     assert not is_reused()
 
 
+def test_a_retired_engine_needs_no_more_room_and_one_that_does_not_fit_gives_its_own_up(
+    replayed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    requests = make_requests(CONFIG, PROMPTS[:2], 4)
+    idle = [Engine.for_requests(model, requests)]
+    monkeypatch.setattr(batching, "available_memory", lambda device: 0)
+    Engine.require_room(model, requests, idle=idle)
+    assert len(idle) == 1
+    with pytest.raises(PromptError, match=r"completions of .* tokens need"):
+        Engine.require_room(model, make_requests(CONFIG, PROMPTS[:3], 4), idle=idle)
+    assert idle == []
+
+
 def test_an_engine_that_only_calls_the_model_is_not_kept(model: GPT) -> None:
     idle: list[Engine] = []
     Engine(model, 1, 5).retire(idle)
