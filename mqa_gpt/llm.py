@@ -290,9 +290,14 @@ class LLM:
         n: int = 1,
         special_tokens: bool = True,
         truncate: bool = False,
+        names: Sequence[str] | None = None,
         **options: Unpack[Options],
     ) -> Generation:
-        """Start completing prompts; what `generate` and `stream` run on, with their arguments."""
+        """Start completing prompts; what `generate` and `stream` run on, with their arguments.
+
+        Args:
+            names: what messages call the prompts; "prompt 0", "prompt 1", ... if None.
+        """
         check_options(options)
         if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
             raise PromptError(
@@ -304,6 +309,7 @@ class LLM:
             prompts,
             options | {"max_new_tokens": max_new_tokens, "n": n, "truncate": truncate},
             special_tokens=special_tokens,
+            names=names,
         )
         return Generation(self.model, self.tokenizer, requests, idle=self._idle)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mqa_gpt.attention import BACKENDS, select_attention
+from mqa_gpt.config import GPTConfig
 
 PACKAGES = (
     "mqa-gpt",
@@ -25,6 +26,10 @@ PACKAGES = (
     "huggingface_hub",
     "ctranslate2",
 )
+
+# Models of fewer parameters decode fastest with one thread: what a second one saves on so short a
+# step is less than what it costs to wait for it.
+ONE_THREAD_PARAMETERS = 10_000_000
 
 # Installs a checkout and the programs it is compared with, as the README says.
 INSTALL_PEERS = ".venv/bin/pip install -c constraints.txt -e '.[bench]'"
@@ -83,6 +88,16 @@ def describe() -> dict[str, Any]:
         "gpus": gpus,
         "backends": {name: _backends(name) for name in (["cpu", "cuda"] if gpus else ["cpu"])},
     }
+
+
+def threads_for(config: GPTConfig) -> int:
+    """How many CPU threads a model of this size generates fastest with.
+
+    The number that PyTorch has chosen, or the user by `OMP_NUM_THREADS`, but one for a small model.
+    """
+    if config.parameters < ONE_THREAD_PARAMETERS and "OMP_NUM_THREADS" not in os.environ:
+        return 1
+    return torch.get_num_threads()
 
 
 def command_line() -> str:

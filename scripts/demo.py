@@ -1,4 +1,4 @@
-"""Complete a function, then fill a hole in another, with the bundled checkpoint: `make demo`."""
+"""Complete a method, fill a hole, show a limit, with the bundled checkpoint: `make demo`."""
 
 from __future__ import annotations
 
@@ -9,29 +9,26 @@ import time
 import torch
 
 from mqa_gpt import LLM
-from mqa_gpt.checkpoints.inspect import inspect_checkpoint
 from mqa_gpt.errors import InputError
 from mqa_gpt.generation.completion import Generation
-from mqa_gpt.machine import peak_memory
+from mqa_gpt.machine import peak_memory, threads_for
 
-CLASS = """\
-class Reader:
-    def __init__(self, file):
-        self._file = file
+# No line break at the end of a prompt: one token holds it together with the indentation after it.
+METHOD = """\
+class Stack:
+    def __init__(self):
+        self.items = []
 
-"""
-# No line break at the end: a token holds it together with the indentation that follows.
-SIGNATURE = CLASS + "    def read(self, size=-1):"
-BEFORE_HOLE = (
-    CLASS
-    + """\
-    def close(self):
-        if self._file is not None:
-            self._file."""
-)
+    def push(self, item):"""
+BEFORE_HOLE = """\
+def find(names, name):
+    for i, n in"""
 AFTER_HOLE = """
-            self._file = None
+        if n == name:
+            return i
+    return -1
 """
+FUNCTION = "def is_even(n):"
 
 
 def main() -> int:
@@ -39,22 +36,23 @@ def main() -> int:
     parser.add_argument("--model", help="another checkpoint: a hub name or a folder")
     model = parser.parse_args().model
 
-    torch.set_num_threads(1)  # a model this small is done before a second thread has joined in
     begin = time.perf_counter()
     try:
         llm = LLM.load(model, dtype="float32")
+        torch.set_num_threads(threads_for(llm.model.config))
         load_seconds = time.perf_counter() - begin
-        parameters = inspect_checkpoint(model).config.parameters
-        print(f"{model or 'The demo checkpoint'}: {parameters / 1e6:.1f} million parameters")
+        millions = llm.model.config.parameters / 1e6
+        print(f"{model or 'The demo checkpoint'}: {millions:.1f} million parameters")
 
-        print_title("It completes a function from its signature")
-        # The penalty keeps a small model from saying the same thing over and over.
-        body = llm.begin([SIGNATURE], 96, repetition_penalty=1.15, stop="\n\n")
-        show(llm, load_seconds, SIGNATURE, body, "")
+        print_title("It completes a method")
+        show(llm, load_seconds, METHOD, llm.begin([METHOD], 48, stop="\n\n"), "")
 
-        print_title("It fills a hole, knowing what is before and after it")
+        print_title("It fills a hole, knowing what comes before and after")
         filling = llm.begin_infill(BEFORE_HOLE, AFTER_HOLE, 48, mode="spm", stop="\n")
         show(llm, load_seconds, BEFORE_HOLE, filling, AFTER_HOLE)
+
+        print_title("So small, it knows what Python looks like, but not what it means")
+        show(llm, load_seconds, FUNCTION, llm.begin([FUNCTION], 48, stop="\n\n"), "")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -68,7 +66,7 @@ def print_title(text: str) -> None:
 
 
 def show(llm: LLM, load_seconds: float, before: str, generation: Generation, after: str) -> None:
-    """Print a generation as it is written, in bold on a terminal, and its statistics."""
+    """Print a generation as it arrives, in bold on a terminal, and its statistics."""
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     print(before, end=bold, flush=True)
     for _, piece in generation:

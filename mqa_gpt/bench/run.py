@@ -292,7 +292,7 @@ def _load(
         return model
     if name is not None or revision is not None:
         raise InputError(
-            "--shape makes a model with random weights, and --model and --revision name one that "
+            "--preset makes a model with random weights, and --model and --revision name one that "
             "has weights: leave out one or the other"
         )
     if not isinstance(shape, str):

@@ -1,4 +1,4 @@
-"""What the command line reads: prompts, files, where in them the hole is, lists of numbers."""
+"""What the command line reads: prompts, files, the hole in them, lists of numbers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,28 @@ MARKER = "<FILL>"
 MAX_TEXT_BYTES = 10_000_000  # many times any model's context; a device such as /dev/zero has no end
 
 
-def prompt_texts(arguments: list[str], files: list[str]) -> list[str]:
-    """The prompts from arguments and files, or from standard input if there are neither."""
+def prompt_texts(arguments: list[str], files: list[str]) -> dict[str, str]:
+    """The prompts by the names that messages call them: arguments and files, else standard input.
+
+    A file's name is its path, an argument's "prompt 0", "prompt 1", ...
+    """
     if not arguments and not files:
         if sys.stdin is None or sys.stdin.isatty():
             raise PromptError(
                 "there is no prompt: give one as an argument, with --file, or on standard input"
             )
-        return [read_text("-")]
-    texts = [read_text("-") if text == "-" else text for text in arguments]
-    return texts + [read_text(file) for file in files]
+        arguments = ["-"]
+    named: dict[str, str] = {}
+    for i, text in enumerate(arguments):
+        named[f"prompt {i}"] = read_text("-") if text == "-" else text
+    for file in files:
+        name = name_of(file, quoted=False)
+        named[name if name not in named else f"{name} ({len(named)})"] = read_text(file)
+    return named
 
 
 def read_text(path: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """A file's text, exactly as it is there; "-" is standard input."""
+    """A file's text without a byte order mark, else exactly as it is; "-" is standard input."""
     name = name_of(path)
     if not path:
         raise InputError(f"cannot read {name}: the file name is empty")
@@ -43,16 +51,18 @@ def read_text(path: str, max_bytes: int = MAX_TEXT_BYTES) -> str:
     if len(data) > max_bytes:
         raise PromptError(f"{name} is larger than {max_bytes:,} bytes: give a part of it")
     try:
-        return data.decode()
+        return data.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise PromptError(
             f"{name} is not UTF-8 text: byte {data[error.start]:#04x} at offset {error.start}"
         ) from error
 
 
-def name_of(path: str) -> str:
+def name_of(path: str, *, quoted: bool = True) -> str:
     """How messages call a file; "-" is standard input."""
-    return "standard input" if path == "-" else shown(path)
+    if path == "-":
+        return "standard input"
+    return shown(path) if quoted or not path.isprintable() else path
 
 
 def numbers(text: str, option: str) -> list[int]:
@@ -63,7 +73,14 @@ def numbers(text: str, option: str) -> list[int]:
 
 
 def unescape(text: str) -> str:
-    r"""A --stop text with \n, \t, \r and \\ replaced by what they stand for."""
+    r"""A --stop text with \n, \t, \r and \\ replaced by what they stand for.
+
+    Raises:
+        PromptError: it is empty or not UTF-8.
+    """
+    is_text = not any("\ud800" <= letter <= "\udfff" for letter in text)  # bytes that are not
+    if not text or not is_text:
+        raise PromptError(f"--stop is {shown(text)}: it must be a text in UTF-8, not empty")
     escapes = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
     return re.sub(r"\\([ntr\\])", lambda match: escapes[match[1]], text)
 
@@ -95,7 +112,7 @@ def _split_at_marker(text: str, marker: str, name: str) -> tuple[str, str]:
     if count != 1:
         raise PromptError(
             f"{name} holds {marker!r} {count} times: it must stand there once, where the hole is; "
-            "or name another with --marker, or a place with --at LINE:COLUMN"
+            "or give another --marker, or a position with --at LINE:COLUMN"
         )
     before, _, after = text.partition(marker)
     return before, after

@@ -1,57 +1,80 @@
-"""The options that several commands share: their types, flags and help."""
+"""Options that several commands share: their flags and help, and how the library takes them.
+
+A group of options is a dataclass whose fields are typer options. A command that takes a group as a
+keyword argument gets each of its fields as an option (`with_groups`).
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+import dataclasses
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
 
+import torch
 import typer
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="NAME|FOLDER",
-        help="A checkpoint: its name on the Hugging Face hub, or a folder. "
-        "Default: the demo checkpoint that comes with the package.",
-    ),
-]
-Revision = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="Branch, tag or commit of a checkpoint on the hub."),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ... Default: the GPU if there is one."),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="float32, bfloat16, float16 or float64. Default: the checkpoint's own.",
-    ),
-]
-Backend = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME",
-        help="Attention: reference, sdpa, triton, or auto for the fastest that runs here.",
-    ),
-]
-Quantize = Annotated[
-    str | None,
-    typer.Option(
-        metavar="int8",
-        help="Round the weights to 8 bits: less to read, so faster, and not quite the same.",
-    ),
-]
-CacheDtype = Annotated[
-    str | None,
-    typer.Option(
-        metavar="int8",
-        help="Keep keys and values as 8 bits: half the memory of 16, and not quite the same.",
-    ),
-]
+from mqa_gpt.attention import select_attention
+from mqa_gpt.checkpoints.hub import resolve
+from mqa_gpt.checkpoints.load import DEMO_DIR, as_device, as_dtype, read_config
+from mqa_gpt.cli.input import unescape
+from mqa_gpt.cli.output import note
+from mqa_gpt.config import GPTConfig
+from mqa_gpt.errors import InputError, shown
+from mqa_gpt.fast.int8 import check_method
+from mqa_gpt.fast.int8_cache import cache_class
+from mqa_gpt.generation.prompts import Options
+from mqa_gpt.generation.speculative import Drafter, DraftModel, PromptLookup
+from mqa_gpt.llm import LLM
+from mqa_gpt.machine import threads_for
+
+FIT = "fit"
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each field of the dataclasses among its parameters' types."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {
+        name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)
+    }
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in groups:
+            options = [*inspect.signature(groups[name]).parameters.values()]
+            types = get_type_hints(groups[name], include_extras=True)
+        else:
+            options, types = [parameter], hints
+        parameters += [o.replace(kind=o.KEYWORD_ONLY, annotation=types[o.name]) for o in options]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            names = [field.name for field in dataclasses.fields(group)]
+            values[name] = group(**{option: values.pop(option) for option in names})
+        command(**values)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _count_or_fit(text: object) -> int | None:
+    """An option's number of tokens; None for "fit"."""
+    if text is None or text == FIT:
+        return None
+    try:
+        return int(str(text))
+    except ValueError:
+        raise typer.BadParameter(f"{shown(text)} is neither a number nor {FIT}") from None
+
+
+# ---------------------------------------------------------------------------------- single options
+
+Prompts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", hidden=True)]
 PromptFile = Annotated[
     list[str] | None,
     typer.Option(
@@ -61,67 +84,280 @@ PromptFile = Annotated[
         help="Read a prompt from a file; may be given several times.",
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Write at most N tokens.")]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="TEXT",
-        help=r"End before this text; may be given several times. \n, \t, \r and \\ stand for "
-        "newline, tab, carriage return and backslash.",
-    ),
-]
-Temperature = Annotated[
-    float,
-    typer.Option(
-        metavar="T",
-        help="0 always takes the likeliest token (greedy); above 0 draws, more freely the higher.",
-    ),
-]
-TopK = Annotated[int | None, typer.Option(metavar="K", help="Draw among the K likeliest tokens.")]
-TopP = Annotated[
-    float | None,
-    typer.Option(
-        metavar="P", help="Draw among the likeliest tokens that together reach probability P."
-    ),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(metavar="P", help="Drop tokens less likely than P times the likeliest."),
-]
-RepetitionPenalty = Annotated[
-    float,
-    typer.Option(metavar="X", help="Above 1: tokens that occurred before become less likely."),
-]
-Seed = Annotated[int | None, typer.Option(metavar="N", help="Make the draws repeatable.")]
 NoSpecialTokens = Annotated[
     bool,
     typer.Option(
         "--no-special-tokens",
-        help="Take <fim_prefix>, <|endoftext|> and the like in a prompt as plain text.",
+        help="Treat <fim_prefix>, <|endoftext|> and the like in a prompt as plain text.",
     ),
 ]
 Mode = Annotated[
     str,
     typer.Option(
         metavar="psm|spm",
-        help="What the model reads first: the prefix (psm) or the suffix (spm).",
+        help="Which part of an infilling the model reads first: the prefix (psm) or the suffix "
+        "(spm).",
     ),
 ]
-Samples = Annotated[int, typer.Option("--n", metavar="N", help="Write N samples per prompt.")]
-Logprobs = Annotated[
-    int | None,
-    typer.Option(
-        metavar="K", help="Report each token's log-probability, and the K likeliest in its place."
-    ),
-]
-Drafts = Annotated[
+Preset = Annotated[
     str | None,
     typer.Option(
-        "--draft",
-        metavar="prompt|NAME|FOLDER",
-        help="Guess ahead, to write the same tokens faster: what followed the last ones before, or "
-        "what a smaller model with the same tokenizer writes.",
+        metavar="NAME",
+        help="Instead of a checkpoint: a published model's sizes, such as starcoderbase-1b; "
+        "nothing is downloaded.",
     ),
 ]
 Statistics = Annotated[bool, typer.Option("--stats", help="Report times, speeds and memory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+# ------------------------------------------------------------------------------- groups of options
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Which checkpoint."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="NAME|FOLDER",
+            help="A checkpoint: its name on the Hugging Face hub, or a folder. "
+            "Default: the demo checkpoint that comes with the package.",
+        ),
+    ] = None
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Branch, tag or commit of a checkpoint on the hub."),
+    ] = None
+
+    @property
+    def name(self) -> str:
+        """What reports call the checkpoint."""
+        return "demo" if self.model is None else self.model
+
+    @property
+    def name_or_dir(self) -> str | Path:
+        """What the library loads."""
+        return DEMO_DIR if self.model is None else self.model
+
+
+@dataclass(frozen=True)
+class ModelOptions(CheckpointOptions):
+    """Which model, and how and where it runs."""
+
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="cpu, cuda, cuda:1, ... Default: the GPU if there is one."
+        ),
+    ] = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="float32, bfloat16 (bf16), float16 (fp16, half) or float64. "
+            "Default: the checkpoint's own.",
+        ),
+    ] = None
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Attention: reference, sdpa, triton, or auto for the fastest that runs here.",
+        ),
+    ] = "auto"
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="int8",
+            help="Round the weights to 8 bits: less to read, so faster, but approximate.",
+        ),
+    ] = None
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="CPU threads. Default: one for a model too small for more, else PyTorch's choice.",
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Raise InputError for a value that there is not, without touching the checkpoint."""
+        device = as_device(self.device)
+        as_dtype(self.dtype or torch.float32)
+        select_attention(self.backend, device)
+        check_method(self.quantize)
+
+    def set_threads(self, config: GPTConfig | None = None) -> None:
+        """Use as many CPU threads as `--threads` says, or as suit the model's size.
+
+        Args:
+            config: of the model; the checkpoint's if None.
+        """
+        if config is None:
+            config = read_config(resolve(self.name_or_dir, self.revision))
+        torch.set_num_threads(self.threads or threads_for(config))
+
+
+@dataclass(frozen=True)
+class CachedModelOptions(ModelOptions):
+    """The same, and how keys and values are cached."""
+
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="int8",
+            help="Cache keys and values in 8 bits: half the memory of 16, but approximate.",
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Raise InputError for a value that there is not, without touching the checkpoint."""
+        super().check()
+        cache_class(self.cache_dtype)
+
+    def load(self) -> tuple[LLM, float]:
+        """The loaded checkpoint, and the seconds that loading took."""
+        begin = time.perf_counter()
+        llm = LLM.load(
+            self.name_or_dir,
+            revision=self.revision,
+            device=self.device,
+            dtype=self.dtype,
+            backend=self.backend,
+            quantize=self.quantize,
+            cache_dtype=self.cache_dtype,
+        )
+        self.set_threads(llm.model.config)
+        return llm, time.perf_counter() - begin
+
+    def load_drafter(self, draft: str | None, llm: LLM) -> Drafter | None:
+        """What `--draft` names, for this model.
+
+        Raises:
+            InputError: a model with another tokenizer.
+        """
+        if draft is None:
+            return None
+        if draft == "prompt":
+            return PromptLookup()
+        small = LLM.load(draft, device=self.device, dtype=self.dtype, backend=self.backend)
+        if not llm.tokenizer.same_vocabulary(small.tokenizer):
+            raise InputError(
+                f"--draft {shown(draft)} has another tokenizer than {self.name}: draft with a "
+                "model of the same family"
+            )
+        return DraftModel(small.model)
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How much is written, and how each token is chosen."""
+
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar=f"N|{FIT}",
+            parser=_count_or_fit,
+            help=f"Write at most N tokens, or with {FIT} as many as fit into the context.",
+        ),
+    ] = 64  # None: as many as fit
+    min_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Do not end before N tokens.")
+    ] = 0
+    ignore_eos: Annotated[
+        bool,
+        typer.Option("--ignore-eos", help="Write on after an end-of-text token."),
+    ] = False
+    truncate: Annotated[
+        bool,
+        typer.Option(
+            "--truncate",
+            help="If a text is too long, cut it: a prompt at its beginning, an infilling where "
+            "it is farthest from the hole.",
+        ),
+    ] = False
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help=r"End before this text; may be given several times. \n, \t, \r and \\ stand for "
+            "newline, tab, carriage return and backslash.",
+        ),
+    ] = None
+    temperature: Annotated[
+        float,
+        typer.Option(
+            metavar="T",
+            help="0 always takes the likeliest token (greedy); above 0 samples, the higher the "
+            "more freely.",
+        ),
+    ] = 0.0
+    top_k: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Sample from the K likeliest tokens; 0 from all."),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P",
+            help="Sample from the likeliest tokens that together reach probability P.",
+        ),
+    ] = None
+    min_p: Annotated[
+        float | None,
+        typer.Option(metavar="P", help="Drop tokens less likely than P times the likeliest."),
+    ] = None
+    repetition_penalty: Annotated[
+        float,
+        typer.Option(metavar="X", help="Above 1: tokens that occurred before become less likely."),
+    ] = 1.0
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Make sampling repeatable.")] = None
+    n: Annotated[int, typer.Option("--n", metavar="N", help="Write N samples per prompt.")] = 1
+
+    def for_library(self) -> Options:
+        """The options of a single prompt as `LLM` takes them, its maximum of tokens apart."""
+        filters = ("top_k", "top_p", "min_p")
+        given = [name for name in filters if getattr(self, name) is not None]
+        if self.temperature == 0 and given:
+            flags = " and ".join("--" + name.replace("_", "-") for name in given)
+            note(f"note: at a temperature of 0, {flags} has no effect")
+        return Options(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            seed=self.seed,
+            stop=[unescape(text) for text in self.stop or []],
+            min_new_tokens=self.min_new_tokens,
+            ignore_eos=self.ignore_eos,
+        )
+
+
+@dataclass(frozen=True)
+class ReportedOptions(GenerationOptions):
+    """The same, for commands that print what they write."""
+
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="prompt|NAME|FOLDER",
+            help="Guess ahead, to write the same tokens faster: from the text itself (prompt), or "
+            "with a smaller model that has the same tokenizer.",
+        ),
+    ] = None
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", help="Report each token's log-probability, and the K likeliest tokens."
+        ),
+    ] = None
+
+    def for_library(self) -> Options:
+        """The options of a single prompt as `LLM` takes them, its maximum of tokens apart."""
+        return {**super().for_library(), "logprobs": self.logprobs}

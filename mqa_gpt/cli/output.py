@@ -1,4 +1,4 @@
-"""What the command line prints: completions as they are written, tables, JSON, notes.
+"""What the command line prints: completions, tables, JSON, notes.
 
 Results go to standard output and notes to standard error. Nothing that a checkpoint or a model says
 reaches a terminal as a control character.
@@ -25,43 +25,54 @@ from rich.table import Table
 from rich.text import Text
 
 from mqa_gpt.checkpoints.inspect import FileHash, Inspection, NonFinite, TensorInfo
-from mqa_gpt.generation.completion import Completion, Generation
+from mqa_gpt.generation.completion import Completion, Generation, Stats
 from mqa_gpt.llm import LLM
 from mqa_gpt.machine import peak_memory
+from mqa_gpt.progress import progress
+
+# Of tables, in columns: where there is no terminal, and at least, so that no number is cut.
+PIPE_WIDTH, TABLE_WIDTH = 160, 60
+
+CHECK_FAILED, BAD_INPUT, INTERRUPTED, READER_GONE = 1, 2, 130, 141  # exit statuses
 
 
 def run(
     llm: LLM,
     generation: Generation,
-    around: list[tuple[str, str]],
-    model: str | None,
-    load_seconds: float,
+    around: dict[str, tuple[str, str]],
+    *,
     n: int,
+    model: str,
+    load_seconds: float,
     show_stats: bool,
     as_json: bool,
 ) -> None:
-    """Run a generation and print it: a single completion while it is written, several at the end.
+    """Run a generation and print it: a single completion as it is written, several at the end.
 
     Args:
-        around: per completion the texts to print before and after it.
+        around: for each prompt, by its name, the texts to print before and after its completions.
         n: samples per prompt.
+        model: its name, for the report.
     """
-    single = len(around) == 1 and not as_json
-    before, after = around[0]
+    streamed = len(around) * n == 1 and not as_json
     interrupted = False
     shown = 0  # characters
     try:
-        if single:
+        if streamed:
+            ((before, after),) = around.values()
             write(before, dim=True)
-        for _, piece in generation:
-            if single:
+            for _, piece in generation:
                 with _uninterrupted():
                     write(piece)
                     shown += len(piece)
-    except KeyboardInterrupt:  # what there is by now is printed all the same
+        else:
+            with progress(generation.stats.rows, "completion") as show:
+                for _ in generation:
+                    show(generation.stats.finished_rows, rate_text(generation.stats))
+    except KeyboardInterrupt:  # what there is so far is printed all the same
         interrupted = True
     except FloatingPointError:
-        write("\n" if single and sys.stdout.isatty() else "")
+        write("\n" if streamed and sys.stdout.isatty() else "")
         raise
 
     completions, stats = generation.completions, generation.stats
@@ -77,8 +88,8 @@ def run(
             "decode_tokens_per_second": stats.decode_rate,
             "peak_memory_bytes": peak,
         }
-        print_json({"model": model or "demo", "completions": entries, "stats": numbers})
-    elif single:
+        print_json({"model": model, "completions": entries, "stats": numbers})
+    elif streamed:
         write(completions[0].text[shown:])
         write(after, dim=True)
         ended = (before + completions[0].text + after).endswith("\n")
@@ -86,7 +97,7 @@ def run(
         if not ended and sys.stdout.isatty():
             write("\n")
         elif not ended and is_report_next and _is_one_stream():
-            note("")  # or what follows on standard error would stand behind the text
+            note("")  # ends the line of the completion
     else:
         _print_under_headings(completions, around, n)
     if not as_json:
@@ -100,6 +111,11 @@ def run(
         raise KeyboardInterrupt
 
 
+def rate_text(stats: Stats) -> str:
+    """The speed so far, in tokens per second."""
+    return f"{stats.rate or 0:,.1f} tok/s"
+
+
 def _is_one_stream() -> bool:
     """Whether standard output and standard error go to the same place."""
     try:
@@ -109,12 +125,13 @@ def _is_one_stream() -> bool:
 
 
 def _print_under_headings(
-    completions: list[Completion], around: list[tuple[str, str]], n: int
+    completions: list[Completion], around: dict[str, tuple[str, str]], n: int
 ) -> None:
-    """Several completions, each with the texts around it, and a blank line behind it."""
-    for row, (completion, (before, after)) in enumerate(zip(completions, around, strict=True)):
+    """Several completions, each with the texts around it and a blank line after it."""
+    for row, completion in enumerate(completions):
+        name, (before, after) = list(around.items())[row // n]
         sample = f", sample {row % n}" if n > 1 else ""
-        write(f"==> prompt {row // n}{sample} <==\n", dim=True)
+        write(f"==> {name}{sample} <==\n", dim=True)
         write(before, dim=True)
         write(completion.text)
         write(after, dim=True)
@@ -135,7 +152,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _print_logprobs(llm: LLM, completion: Completion) -> None:
-    """One row per token on standard error: it is beside the completion, not part of it."""
+    """One row per token on standard error, which leaves standard output to the completion."""
     table = new_table("token", "log-probability", "probability", "likeliest")
 
     def name(id_: int) -> str:
@@ -146,12 +163,12 @@ def _print_logprobs(llm: LLM, completion: Completion) -> None:
     ):
         likeliest = ", ".join(f"{name(other)} {math.exp(value):.2f}" for other, value in top)
         table.add_row(name(id_), f"{logprob:.4f}", f"{math.exp(logprob):.4f}", Text(likeliest))
-    new_console(stderr=True).print(table)
+    print_table(table, stderr=True)
 
 
 def print_inspection(found: Inspection) -> None:
     """The sizes of a model as tables."""
-    config, console, sizes = found.config, new_console(), found.to_dict()
+    config, sizes = found.config, found.to_dict()
     if config.multi_query:
         heads = f"{config.n_head} heads of {config.head_dim} sharing one K and V"
     else:
@@ -170,35 +187,25 @@ def print_inspection(found: Inspection) -> None:
             table.add_row(part, f"{count:,}", f"{count / sizes['parameters']:.1%}")
     table.add_section()
     table.add_row("all", f"{sizes['parameters']:,}", "100%")
-    console.print(table, "")
+    print_table(table)
+    write("\n")
 
-    context = f"{config.n_positions:,} tokens"
-    table = new_table(
-        "in",
-        ">weights",
-        ">KV cache per token\nas MQA",
-        ">\nas MHA",
-        f">of {context}\nas MQA",
-        ">\nas MHA",
-    )
+    table = new_table("dtype", ">weights", "KV cache of", ">as MQA", ">as MHA")
     for dtype, weights in sizes["weight_bytes"].items():
         cache = sizes["cache_bytes_per_token"][dtype]
-        table.add_row(
-            dtype,
-            size_text(weights),
-            f"{cache['mqa']:,} B",
-            f"{cache['mha']:,} B",
-            size_text(cache["mqa"] * config.n_positions),
-            size_text(cache["mha"] * config.n_positions),
-        )
-    console.print(table, "")
+        one = (f"{cache['mqa']:,} B", f"{cache['mha']:,} B")
+        table.add_row(dtype, size_text(weights), "1 token", *one)
+        full = (size_text(size * config.n_positions) for size in cache.values())
+        table.add_row("", "", f"{config.n_positions:,} tokens", *full)
+    print_table(table)
+    write("\n")
 
-    stored = found.file_bytes is not None  # a shape is of no dtype yet
+    stored = found.file_bytes is not None  # a preset has no dtype
     table = new_table("tensor", "shape", *["dtype"] * stored, ">parameters", ">times")
     for (name, shape, dtype), count in Counter(_without_layer(found.tensors)).items():
         cells = [visible(name), "x".join(map(str, shape)), *[dtype or ""] * stored]
         table.add_row(*cells, f"{prod(shape):,}", str(count))
-    console.print(table)
+    print_table(table)
     if found.file_bytes is not None:
         write(f"\n{len(found.tensors):,} tensors, {size_text(found.file_bytes)} in files\n")
 
@@ -210,14 +217,14 @@ def _without_layer(tensors: list[TensorInfo]) -> Iterator[tuple[str, tuple[int, 
 
 
 def print_non_finite(bad: list[NonFinite], checked: int) -> None:
-    """The tensors that hold NaN or infinity, or that there are none."""
+    """The tensors with NaN or infinity, or a line that says there are none."""
     if not bad:
         write(f"finite: all values of {checked:,} tensors\n")
         return
     table = new_table("not finite", ">NaN", ">infinite")
     for tensor in bad:
         table.add_row(visible(tensor.name), f"{tensor.nan:,}", f"{tensor.inf:,}")
-    new_console().print(table)
+    print_table(table)
 
 
 def print_hashes(hashes: list[FileHash]) -> None:
@@ -259,21 +266,35 @@ def print_environment(found: dict[str, Any]) -> None:
     for device, backends in found["backends"].items():
         table.add_row(f"attention on {device}", ", ".join(backends))
     table.show_header = False
-    new_console().print(table)
+    print_table(table)
 
 
 def new_table(*headings: str) -> Table:
-    """A table; a heading that begins with ">" is a column of numbers."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    """A table; a heading that begins with ">" is a column of numbers.
+
+    On a narrow terminal text goes on in the next line; nothing is cut.
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 2, 0, 0), pad_edge=False)
     for heading in headings:
+        is_number = heading.startswith(">")
         table.add_column(
-            heading.removeprefix(">"), justify="right" if heading.startswith(">") else "left"
+            heading.removeprefix(">"),
+            justify="right" if is_number else "left",
+            overflow="fold",
+            no_wrap=is_number,
         )
     return table
 
 
+def print_table(table: Table, *, stderr: bool = False) -> None:
+    """Print a table, as wide as the terminal; if that is too narrow, it wraps the lines itself."""
+    console = new_console(stderr=stderr)
+    console.width = max(console.width, TABLE_WIDTH)
+    console.print(table)
+
+
 class _Console(Console):
-    """rich's, but a reader that went away is reported like that of any other output."""
+    """rich's console, but a closed pipe is reported as for any other output."""
 
     def on_broken_pipe(self) -> None:  # called while the error is handled; rich would exit with 1
         raise
@@ -283,7 +304,7 @@ def new_console(*, stderr: bool = False) -> Console:
     """Where tables go; a pipe has no width to fit, so it gets one line per row."""
     stream = sys.stderr if stderr else sys.stdout
     return _Console(
-        stderr=stderr, width=None if stream.isatty() else 160, markup=False, highlight=False
+        stderr=stderr, width=None if stream.isatty() else PIPE_WIDTH, markup=False, highlight=False
     )
 
 
@@ -297,7 +318,7 @@ def write(text: str, *, dim: bool = False) -> None:
 
 
 def note(text: str) -> None:
-    """Print a line on standard error, if anybody is still there to read it."""
+    """Print a line on standard error, unless its reader has closed it."""
     with suppress(OSError):
         print(visible(text), file=sys.stderr, flush=True)
 
@@ -308,8 +329,9 @@ def visible(text: str) -> str:
 
 
 def print_json(report: dict[str, Any]) -> None:
-    """The report as strict JSON on standard output, readable but for what could steer a terminal
-    or is no character at all: those are escaped.
+    """The report as strict JSON on standard output.
+
+    Characters that could steer a terminal and lone surrogates are escaped.
     """
     text = json.dumps(_without_nan(report), indent=2, ensure_ascii=False)
     print(re.sub(r"[\x7f-\x9f\ud800-\udfff]", lambda c: f"\\u{ord(c[0]):04x}", text))

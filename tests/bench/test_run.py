@@ -306,7 +306,7 @@ def test_json_is_short_for_output_json(short):
 def test_csv_has_a_line_per_result_with_the_figures_of_the_json(short, monkeypatch):
     reports = []
     monkeypatch.setattr(
-        "mqa_gpt.cli.app.benchmark",
+        "mqa_gpt.cli.bench.benchmark",
         lambda **options: reports.append(benchmark(**options)) or reports[0],
     )
     rows = list(csv.DictReader(io.StringIO(invoke(*short, "--output", "csv"))))
@@ -368,7 +368,7 @@ def test_a_peer_that_is_not_installed_is_refused_with_what_to_install(monkeypatc
 def test_a_shape_that_does_not_fit_into_memory_is_refused_before_it_is_made(monkeypatch):
     monkeypatch.setattr(bench, "available_memory", lambda device: 40 * 10**9)
     monkeypatch.setattr(bench, "random_model", None)
-    message = refusal("--shape", "starcoder", "--device", "cpu", "-b", "16")
+    message = refusal("--preset", "starcoder", "--device", "cpu", "-b", "16")
     # 15,517,456,384 parameters, the packed copy of the largest; 640 x 16 tokens of 40,960 bytes
     assert "62.07 GB are for weights in float32" in message
     assert "0.42 GB for the KV cache, but 40.00 GB are available on cpu" in message
@@ -388,7 +388,7 @@ def test_peers_count_as_copies_of_the_weights(folder, monkeypatch):
 
 def test_a_shape_and_a_checkpoint_together_are_refused(folder):
     for option in (["--model", str(folder)], ["--revision", "main"]):
-        assert "leave out one or the other" in refusal("--shape", "starcoder", *option)
+        assert "leave out one or the other" in refusal("--preset", "starcoder", *option)
 
 
 def test_what_exceeds_the_context_is_refused_before_anything_is_loaded(folder, monkeypatch):
@@ -406,9 +406,9 @@ def test_what_exceeds_the_context_is_refused_before_anything_is_loaded(folder, m
         (["-r", "0"], "repeats is 0"),
         (["-p", "0", "-g", "0"], "there is nothing to measure"),
         (["--output", "xml"], "--output is 'xml': accepted are md, csv, json"),
-        (["--shape", "gpt2"], "'gpt2' is not a preset"),
-        (["--shape", "starcoder", "--backend", "magic"], "backend is 'magic'"),
-        (["--shape", "starcoder", "--dtype", "int3"], "dtype is 'int3'"),
+        (["--preset", "gpt2"], "'gpt2' is not a preset"),
+        (["--preset", "starcoder", "--backend", "magic"], "backend is 'magic'"),
+        (["--preset", "starcoder", "--dtype", "int3"], "dtype is 'int3'"),
     ],
 )
 def test_options_that_cannot_be_used_are_refused(arguments, message):

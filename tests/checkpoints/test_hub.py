@@ -631,3 +631,13 @@ def test_whatever_a_hub_answers_is_a_folder_or_a_typed_error(
     assert kinds[True] + kinds[False] == len(names)
     assert kinds[True] > len(names) / 5
     assert [file.name for file in tmp_path.iterdir()] == ["home"]
+
+
+def test_the_log_lines_of_the_library_are_masked_too(client: Client) -> None:
+    code = (
+        "import logging, sys; from mqa_gpt.checkpoints.answers import check_answers\n"
+        "    check_answers(); log = logging.getLogger('huggingface_hub')\n"
+        "    log.handlers[0].setStream(sys.stdout)\n"
+        "    log.getChild('x').warning('GET %s', 'http://user:p4ssword@host/x')"
+    )
+    assert client.run(code, "http://127.0.0.1:9") == "GET http://***@host/x"

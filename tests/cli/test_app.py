@@ -14,6 +14,8 @@ import subprocess
 import sys
 import threading
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -23,11 +25,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
-from mqa_gpt import GPT, LLM, GPTConfig
+from mqa_gpt import GPT, LLM, GPTConfig, Tokenizer
 from mqa_gpt.__main__ import main as start_command
 from mqa_gpt.checkpoints.load import DEMO_DIR
-from mqa_gpt.cli.app import app
-from mqa_gpt.verify.report import PromptReport, Report
+from mqa_gpt.cli import output
+from mqa_gpt.cli.app import app, with_flags
+from mqa_gpt.cli.output import visible
+from mqa_gpt.machine import threads_for
+from mqa_gpt.verify.report import PromptReport, VerifyReport
 from tests.helpers import SPECIALS, byte_tokenizer
 
 CONTEXT = 20_000  # long enough that Ctrl-C comes in time on a busy machine
@@ -106,7 +111,7 @@ def test_echo_prints_the_prompt_too(folder: str):
 
 
 def test_prompts_come_from_arguments_files_and_standard_input(folder: str, tmp_path: Path):
-    (tmp_path / "prompt").write_bytes(b"line\r\nuvw")
+    (tmp_path / "prompt").write_bytes(b"\xef\xbb\xbfline\r\nuvw")  # a byte order mark is not text
     run = ["generate", "-m", folder, "--echo"]
     assert invoke(*run, "-f", str(tmp_path / "prompt")).stdout_bytes == b"line\r\nuvwxyz"
     assert invoke(*run, "-", stdin="vw").stdout == "vwxyz"
@@ -114,9 +119,14 @@ def test_prompts_come_from_arguments_files_and_standard_input(folder: str, tmp_p
     assert invoke(*run, stdin="vw").stdout == "vwxyz"
 
 
-def test_several_completions_stand_under_headings(folder: str):
-    result = invoke("generate", "-m", folder, "uvw", "y\n0", "--max-new-tokens", "3")
-    assert result.stdout == "==> prompt 0 <==\nxyz\n\n==> prompt 1 <==\n123\n\n"
+def test_several_completions_stand_under_headings_with_the_names_of_files(
+    folder: str, tmp_path: Path
+):
+    (tmp_path / "a.py").write_text("y\n0")
+    result = invoke(
+        *("generate", "-m", folder, "uvw", "-f", str(tmp_path / "a.py"), "--max-new-tokens", "3")
+    )
+    assert result.stdout == f"==> prompt 0 <==\nxyz\n\n==> {tmp_path / 'a.py'} <==\n123\n\n"
 
 
 def test_samples_are_headed_by_prompt_and_sample(folder: str):
@@ -128,7 +138,7 @@ def test_samples_are_headed_by_prompt_and_sample(folder: str):
     )
 
 
-def test_rows_of_a_batch_say_what_they_say_alone(folder: str):
+def test_prompts_completed_together_give_the_same_text_as_alone(folder: str):
     run = ["generate", "-m", folder, "--json", "--max-new-tokens", "9"]
     together = json.loads(invoke(*run, "abc", "0", "").stdout)["completions"]
     for i, prompt in enumerate(["abc", "0", ""]):
@@ -161,13 +171,13 @@ def test_statistics_and_log_probabilities_go_to_standard_error(folder: str):
     assert all(word in line for word in ("load", "prefill", "first token", "decode", "peak memory"))
 
 
-def test_no_decode_rate_is_told_where_nothing_was_decoded(folder: str):
+def test_there_is_no_decode_rate_without_decoding(folder: str):
     run = ["generate", "-m", folder, "a", "--max-new-tokens", "1"]
     assert json.loads(invoke(*run, "--json").stdout)["stats"]["decode_tokens_per_second"] is None
     assert "decode" not in invoke(*run, "--stats").stderr
 
 
-def test_no_rate_is_told_where_there_is_no_token(folder: str):
+def test_there_is_no_rate_without_tokens(folder: str):
     run = ["generate", "-m", folder, "a", "--max-new-tokens", "0"]
     stats = json.loads(invoke(*run, "--json").stdout)["stats"]
     for key in ("prefill_tokens_per_second", "decode_tokens_per_second", "first_token_seconds"):
@@ -223,6 +233,42 @@ def test_every_option_reaches_the_library(folder: str):
             invoke(*command, "-m", folder, "--max-new-tokens", "5", *flags)
         assert called.call_args.args[-1] == 5
         assert called.call_args.kwargs.items() >= options.items()
+
+
+def test_length_options_reach_the_library(folder: str):
+    flags = ["--max-new-tokens", "fit", "--min-new-tokens", "3", "--ignore-eos", "--truncate"]
+    for command in (
+        ["generate", "a"],
+        ["infill", "--prefix", "a", "--filename", "a.py", "--repository", "b/c"],
+    ):
+        begin = "begin" if command[0] == "generate" else "begin_infill"
+        with mock.patch.object(LLM, begin, side_effect=KeyboardInterrupt) as called:
+            invoke(*command, "-m", folder, *flags)
+        expected: dict[str, object] = {"min_new_tokens": 3, "ignore_eos": True, "truncate": True}
+        if command[0] == "infill":
+            expected |= {"file_name": "a.py", "repo_name": "b/c"}
+        assert called.call_args.args[-1] is None
+        assert called.call_args.kwargs.items() >= expected.items()
+
+
+def test_a_completion_may_fill_the_context_go_past_its_end_and_be_cut_to_it(folder: str):
+    run = ["generate", "-m", folder, "--json"]
+    (filled,) = json.loads(invoke(*run, "0", "--max-new-tokens", "fit").stdout)["completions"]
+    assert len(filled["token_ids"]) == CONTEXT - 1
+    (longer,) = json.loads(invoke(*run, "y", "--min-new-tokens", "3").stdout)["completions"]
+    assert len(longer["token_ids"]) >= 3
+    (past,) = json.loads(invoke(*run, "y", "--ignore-eos").stdout)["completions"]
+    assert (past["finish_reason"], len(past["token_ids"])) == ("length", 64)
+    result = invoke(*run[:-1], "-", "--truncate", stdin="0" + "a" * CONTEXT)
+    assert (result.exit_code, result.stdout[:3]) == (0, "bcd")
+    assert "note: cut the first 65 tokens of prompt 0" in result.stderr
+
+
+def test_a_file_whose_prompt_is_too_long_is_named(folder: str, tmp_path: Path):
+    (tmp_path / "long.py").write_text("a" * CONTEXT)
+    assert refusal("generate", "-m", folder, "-f", str(tmp_path / "long.py")).startswith(
+        f"{tmp_path / 'long.py'} has 20,000 tokens"
+    )
 
 
 def test_the_model_options_reach_the_library():
@@ -295,9 +341,10 @@ def test_positions_count_from_one_and_a_line_has_an_end(folder: str, at: str, wh
     assert invoke(*run, stdin="ab\n\ncd").stdout == whole
 
 
-def test_columns_count_characters(folder: str):
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_columns_count_characters_without_a_byte_order_mark(folder: str, mark: str):
     run = ["infill", "-m", folder, "-", "--at", "1:3", "--whole", "--max-new-tokens", "1"]
-    assert invoke(*run, stdin="€é!").stdout == "€ém!"
+    assert invoke(*run, stdin=mark + "€é!").stdout == "€ém!"
 
 
 @pytest.mark.parametrize("mode", ["psm", "spm"])
@@ -315,7 +362,7 @@ def test_a_text_that_is_too_long_is_cut_only_when_asked_and_says_what(folder: st
     assert "--truncate" in refused
     result = invoke(*run, "--truncate", "--max-new-tokens", "7")
     assert result.stdout == "mnopqrs"
-    assert "the first 20 tokens of the prefix, the last 0 of the suffix" in result.stderr
+    assert "cut 20 tokens at the beginning of the prefix and 0 at the end" in result.stderr
     report = json.loads(invoke(*run, "--truncate", "--max-new-tokens", "7", "--json").stdout)
     assert report["completions"][0]["cut"] == [20, 0]
 
@@ -340,7 +387,7 @@ def test_a_text_that_is_too_long_is_cut_only_when_asked_and_says_what(folder: st
         (["--prefix", "a", "--mode", "pms"], "psm, spm"),
     ],
 )
-def test_a_hole_that_is_nowhere_is_bad_input(folder: str, arguments: list[str], says: str):
+def test_a_missing_or_ambiguous_hole_is_bad_input(folder: str, arguments: list[str], says: str):
     assert says in refusal("infill", "-m", folder, *arguments, stdin="abb\ncd")
 
 
@@ -363,20 +410,20 @@ def test_a_checkpoint_without_infilling_tokens_says_so(folder: str, tmp_path: Pa
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--temperature", "-1"], "temperature"),
-        (["--temperature", "nan"], "temperature"),
-        (["--temperature", "1", "--top-p", "0"], "top_p"),
-        (["--temperature", "1", "--top-p", "1.5"], "top_p"),
-        (["--temperature", "1", "--top-k", "0"], "top_k"),
-        (["--temperature", "1", "--min-p", "2"], "min_p"),
-        (["--top-k", "5"], "temperature"),
+        (["--temperature", "-1"], "--temperature is -1"),
+        (["--temperature", "nan"], "--temperature is nan"),
+        (["--temperature", "1", "--top-p", "0"], "--top-p is 0"),
+        (["--temperature", "1", "--top-p", "1.5"], "--top-p is 1.5"),
+        (["--temperature", "1", "--top-k", "-2"], "--top-k is -2"),
+        (["--temperature", "1", "--min-p", "2"], "--min-p is 2"),
         (["--n", "2"], "temperature"),
-        (["--n", "0"], "n is 0"),
-        (["--repetition-penalty", "0"], "repetition_penalty"),
-        (["--max-new-tokens", "-1"], "max_new_tokens"),
-        (["--max-new-tokens", str(CONTEXT)], str(CONTEXT)),
-        (["--logprobs", "-1"], "logprobs"),
-        (["--stop", ""], "stop"),
+        (["--n", "0"], "--n is 0"),
+        (["--repetition-penalty", "0"], "--repetition-penalty is 0"),
+        (["--max-new-tokens", "-1"], "--max-new-tokens is -1"),
+        (["--max-new-tokens", str(CONTEXT)], f"{CONTEXT:,}"),
+        (["--logprobs", "-1"], "--logprobs is -1"),
+        (["--stop", ""], "--stop is ''"),
+        (["--stop", "a\udcff"], "--stop is 'a\\udcff': it must be a text in UTF-8"),
         (["--dtype", "float12"], "float32"),
         (["--device", "toaster"], "toaster"),
         (["--backend", "fast"], "reference"),
@@ -389,16 +436,75 @@ def test_an_option_out_of_range_is_bad_input(folder: str, flags: list[str], says
     assert says in refusal("generate", "-m", folder, "abc", *flags)
 
 
-def test_a_word_where_a_number_belongs_is_a_usage_error(folder: str):
-    result = invoke("generate", "-m", folder, "abc", "--top-k", "many")
+@pytest.mark.parametrize("option", ["--top-k", "--max-new-tokens", "--threads"])
+def test_a_word_where_a_number_belongs_is_a_usage_error(folder: str, option: str):
+    result = invoke("generate", "-m", folder, "abc", option, "many")
     assert result.exit_code == 2
-    assert "--top-k" in result.stderr
+    assert option in result.stderr
+
+
+def test_messages_name_options_as_the_command_line_does_and_leave_file_names_alone(tmp_path: Path):
+    flags = {"top_k": "--top-k", "n": "--n", "model": "--model", "truncate": "--truncate"}
+    for message, shown in {
+        "top_k is 0: or leave top_k out": "--top-k is 0: or leave --top-k out",
+        "n is 2 but n is odd": "--n is 2 but n is odd",
+        "'top_k' and \"top_k is 0\"": "'top_k' and \"top_k is 0\"",
+        "a/top_k.txt, /top_k/a and bottom_k": "a/top_k.txt, /top_k/a and bottom_k",
+        "the model is large": "the model is large",
+        "too long; truncate=True (--truncate) cuts it": "too long; --truncate cuts it",
+    }.items():
+        assert with_flags(message, flags) == shown
+
+
+@pytest.mark.parametrize("flags", [["--top-k", "5"], ["--top-p", "0.9"], ["--min-p", "0.1"]])
+def test_sampling_options_without_a_temperature_are_noted_and_have_no_effect(
+    folder: str, flags: list[str]
+):
+    result = invoke("generate", "-m", folder, "uvw", *flags)
+    assert (result.exit_code, result.stdout) == (0, "xyz")
+    assert result.stderr == f"note: at a temperature of 0, {flags[0]} has no effect\n"
+
+
+def test_filters_that_are_off_elsewhere_are_off_here(folder: str):
+    run = ["generate", "-m", folder, "a", "--temperature", "15", "--seed", "1"]
+    expected = invoke(*run)
+    assert len(expected.stdout) > 5
+    for flags in (["--top-k", "0"], ["--top-k", "-1"], ["--top-p", "1"]):
+        result = invoke(*run, *flags)
+        assert (result.stdout, result.stderr) == (expected.stdout, "")
+
+
+@pytest.mark.parametrize(
+    ("spelling", "dtype"),
+    [("torch.bfloat16", "bfloat16"), ("bf16", "bfloat16"), ("fp16", "float16"),
+     ("half", "float16"), ("torch.half", "float16"), ("fp32", "float32")],
+)  # fmt: skip
+def test_dtypes_may_be_spelled_as_elsewhere(folder: str, spelling: str, dtype: str):
+    assert LLM.load(folder, dtype=spelling).model.dtype == getattr(torch, dtype)
+
+
+def test_the_number_of_threads_is_as_asked_and_one_for_a_small_model(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    set_threads = mock.Mock()
+    monkeypatch.setattr(torch, "set_num_threads", set_threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    run = ["-m", folder, "a", "--max-new-tokens", "1"]
+    for command in ("generate", "verify"):
+        invoke(command, *run)
+        invoke(command, *run, "--threads", "3")
+    assert [call.args for call in set_threads.call_args_list] == [(1,), (3,)] * 2
+    for name, threads in (("tiny_starcoder_py", 8), ("starcoder", 8)):
+        assert threads_for(GPTConfig.preset(name)) == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert threads_for(LLM.load(folder).model.config) == 8
 
 
 def test_a_prompt_that_is_too_long_is_refused_with_both_numbers(folder: str):
     message = refusal("generate", "-m", folder, "-", stdin="a" * (CONTEXT - 10))
-    assert str(CONTEXT - 10) in message
-    assert str(CONTEXT) in message
+    assert f"{CONTEXT - 10:,}" in message
+    assert f"{CONTEXT:,}" in message
 
 
 @pytest.mark.parametrize(
@@ -417,7 +523,7 @@ def test_a_prompt_that_cannot_be_read_is_bad_input(
 
 
 @pytest.mark.parametrize("command", [["generate", "a"], ["infill", "--prefix", "a"], ["inspect"]])
-def test_a_checkpoint_that_is_not_there_is_bad_input(command: list[str], tmp_path: Path):
+def test_a_missing_checkpoint_is_bad_input(command: list[str], tmp_path: Path):
     assert "no-such-folder" in refusal(*command, "-m", str(tmp_path / "no-such-folder"))
 
 
@@ -454,13 +560,13 @@ def test_the_demo_checkpoint_has_no_revisions(command: list[str]):
 
 @pytest.mark.parametrize("command", [["generate"], ["infill"]])
 @pytest.mark.parametrize("file", ["", "\ud800", "a\0b", "x" * 5000])
-def test_what_cannot_be_a_file_is_bad_input(folder: str, command: list[str], file: str):
+def test_an_impossible_file_name_is_bad_input(folder: str, command: list[str], file: str):
     flags = ["-f"] * (command == ["generate"])
     assert "cannot read " in refusal(*command, "-m", folder, *flags, file)
 
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no endless file here")
-def test_a_text_without_end_is_refused_when_it_is_too_long(folder: str):
+def test_an_endless_file_is_refused(folder: str):
     assert "larger than 10,000,000" in refusal("generate", "-m", folder, "-f", "/dev/zero")
     assert "larger than 10,000,000" in refusal("infill", "-m", folder, "/dev/zero")
 
@@ -483,12 +589,12 @@ def test_more_samples_than_the_memory_holds_are_refused_before_they_are_begun(
     llm = LLM.load(folder)
     with (
         mock.patch.object(LLM, "load", return_value=llm),
-        mock.patch("mqa_gpt.machine.available_memory", return_value=1_000_000_000),
+        mock.patch("mqa_gpt.generation.batching.available_memory", return_value=10**9),
     ):
         message = refusal(*run, "--max-new-tokens", "9")
     assert f"100,000 completions of {tokens} tokens need " in message
-    assert "at most 100,000 samples" in refusal(*run, "--n", "100001")
-    assert str(CONTEXT) in refusal(*command, "-m", folder, "--max-new-tokens", "1000000000000")
+    assert "from 1 to 100,000" in refusal(*run, "--n", "100001")
+    assert f"{CONTEXT:,}" in refusal(*command, "-m", folder, "--max-new-tokens", "1000000000000")
 
 
 @pytest.mark.parametrize(
@@ -499,9 +605,9 @@ def test_more_samples_than_the_memory_holds_are_refused_before_they_are_begun(
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
     ],
 )
-def test_a_full_memory_is_bad_input(folder: str, error: Exception):
+def test_running_out_of_memory_is_bad_input(folder: str, error: Exception):
     with mock.patch.object(LLM, "begin", side_effect=error):
-        assert "the memory is full" in refusal("generate", "-m", folder, "a")
+        assert "out of memory" in refusal("generate", "-m", folder, "a")
 
 
 def test_an_error_of_ours_keeps_its_traceback(folder: str):
@@ -554,14 +660,16 @@ def test_a_draft_changes_the_statistics_and_not_the_text(
     assert drafted["stats"]["drafted_tokens"] >= drafted["stats"]["accepted_tokens"]
     if draft == "model":  # it agrees with itself
         assert drafted["stats"]["accepted_tokens"] > 0
+        with mock.patch.object(Tokenizer, "same_vocabulary", return_value=False):
+            assert "has another tokenizer" in refusal(*run, "--draft", folder)
     assert "there is no folder" in refusal(*run, "--draft", os.devnull + "/nothing")
 
 
 # ------------------------------------------------------------------------ verify, inspect and env
 
 
-def report(**changes: object) -> Report:
-    return Report(
+def report(**changes: object) -> VerifyReport:
+    return VerifyReport(
         **{
             "model": "someone/model",
             "dtype": "float32",
@@ -584,11 +692,13 @@ def report(**changes: object) -> Report:
 
 
 @pytest.mark.parametrize(("error", "status"), [(1e-6, 0), (1e-4, 1), (float("nan"), 1)])
-def test_verify_reports_and_its_status_says_whether_it_passed(error: float, status: int):
+def test_verify_reports_and_its_status_says_whether_it_passed(
+    folder: str, error: float, status: int
+):
     with mock.patch(
-        "mqa_gpt.cli.app.verify_checkpoint", return_value=report(logits_error=error)
+        "mqa_gpt.cli.verify.verify_checkpoint", return_value=report(logits_error=error)
     ) as verify:
-        shown = invoke("verify", "-m", "someone/model", "a", "-", "--dtype", "float32", stdin="b")
+        shown = invoke("verify", "-m", folder, "a", "-", "--dtype", "float32", stdin="b")
         in_json = invoke("verify", "--json")
     assert verify.call_args_list[0].kwargs["prompts"] == ["a", "b"]
     assert verify.call_args_list[1].kwargs["prompts"] is None
@@ -605,10 +715,10 @@ def test_verify_proves_a_checkpoint_against_transformers(folder: str):
     assert "5 of 5 greedy tokens equal" in result.stdout
 
 
-def test_inspect_shows_the_published_figures_of_an_official_shape():
-    shown = invoke("inspect", "--shape", "starcoderbase-7b").stdout
+def test_inspect_shows_the_published_figures_of_a_preset():
+    shown = invoke("inspect", "--preset", "starcoderbase-7b").stdout
     assert all(figure in shown for figure in ("7,327,263,232", "21,504 B", "688,128 B", "14.7 GB"))
-    report = json.loads(invoke("inspect", "--shape", "bigcode/starcoderbase-7b", "--json").stdout)
+    report = json.loads(invoke("inspect", "--preset", "bigcode/starcoderbase-7b", "--json").stdout)
     assert report["parameters"] == 7_327_263_232
 
 
@@ -618,7 +728,23 @@ def test_inspect_has_a_column_of_dtypes_only_for_what_is_stored(folder: str):
         return [line.split() for line in lines if line.split()[:1] == ["tensor"]]
 
     assert headings("-m", folder) == [["tensor", "shape", "dtype", "parameters", "times"]]
-    assert headings("--shape", "starcoder") == [["tensor", "shape", "parameters", "times"]]
+    assert headings("--preset", "starcoder") == [["tensor", "shape", "parameters", "times"]]
+
+
+@pytest.mark.parametrize("width", [30, 60, 100])
+def test_tables_on_narrow_terminals_cut_neither_names_nor_numbers(
+    width: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(output, "PIPE_WIDTH", width)
+    shown = invoke("inspect", "--preset", "starcoderbase-7b").stdout
+    assert "…" not in shown
+    for number in ("7,327,263,232", "29.3 GB", "21,504 B", "688,128 B", "176 MB", "201,326,592"):
+        assert number in shown
+    *_, tensors = shown.split("tensor ")
+    names = "".join(line.split("  ")[0] for line in tensors.splitlines()[2:])
+    assert "transformer.h.*.attn.c_attn.weight" in names
+    *_, last = invoke("env").stdout.split("attention on cpu")
+    assert "reference" in last
 
 
 def test_inspect_shows_a_checkpoints_tensors_and_hashes(folder: str):
@@ -663,10 +789,10 @@ def test_a_hash_that_differs_fails_the_check(folder: str):
         assert invoke("inspect", "-m", folder, "--hash", "--json").exit_code == 1
 
 
-def test_a_shape_has_no_files_to_check(folder: str):
+def test_a_preset_has_no_files_to_check(folder: str):
     for flags in (["--check-finite"], ["--hash"], ["-m", folder], ["--revision", "main"]):
-        assert "--shape" in refusal("inspect", "--shape", "starcoder", *flags)
-    assert "starcoderbase-7b" in refusal("inspect", "--shape", "gpt2")
+        assert "--preset" in refusal("inspect", "--preset", "starcoder", *flags)
+    assert "starcoderbase-7b" in refusal("inspect", "--preset", "gpt2")
 
 
 def test_env_tells_versions_and_backends():
@@ -691,13 +817,19 @@ def test_help_explains_each_command_with_an_example(command: list[str]):
     assert " ".join(["mqa-gpt", *command]) in result.stdout
 
 
+def heed_interrupts() -> None:
+    """For a child process: SIGINT has its default effect, even if the tests ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(folder: str, *arguments: str, **streams: object) -> subprocess.Popen[bytes]:
     """The real command, counting upwards for as long as the context lasts."""
     command = [sys.executable, "-m", "mqa_gpt", "generate", "-m", folder, "0"]
     return subprocess.Popen(
         [*command, "--max-new-tokens", str(CONTEXT - 1), *arguments],
         env=environment(),
-        bufsize=0,  # else reading takes more than it gives, which `communicate` does not find
+        bufsize=0,
+        preexec_fn=heed_interrupts,
         **{"stderr": subprocess.PIPE} | streams,
     )
 
@@ -723,6 +855,7 @@ def test_ctrl_c_while_torch_is_imported_says_so_and_exits_with_130(name: str, tm
     process = subprocess.Popen(
         [sys.executable, *ways_to_start()[name], "env"],
         env=environment() | {"PYTHONPATH": paths},
+        preexec_fn=heed_interrupts,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -751,36 +884,71 @@ def test_every_way_to_start_the_command_runs_it(name: str):
     assert shown.stdout.startswith("mqa-gpt")
 
 
+def interrupted(process: subprocess.Popen[bytes]) -> bytes:
+    """The output of a process that gets Ctrl-C after its first 5 bytes.
+
+    Python loses an interrupt that arrives within a callback of C code. So it gets another whenever
+    it has gone on for as long as an interrupt takes at most, counted in output, not in time.
+    """
+    output = process.stdout.read(5)
+    size = 0
+    while True:
+        if size <= len(output) - 500 or size == 0:
+            process.send_signal(signal.SIGINT)
+            size = len(output)
+        piece = process.stdout.read(100)
+        if not piece:
+            process.wait()
+            return output
+        output += piece
+
+
 def test_ctrl_c_keeps_what_was_written_and_exits_with_130(folder: str):
     process = start(folder, stdout=subprocess.PIPE)
-    beginning = process.stdout.read(5)
-    for _ in range(5):  # Python loses an interrupt that arrives within a callback of C code
-        process.send_signal(signal.SIGINT)
-        try:
-            rest, messages = process.communicate(timeout=20)
-            break
-        except subprocess.TimeoutExpired:
-            continue
+    output = interrupted(process)
     assert process.returncode == 130
-    count = b"1234567890" * (CONTEXT // 10)
-    assert count.startswith(beginning + rest)
-    assert len(beginning + rest) < CONTEXT - 1
-    assert messages == b"interrupted\n"
+    assert (b"1234567890" * (CONTEXT // 10)).startswith(output)
+    assert len(output) < CONTEXT - 1
+    assert process.stderr.read() == b"interrupted\n"
 
 
-def test_ctrl_c_where_both_streams_are_one_is_told_on_a_line_of_its_own(folder: str):
+def test_ctrl_c_is_reported_on_a_line_of_its_own_where_both_streams_are_one(folder: str):
     process = start(folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    beginning = process.stdout.read(5)
-    for _ in range(5):  # as above
-        process.send_signal(signal.SIGINT)
-        try:
-            rest, _ = process.communicate(timeout=20)
-            break
-        except subprocess.TimeoutExpired:
-            continue
-    text, told = (beginning + rest).decode().splitlines()
+    text, told = interrupted(process).decode().splitlines()
     assert text.isdigit()
     assert told == "interrupted"
+
+
+def test_ctrl_c_while_a_piece_is_written_writes_it_once(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+):
+    written: list[str] = []
+
+    def write_and_interrupt(text: str, *, dim: bool = False) -> None:
+        written.append(text)
+        if text == "y":
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(output, "write", write_and_interrupt)
+    with default_interrupt():
+        assert invoke("generate", "-m", folder, "uvw").exit_code == 130
+    assert "".join(written) == "xy"
+
+
+@contextmanager
+def default_interrupt() -> Iterator[None]:
+    """SIGINT as Python handles it, also where the tests were started with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("code", [*range(0x20), *range(0x7F, 0xA0)])
+def test_control_characters_are_spelled_out_on_a_terminal(code: int):
+    shown = visible(f"a{chr(code)}b")
+    assert shown == (f"a{chr(code)}b" if chr(code) in "\t\n" else f"a\\x{code:02x}b")
 
 
 def test_ctrl_c_with_json_reports_the_interrupted_completion(folder: str):
@@ -815,7 +983,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(folder: str):
         ("generate -m {folder} abc --stats <&- 2>&-", 0, ""),
     ],
 )
-def test_a_stream_that_is_closed_from_the_start_is_no_error_unless_it_is_needed(
+def test_a_closed_stream_is_no_error_unless_it_is_needed(
     folder: str, arguments: str, status: int, message: str
 ):
     result = shell(arguments.format(folder=folder))
@@ -826,7 +994,7 @@ def test_a_stream_that_is_closed_from_the_start_is_no_error_unless_it_is_needed(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device here")
 @pytest.mark.parametrize("arguments", ["--help", "env --help", "env", "generate -m {folder} abc"])
-def test_an_output_that_is_full_is_an_error_of_one_line(folder: str, arguments: str):
+def test_a_full_output_is_an_error_of_one_line(folder: str, arguments: str):
     result = shell(arguments.format(folder=folder) + " > /dev/full")
     assert result.returncode == 2
     assert result.stderr == "error: standard output: No space left on device\n"

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pty
+import random
 import signal
 import subprocess
 import sys
@@ -20,17 +21,19 @@ import pytest
 import torch
 
 from mqa_gpt import GPT, LLM
-from mqa_gpt.cli.batch import read_items
+from mqa_gpt.cli import jsonl
+from mqa_gpt.cli.jsonl import read_items
 from tests.cli.test_app import CONTEXT, environment, invoke, refusal, spelling_checkpoint
 
 PROMPTS: list[dict[str, Any]] = [
     {"id": "long", "prompt": "0"},  # counts up to the limit; the others end with z, or at 9
-    {"id": 7, "prompt": "uvw", "note": "other keys are left alone"},
+    {"id": 7, "prompt": "uvw"},
     {"id": "7", "prompt": ""},
     {"id": "é\ud800", "prompt": "w" * 30},
     {"id": -1, "prefix": "x = ", "suffix": "\n"},
     {"id": "", "prompt": "y"},
 ]
+RESULT: dict[str, Any] = {"prompt_hash": "", "options": {}, "completions": []}
 TEXTS = ["123456789012", "xyz", "abcdefghijkl", "xyz", "mnopqrstuvwx", "z"]
 
 
@@ -81,6 +84,13 @@ def test_each_line_of_the_output_is_the_result_of_that_line_of_the_input(
         "id": "long",
         "prompt_hash": hashlib.sha256(b'"0"').hexdigest()[:16],
         "prompt_tokens": 1,
+        "options": {
+            "model": run[5],
+            "max_new_tokens": 12,
+            "temperature": 0.0,
+            "n": 1,
+            "special_tokens": True,
+        },
         "completions": [{"text": TEXTS[0], "finish_reason": "length", "new_tokens": 12}],
     }
     assert found[1]["completions"][0] == {"text": "xyz", "finish_reason": "stop", "new_tokens": 4}
@@ -100,7 +110,7 @@ def test_samples_of_a_prompt_are_in_its_line(run: list[str], tmp_path: Path):
         assert len(set(texts)) > 1
 
 
-def test_whatever_a_killed_run_has_left_the_next_one_completes_to_the_same_file(
+def test_the_next_run_completes_what_a_killed_one_left_to_the_same_file(
     run: list[str], loaded: LLM, tmp_path: Path
 ):
     out = tmp_path / "out"
@@ -121,7 +131,7 @@ def test_whatever_a_killed_run_has_left_the_next_one_completes_to_the_same_file(
         assert calls == [6 - before] * (before < 6)
 
 
-def test_results_are_found_by_their_ids_wherever_they_are_and_new_ones_come_behind_them(
+def test_results_are_found_by_their_ids_wherever_they_are_and_new_ones_are_added_at_the_end(
     run: list[str], tmp_path: Path
 ):
     invoke(*run)
@@ -143,7 +153,7 @@ def test_prompts_that_are_added_to_the_input_are_completed_by_the_next_run(
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_ctrl_c_keeps_what_is_done_and_the_next_run_goes_on(
+def test_ctrl_c_keeps_what_is_done_and_the_next_run_continues(
     run: list[str], tmp_path: Path, as_json: bool
 ):
     invoke(*run)
@@ -169,7 +179,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_next_run_goes_on(
         assert (report["interrupted"], report["written"], report["prompts"]) == (True, done, 6)
     else:
         assert f"{done} of 6 results" in result.stderr
-        assert result.stderr.endswith("the same command goes on from there\ninterrupted\n")
+        assert result.stderr.endswith("repeat the command to continue\ninterrupted\n")
     invoke(*run)
     assert (tmp_path / "out").read_bytes() == whole
 
@@ -187,7 +197,46 @@ def test_a_run_that_is_killed_has_written_what_was_finished(folder: str, tmp_pat
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert [entry["completions"][0]["text"] for entry in results(tmp_path / "out")] == ["z"] * 3
-    assert "3 were there, 1 are new" in invoke(*command, "--max-new-tokens", "5").stderr
+    again = invoke(*command, "--max-new-tokens", "5", "--force")
+    assert "3 were there, 1 are new" in again.stderr
+
+
+@pytest.mark.slow
+def test_fifty_kills_lose_nothing(run: list[str], tmp_path: Path):
+    lines = [PROMPTS[i % 6] | {"id": i} for i in range(200)]
+    write_lines(tmp_path / "in", lines)
+    invoke(*run)
+    whole = (tmp_path / "out").read_bytes()
+    (tmp_path / "out").unlink()
+    rng = random.Random(0)
+    kills, longest = 0, 0
+    while kills < 50:
+        process = os.fork()  # which spares the import of torch
+        if process == 0:
+            try:
+                invoke(*run)
+            finally:
+                os._exit(0)
+        goal = longest + rng.randrange(800)  # of bytes
+        while os.waitpid(process, os.WNOHANG) == (0, 0):
+            size = (tmp_path / "out").stat().st_size if (tmp_path / "out").exists() else 0
+            if size >= goal:
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+                kills += 1
+                break
+        kept = (tmp_path / "out").read_bytes()
+        complete = kept[: kept.rfind(b"\n") + 1]
+        assert whole.startswith(complete)
+        assert len(complete) >= longest
+        longest = len(complete)
+        if kept == whole:  # on to the next round
+            (tmp_path / "out").unlink()
+            longest = 0
+        elif rng.random() < 0.3:  # as a kill within a write leaves it
+            (tmp_path / "out").write_bytes(kept + whole[len(kept) :][: rng.randrange(100)])
+    invoke(*run)
+    assert (tmp_path / "out").read_bytes() == whole
 
 
 def test_json_sums_up(run: list[str], tmp_path: Path):
@@ -228,12 +277,12 @@ def test_the_input_may_be_standard_input_with_empty_lines(run: list[str], tmp_pa
     lines = "\n\n".join(map(json.dumps, PROMPTS))
     assert invoke(run[0], "-", *run[2:], stdin=lines).exit_code == 0
     assert [entry["completions"][0]["text"] for entry in results(tmp_path / "out")] == TEXTS
-    assert [item.line for item in read_items(str(tmp_path / "in"))] == [1, 2, 3, 4, 5, 6]
+    assert [item.line for item in read_items(str(tmp_path / "in"))[0]] == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_input_may_begin_with_a_byte_order_mark(tmp_path: Path):
     (tmp_path / "in").write_text('{"id": 1, "prompt": "a"}\n', encoding="utf-8-sig")
-    assert [item.prompt for item in read_items(str(tmp_path / "in"))] == ["a"]
+    assert [item.prompt for item in read_items(str(tmp_path / "in"))[0]] == ["a"]
 
 
 # ------------------------------------------------------------------------------------ bad input
@@ -253,7 +302,15 @@ def test_the_input_may_begin_with_a_byte_order_mark(tmp_path: Path):
         ('{"id": "a", "prompt": "a"}', "line 2 of {} has the id 'a' of line 1"),
         ('{"id": 1}', "line 2 of {} holds nothing to complete"),
         ('{"id": 1, "prefix": "a"}', "line 2 of {} holds prefix: it must"),
-        ('{"id": 1, "prompt": "a", "suffix": "b"}', "line 2 of {} holds prompt and suffix"),
+        ('{"id": 1, "prompt": "a", "prefix": "b"}', "line 2 of {} holds prompt and prefix"),
+        ('{"task_id": 1.5, "prompt": "a"}', "line 2 of {} has the task_id 1.5: it must be"),
+        ('{"id": 1, "prompt": "a", "n": 2}', "line 2 of {} has an n of its own: --n gives"),
+        ('{"id": 1, "prompt": "a", "temperature": -1}', "line 2 (id 1): temperature is -1"),
+        ('{"id": 1, "prompt": "a", "temperature": "1"}', "line 2 (id 1): temperature is '1'"),
+        ('{"id": 1, "prompt": "a", "max_new_tokens": -1}', "line 2 (id 1): --max-new-tokens is -1"),
+        ('{"id": 1, "prompt": "a", "stop": 5}', "line 2 (id 1): stop is 5"),
+        ('{"id": 1, "prompt": "a", "stop": ["a", ""]}', "line 2 (id 1): stop is ['a', '']"),
+        ('{"id": 1, "prompt": "a", "ignore_eos": 1}', "line 2 (id 1): --ignore-eos is 1"),
         ('{"id": 1, "prompt": 5}', "line 2 of {} has the prompt 5: it must be a text"),
         ('{"id": 1, "prefix": "a", "suffix": 3}', "line 2 of {} has the suffix 3: it must be a"),
         ('{"id": 1, "prompt": "a", "prompt": "b"}', "line 2 of {} has the key 'prompt' more than"),
@@ -269,15 +326,104 @@ def test_a_line_that_cannot_be_used_is_named(run: list[str], tmp_path: Path, lin
     assert not (tmp_path / "out").exists()
 
 
-def test_all_prompts_that_are_too_long_are_named_before_anything_is_written(
+@pytest.mark.parametrize("as_json", [False, True])
+def test_prompts_that_are_too_long_are_left_out_and_named(
+    run: list[str], tmp_path: Path, as_json: bool
+):
+    long = "a" * (CONTEXT - 11)
+    lines = [PROMPTS[0], *({"id": i, "prompt": long} for i in range(20, 32)), PROMPTS[1]]
+    lines += [{"id": "fits", "prompt": long[1:]}, {"id": "hole", "prefix": "", "suffix": long[3:]}]
+    write_lines(tmp_path / "in", lines)
+    result = invoke(*run, *["--json"] * as_json)
+    assert result.exit_code == 2
+    assert [entry["id"] for entry in results(tmp_path / "out")] == ["long", 7, "fits"]
+    why = "leave no room for 12 new ones in the context of 20,000"
+    told = result.stderr.splitlines()
+    assert f"left out: line 2 (id 20): 19,989 tokens {why}" in told
+    assert sum(line.startswith("left out: ") for line in told) == 10
+    assert told[-1] == "13 in all; --truncate cuts prompts that are too long"
+    if as_json:
+        report = json.loads(result.stdout)
+        assert (report["prompts"], report["written"], len(report["left_out"])) == (16, 3, 13)
+        assert report["left_out"]["line 16 (id 'hole')"] == f"19,989 tokens {why}"
+    else:
+        assert told[0].startswith("3 of 16 results")
+
+
+def test_a_model_is_not_loaded_where_every_prompt_is_too_long(
+    run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(LLM, "load", mock.Mock(side_effect=AssertionError))
+    write_lines(tmp_path / "in", [{"id": 1, "prompt": "a" * CONTEXT}])
+    result = invoke(*run)
+    assert result.exit_code == 2
+    assert "left out: line 1 (id 1): 20,000 tokens" in result.stderr
+
+
+def test_lines_of_benchmarks_are_taken_and_keys_without_effect_are_named(
     run: list[str], tmp_path: Path
 ):
-    long = "a" * CONTEXT
-    write_lines(tmp_path / "in", [PROMPTS[0], *({"id": i, "prompt": long} for i in "abc")])
-    message = refusal(*run)
-    assert message.startswith(f"line 2 (id 'a') has {CONTEXT} tokens and max_new_tokens is 12")
-    assert message.endswith("(2 more cannot be used: line 3 (id 'b'), line 4 (id 'c'))")
-    assert not (tmp_path / "out").exists()
+    human_eval = {"entry_point": "f", "canonical_solution": "", "test": "", "\x1b[1m": 1}
+    lines = [
+        {"task_id": "HumanEval/0", "prompt": "uvw", **human_eval},
+        {"task_id": "SingleLineInfilling/1", "prompt": "x = ", "suffix": "\n", "entry_point": ""},
+        {"id": 3, "task_id": "the id is first", "prompt": "y"},
+    ]
+    write_lines(tmp_path / "in", lines)
+    result = invoke(*run)
+    assert result.stderr.splitlines()[0] == (
+        r"note: keys without effect: '\x1b[1m', 'canonical_solution', 'entry_point', 'test'"
+    )
+    found = results(tmp_path / "out")
+    assert [entry["id"] for entry in found] == ["HumanEval/0", "SingleLineInfilling/1", 3]
+    assert [e["completions"][0]["text"] for e in found] == ["xyz", "mnopqrstuvwx", "z"]
+
+
+def test_options_of_a_line_reach_the_library_and_stand_in_its_result(
+    run: list[str], loaded: LLM, tmp_path: Path
+):
+    own: dict[str, Any] = {
+        "max_new_tokens": 3,
+        "min_new_tokens": 1,
+        "ignore_eos": True,
+        "stop": ["b"],
+        "temperature": 0.5,
+        "top_k": 2,
+        "top_p": 0.9,
+        "min_p": 0.1,
+        "repetition_penalty": 1.5,
+        "seed": 7,
+    }
+    lines = [{"id": 1, "prompt": "a"} | own, {"id": 2, "prompt": "b", "seed": None}]
+    write_lines(tmp_path / "in", lines)
+    with mock.patch.object(LLM, "begin_many", side_effect=KeyboardInterrupt) as begin:
+        invoke(*run, "--truncate")
+    assert begin.call_args.kwargs["per_prompt"] == [own, {}]
+    assert begin.call_args.kwargs["truncate"] is True
+
+
+def test_a_line_may_have_options_of_its_own(run: list[str], tmp_path: Path):
+    lines = [PROMPTS[0], PROMPTS[0] | {"id": 1, "max_new_tokens": 3}, {"id": 2, "prompt": "y"}]
+    lines += [PROMPTS[0] | {"id": 3, "stop": "4"}, PROMPTS[2] | {"id": 4, "ignore_eos": True}]
+    write_lines(tmp_path / "in", lines)
+    assert invoke(*run).exit_code == 0
+    found = results(tmp_path / "out")
+    assert [e["completions"][0]["text"] for e in found][:4] == [TEXTS[0], "123", "z", "123"]
+    assert [e["options"]["max_new_tokens"] for e in found] == [12, 3, 12, 12, 12]
+    assert found[3]["options"]["stop"] == "4"
+    assert invoke(*run).exit_code == 0  # nothing differs
+
+
+def test_a_prompt_that_is_too_long_is_cut_when_asked_and_a_later_run_completes_it(
+    run: list[str], tmp_path: Path
+):
+    write_lines(tmp_path / "in", [PROMPTS[1], {"id": "long", "prompt": "0" + "w" * CONTEXT}])
+    assert invoke(*run).exit_code == 2
+    assert invoke(*run, "--truncate").exit_code == 0
+    found = results(tmp_path / "out")
+    assert found[1]["completions"][0]["text"] == "xyz"
+    assert found[1]["prompt_tokens"] == CONTEXT - 12
+    assert [entry.get("truncated") for entry in found] == [None, True]
 
 
 @pytest.mark.parametrize(
@@ -288,11 +434,28 @@ def test_all_prompts_that_are_too_long_are_named_before_anything_is_written(
         ('{"id": "long", "prompt": "0"}\n', "line 1 of {} is not a result of this command"),
         ('{"id": "long", "prompt": "0"}', "line 1 of {} is not a result of this command"),
         ('{"id": 7}', "line 1 of {} is not a result of this command"),
-        ('{"id": "b", "completions": []}', "line 1 of {} has the id 'b', which the input does"),
-        ('{"id": "b", "completions": []}\n', "line 1 of {} has the id 'b', which the input does"),
-        ('{"id": 7, "completions": []}\n' * 2, "line 2 of {} has the id 7 of line 1"),
-        ('{"id": 7, "completions": []}\n\n', "line 2 of {} is not JSON"),
-        ('{"id": 7, "comple\n{"id": "7", "completions": []}\n', "line 1 of {} is not JSON"),
+        ('{"id": 7, "completions": []}', "line 1 of {} is not a result of this command"),
+        (json.dumps(RESULT | {"id": 7, "options": 1}), "line 1 of {} is not a result of this"),
+        (
+            json.dumps({"id": "b"} | RESULT),
+            "line 1 of {} has the id 'b', which the input does",
+        ),
+        (
+            json.dumps({"id": "b"} | RESULT) + "\n",
+            "line 1 of {} has the id 'b', which the input does",
+        ),
+        (
+            (json.dumps({"id": 7} | RESULT) + "\n") * 2,
+            "line 2 of {} has the id 7 of line 1",
+        ),
+        (
+            json.dumps({"id": 7} | RESULT) + "\n\n",
+            "line 2 of {} is not JSON",
+        ),
+        (
+            '{"id": 7, "comple\n' + json.dumps({"id": "7"} | RESULT) + "\n",
+            "line 1 of {} is not JSON",
+        ),
         ("\xff\xfe\n", "line 1 of {} is not JSON"),
     ],
 )
@@ -307,7 +470,7 @@ def test_an_output_that_holds_something_else_is_refused_and_left_alone(
 
 def test_the_input_is_not_taken_for_the_output(run: list[str], tmp_path: Path):
     # As lines that are results and prompts at once, nothing else would tell them apart.
-    write_lines(tmp_path / "in", [{"id": 1, "prompt": "a", "completions": []}])
+    write_lines(tmp_path / "in", [RESULT | {"id": 1, "prompt": "a"}])
     (tmp_path / "link").symlink_to(tmp_path / "in")
     before = (tmp_path / "in").read_bytes()
     for output in (run[1], str(tmp_path / "link")):
@@ -334,10 +497,25 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_goes_on(
     assert "6 were there" in invoke(*run).stderr
 
 
-def test_two_runs_are_not_kept_apart_where_nothing_can_be_locked(
+def test_batch_works_where_files_cannot_be_locked(
     run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("mqa_gpt.cli.batch.fcntl", None)
+    monkeypatch.setattr("mqa_gpt.cli.jsonl.fcntl", None)
+    assert invoke(*run).exit_code == 0
+    assert len(results(tmp_path / "out")) == 6
+
+
+def test_an_output_that_its_last_user_removes_before_it_is_locked_gets_no_results(
+    run: list[str], tmp_path: Path
+):
+    lock = jsonl.fcntl.flock
+
+    def remove_and_lock(*arguments: Any) -> None:
+        (tmp_path / "out").unlink()
+        lock(*arguments)
+
+    with mock.patch.object(jsonl.fcntl, "flock", remove_and_lock):
+        assert refusal(*run).startswith("another run is writing the output")
     assert invoke(*run).exit_code == 0
     assert len(results(tmp_path / "out")) == 6
 
@@ -348,9 +526,15 @@ def test_a_model_is_not_loaded_for_what_is_done_or_cannot_be_written(
     invoke(*run)
     monkeypatch.setattr(LLM, "load", mock.Mock(side_effect=AssertionError))
     assert "6 were there, 0 are new" in invoke(*run).stderr
-    denied = PermissionError(errno.EACCES, "Permission denied")
+    open_file = Path.open
+
+    def denied(path: Path, mode: str = "r", **options: Any) -> Any:
+        if mode == "ab+":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open_file(path, mode, **options)
+
     for output in ("out", "new"):
-        with mock.patch.object(Path, "open", side_effect=[(tmp_path / "in").open("rb"), denied]):
+        with mock.patch.object(Path, "open", denied):
             message = refusal(*run, "--output", str(tmp_path / output))
         assert message == f"cannot write the output {str(tmp_path / output)!r}: Permission denied"
     assert not (tmp_path / "new").exists()
@@ -375,11 +559,22 @@ def test_results_of_another_prompt_or_of_other_options_are_refused_before_the_mo
         (tmp_path / "out").write_bytes(whole[: whole.rindex(b'{"id"') + 12])
     before = (tmp_path / "out").read_bytes()
     monkeypatch.setattr(LLM, "load", mock.Mock(side_effect=AssertionError))
-    where = f"line {{}} of the output {str(tmp_path / 'out')!r} (id {{}}) has "
-
-    message = refusal(*run, "--n", "2", "--temperature", "1")
-    assert message.startswith(
-        where.format(1, "'long'") + "1 completions where --n asks for 2: go on with the same"
+    where = f"line {{}} of the output {str(tmp_path / 'out')!r} (id {{}}) "
+    for flags, was, is_now in (
+        (["--temperature", "1"], "temperature=0.0", "1.0"),
+        (["--n", "2", "--temperature", "1"], "n=1", "2"),
+        (["--max-new-tokens", "13"], "--max-new-tokens=12", "13"),
+        (["--stop", "x"], "stop=None", "['x']"),
+        (["--dtype", "bf16"], "dtype=None", "'bfloat16'"),
+        (["--seed", "1"], "seed=None", "1"),
+        (["--quantize", "int8"], "quantize=None", "'int8'"),
+        (["--no-special-tokens"], "special_tokens=True", "False"),
+    ):
+        message = refusal(*run, *flags)
+        assert message.startswith(where.format(1, "'long'") + f"was written with {was} and this ")
+        assert f"this run has {is_now}: continue with the same options, add --force" in message
+    assert "(id -1) was written with --mode='psm'" in refusal(*run, "--mode", "spm").replace(
+        " mode=", " --mode="
     )
     for i, prompt in (
         (1, {"prompt": "xyz"}),  # of as many tokens
@@ -388,39 +583,50 @@ def test_results_of_another_prompt_or_of_other_options_are_refused_before_the_mo
     ):
         write_lines(tmp_path / "in", with_prompt(i, prompt))
         old = json.loads(before.splitlines()[i])["prompt_hash"]
-        (item,) = (item for item in read_items(run[1]) if item.id == PROMPTS[i]["id"])
+        (item,) = (item for item in read_items(run[1])[0] if item.id == PROMPTS[i]["id"])
         assert refusal(*run).startswith(
             where.format(i + 1, PROMPTS[i]["id"])
-            + f"the prompt_hash {old!r} where that of the input's prompt is {item.prompt_hash!r}: "
-            "go on with the same"
+            + f"has the prompt_hash {old!r} where that of the input's prompt is "
+            f"{item.prompt_hash!r}: continue with the same input"
         )
+        assert "prompt_hash" in refusal(*run, "--force")
     assert (tmp_path / "out").read_bytes() == before
 
 
-def test_a_prompt_that_is_read_otherwise_than_before_is_refused_too(run: list[str], tmp_path: Path):
-    write_lines(tmp_path / "in", [{"id": 1, "prompt": "a<fim_pad>"}])
-    invoke(*run)
-    assert "a prompt of 2 tokens where the input's has 10: go on" in refusal(
-        *run, "--no-special-tokens"
-    )
-
-
-def test_results_of_an_earlier_version_which_lack_a_hash_are_told_by_the_number_of_tokens(
+def test_other_options_are_mixed_only_when_forced_and_each_line_says_its_own(
     run: list[str], tmp_path: Path
 ):
     invoke(*run)
-    entries = results(tmp_path / "out")
-    for entry in entries:
-        del entry["prompt_hash"]
-    write_lines(tmp_path / "out", entries[:4])
-    write_lines(tmp_path / "in", with_prompt(1, {"prompt": "uvwx"}))
-    assert refusal(*run).startswith(
-        f"line 2 of the output {str(tmp_path / 'out')!r} (id 7) has a prompt of 3 tokens where the "
-        "input's has 4: go on with the same"
-    )
-    write_lines(tmp_path / "in", PROMPTS)
-    assert "4 were there, 2 are new" in invoke(*run).stderr
-    assert [entry["completions"][0]["text"] for entry in results(tmp_path / "out")] == TEXTS
+    whole = (tmp_path / "out").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out").write_bytes(b"".join(whole[:4]))
+    assert "continue with the same options" in refusal(*run, "--max-new-tokens", "3")
+    assert "4 were there, 2 are new" in invoke(*run, "--max-new-tokens", "3", "--force").stderr
+    found = results(tmp_path / "out")
+    assert [entry["options"]["max_new_tokens"] for entry in found] == [12] * 4 + [3] * 2
+    assert "(id -1) was written with --max-new-tokens=3 and this run has 12" in refusal(*run)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--temperature", "-1"], "--temperature is -1"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--device", "toaster"], "toaster"),
+        (["--dtype", "float12"], "float12"),
+        (["--backend", "fast"], "reference"),
+        (["--quantize", "int4"], "int4"),
+        (["--cache-dtype", "int4"], "int4"),
+        (["--mode", "bogus"], "--mode is 'bogus'"),
+        (["--n", "0"], "--n is 0"),
+        (["--top-k", "-5", "--temperature", "1"], "--top-k is -5"),
+    ],
+)
+def test_options_are_checked_even_if_nothing_is_left_to_do(
+    run: list[str], tmp_path: Path, flags: list[str], says: str
+):
+    invoke(*run)
+    for force in ([], ["--force"]):
+        assert says in refusal(*run, *flags, *force)
 
 
 @pytest.mark.parametrize(
@@ -442,7 +648,7 @@ def test_an_output_that_cannot_be_a_file_is_refused(run: list[str], output: str,
 
 def test_a_full_disk_is_an_error_of_one_line_that_names_the_output(run: list[str], tmp_path: Path):
     full = OSError(errno.ENOSPC, "No space left on device")
-    with mock.patch("mqa_gpt.cli.batch._line", side_effect=full):
+    with mock.patch("mqa_gpt.cli.batch.result_line", side_effect=full):
         assert refusal(*run) == f"cannot write {tmp_path / 'out'}: No space left on device"
 
 
@@ -484,22 +690,22 @@ def test_a_disk_that_is_full_keeps_whole_results_and_no_empty_file(
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--batch-size", "0"], "batch_size is 0"),
-        (["--n", "2"], "n is 2 but temperature is 0"),
-        (["--mode", "pms"], "mode is 'pms': accepted are psm, spm"),
-        (["--stop", ""], "stop"),
+        (["--batch-size", "0"], "--batch-size is 0"),
+        (["--n", "2"], "--n is 2 but temperature is 0"),
+        (["--mode", "pms"], "--mode is 'pms': accepted are psm, spm"),
+        (["--stop", ""], "--stop is ''"),
     ],
 )
 def test_an_option_out_of_range_is_bad_input(run: list[str], flags: list[str], says: str):
     assert says in refusal(*run, *flags)
 
 
-def test_a_mode_that_there_is_not_is_bad_input_without_a_hole_too(run: list[str], tmp_path: Path):
+def test_an_unknown_mode_is_bad_input_even_without_a_hole(run: list[str], tmp_path: Path):
     write_lines(tmp_path / "in", PROMPTS[:2])
-    assert "mode is 'bogus'" in refusal(*run, "--mode", "bogus")
+    assert "--mode is 'bogus'" in refusal(*run, "--mode", "bogus")
 
 
-def test_an_input_that_is_not_there_is_bad_input(run: list[str]):
+def test_a_missing_input_is_bad_input(run: list[str]):
     assert "no-such-file" in refusal(run[0], "no-such-file", *run[2:])
     assert refusal(run[0], "", *run[2:]) == "cannot read '': the file name is empty"
 

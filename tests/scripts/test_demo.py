@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.demo import AFTER_HOLE, BEFORE_HOLE, SIGNATURE, main
+from scripts.demo import AFTER_HOLE, BEFORE_HOLE, FUNCTION, METHOD, main
 
 STATISTICS = re.compile(
     r"\[load \d+\.\d\d s \| prefill [\d,]+\.\d tok/s \| first token \d+\.\d{3} s"
@@ -16,17 +16,18 @@ STATISTICS = re.compile(
 )
 
 
-def test_it_completes_and_infills_with_the_bundled_checkpoint_and_says_how_fast(
+def test_it_completes_and_infills_with_the_bundled_checkpoint_and_reports_the_speed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["demo.py"])
     assert main() == 0
-    completing, infilling = capsys.readouterr().out.split("It fills a hole")
+    completing, others = capsys.readouterr().out.split("It fills a hole")
+    infilling, limit = others.split("So small")
     assert re.match(r"The demo checkpoint: \d\.\d million parameters\n", completing)
-    assert SIGNATURE in completing
-    assert BEFORE_HOLE in infilling
-    assert AFTER_HOLE in infilling.split(BEFORE_HOLE)[1]
-    for part in (completing, infilling):
+    assert f"{METHOD}\n        self.items.append(item)\n" in completing
+    assert f"{BEFORE_HOLE} enumerate(names):{AFTER_HOLE}" in infilling
+    assert FUNCTION in limit
+    for part in (completing, infilling, limit):
         assert len(STATISTICS.findall(part)) == 1
 
 

@@ -1,0 +1,90 @@
+"""`mqa-gpt generate`: continue prompts."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from mqa_gpt.cli.input import prompt_texts
+from mqa_gpt.cli.options import (
+    CachedModelOptions,
+    Json,
+    NoSpecialTokens,
+    PromptFile,
+    Prompts,
+    ReportedOptions,
+    Statistics,
+)
+from mqa_gpt.cli.output import note, run
+
+
+def generate(
+    prompts: Prompts = None,
+    file: PromptFile = None,
+    *,
+    generation: ReportedOptions,
+    no_special_tokens: NoSpecialTokens = False,
+    model: CachedModelOptions,
+    echo: Annotated[
+        bool | None,
+        typer.Option(
+            "--echo/--no-echo",
+            help="Print the prompt before its completion. Default: only on a terminal.",
+            show_default=False,
+        ),
+    ] = None,
+    stats: Statistics = False,
+    as_json: Json = False,
+) -> None:
+    """Continue prompts.
+
+    A PROMPT of - is read from standard input, which is also where a prompt comes from if none is
+    given in a pipe. A single completion is printed as it is written, several at the end, each under
+    a heading. In a pipe, standard output holds the completion and nothing else.
+
+    \b
+    Examples:
+      mqa-gpt generate 'def read_lines(path):'
+      mqa-gpt generate --file start.py --stop '\\n\\n' --stats
+      head -50 app.py | mqa-gpt generate --echo > new.py
+      mqa-gpt generate 'class Stack:' --temperature 0.8 --top-p 0.95 --n 4 --json
+    """
+    named_texts = prompt_texts(prompts or [], file or [])
+    texts = list(named_texts.values())
+    llm, load_seconds = model.load()
+    if not no_special_tokens:
+        for name, text in named_texts.items():
+            if unknown := llm.tokenizer.unknown_markers(text):
+                note(f"note: {', '.join(unknown)} in {name} is plain text to this model")
+    options = generation.for_library()
+    options["draft"] = model.load_drafter(generation.draft, llm)
+    started = llm.begin(
+        texts,
+        generation.max_new_tokens,
+        n=generation.n,
+        names=list(named_texts),
+        special_tokens=not no_special_tokens,
+        truncate=generation.truncate,
+        **options,
+    )
+    if generation.truncate:
+        for (name, text), completion in zip(
+            named_texts.items(), started.completions[:: generation.n], strict=True
+        ):
+            ids = llm.tokenizer.encode(text, special_tokens=not no_special_tokens)
+            if (cut := len(ids) - completion.prompt_tokens) > 0:
+                note(f"note: cut the first {cut:,} tokens of {name} to fit the context")
+    if echo is None:
+        echo = sys.stdout.isatty()
+    run(
+        llm,
+        started,
+        {name: (text if echo else "", "") for name, text in named_texts.items()},
+        n=generation.n,
+        model=model.name,
+        load_seconds=load_seconds,
+        show_stats=stats,
+        as_json=as_json,
+    )
