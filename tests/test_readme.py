@@ -1,27 +1,55 @@
-"""What the README and the help texts tell people to type works."""
+"""README.md and docs/ are true: commands, examples, files, names, links and numbers."""
 
+from __future__ import annotations
+
+import dataclasses
 import json
 import re
 import shlex
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from mqa_gpt.checkpoints.load import DEMO_DIR
+import mqa_gpt
+from mqa_gpt import GPTConfig
+from mqa_gpt.bench.ceilings import Ceilings
+from mqa_gpt.bench.report import BenchReport, Result
+from mqa_gpt.cache import cache_bytes
 from mqa_gpt.cli.app import app
 from mqa_gpt.machine import INSTALL_PEERS
 from tests.helpers import quartiles_away
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = {
+    file.name: file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").glob("*.md"))
+}
+PAGES = {"README.md": README, **{f"docs/{name}": text for name, text in GUIDES.items()}}
+ALL = "\n".join(PAGES.values())
+RESULTS = ROOT / "benchmarks/results"
+FOLDERS = ("mqa_gpt", "kernels", "scripts", "benchmarks", "docs", "tests")
 
 
 def commands(text: str) -> list[str]:
-    """The lines that call `mqa-gpt`, from its name to what the shell would take for itself."""
-    lines = re.findall(r"^ .*?\b(mqa-gpt [a-z].*)$", text, re.MULTILINE)
+    """The indented lines that call `mqa-gpt`, from its name to where the shell takes over."""
+    lines = re.findall(r"^ +(?![| ]).*?\b(mqa-gpt [a-z].*)$", text, re.MULTILINE)
     return [re.split(r" [|>] |   +", line)[0] for line in lines]
+
+
+def run(command: str) -> str:
+    result = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def indented(text: str) -> str:
+    return textwrap.indent(text.rstrip(), "    ")
 
 
 def help_texts() -> str:
@@ -30,42 +58,201 @@ def help_texts() -> str:
     return "".join(CliRunner().invoke(app, [*run, "--help"]).stdout for run in runs)
 
 
+def test_the_readme_is_one_page():
+    assert len(README.splitlines()) <= 150
+
+
+# ----------------------------------------------------------------------- commands and examples
+
+
+@pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
 def test_the_python_examples_run_on_the_demo_checkpoint_each_by_itself(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)  # one of them saves
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    for block in blocks:
+    for block in re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL):
         if "bigcode/" not in block:  # which would be downloaded
             exec(block, {})
-    assert len(capsys.readouterr().out) > 100
+            if page == "README.md":
+                assert indented(capsys.readouterr().out) in README
+    for command in commands(PAGES[page]):
+        if "--model demo-int8" in command:
+            assert run(command).strip()
 
-    (command,) = (command for command in commands(README) if "--model demo-int8" in command)
-    result = CliRunner().invoke(app, shlex.split(command)[1:])
-    assert result.exit_code == 0
-    assert result.stdout.strip()
 
-
-@pytest.mark.parametrize("command", [*commands(README), *commands(help_texts())])
+@pytest.mark.parametrize("command", [*commands(ALL), *commands(help_texts())])
 def test_every_command_that_is_shown_has_only_options_that_exist(command: str):
     words = [word for word in shlex.split(command)[1:] if word not in ("COMMAND", "...")]
-    assert CliRunner().invoke(app, [*words, "--help"]).exit_code == 0
+    run(shlex.join(["mqa-gpt", *words, "--help"]))
 
 
 def test_the_commands_are_found():
-    assert len(commands(README)) > 8
+    assert len(commands(ALL)) > 20
     assert len(commands(help_texts())) > 10
+
+
+def test_the_options_in_the_tables_exist():
+    options = re.findall(r"`(--[a-z-]+)", ALL)
+    assert len(options) > 30
+    known = help_texts()
+    assert [option for option in options if not re.search(rf"{option}\b", known)] == []
+
+
+def test_the_readme_shows_what_the_command_writes():
+    (command,) = (command for command in commands(README) if " generate " in command)
+    prompt = shlex.split(command)[2]
+    assert indented(prompt + run(command.replace(" --stats", ""))) in README
+
+
+def test_the_readme_shows_what_make_demo_writes():
+    script = [sys.executable, "scripts/demo.py"]
+    written = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = README.split("## Two commands")[1].split("`mqa-gpt` runs")[0]
+    for line in written.splitlines()[1:]:  # the first says how large the model is
+        assert line.startswith("[load") or indented(line) in shown.splitlines() or not line, line
+
+
+def test_make_has_the_targets_that_are_named():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"(?:^    |`)make ([a-z-]+)", ALL, re.MULTILINE)
+    assert len(targets) > 2
+    assert [target for target in targets if f"\n{target}:" not in makefile] == []
+
+
+def test_what_else_is_needed_is_installed_by_one_command_wherever_it_is_said():
+    for text in (README, ALL, help_texts()):
+        text = " ".join(text.split())
+        assert text.count("pip install") == text.count(INSTALL_PEERS) > 0
+
+
+# -------------------------------------------------------------------------- files, names, links
 
 
 def test_every_file_in_the_tree_exists():
     (tree,) = re.findall(r"## What is where\n\n(.*?)\n\n", README, re.DOTALL)
     for line in tree.splitlines():
-        name = line.split()[0]
-        folder = DEMO_DIR.parent if line.startswith("      ") else ROOT
-        assert (folder / name).exists(), name
+        folder = ROOT / "mqa_gpt" if line.startswith("      ") else ROOT
+        names = re.findall(r"(\w+)/", line[:28])
+        assert names
+        assert [name for name in names if not (folder / name).is_dir()] == []
 
 
-# Whose decoding is in the table of speeds, by the file of `benchmarks/cpu_decode.py`.
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_every_path_that_is_named_exists(page: str):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for path in re.findall(r"[`(]((?:\w+/)+[\w.*-]*)[`)]", text):
+        if path.split("/")[0] in FOLDERS:
+            assert list(ROOT.glob(path.rstrip("/"))), path
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_every_link_leads_to_a_file_and_a_heading(page: str):
+    file = ROOT / page
+    for target in re.findall(r"\]\(([^)\s]+)\)", file.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (file.parent / path).resolve() if path else file
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
+            assert anchor in slugs, target
+
+
+def test_every_name_in_the_tour_is_defined_in_the_code():
+    tour = GUIDES["architecture.md"]
+    files = [*(ROOT / "mqa_gpt").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    code = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    modules = {file.stem for file in files} | {file.parent.name for file in files}
+    names = {name.split(".")[-1] for name in re.findall(r"`([A-Za-z_][\w.]*)`", tour)}
+    defined = r"^\s*(?:def |class |self\.)?{}\b(?=[(:]| [:=]|\[)"
+    unknown = {
+        name for name in names - modules - {"py"}
+        if not re.search(defined.format(name), code, re.MULTILINE)
+    }  # fmt: skip
+    assert unknown == set()
+    places = re.findall(r"`([\w.]+)`\s+in\s+`([\w/]+\.py)`", tour)
+    assert len(places) > 10
+    for name, file in places:
+        assert name.split(".")[-1] in (ROOT / file).read_text(encoding="utf-8"), (name, file)
+
+
+def test_every_method_that_is_named_exists():
+    named = re.findall(r"`([A-Z]\w+)\.(\w+)`", ALL)
+    public = [(owner, name) for owner, name in named if owner in mqa_gpt.__all__]
+    assert len(public) > 10
+    for owner, name in public:
+        assert hasattr(getattr(mqa_gpt, owner), name), (owner, name)
+
+
+# ---------------------------------------------------------------------------------------- numbers
+
+
+def results(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_rates_in_the_readme_are_those_of_the_benchmark_results():
+    rates = {
+        (weights, result["contender"], result["test"], result["batch"]): result["median"]
+        for weights in ("float32", "int8")
+        for result in results(f"bench_tiny_starcoder_py_{weights}_zen4")["results"]
+    }
+    groups = (
+        [("float32", name) for name in ("mqa-gpt", "ctranslate2 float32", "transformers")],
+        [("int8", name) for name in ("mqa-gpt", "ctranslate2 int8")],
+    )
+    expected = []
+    for test in ("tg31 @ d128", "pp128"):
+        for batch in (1, 8):
+            row = []
+            for group in groups:
+                found = [rates[(*program, test, batch)] for program in group]
+                row += [f"**{x:,.1f}**" if x == max(found) else f"{x:,.1f}" for x in found]
+            expected.append(row)
+    (table,) = re.findall(r"\| CTranslate2 int8 \|\n.*\n((?:\|.*\n)+)", README)
+    assert [line.strip("| ").split(" | ")[1:] for line in table.splitlines()] == expected
+
+
+def test_the_report_in_the_guide_to_bench_is_that_of_the_result():
+    found = results("bench_tiny_starcoder_py_float32_zen4")
+    parts = {"ceilings": Ceilings(**found["ceilings"])}
+    parts["results"] = [Result(**result) for result in found["results"]]
+    report = BenchReport(**found | parts).to_markdown().splitlines()
+    (block,) = re.findall(r"Part of a report .*\n\n((?:    .*\n|\n)+)", GUIDES["bench.md"])
+    assert [line for line in block.split("\n") if line.strip() not in report] == []
+
+
+def test_the_sizes_of_the_official_checkpoints_are_those_of_their_configs():
+    rows = re.findall(
+        r"^\| `(\w[\w-]*/[\w-]+)` \| (.*) \|$", GUIDES["checkpoints.md"], re.MULTILINE
+    )
+    assert len(rows) > 6
+    for name, cells in rows:
+        config = GPTConfig.preset(name)
+        separate = dataclasses.replace(config, multi_query=False)
+        expected = [
+            f"{config.parameters:,}",
+            f"{2 * config.parameters / 1e9:.1f} GB",
+            f"{config.n_positions:,}",
+            *(f"{cache_bytes(each, torch.bfloat16):,} B" for each in (config, separate)),
+        ]
+        assert cells.split(" | ") == expected
+
+
+def test_the_picture_shows_the_cache_sizes_of_starcoderbase_7b():
+    picture = (ROOT / "docs/images/mqa.svg").read_text(encoding="utf-8")
+    config = GPTConfig.preset("starcoderbase-7b")
+    separate = dataclasses.replace(config, multi_query=False)
+    one, many = (cache_bytes(each, torch.bfloat16) for each in (config, separate))
+    assert f"{many:,} bytes</tspan>, or {many * 8192 / 1e9:.2f} GB for 8,192 tokens" in picture
+    assert f"{one:,} bytes</tspan>, or {one * 8192 / 1e6:.0f} MB for 8,192 tokens" in picture
+    bars = re.findall(r'width="(\d+)" height="20"', picture)
+    assert int(bars[0]) / int(bars[1]) == many / one == config.n_head
+
+
+# Whose decoding is in the table of ratios, by the file of the benchmark.
 DECODED = {
     "tiny_starcoder_py": ["mqa-gpt"],
     "tiny_starcoder_py_zen4": ["mqa-gpt", "mqa-gpt int8"],
@@ -77,15 +264,10 @@ DECODED = {
 }
 
 
-def figures_of(shape: str) -> Any:
-    file = ROOT / f"benchmarks/results/cpu_decode_{shape}.json"
-    return json.loads(file.read_text())["figures"]
-
-
-def test_the_speeds_are_those_of_the_benchmark_results():
+def test_the_ratios_are_those_of_the_benchmark_results():
     expected = []
     for shape, names in DECODED.items():
-        figures = figures_of(shape)
+        figures = results(f"cpu_decode_{shape}")["figures"]
         one, eight = figures["batch 1"], figures["batch 8"]
         for name in names:
             ratios = [one[name]["decode_ratio"], eight[name]["decode_ratio"]]
@@ -93,7 +275,7 @@ def test_the_speeds_are_those_of_the_benchmark_results():
             if name == "mqa-gpt":
                 ratios.append(figures["cold start"]["ratio"])
             expected.append([f"{ratio:.2f}" for ratio in ratios])
-    (table,) = re.findall(r"\| cold start \|\n.*\n((?:\|.*\n)+)", README)
+    (table,) = re.findall(r"\| cold start \|\n.*\n((?:\|.*\n)+)", GUIDES["numbers.md"])
     assert [re.findall(r"\d+\.\d\d", line) for line in table.splitlines()] == expected
 
 
@@ -108,11 +290,11 @@ def quotients(some: list[float], others: list[float]) -> list[float]:
     return [a / b for a, b in zip(some, others, strict=True)]
 
 
-def spread_of_decoding() -> str:
-    """Of the ratios in the table of speeds, but for the two that the text names."""
+def spread_of_ratios() -> str:
+    """Of the ratios in the table, except for the two that the text names."""
     numbers = []
     for shape, names in DECODED.items():
-        figures = figures_of(shape)
+        figures = results(f"cpu_decode_{shape}")["figures"]
         for name in names:
             for batch in ("batch 1", "batch 8"):
                 prefill, decode = map(
@@ -132,19 +314,7 @@ def spread_of_decoding() -> str:
     return quartiles_away(numbers)
 
 
-def test_the_spread_of_the_speeds_is_that_of_the_benchmark_results():
-    text = " ".join(README.split())
+def test_the_spread_of_the_ratios_is_that_of_the_benchmark_results():
+    text = " ".join(GUIDES["numbers.md"].split())
     found = re.findall(r"The quartiles of the rounds' ratios are at most (\d+%)", text)
-    assert found == [spread_of_decoding()]
-
-
-def test_what_else_is_needed_is_installed_by_one_command_wherever_it_is_said():
-    for text in (README, help_texts()):
-        text = " ".join(text.split())
-        assert text.count("pip install") == text.count(INSTALL_PEERS) > 0
-
-
-def test_make_runs_the_commands_that_the_readme_begins_with():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"^    make (\w+)", README, re.MULTILINE):
-        assert f"\n{target}:" in makefile
+    assert found == [spread_of_ratios()]
