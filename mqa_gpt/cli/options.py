@@ -232,6 +232,8 @@ class CachedModelOptions(ModelOptions):
             quantize=self.quantize,
             cache_dtype=self.cache_dtype,
         )
+        for text in llm.notes:
+            note(f"note: {text}")
         self.set_threads(llm.model.config)
         return llm, time.perf_counter() - begin
 
