@@ -24,7 +24,7 @@ class SamplingParams:
     """How the next token is chosen.
 
     Values that change nothing elsewhere change nothing here: `top_k` 0 and -1 and `top_p` 1 switch
-    the filter off, and a temperature of 0 leaves the filters without effect.
+    the filter off, and a temperature of 0 leaves `top_k`, `top_p` and `min_p` without effect.
 
     Args:
         temperature: what the logits are divided by; 0 takes the most likely token (greedy).
