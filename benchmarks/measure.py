@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from mqa_gpt.bench.timing import take_turns
-from mqa_gpt.checkpoints.load import DTYPES, as_device, as_dtype
+from mqa_gpt.checkpoints.placement import DTYPES, as_device, as_dtype
 from mqa_gpt.config import MAX_SIZE, PRESETS, GPTConfig
 from mqa_gpt.errors import InputError, shown
 from mqa_gpt.machine import available_memory, describe

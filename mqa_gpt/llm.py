@@ -9,16 +9,10 @@ from typing import Any, Literal, Unpack, overload
 import torch
 
 from mqa_gpt.checkpoints.files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, versions
+from mqa_gpt.checkpoints.headers import checkpoint_notes, read_config, stored_dtype
 from mqa_gpt.checkpoints.hub import resolve
-from mqa_gpt.checkpoints.load import (
-    DEMO_DIR,
-    as_device,
-    checkpoint_notes,
-    fast_dtype,
-    load_model,
-    read_config,
-    stored_dtype,
-)
+from mqa_gpt.checkpoints.load import DEMO_DIR, load_model
+from mqa_gpt.checkpoints.placement import as_device, fast_dtype
 from mqa_gpt.checkpoints.save import save_model
 from mqa_gpt.errors import CheckpointError, PromptError, require_int, shown
 from mqa_gpt.fast.int8 import is_quantized

@@ -44,7 +44,8 @@ from benchmarks.measure import (
 )
 from mqa_gpt import GPT, LLM, GPTConfig, generate
 from mqa_gpt.bench.counts import weight_bytes
-from mqa_gpt.checkpoints.load import DEMO_DIR, read_config
+from mqa_gpt.checkpoints.headers import read_config
+from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.fast.int8 import quantize
 from mqa_gpt.fast.packing import pack
 from mqa_gpt.generation.batching import Engine

@@ -36,15 +36,10 @@ from mqa_gpt.bench.peers import OURS, PEERS, Program, ours, require_peers, tempo
 from mqa_gpt.bench.report import BenchReport, Result
 from mqa_gpt.bench.timing import take_turns
 from mqa_gpt.cache import cache_bytes
+from mqa_gpt.checkpoints.headers import read_config
 from mqa_gpt.checkpoints.hub import resolve
-from mqa_gpt.checkpoints.load import (
-    DEMO_DIR,
-    as_device,
-    as_dtype,
-    empty_model,
-    load_model,
-    read_config,
-)
+from mqa_gpt.checkpoints.load import DEMO_DIR, empty_model, load_model
+from mqa_gpt.checkpoints.placement import as_device, as_dtype
 from mqa_gpt.config import PRESETS, GPTConfig
 from mqa_gpt.errors import InputError, is_int, shown
 from mqa_gpt.fast.int8 import check_method, is_quantized

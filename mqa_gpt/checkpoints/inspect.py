@@ -16,8 +16,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mqa_gpt.cache import cache_bytes
 from mqa_gpt.checkpoints.files import WeightFile, stored_tensors
+from mqa_gpt.checkpoints.headers import read_config
 from mqa_gpt.checkpoints.hub import resolve
-from mqa_gpt.checkpoints.load import DEMO_DIR, empty_model, read_config
+from mqa_gpt.checkpoints.load import DEMO_DIR, empty_model
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import CheckpointError
 from mqa_gpt.fast.int8 import says_quantized

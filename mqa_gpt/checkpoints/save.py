@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mqa_gpt.checkpoints.files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, WRITTEN
-from mqa_gpt.checkpoints.load import GENERATION_FILE
+from mqa_gpt.checkpoints.headers import GENERATION_FILE
 from mqa_gpt.checkpoints.match import own_weights
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import CheckpointError, InputError, is_int, shown

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from mqa_gpt.checkpoints.headers import read_config
 from mqa_gpt.checkpoints.hub import resolve
-from mqa_gpt.checkpoints.load import as_dtype, read_config
+from mqa_gpt.checkpoints.placement import as_dtype
 from mqa_gpt.cli.jsonl import (
     Item,
     Results,

@@ -19,8 +19,10 @@ import torch
 import typer
 
 from mqa_gpt.attention import select_attention
+from mqa_gpt.checkpoints.headers import read_config
 from mqa_gpt.checkpoints.hub import resolve
-from mqa_gpt.checkpoints.load import DEMO_DIR, as_device, as_dtype, read_config
+from mqa_gpt.checkpoints.load import DEMO_DIR
+from mqa_gpt.checkpoints.placement import as_device, as_dtype
 from mqa_gpt.cli.input import unescape
 from mqa_gpt.cli.output import note
 from mqa_gpt.config import GPTConfig

@@ -34,8 +34,9 @@ from torch import Tensor
 
 from mqa_gpt.attention import acting_backend
 from mqa_gpt.cache import KVCache
+from mqa_gpt.checkpoints.headers import read_config
 from mqa_gpt.checkpoints.hub import resolve
-from mqa_gpt.checkpoints.load import load_model, read_config
+from mqa_gpt.checkpoints.load import load_model
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import InputError, PromptError, is_int, shown
 from mqa_gpt.fast.int8 import is_quantized, says_quantized

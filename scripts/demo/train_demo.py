@@ -29,7 +29,7 @@ from induction import start_from_induction
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from mqa_gpt.checkpoints.load import as_device
+from mqa_gpt.checkpoints.placement import as_device
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import InputError
 from mqa_gpt.fim import infill_prompt

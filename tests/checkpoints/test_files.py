@@ -21,7 +21,7 @@ from mqa_gpt.checkpoints.files import (
     read_json,
     stored_tensors,
 )
-from mqa_gpt.checkpoints.load import read_config
+from mqa_gpt.checkpoints.headers import read_config
 from mqa_gpt.errors import InputError
 
 SHARD = "model-00001-of-00001.safetensors"

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from mqa_gpt import GPT, CheckpointError, ConfigError, GPTConfig
 from mqa_gpt.checkpoints import files as weight_files
-from mqa_gpt.checkpoints.load import checkpoint_notes
+from mqa_gpt.checkpoints.headers import checkpoint_notes
 from mqa_gpt.machine import peak_memory
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.slow]

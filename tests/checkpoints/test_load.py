@@ -20,16 +20,12 @@ from transformers.pytorch_utils import Conv1D
 
 from mqa_gpt import GPT, CheckpointError, ConfigError, GPTConfig
 from mqa_gpt.checkpoints import files as weight_files
+from mqa_gpt.checkpoints import headers, placement
 from mqa_gpt.checkpoints import load as checkpoint
 from mqa_gpt.checkpoints.files import stored_tensors
-from mqa_gpt.checkpoints.load import (
-    as_dtype,
-    checkpoint_notes,
-    fast_dtype,
-    load_model,
-    read_config,
-    stored_dtype,
-)
+from mqa_gpt.checkpoints.headers import checkpoint_notes, read_config, stored_dtype
+from mqa_gpt.checkpoints.load import load_model
+from mqa_gpt.checkpoints.placement import as_dtype, fast_dtype
 from mqa_gpt.errors import InputError
 from mqa_gpt.fast import packing
 from mqa_gpt.fast.packing import can_pack, packing_bytes
@@ -307,7 +303,7 @@ def test_weights_of_16_bits_run_in_float32_where_a_cpu_is_slow_in_them(
 ) -> None:
     name = str(stored)[6:]
     monkeypatch.setattr(packing, "_multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr(checkpoint, "available_memory", lambda device: 4_000)
+    monkeypatch.setattr(placement, "available_memory", lambda device: 4_000)
     dtype, why = fast_dtype(stored, CPU, 1_000)
     assert dtype == torch.float32
     assert why == (
@@ -546,7 +542,7 @@ def problems_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         raise AssertionError("loading went on to allocate memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_require_memory", fail)
+        patch.setattr(checkpoint, "require_memory", fail)
         with pytest.raises(CheckpointError) as caught:
             load_model(folder)
     lines = str(caught.value).splitlines()
@@ -961,14 +957,14 @@ def test_a_folder_that_is_always_being_written_is_an_error(
     tmp_path: Path, reference: GPTBigCodeForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_checkpoint(tmp_path, weights_of(reference), tiny_config())
-    real = checkpoint.read_config
+    real = headers.read_config
 
     def read(folder: Path) -> GPTConfig:
         config = real(folder)
         write_checkpoint(folder, weights_of(reference), tiny_config())
         return config
 
-    monkeypatch.setattr(checkpoint, "read_config", read)
+    monkeypatch.setattr(headers, "read_config", read)
     with pytest.raises(CheckpointError, match="is being written by another process: load it when"):
         load_model(folder)
 
@@ -1009,7 +1005,7 @@ def test_a_model_that_does_not_fit_is_refused_with_numbers_and_a_way_out(
     needed_16 = 2 * elements + packing_bytes(reference, torch.bfloat16, device)
 
     def available(room: int | None) -> None:
-        monkeypatch.setattr(checkpoint, "available_memory", lambda device: room)
+        monkeypatch.setattr(placement, "available_memory", lambda device: room)
 
     available(needed)
     assert load_model(folder, device="cpu")
@@ -1033,10 +1029,10 @@ def test_a_model_too_large_for_the_accelerator_is_pointed_to_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     room = {"cuda": 5 * 10**9, "cpu": 90 * 10**9}
-    monkeypatch.setattr(checkpoint, "available_memory", lambda device: room[device.type])
+    monkeypatch.setattr(placement, "available_memory", lambda device: room[device.type])
     model = checkpoint.empty_model(GPTConfig.preset("starcoderbase-7b"))
     with pytest.raises(CheckpointError) as caught:
-        checkpoint._require_memory(Path("x"), model, torch.float32, torch.device("cuda"))
+        placement.require_memory(Path("x"), model, torch.float32, torch.device("cuda"))
     assert str(caught.value) == (
         "x needs 29.31 GB in float32, and 43.0 kB for each token in the KV cache, but 5.00 GB are "
         "available on cuda: device='cpu' has room for it"

@@ -24,7 +24,8 @@ from transformers import AutoTokenizer, GPTBigCodeForCausalLM, pipeline
 
 from mqa_gpt import GPT, LLM, CheckpointError, Tokenizer
 from mqa_gpt.checkpoints import save as save_module
-from mqa_gpt.checkpoints.load import DEMO_DIR, load_model, read_config
+from mqa_gpt.checkpoints.headers import read_config
+from mqa_gpt.checkpoints.load import DEMO_DIR, load_model
 from mqa_gpt.checkpoints.save import save_model, tokenizer_config
 from mqa_gpt.errors import InputError
 from tests.helpers import (
