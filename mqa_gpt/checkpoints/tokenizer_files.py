@@ -66,7 +66,7 @@ def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
 
 def _read(file: Path) -> Any:
     _check_size(file)
-    return read_json(file, CheckpointError)
+    return read_json(file, CheckpointError, MAX_FILE_BYTES)
 
 
 def _read_lines(file: Path) -> list[str]:

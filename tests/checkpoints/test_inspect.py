@@ -21,6 +21,7 @@ from mqa_gpt.checkpoints.inspect import (
     inspect_checkpoint,
     inspect_shape,
 )
+from mqa_gpt.fast.int8_cache import Int8KVCache
 from tests.helpers import tiny_config
 from tests.hub_server import HubServer, Repository
 
@@ -73,7 +74,7 @@ def test_rounded_weights_have_a_row_of_what_the_files_hold(folder: Path, tmp_pat
     sizes = inspect_checkpoint(tmp_path / "rounded").to_dict()
     tensors = load_file(tmp_path / "rounded" / "model.safetensors").values()
     assert 0 < sizes["weight_bytes"]["int8"] - sum(tensor.nbytes for tensor in tensors) < 10_000
-    cache = KVCache(tiny_config(), 1, 1, dtype=torch.int8)
+    cache = Int8KVCache(tiny_config(), 1, 1)
     bytes_of_it = cache.kv.nbytes + cache.scales.nbytes
     assert sizes["cache_bytes_per_token"]["int8"]["mqa"] == bytes_of_it
 

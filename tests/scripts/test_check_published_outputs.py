@@ -7,26 +7,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
+import torch
+from transformers import GPTBigCodeForCausalLM
 
 from mqa_gpt import Tokenizer
 from scripts.check_published_outputs import CASES, main
-from tests.helpers import reference_greedy, reference_model, shared_data, tiny_config
+from tests.helpers import (
+    byte_tokenizer,
+    reference_greedy,
+    reference_model,
+    shared_data,
+    tiny_config,
+)
 
 SPECIALS = ["<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>"]
+
+
+def writing_ascii(vocab_size: int) -> GPTBigCodeForCausalLM:
+    """transformers' model, which chooses among the printable ASCII characters."""
+    reference = reference_model(tiny_config(vocab_size=vocab_size, tie_word_embeddings=False))
+    with torch.no_grad():
+        reference.lm_head.weight[len(SPECIALS) + 94 :] = 0
+    return reference
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("owner") / "model"
-    names = [*SPECIALS, *map(chr, range(33, 127)), "Ġ", "Ċ"]  # one token per character
-    tokenizer = tokenizers.Tokenizer(
-        tokenizers.models.BPE({name: id_ for id_, name in enumerate(names)}, [])
-    )
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIALS)
-    reference_model(tiny_config(vocab_size=len(names))).save_pretrained(folder)
+    tokenizer = byte_tokenizer(*SPECIALS)
+    writing_ascii(tokenizer.get_vocab_size()).save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -34,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def published(folder: Path, prompt: str, count: int = 6) -> dict[str, Any]:
     """A case as in the file of published outputs, from transformers."""
     tokenizer = Tokenizer.from_pretrained(folder)
-    reference = reference_model(tiny_config(vocab_size=tokenizer.vocab_size))
+    reference = writing_ascii(tokenizer.vocab_size)
     ids, logits = reference_greedy(reference, [tokenizer.encode(prompt)], count)
     logprobs = logits[0].log_softmax(-1).gather(1, ids[0][:, None])[:, 0]
     return {
