@@ -109,6 +109,7 @@ def test_the_processor_has_a_name_on_every_system(
     assert environment.cpu_name() == name
 
 
+@pytest.mark.slow
 @LINUX
 def test_peak_memory_rises_with_a_large_allocation_and_does_not_fall_with_its_end():
     # In a new process: this one's peak may be far above what it holds now.

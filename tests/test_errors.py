@@ -14,6 +14,7 @@ values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(values)
 def test_a_value_in_a_message_is_one_short_printable_line(value):
     assert shown(value).isprintable()

@@ -306,6 +306,7 @@ def test_time_that_the_reader_of_a_stream_takes_is_not_counted():
     assert generation.stats.total_seconds < 0.05 * len("hello")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
 @pytest.mark.parametrize("options", [{}, {"n": 3, "temperature": 1.0, "seed": 2}])
 def test_many_prompts_give_in_order_what_each_gives_alone(llm, batch_size, options):

@@ -32,6 +32,7 @@ def test_what_type_checkers_see_is_what_there_is():
     assert sorted(mqa_gpt.__all__) == sorted(name for names in seen.values() for name in names)
 
 
+@pytest.mark.slow
 def test_the_package_by_itself_imports_no_torch():
     code = "import mqa_gpt, sys; assert 'torch' not in sys.modules; mqa_gpt.GPT"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())

@@ -65,6 +65,7 @@ def test_the_readme_is_one_page():
 # ----------------------------------------------------------------------- commands and examples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page, text in PAGES.items() if "```python" in text])
 def test_the_python_examples_run_on_the_demo_checkpoint_each_by_itself(
     page: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

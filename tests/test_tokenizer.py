@@ -253,6 +253,7 @@ def test_the_lower_bound_holds_where_nine_bytes_become_one_token_of_three():
     assert tokenizer.min_tokens("\u1112\u1161\u11ab") == 1
 
 
+@pytest.mark.slow
 def test_composing_shortens_no_character_by_more_than_the_lower_bound_allows():
     for character in map(chr, [*range(0xD800), *range(0xE000, 0x110000)]):
         composed = unicodedata.normalize("NFC", character)

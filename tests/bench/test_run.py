@@ -457,6 +457,7 @@ with temporary_folder() as folder:
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_terminated_leaves_no_temporary_checkpoint():
     process = subprocess.Popen(
         [sys.executable, "-c", TERMINATED], stdout=subprocess.PIPE, text=True
@@ -485,6 +486,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_peer_s_process_ends_with_ours_even_if_that_is_killed():
     process = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, text=True)
     worker = int(process.stdout.readline())

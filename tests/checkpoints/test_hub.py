@@ -32,6 +32,8 @@ from tests.hub_server import (
     commit_of,
 )
 
+pytestmark = pytest.mark.slow
+
 NAME = "someone/tiny"
 EXAMPLES = int(os.environ.get("MQA_GPT_FUZZ", "0"))  # what `make fuzz` asks for
 

@@ -176,6 +176,7 @@ def test_a_folder_has_hashes_but_nothing_to_compare_them_with(folder: Path):
     assert not hashed.differs
 
 
+@pytest.mark.slow
 def test_hashes_are_compared_with_the_hub_and_offline_with_its_cache(folder: Path, tmp_path: Path):
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     digest = hashlib.sha256(files["model.safetensors"]).hexdigest()

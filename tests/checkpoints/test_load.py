@@ -1066,6 +1066,7 @@ def large() -> GPT:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_takes_the_model_and_its_largest_tensor_at_most(
@@ -1108,6 +1109,7 @@ print(loaded - before, packed - before, held() - before, held("RssFile") - mappe
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.skipif(not can_pack(torch.nn.Linear(1, 1)), reason="no packed oneDNN products here")
 def test_packing_takes_what_is_counted_for_it(
@@ -1144,6 +1146,7 @@ print(peak_memory() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts mapped pages as Linux does")
 @pytest.mark.skipif(not can_pack(torch.nn.Linear(1, 1)), reason="no packed oneDNN products here")
 def test_packing_while_loading_never_holds_all_weights_twice(

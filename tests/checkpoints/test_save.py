@@ -161,6 +161,7 @@ def finish_saving(message: str) -> None:
         file.rename(Path(found[2]) / file.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["relu", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize(("before", "after"), [("5GB", "5GB"), (50_000, 50_000), (50_000, "5GB")])
 def test_a_saving_that_is_broken_off_leaves_the_old_or_the_new_model_or_a_clear_error(

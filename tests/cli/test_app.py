@@ -186,6 +186,7 @@ def test_there_is_no_rate_without_tokens(folder: str):
     assert [part.split()[0] for part in told.split(" | ")] == ["load", "peak"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--stats", "--logprobs 1"])
 def test_a_report_in_the_same_file_begins_on_a_line_of_its_own(
     folder: str, tmp_path: Path, flags: str
@@ -251,6 +252,7 @@ def test_length_options_reach_the_library(folder: str):
         assert called.call_args.kwargs.items() >= expected.items()
 
 
+@pytest.mark.slow
 def test_a_completion_may_fill_the_context_go_past_its_end_and_be_cut_to_it(folder: str):
     run = ["generate", "-m", folder, "--json"]
     (filled,) = json.loads(invoke(*run, "0", "--max-new-tokens", "fit").stdout)["completions"]
@@ -355,6 +357,7 @@ def test_control_tokens_in_an_infilling_are_plain_text(folder: str, mode: str):
     assert completion["prompt_tokens"] == 3 + 2 * len(text)
 
 
+@pytest.mark.slow
 def test_a_text_that_is_too_long_is_cut_only_when_asked_and_says_what(folder: str):
     run = ["infill", "-m", folder, "--prefix", "a" * CONTEXT, "--suffix", "z" * 10]
     refused = refusal(*run)
@@ -483,6 +486,7 @@ def test_dtypes_may_be_spelled_as_elsewhere(folder: str, spelling: str, dtype: s
     assert LLM.load(folder, dtype=spelling).model.dtype == getattr(torch, dtype)
 
 
+@pytest.mark.slow
 def test_the_number_of_threads_is_as_asked_and_one_for_a_small_model(
     folder: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -630,6 +634,7 @@ texts = st.text(st.characters(), max_size=40) | st.lists(
 ).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=50)
 @given(texts, texts)
 @example("\ud800", "")
@@ -709,6 +714,7 @@ def test_verify_reports_and_its_status_says_whether_it_passed(
     assert parsed["passed"] is (status == 0)
 
 
+@pytest.mark.slow
 def test_verify_proves_a_checkpoint_against_transformers(folder: str):
     result = invoke("verify", "-m", folder, "abc", "--max-new-tokens", "5")
     assert result.exit_code == 0
@@ -877,6 +883,7 @@ def test_a_handler_of_ctrl_c_that_is_not_pythons_own_is_left_alone(before: objec
     set_handler.assert_not_called()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ways_to_start())
 def test_every_way_to_start_the_command_runs_it(name: str):
     command = [sys.executable, *ways_to_start()[name], "--version"]
@@ -903,6 +910,7 @@ def interrupted(process: subprocess.Popen[bytes]) -> bytes:
         output += piece
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_written_and_exits_with_130(folder: str):
     process = start(folder, stdout=subprocess.PIPE)
     output = interrupted(process)
@@ -912,6 +920,7 @@ def test_ctrl_c_keeps_what_was_written_and_exits_with_130(folder: str):
     assert process.stderr.read() == b"interrupted\n"
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_reported_on_a_line_of_its_own_where_both_streams_are_one(folder: str):
     process = start(folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     text, told = interrupted(process).decode().splitlines()
@@ -966,6 +975,7 @@ def test_ctrl_c_with_json_reports_the_interrupted_completion(folder: str):
     assert (completion["text"], completion["finish_reason"]) == ("def", "interrupted")
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_the_command_quietly(folder: str):
     process = start(folder, stdout=subprocess.PIPE)
     assert process.stdout.read(1) == b"1"
@@ -974,6 +984,7 @@ def test_a_reader_that_goes_away_ends_the_command_quietly(folder: str):
     assert process.wait(timeout=60) == 141
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -992,6 +1003,7 @@ def test_a_closed_stream_is_no_error_unless_it_is_needed(
     assert result.stderr.count("\n") == bool(message)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full device here")
 @pytest.mark.parametrize("arguments", ["--help", "env --help", "env", "generate -m {folder} abc"])
 def test_a_full_output_is_an_error_of_one_line(folder: str, arguments: str):
@@ -1013,6 +1025,7 @@ def shell(arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_terminal_sees_the_prompt_and_no_control_characters(folder: str):
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "mqa_gpt", "generate", "-m", folder, "\x1b]0;title\x07\tw"]

@@ -184,6 +184,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_next_run_continues(
     assert (tmp_path / "out").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_has_written_what_was_finished(folder: str, tmp_path: Path):
     write_lines(tmp_path / "in", [{"id": i, "prompt": "y" if i < 3 else "0"} for i in range(4)])
     command = ["batch", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "-m", folder]
@@ -327,6 +328,7 @@ def test_a_line_that_cannot_be_used_is_named(run: list[str], tmp_path: Path, lin
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_json", [False, True])
 def test_prompts_that_are_too_long_are_left_out_and_named(
     run: list[str], tmp_path: Path, as_json: bool
@@ -415,6 +417,7 @@ def test_a_line_may_have_options_of_its_own(run: list[str], tmp_path: Path):
     assert invoke(*run).exit_code == 0  # nothing differs
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_too_long_is_cut_when_asked_and_a_later_run_completes_it(
     run: list[str], tmp_path: Path
 ):
@@ -665,6 +668,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [0, 1])  # of 512 bytes
 def test_a_disk_that_is_full_keeps_whole_results_and_no_empty_file(
     folder: str, tmp_path: Path, blocks: int
@@ -711,6 +715,7 @@ def test_a_missing_input_is_bad_input(run: list[str]):
     assert refusal(run[0], "", *run[2:]) == "cannot read '': the file name is empty"
 
 
+@pytest.mark.slow
 def test_a_terminal_sees_a_progress_bar_with_the_speed(folder: str, tmp_path: Path):
     write_lines(tmp_path / "in", PROMPTS)
     ours, theirs = pty.openpty()

@@ -19,7 +19,7 @@ from mqa_gpt.fast.fused_step import fused_hidden, fused_logits
 from tests.helpers import our_model, random_ids, reference_model, relative_error, tiny_config
 
 # NumPy says so where exp is infinite, as it should be: the sigmoid of that is 0.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:overflow encountered in exp")]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 2e-5  # float32, of the largest value

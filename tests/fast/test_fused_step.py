@@ -31,7 +31,7 @@ from tests.helpers import (
 )
 
 # NumPy says so where exp is infinite, as it should be: the sigmoid of that is 0.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:overflow encountered in exp")]
 
 LENGTHS = [9, 1, 5]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

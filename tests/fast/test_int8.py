@@ -210,6 +210,7 @@ def test_a_gpu_reads_the_integers_of_up_to_64_rows_where_no_gradient_is_needed()
     assert not reads_integers(gpu, torch.bfloat16, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(48,), (5, 48), (4, 9, 48)], ids=str)
 def test_a_layer_that_reads_its_integers_is_as_exact_as_one_that_makes_floats(
@@ -320,6 +321,7 @@ def test_asking_for_fbgemm_where_it_is_missing_is_refused(monkeypatch):
         PackedInt8Linear(Int8Linear(nn.Linear(4, 3)), fbgemm=True)
 
 
+@pytest.mark.slow
 @needs_int8_products
 @pytest.mark.parametrize(
     ("name", "value"), [("FBGEMM_ENABLE_INSTRUCTIONS", "AVX2"), ("ONEDNN_MAX_CPU_ISA", "AVX2")]
@@ -460,7 +462,7 @@ def test_an_unknown_way_to_quantize_is_refused():
 def test_memory_is_counted_in_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     GPT.from_pretrained(DEMO_DIR, dtype="float32").save_pretrained(tmp_path)
     parameters = sum(p.numel() for p in GPT.from_pretrained(tmp_path).parameters())
-    monkeypatch.setattr("mqa_gpt.checkpoints.load.available_memory", lambda device: 3 * parameters)
+    monkeypatch.setattr("mqa_gpt.checkpoints.placement.available_memory", lambda device: 3 * parameters)
     with pytest.raises(CheckpointError, match="needs"):
         GPT.from_pretrained(tmp_path, device="cpu")
     assert GPT.from_pretrained(tmp_path, device="cpu", quantize="int8")

@@ -45,6 +45,7 @@ def solo_runs(
     return rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "n"),
     [
@@ -88,6 +89,7 @@ def mixed_requests() -> list[Request]:
     return requests
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [2, 4, 16])
 @STEPPERS
 def test_each_row_has_parameters_of_its_own(

@@ -61,6 +61,7 @@ def check_same_tokens(model: GPT, *arguments: Any, **options: Any) -> list[Token
     return replayed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 @pytest.mark.parametrize(
     ("sampling", "n", "logprobs"),
@@ -81,6 +82,7 @@ def test_tokens_are_those_of_called_steps(model, graphs, backend, sampling, n, l
     assert graphs[0].replays == 40 - 2  # without the first token and the ordinary first run
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="the kernels are for the GPU where there is one"
 )

@@ -107,6 +107,7 @@ def test_a_row_at_the_end_of_the_context_is_finished_like_any_other() -> None:
     assert generate(model, [[7] * 30], 10, draft=DraftModel(model)) == expected[:1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 1}], ids=["greedy", "drawn"])
 def test_both_kinds_of_draft_give_the_plain_loops_tokens(options: dict[str, Any]) -> None:
     model, smaller = model_of(), model_of(seed=1, n_layer=1, n_positions=30)

@@ -13,6 +13,8 @@ pytest.importorskip("triton", reason="Triton is not available on this platform")
 
 from mqa_gpt.integrations import transformers as integration
 
+pytestmark = pytest.mark.slow
+
 integration.register()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -25,7 +25,7 @@ from tests.kernels.error_rule import DEVICE, DTYPES, assert_as_accurate
 EPS = 1e-5
 
 # NumPy warns where exp overflows to infinity, which is right: the sigmoid of that is 0.
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:overflow encountered in exp")]
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,8 @@ pytest.importorskip("triton", reason="Triton is not available on this platform")
 from mqa_kernels import attention, launch, reference, tuning
 from tests.kernels.error_rule import DEVICE, DTYPES, assert_as_accurate
 
+pytestmark = pytest.mark.slow
+
 # B, T, S, H, G, D, start: sizes at the edges of blocks; H and D that are no powers of two.
 SHAPES = [
     (2, 1, 1, 1, 1, 16, [0, 0]),

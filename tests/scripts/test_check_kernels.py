@@ -31,6 +31,8 @@ from check_kernels import (
 from mqa_gpt.config import PRESETS
 from mqa_kernels import tuning
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((ROOT / "benchmarks/results/kernel_resources.json").read_text())
 LARGE = Case(90, "bfloat16", 128, 1, "train")

@@ -36,6 +36,7 @@ for name in ("typer", "rich", "hypothesis", "pytest", "matplotlib", "pandas"):
 """
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="these are tests without a GPU"),
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter meets poisoned slots
 ]

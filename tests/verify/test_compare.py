@@ -97,6 +97,7 @@ def test_a_generation_config_does_not_change_what_greedy_means(tmp_path: Path) -
     assert verify(tmp_path, prompts=PROMPTS, max_new_tokens=8).passed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend",
     [

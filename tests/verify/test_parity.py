@@ -32,6 +32,8 @@ from tests.helpers import (
     tiny_config,
 )
 
+pytestmark = pytest.mark.slow
+
 BACKENDS = ("reference", "sdpa")
 HEAD_DIMS = (16, 17, 21, 24, 32, 45, 48, 64, 72, 80, 96, 111, 128)
 NEW_TOKENS = 64

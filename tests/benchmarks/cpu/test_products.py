@@ -31,6 +31,7 @@ def test_a_product_without_integers_is_that_of_the_weight(name: str):
             assert relative_error(product(x), x @ weight.t()) < tolerance
 
 
+@pytest.mark.slow
 def test_products_are_timed_and_what_is_not_there_is_said(tmp_path: Path, monkeypatch):
     def absent(weight: torch.Tensor) -> products.Copy:
         raise RuntimeError("not in this PyTorch")
@@ -70,6 +71,7 @@ def test_a_size_that_pytorchs_8_bit_product_does_not_check_is_refused_before_it_
     assert product(torch.ones(3, 48)).shape == (3, 7)
 
 
+@pytest.mark.slow
 def test_a_product_that_does_not_take_a_size_is_skipped_with_its_reason(tmp_path: Path, capsys):
     output = tmp_path / "products.json"
     arguments = ["--sizes", "33x7", "--rows", "1", "--repeats", "1", "--megabytes", "1"]

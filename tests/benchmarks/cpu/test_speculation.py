@@ -49,6 +49,7 @@ def test_the_drafter_that_knows_follows_what_speculation_writes(model, monkeypat
     assert speculation.written_with(model, prompt, plain, 1.0) == [*prompt, 50, 51, 52, 53]
 
 
+@pytest.mark.slow
 def test_speculation_prints_every_line_as_soon_as_it_is_known(
     tiny_shape, monkeypatch, tmp_path: Path, capsys
 ):

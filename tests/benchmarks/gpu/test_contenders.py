@@ -22,6 +22,7 @@ def _few_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contenders, "CACHES", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("measure", "problem", "figures"),
     [

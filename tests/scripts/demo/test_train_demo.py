@@ -79,6 +79,7 @@ def saved_state(out: Path) -> dict[str, Any]:
     return torch.load(out / "state.pt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits_as_an_uninterrupted_one(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
     with pytest.raises(SystemExit):
@@ -109,6 +110,7 @@ def test_resuming_without_a_run_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", [b"", b"garbage", {"step": 1}, [1]])
 def test_a_file_that_is_not_a_run_state_is_refused(tmp_path: Path, state: Any, capsys) -> None:
     run(tmp_path)
@@ -120,6 +122,7 @@ def test_a_file_that_is_not_a_run_state_is_refused(tmp_path: Path, state: Any, c
     assert "state.pt is not the state of a run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
