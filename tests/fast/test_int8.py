@@ -462,7 +462,9 @@ def test_an_unknown_way_to_quantize_is_refused():
 def test_memory_is_counted_in_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     GPT.from_pretrained(DEMO_DIR, dtype="float32").save_pretrained(tmp_path)
     parameters = sum(p.numel() for p in GPT.from_pretrained(tmp_path).parameters())
-    monkeypatch.setattr("mqa_gpt.checkpoints.placement.available_memory", lambda device: 3 * parameters)
+    monkeypatch.setattr(
+        "mqa_gpt.checkpoints.placement.available_memory", lambda device: 3 * parameters
+    )
     with pytest.raises(CheckpointError, match="needs"):
         GPT.from_pretrained(tmp_path, device="cpu")
     assert GPT.from_pretrained(tmp_path, device="cpu", quantize="int8")
