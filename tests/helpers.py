@@ -44,15 +44,15 @@ def quartiles_away(numbers: Iterable[tuple[float, Sequence[float]]]) -> str:
 
 
 def shared_data(name: str) -> Path:
-    """A file or folder beside the repository, too large to be in it; skips the test without it."""
+    """A file or folder next to the repository, too large to be in it; skips the test without it."""
     path = Path(__file__).parents[2] / "shared" / "data" / name
     if not path.exists():
-        pytest.skip(f"shared/data/{name}, which is not part of the repository, is not beside it")
+        pytest.skip(f"shared/data/{name}, which is not part of the repository, is not next to it")
     return path
 
 
 def byte_tokenizer(*specials: str, pair: str = "") -> tokenizers.Tokenizer:
-    """One token per byte behind the special ones, and one more for a pair of letters if given.
+    """One token per byte after the special ones, and one more for a pair of letters if given.
 
     Every character beyond ASCII is spread over several tokens.
     """

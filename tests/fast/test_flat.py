@@ -1,4 +1,4 @@
-"""The inlined forward pass is the model's, bit for bit, and only where that is all there is."""
+"""The flat forward pass is the model's, bit for bit, and is used only where nothing was changed."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -36,7 +36,7 @@ def model() -> GPT:
     return tiny_model()
 
 
-def is_inlined(model: GPT) -> bool:
+def is_flat(model: GPT) -> bool:
     """Whether the function that `flat_forward` makes leaves the model's own `__call__` out."""
     with counted_calls() as calls, torch.inference_mode():
         flat_forward(model)(torch.tensor([[1]]), model.new_cache(1, 1))
@@ -103,7 +103,7 @@ def test_it_has_the_models_cache_and_backend(model, cache_class, backend):
 @torch.inference_mode()
 def assert_same(model: GPT) -> None:
     """Of one and of several tokens, after rows of equal and of different lengths."""
-    assert is_inlined(model)
+    assert is_flat(model)
     forward = flat_forward(model)
     for lengths in ([9, 9, 9], [9, 4, 1]):
         cache, other = (model.new_cache(3, 20) for _ in range(2))
@@ -157,7 +157,7 @@ def test_layers_may_be_left_out_and_change_places(model):
     assert_same(model)
 
 
-# --------------------------------------------------------------------------- what is not inlined
+# --------------------------------------------------------------------------- what is not flat
 
 
 def add_hook(model: GPT) -> None:
@@ -229,9 +229,9 @@ def add_a_module(model: GPT) -> None:
         *(replace_an_mlp, add_a_module),
     ],
 )
-def test_a_model_that_somebody_has_changed_is_called_itself(model, change):
+def test_a_model_that_was_changed_is_called_itself(model, change):
     change(model)
-    assert not is_inlined(model)
+    assert not is_flat(model)
 
 
 def test_what_is_no_block_is_not_plain(model):
@@ -244,7 +244,7 @@ def test_a_model_of_another_class_is_called_itself(model):
         pass
 
     other = Other(model.config).eval()
-    assert not is_inlined(other)
+    assert not is_flat(other)
 
 
 def test_something_that_looks_like_a_model_is_called_itself(model):
@@ -275,15 +275,15 @@ def test_hooks_of_all_modules_are_called(model):
         modules.register_module_forward_pre_hook,
     ):
         hook = register(lambda *call: None)
-        assert not is_inlined(model)
+        assert not is_flat(model)
         hook.remove()
-        assert is_inlined(model)
+        assert is_flat(model)
 
 
 def test_another_forward_of_a_class_is_called(model, monkeypatch):
     monkeypatch.setattr(MLP, "forward", lambda self, x: x)
     assert not is_plain(model)
-    assert not is_inlined(model)
+    assert not is_flat(model)
 
 
 @needs_packed
@@ -315,7 +315,7 @@ def drafted_by_a_model(model: GPT, prompts: list[list[int]], count: int) -> list
 
 
 @pytest.mark.parametrize("loop", [generate, drafted, drafted_by_a_model])
-def test_a_loops_steps_are_inlined_and_those_of_a_hooked_model_are_not(model, loop):
+def test_a_loops_steps_are_flat_and_those_of_a_hooked_model_are_not(model, loop):
     prompts = random_prompts(model.config, [5, 9])
     with counted_calls() as calls:
         tokens = loop(model, prompts, 12)
@@ -327,7 +327,7 @@ def test_a_loops_steps_are_inlined_and_those_of_a_hooked_model_are_not(model, lo
     assert sum(seen) == sum(call is model for call in calls) > 2
 
 
-def test_a_draft_models_guesses_are_inlined():
+def test_a_draft_models_guesses_are_flat():
     draft = DraftModel(tiny_model()).start(1)
     with counted_calls() as calls:
         assert len(draft.propose([0], [[1, 2, 3]], 5)[0]) == 5

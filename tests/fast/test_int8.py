@@ -265,7 +265,7 @@ def test_a_packed_layer_rounds_each_row_once_more_and_no_further(
 
 
 @needs_int8_products
-def test_a_row_does_not_depend_on_the_rows_beside_it(product):
+def test_a_row_does_not_depend_on_the_other_rows(product):
     packed = PackedInt8Linear(Int8Linear(nn.Linear(40, 30)))
     x = torch.randn(4, 40)
     with torch.inference_mode():

@@ -25,7 +25,7 @@ PROMPTS = [[5, 9, 33, 2, 7, 5, 9], [8], [4, 4, 17, 60, 61]]
 
 
 class Oracle(Drafter):
-    """Knows the answers, and lies about every so many tokens; keeps the rows it was asked for."""
+    """Knows the answers, and lies about some tokens; keeps the rows it was asked for."""
 
     def __init__(self, answers: list[list[int]], truth: float, prompts: list[list[int]]) -> None:
         self.answers, self.truth, self.prompts = answers, truth, prompts
