@@ -159,8 +159,8 @@ class Generation:
         engine = Engine.for_requests(
             self._model, self._requests, slots=self._slots, idle=self._idle
         )
-        rows = [row for request in self._requests for row in engine.add(request)]
-        first = rows[0] if rows else 0  # an engine that is used again counts on
+        numbers = [engine.add(request) for request in self._requests]
+        first = numbers[0].start if numbers else 0  # an engine that is used again counts on
         drafts = any(request.drafter is not None for request in self._requests)
         while engine.is_busy:
             tokens = engine.step()

@@ -164,7 +164,7 @@ def _token_ids(config: GPTConfig, prompt: Any, name: str) -> tuple[int, ...]:
         raise PromptError(f"{name} is empty and the config has no bos_token_id")
     ids = tuple(prompt) or (config.bos_token_id,)
     for token in ids:
-        if not is_int(token) or not 0 <= token < config.vocab_size:
+        if not (type(token) is int or is_int(token)) or not 0 <= token < config.vocab_size:
             raise PromptError(
                 f"{name} holds {shown(token)}: token ids are integers from 0 to "
                 f"{config.vocab_size - 1}"
