@@ -77,8 +77,8 @@ def sdpa_attention(
     """The same through `torch.nn.functional.scaled_dot_product_attention`, K/V never repeated.
 
     One new token (decoding): a group's H/G query heads take the place of query positions in one
-    product, so that its keys are read once; being at one position they share one line of the mask.
-    Several tokens: as many heads would need H/G copies of each line, so each query head gets a
+    product, so that its keys are read once; being at one position they share one row of the mask.
+    Several tokens: as many heads would need H/G copies of each mask row, so each query head gets a
     stride-0 view of its K/V head instead, which costs no memory either.
     """
     B, T, H, D = q.shape

@@ -1,6 +1,6 @@
 """KVCache: the keys and values of the tokens seen so far, so that no step computes them again.
 
-The idea takes four lines. Attention at a new position needs the keys and values of all positions
+The idea takes three lines. Attention at a new position needs the keys and values of all positions
 before it, and these never change. So each layer appends the K and V of its T new positions to what
 it holds, and attends to all of it:
 
@@ -188,13 +188,12 @@ class KVCache:
         self.end = max(lengths)
         self._ragged = min(lengths) != self.end
 
-    # What follows is for an engine whose rows come and go.
+    # Used by the engine, whose rows join and leave.
 
     def rows(self, first: int, lengths: Sequence[int]) -> Self:
-        """The rows from `first` on as a cache of their own, on the same memory.
+        """A cache over `len(lengths)` of these rows from `first` on, sharing their memory.
 
-        They hold as many tokens as `lengths` says; the counts are the new cache's own, and so
-        are limits announced for this one, as far as they concern its rows.
+        Row first + i holds `lengths[i]` tokens there. The counts are the new cache's own.
         """
         end = first + len(lengths)
         other = copy.copy(self)
@@ -206,7 +205,7 @@ class KVCache:
         return other
 
     def copy_row(self, target: int, source: int) -> None:
-        """Copy all positions of one row to another; what it holds is for `rows` to say."""
+        """Copy all positions of one row to another; the caller tracks its length."""
         for name in self.memory:
             memory = getattr(self, name)
             memory[:, target] = memory[:, source]

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from mqa_gpt.errors import ConfigError, is_int, require_number, shown
+from mqa_gpt.errors import ConfigError, is_int, require_int, require_number, shown
 
 # The formula of each name that a config.json may use. GELU is x * Phi(x) with the normal
 # distribution's Phi; gelu_tanh approximates Phi (Hendrycks and Gimpel 2016, equation 2), and its
@@ -72,10 +72,10 @@ class GPTConfig:
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            _require_size(key, getattr(self, key))
-        if self.n_inner is not None:
-            _require_size("n_inner", self.n_inner)
+        for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+            if key != "n_inner" or self.n_inner is not None:
+                size = require_int(ConfigError, key, getattr(self, key), 1, MAX_SIZE)
+                object.__setattr__(self, key, size)
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"n_embd is {self.n_embd} and n_head is {self.n_head}: "
@@ -103,6 +103,7 @@ class GPTConfig:
             value = getattr(self, key)
             if value is not None and not is_int(value):
                 raise ConfigError(f"{key} is {shown(value)}: it must be an integer or null")
+            object.__setattr__(self, key, None if value is None else int(value))
             if value == DEFAULT_END and self.vocab_size <= DEFAULT_END:
                 object.__setattr__(self, key, None)  # the default is of the default vocabulary
         eos = self.eos_token_id
@@ -112,6 +113,10 @@ class GPTConfig:
             raise ConfigError(
                 f"eos_token_id is {shown(eos)}: it must be an integer, a list of integers or null"
             )
+        if isinstance(self.eos_token_id, list):
+            object.__setattr__(self, "eos_token_id", list(map(int, self.eos_token_id)))
+        elif self.eos_token_id is not None:
+            object.__setattr__(self, "eos_token_id", int(self.eos_token_id))
 
     @property
     def head_dim(self) -> int:
@@ -254,8 +259,3 @@ def _convert_santacoder(values: dict[str, Any]) -> None:
     values["multi_query"] = True
     for key in ("architectures", "auto_map"):  # they name the classes of the older form
         values.pop(key, None)
-
-
-def _require_size(key: str, value: Any) -> None:
-    if not is_int(value) or not 1 <= value <= MAX_SIZE:
-        raise ConfigError(f"{key} is {shown(value)}: it must be an integer from 1 to {MAX_SIZE}")

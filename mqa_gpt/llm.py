@@ -17,14 +17,15 @@ from mqa_gpt.checkpoints.save import save_model
 from mqa_gpt.errors import CheckpointError, PromptError, require_int, shown
 from mqa_gpt.fast.int8 import is_quantized
 from mqa_gpt.fast.int8_cache import cache_class
-from mqa_gpt.generation.batching import Engine
 from mqa_gpt.generation.completion import Completion, Generation
+from mqa_gpt.generation.pool import EnginePool
 from mqa_gpt.generation.prompts import (
     Options,
     check_options,
     hole_request,
     text_requests,
 )
+from mqa_gpt.machine import threads_for
 from mqa_gpt.model import GPT
 from mqa_gpt.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -47,7 +48,7 @@ class LLM:
         self.model = model
         self.tokenizer = tokenizer
         self.notes: list[str] = []
-        self._idle: list[Engine] = []  # with graphs that a further generation can replay
+        self._pool = EnginePool()
 
     def __repr__(self) -> str:
         model = self.model
@@ -81,11 +82,13 @@ class LLM:
             cache_dtype: "int8" keeps keys and values as 8-bit integers, see `KVCache`.
 
         Raises:
-            CheckpointError, ConfigError: the checkpoint cannot be had or used; says why.
+            CheckpointError, ConfigError: the checkpoint cannot be found or loaded.
         """
         new_cache_class = cache_class(cache_dtype)
         folder = resolve(DEMO_DIR if name_or_dir is None else name_or_dir, revision)
-        config = read_config(folder)  # a folder that is no checkpoint lacks more than a tokenizer
+        config = read_config(
+            folder
+        )  # first, so that a wrong folder is not reported as a missing tokenizer
         notes = checkpoint_notes(folder)
         before = versions(folder, SAVED_FILES)
         tokenizer = Tokenizer.from_pretrained(folder)
@@ -96,14 +99,20 @@ class LLM:
         model = load_model(
             folder, device=device, dtype=dtype, backend=backend, quantize=quantize, packed=True
         )
-        if versions(folder, SAVED_FILES) != before:  # tokenizer and model may be of two savings
+        if versions(folder, SAVED_FILES) != before:  # tokenizer and model may be from two saves
             raise CheckpointError(
                 f"{folder} was saved over while it was read: load it when that has finished"
             )
+        if model.device.type == "cpu" and torch.get_num_threads() > threads_for(config):
+            notes.append("a model this small is fastest with torch.set_num_threads(1)")
         model.cache_class = new_cache_class
         llm = cls(model, tokenizer)
         llm.notes = notes
         return llm
+
+    def release(self) -> None:
+        """Free the KV cache and the CUDA graphs that are kept from the last generation."""
+        self._pool.clear()
 
     def save(self, folder: str | PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Write a checkpoint, model and tokenizer, that `load` reads, and transformers too unless
@@ -181,6 +190,7 @@ class LLM:
         completions = self.begin(
             texts, max_new_tokens, n=n, special_tokens=special_tokens, **options
         ).run()
+        n = int(n)  # NumPy's integers would wrap
         if n > 1:
             samples = [completions[i : i + n] for i in range(0, len(completions), n)]
             return samples[0] if isinstance(prompt, str) else samples
@@ -298,13 +308,15 @@ class LLM:
         """Start completing prompts; what `generate` and `stream` run on, with their arguments.
 
         Args:
-            names: what messages call the prompts; "prompt 0", "prompt 1", ... if None.
+            names: of the prompts in messages; "prompt 0", "prompt 1", ... if None.
         """
         check_options(options)
         if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
             raise PromptError(
                 f"the prompt is {shown(prompts)}: it must be a text or a list of texts"
             )
+        if any(isinstance(prompt, tuple) for prompt in prompts):
+            raise PromptError("a prompt is a pair: infill and generate_many take pairs")
         requests = text_requests(
             self.model.config,
             self.tokenizer,
@@ -313,7 +325,7 @@ class LLM:
             special_tokens=special_tokens,
             names=names,
         )
-        return Generation(self.model, self.tokenizer, requests, idle=self._idle)
+        return Generation(self.model, self.tokenizer, requests, pool=self._pool)
 
     def begin_many(
         self,
@@ -332,9 +344,9 @@ class LLM:
         """Start completing many prompts; what `generate_many` runs on, with its arguments.
 
         Args:
-            names: what messages call the prompts; "prompt 0", "prompt 1", ... if None.
-            per_prompt: options of each prompt's own, `max_new_tokens` among them, which go before
-                the common ones.
+            names: of the prompts in messages; "prompt 0", "prompt 1", ... if None.
+            per_prompt: per-prompt options, `max_new_tokens` among them, which override the common
+                ones.
         """
         check_options(options)
         if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
@@ -356,7 +368,7 @@ class LLM:
             names=names,
             per_prompt=per_prompt,
         )
-        return Generation(self.model, self.tokenizer, requests, slots=batch_size, idle=self._idle)
+        return Generation(self.model, self.tokenizer, requests, slots=batch_size, pool=self._pool)
 
     def begin_infill(
         self,
@@ -383,4 +395,4 @@ class LLM:
             file_name=file_name,
             repo_name=repo_name,
         )
-        return Generation(self.model, self.tokenizer, [request], idle=self._idle, cut=cut)
+        return Generation(self.model, self.tokenizer, [request], pool=self._pool, cut=cut)

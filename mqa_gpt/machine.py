@@ -118,7 +118,9 @@ def available_memory(device: torch.device, root: Path = Path("/")) -> int | None
         root: where `proc` and `sys` are.
     """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What PyTorch keeps for reuse is free to it, though not to the system.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     if device.type != "cpu":
         return None
     found = re.search(r"^MemAvailable:\s+(\d+) kB", _read(root / "proc/meminfo"), re.MULTILINE)

@@ -19,6 +19,8 @@ papers that name a layer of transformers' GPTBigCode mean the same thing here.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from os import PathLike
 
 import torch
@@ -68,8 +70,13 @@ class MultiQueryAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y.flatten(2)))  # (B, T, C)
 
 
+FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu
+}  # fmt: skip
+
+
 class MLP(nn.Module):
-    """Two linear layers with a GELU between them, applied to each position by itself."""
+    """Two linear layers with an activation between them, applied to each position by itself."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -80,10 +87,7 @@ class MLP(nn.Module):
 
     def activate(self, x: Tensor) -> Tensor:
         """The nonlinearity: x (B, T, F) -> (B, T, F)."""
-        formula = ACTIVATIONS[self.activation]
-        if formula == "relu":
-            return F.relu(x)
-        return F.gelu(x, approximate="tanh" if formula == "gelu_tanh" else "none")
+        return FORMULAS[ACTIVATIONS[self.activation]](x)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
@@ -91,7 +95,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then MLP, each normalised before and added to the residual stream."""
+    """One layer: attention, then MLP, each with pre-norm, added to the residual stream."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -173,7 +177,7 @@ class GPT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The parameters' dtype, which is also that of activations and logits."""
+        """The parameters' dtype, also that of activations and logits."""
         return self.transformer.ln_f.weight.dtype
 
     def set_backend(self, backend: str) -> None:
@@ -208,10 +212,10 @@ class GPT(nn.Module):
             ValueError: the tokens do not fit into the cache.
             IndexError: a token is not in the vocabulary.
         """
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] > self.config.n_positions:
-            found = shown(list(ids.shape) if isinstance(ids, Tensor) else ids)
-            limit = self.config.n_positions
-            raise PromptError(f"ids are {found}: they must be (B, T) with at most {limit} tokens")
+        limit, is_ids = self.config.n_positions, isinstance(ids, Tensor) and ids.ndim == 2
+        if not is_ids or ids.dtype not in (torch.int64, torch.int32) or ids.shape[1] > limit:
+            what = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else shown(ids)
+            raise PromptError(f"ids are {what}: expected int64 (B, T) with T at most {limit}")
         x = self.transformer(ids, cache)  # (B, T, C)
         if logits_at is not None:
             x = x[torch.arange(len(logits_at), device=x.device), logits_at]  # (B, C) or (0, C)

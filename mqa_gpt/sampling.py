@@ -23,8 +23,8 @@ from mqa_gpt.errors import PromptError, is_int, require_int, require_number, sho
 class SamplingParams:
     """How the next token is chosen.
 
-    Values that change nothing elsewhere change nothing here: `top_k` 0 and -1 and `top_p` 1 switch
-    the filter off, and a temperature of 0 leaves `top_k`, `top_p` and `min_p` without effect.
+    Values that disable a filter in other libraries do so here: `top_k` 0 and -1, and `top_p` 1. A
+    temperature of 0 leaves `top_k`, `top_p` and `min_p` without effect.
 
     Args:
         temperature: what the logits are divided by; 0 takes the most likely token (greedy).
@@ -50,7 +50,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         # Far smaller temperatures would overflow the logits that they divide.
-        self._number("temperature", "of 0 or from 1e-6 to 1e6", lambda x: not x or 1e-6 <= x <= 1e6)
+        self._number(
+            "temperature", "that is 0, or from 1e-6 to 1e6", lambda x: not x or 1e-6 <= x <= 1e6
+        )
         self._number("repetition_penalty", "from 1e-6 to 1e6", lambda x: 1e-6 <= x <= 1e6)
         if self.top_p is not None:
             self._number("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1)
@@ -151,7 +153,7 @@ def choose(
     """
     filtered = filter_logits(logits, sampling, seen)  # (B, V)
     highest, likeliest = filtered.max(-1)  # (B,), (B,)
-    # max propagates NaN, so this one number per row vouches for the whole vocabulary.
+    # max propagates NaN, so checking this one number per row covers the vocabulary.
     return likeliest if u is None else draw(filtered, u), is_finite(highest)
 
 

@@ -1,9 +1,11 @@
 """LLM: text in, text out, with a model that recites a script so that every piece is known."""
 
+import dataclasses
 import time
 from functools import partial
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -18,12 +20,13 @@ from mqa_gpt import (
     PromptError,
     PromptLookup,
     Tokenizer,
+    generate,
 )
 from mqa_gpt import llm as llm_module
 from mqa_gpt.cache import cache_bytes
 from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.fast.packing import can_pack
-from mqa_gpt.generation import batching
+from mqa_gpt.generation import pool
 from mqa_gpt.machine import peak_memory
 from tests.helpers import SPECIALS, byte_tokenizer, our_model, reference_model, tiny_config
 
@@ -261,8 +264,8 @@ def test_unusable_input_is_named(llm, prompt, options, words):
 
 
 @pytest.mark.parametrize("name", ["temprature", "max_tokens", "batch_size", "cut"])
-def test_an_option_that_there_is_not_is_named_with_those_that_there_are(llm, name):
-    says = f"^there is no option '{name}': accepted are temperature, .*, logprobs, draft$"
+def test_an_unknown_option_is_named_with_the_known_ones(llm, name):
+    says = f"^unknown option '{name}': expected one of temperature, .*, logprobs, draft$"
     for begin in (llm.begin, llm.begin_many, partial(llm.begin_infill, "a")):
         if name == "batch_size" and begin == llm.begin_many:
             continue
@@ -270,8 +273,8 @@ def test_an_option_that_there_is_not_is_named_with_those_that_there_are(llm, nam
             begin("a", **{name: 5})
 
 
-def test_of_several_options_that_there_are_not_the_first_by_name_is_named(llm):
-    with pytest.raises(TypeError, match="there is no option 'a'"):
+def test_the_first_of_several_unknown_options_is_named(llm):
+    with pytest.raises(TypeError, match="unknown option 'a'"):
         llm.begin("a", **dict.fromkeys("gfedcba", 5))
 
 
@@ -365,7 +368,7 @@ def test_many_prompts_take_the_memory_of_those_under_way(llm, monkeypatch):
 
     def has_slots(slots):
         needed = cache_bytes(config, torch.float32, 1, slots)
-        monkeypatch.setattr(batching, "available_memory", lambda device: needed)
+        monkeypatch.setattr(pool, "available_memory", lambda device: needed)
 
     for rows in (1, 4):
         has_slots(rows * room)
@@ -540,3 +543,51 @@ def test_16_bit_weights_run_in_a_dtype_that_is_fast_and_a_note_says_so(monkeypat
     assert "float32" in note
     assert "--dtype float16" in note
     assert GPT.from_pretrained(DEMO_DIR).dtype == torch.float16
+
+
+def test_rows_that_stop_while_repetition_is_penalised_leave_the_others_alone():
+    llm = LLM.load(dtype="float32")
+    prompts = ["def f(x):\n    return", "import os\n\ndef g", "class A:"]
+    options = {"repetition_penalty": 1.2, "stop": ")", "logprobs": 1}
+    together = llm.generate(prompts, 40, **options)
+    assert [c.text for c in together] == [llm.generate(p, 40, **options).text for p in prompts]
+
+
+@pytest.mark.parametrize("mode", ["psm", "spm"])
+def test_a_pair_among_many_prompts_is_infilled_and_cut_as_by_itself(mode):
+    other = SPECIALS.index("<fim_prefix>")
+    llm = reciting("ab", prompt_length=5, after=other)
+    (filling,) = llm.generate_many([("x", "y")], 8, mode=mode)
+    assert (filling.text, filling.token_ids[-1]) == ("ab", other)  # it ends at a control token
+    llm = reciting("ab", prompt_length=248)
+    (cut,) = llm.begin_many([("x" * 900, "y")], 8, mode=mode, truncate=True).run()
+    assert cut.token_ids == llm.infill("x" * 900, "y", 8, mode=mode, truncate=True).token_ids
+    assert cut.prompt_tokens == 248
+
+
+def test_a_second_iteration_continues_the_first(llm):
+    generation = llm.begin(["a"], 6)
+    stream = iter(generation)
+    next(stream)
+    assert generation.run()[0].token_ids == llm.generate("a", 6).token_ids
+    assert generation.run()[0].token_ids == llm.generate("a", 6).token_ids
+    assert generation.stats.new_tokens == 6
+
+
+@pytest.mark.parametrize("n", [np.int8(100), np.uint8(100)])
+def test_numpys_small_integers_do_not_wrap(llm, n):
+    assert len(llm.generate(["a"] * 3, 1, n=n, temperature=1.0)) == 3
+    assert len(generate(llm.model, [[1]] * 3, 1, n=n, temperature=1.0)) == 300
+    assert len(llm.infill("a", "b", np.int8(20)).token_ids) <= 20
+
+
+def test_end_tokens_that_the_model_does_not_have_are_left_out_or_refused(llm, tmp_path):
+    config = dataclasses.replace(llm.model.config, eos_token_id=[0, 5000])
+    other = LLM(our_model(reference_model(config), config), llm.tokenizer)
+    assert len(other.generate("a", 8, min_new_tokens=6).token_ids) >= 6
+    for bad in (10**9, -1):
+        with pytest.raises(PromptError, match="an end token is"):
+            generate(llm.model, [[1]], 4, eos_token_id=bad, min_new_tokens=2)
+    everything = list(range(config.vocab_size))
+    with pytest.raises(PromptError, match="all tokens are end tokens"):
+        generate(llm.model, [[1]], 4, eos_token_id=everything, min_new_tokens=2)

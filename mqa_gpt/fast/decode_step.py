@@ -1,4 +1,4 @@
-"""A decode step as something that can be recorded once and replayed.
+"""The decode step in a form that a CUDA graph can record.
 
 A decode step runs hundreds of small kernels, and starting each of them from Python takes longer
 than most of them run. A CUDA graph starts them all with one call: it repeats recorded work, the
@@ -31,8 +31,8 @@ class StaticCache(KVCache):
     """A cache whose use is the same at every decode step, so that a CUDA graph can repeat it.
 
     It shares the memory of another cache. Nothing depends on numbers of the host: each row's one
-    new token is written at `lengths`, and attention gets all positions. Whoever runs the steps has
-    to know that there is room.
+    new token is written at `lengths`, and attention gets all positions. The caller ensures that
+    there is room.
 
     Args:
         cache: whose memory it shares.
@@ -109,7 +109,7 @@ class StepState:
             tensor[index] = getattr(other, name)
 
     def end(self, slot: int) -> None:
-        """Let a slot hold no row; what a step computes for it is of no interest."""
+        """Let a slot hold no row; what a step computes for it is ignored."""
         self.active[slot] = self.lengths[slot] = self.position[slot] = 0
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -14,12 +14,12 @@ class Replay:
     """An action that does the same every time, as a CUDA graph from its second run on.
 
     The first run is an ordinary one, on the recording stream: it compiles kernels and makes
-    workspaces, which must not happen while a graph is recorded.
+    workspaces, which capture forbids.
     """
 
     def __init__(self, action: Callable[[], None], device: torch.device) -> None:
         self._action, self._device = action, device
-        self._stream: Any = None  # of the thread that the first run was in
+        self._streams: list[Any] = []  # of the threads that have run it
         self._graph: Any = None
 
     def __call__(self) -> None:
@@ -29,7 +29,7 @@ class Replay:
                 with RECORDING:
                     stream = RECORDING_STREAMS.on(self._device)
                     # Another thread's cuBLAS handle and workspace would be made while recording.
-                    if self._stream is not stream:
+                    if all(stream is not other for other in self._streams):
                         self._run(stream)
                         return
                     self._graph = self._record(stream)
@@ -41,7 +41,7 @@ class Replay:
         with torch.cuda.stream(stream):
             self._action()
         caller_s.wait_stream(stream)
-        self._stream = stream
+        self._streams.append(stream)
 
     def _record(self, stream: Any) -> Any:
         graph = torch.cuda.CUDAGraph()
@@ -86,7 +86,7 @@ def fetch(tensors: Sequence[Tensor], device: torch.device) -> Callable[[], list[
     if device.type != "cuda":
         clones = [tensor.clone() for tensor in tensors]
         return lambda: [clone.tolist() for clone in clones]
-    # Only copies to pinned memory let the host go on.
+    # Only copies to pinned memory are asynchronous.
     copies = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
     for pinned, tensor in zip(copies, tensors, strict=True):
         pinned.copy_(tensor, non_blocking=True)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import platform
 import warnings
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -47,10 +47,11 @@ class _Packed(nn.Module):
         raise RuntimeError(f"packed weights cannot be copied or pickled: {UNPACKED}")
 
     def train(self, mode: bool = True) -> _Packed:
-        """Only evaluation mode is left."""
+        """Packed layers have evaluation mode only."""
         if mode:
             raise RuntimeError(f"packed weights cannot be trained: {UNPACKED}")
-        return super().train(mode)
+        nn.Module.train(self, mode)
+        return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> _Packed:
         raise RuntimeError(f"packed weights cannot be moved or converted: {UNPACKED}")
@@ -347,3 +348,6 @@ def pack(module: nn.Module) -> None:
         module.set_submodule(name, _pack_layer(module.get_submodule(name)))
     # What is left (embeddings, LayerNorms) cannot be trained through packed weights.
     module.requires_grad_(False)
+    # Refused here too, before `train` or `to` has reached the layers that are not packed.
+    outer = cast(_Packed, module)
+    vars(module).update(train=partial(_Packed.train, outer), _apply=partial(_Packed._apply, outer))

@@ -1,10 +1,10 @@
-"""The engine: requests come in at any time, every step makes tokens for all rows under way.
+"""Continuous batching: requests come in at any time, and each step extends all active rows.
 
-Rows that finish together are rare, and a batch that waits for its slowest row computes less and
-less. So a row occupies a slot of the cache only while it runs; the next prompt that waits is read
-into a slot that became free (Yu et al. 2022, "Orca", iteration-level scheduling). Rows of different
-lengths share a step without influencing each other: each row's tokens are those of its solo run, up
-to the rounding of sums that run in another order.
+Rows finish at different times, and a static batch would idle until its slowest row ends. So a row
+occupies a slot of the cache only while it runs, and the next waiting prompt is read into a slot
+that became free (Yu et al. 2022, "Orca", iteration-level scheduling). Rows of different lengths
+share a step without influencing each other: each row's tokens are those of its solo run, up to the
+rounding of sums that run in another order.
 
     engine = Engine(model, slots=16, length=1024)
     engine.add(request)                     # at any time, also between steps
@@ -23,14 +23,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mqa_gpt.cache import KVCache, cache_bytes
 from mqa_gpt.errors import PromptError
 from mqa_gpt.generation.prefill import prefill
 from mqa_gpt.generation.replay import GraphStepper, can_replay
 from mqa_gpt.generation.request import Request
 from mqa_gpt.generation.speculative import MAX_COUNT
 from mqa_gpt.generation.steps import Choice, ModelStepper, Row, Stepper
-from mqa_gpt.machine import available_memory
 from mqa_gpt.model import GPT
 from mqa_gpt.sampling import fresh_seed, uniforms
 
@@ -38,18 +36,14 @@ from mqa_gpt.sampling import fresh_seed, uniforms
 # rows for at least one reading of the weights, about a step, so it should start several prompts;
 # but while slots wait for it, steps are only partly used. With rows of N tokens, m slots filled at
 # a time cost 1/m + m N / (2 B^2) steps per prompt: least at m = B sqrt(2 / N), B / 8 for N = 128.
-SHARE_TO_FILL = 1 / 8
-
-
-# The lengths of engines that record graphs are multiples of this.
-LENGTH_STEP = 256
+MIN_FREE_SHARE = 1 / 8
 
 
 class Token(NamedTuple):
     """One generated token.
 
     Attributes:
-        row: the number of its continuation: as `Engine.add` gives it.
+        row: its row number, from `Engine.add`.
         id: the token.
         finished: "stop" or "length" if it is the row's last, else None.
         logprob: natural log of the model's probability for it, before any filter; None unless
@@ -71,27 +65,6 @@ class _Waiting:
     request: Request
     numbers: range
     seed: int
-
-
-class _Size(NamedTuple):
-    """How large an engine is, and whether its requests may have drafters."""
-
-    slots: int
-    length: int
-    drafts: bool
-
-    @classmethod
-    def of(cls, model: GPT, requests: Sequence[Request], slots: int | None) -> _Size:
-        """What these requests need, on at most this many slots."""
-        rows = sum(request.n for request in requests)
-        count = max(1, rows if slots is None else min(slots, rows))
-        length = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
-        drafts = any(request.drafter is not None for request in requests)
-        if can_replay(model) and not drafts:
-            # Sizes in steps, so that later generations can use the graphs again.
-            count = 1 << (count - 1).bit_length()
-            length = min(-(-length // LENGTH_STEP) * LENGTH_STEP, model.config.n_positions)
-        return cls(count, length, drafts)
 
 
 class Engine:
@@ -117,13 +90,14 @@ class Engine:
         drafts: bool = False,
         prefill_chunk: int | None = None,
     ) -> None:
-        self.length = length
-        self._model, self._drafts, self._chunk = model, drafts, prefill_chunk
+        self.slots, self.length = slots, length
+        self.model, self._drafts, self._chunk = model, drafts, prefill_chunk
         spare = MAX_COUNT if drafts else 0  # a draft may reach beyond a row's last token
         size = min(length + spare, model.config.n_positions)
         kind = GraphStepper if can_replay(model) and not drafts else ModelStepper
         self._stepper: Stepper = kind(model, slots, size)
-        self._slots, self._used = slots, 0  # `_used`: slots that have held a row
+        self._used = 0  # slots that have held a row
+        self._has_failed = False
         self._waiting: deque[_Waiting] = deque()
         self._cancelled: set[int] = set()  # rows that wait
         self._running: list[Row] = []  # by slot
@@ -139,62 +113,15 @@ class Engine:
         *,
         slots: int | None = None,
         prefill_chunk: int | None = None,
-        idle: list[Engine] | None = None,
     ) -> Engine:
         """An engine as large as these requests need; they have yet to be added.
 
         Args:
             slots: at most this many; None runs all rows together.
-            idle: a list of retired engines, from which one that fits is taken; others are dropped.
         """
-        size = _Size.of(model, requests, slots)
-        cls._drop_others(model, size, idle)
-        if idle:
-            return idle.pop()
-        return cls(model, size.slots, size.length, drafts=size.drafts, prefill_chunk=prefill_chunk)
-
-    @classmethod
-    def require_room(
-        cls,
-        model: GPT,
-        requests: Sequence[Request],
-        *,
-        slots: int | None = None,
-        idle: list[Engine] | None = None,
-    ) -> None:
-        """Raise PromptError if the device has no room for the engine of `for_requests`."""
-        size = _Size.of(model, requests, slots)
-        cls._drop_others(model, size, idle)
-        if idle:  # it has its cache already
-            return
-        dtype = model.dtype if model.cache_class is KVCache else torch.int8
-        needed = cache_bytes(model.config, dtype, size.slots, size.length)
-        room = available_memory(model.device)
-        if room is not None and needed > room:
-            raise PromptError(
-                f"{size.slots:,} completions of {size.length:,} tokens need {needed / 1e9:,.2f} GB "
-                f"for their keys and values, but {room / 1e9:,.2f} GB are available on "
-                f"{model.device}: ask for less"
-            )
-
-    @staticmethod
-    def _drop_others(model: GPT, size: _Size, idle: list[Engine] | None) -> None:
-        """Leave only the idle engines that do what a new one of this size would do."""
-        if idle:
-            idle[:] = [engine for engine in idle if engine._fits(model, size)]
-
-    def retire(self, idle: list[Engine]) -> None:
-        """Keep this engine in a list of idle ones, if it has recorded graphs."""
-        if isinstance(self._stepper, GraphStepper) and not self.is_busy:
-            idle[:] = [self]
-
-    def _fits(self, model: GPT, size: _Size) -> bool:
-        return (
-            self._model is model
-            and isinstance(self._stepper, GraphStepper)
-            and self._stepper.is_valid()
-            and size == _Size(self._slots, self.length, drafts=False)
-        )
+        count, length = size_for(requests, slots)
+        drafts = any(request.drafter is not None for request in requests)
+        return cls(model, count, length, drafts=drafts, prefill_chunk=prefill_chunk)
 
     @property
     def is_busy(self) -> bool:
@@ -204,13 +131,16 @@ class Engine:
     @property
     def drafted(self) -> tuple[int, int]:
         """Tokens drafted so far, and how many of them the model chose too."""
-        runs = (
-            self._stepper.speculations.values() if isinstance(self._stepper, ModelStepper) else ()
-        )
-        return sum(run.proposed for run in runs), sum(run.accepted for run in runs)
+        return self._stepper.drafted
+
+    @property
+    def is_reusable(self) -> bool:
+        """Whether it has recorded graphs that later requests can replay."""
+        is_idle = not self.is_busy and not self._has_failed
+        return is_idle and isinstance(self._stepper, GraphStepper) and self._stepper.is_valid()
 
     def add(self, request: Request) -> range:
-        """Let a request's rows wait for slots; their numbers, which count on from 0.
+        """Queue a request and return its row numbers, which are never reused.
 
         Raises:
             PromptError: the request is longer than the slots, or has a drafter without `drafts`.
@@ -229,6 +159,7 @@ class Engine:
             self._waiting.append(_Waiting(request, numbers, fresh_seed() if seed is None else seed))
         return numbers
 
+    @torch.inference_mode()
     def cancel(self, row: int) -> None:
         """End a row at once; it gets no further tokens. A row that has ended is left alone."""
         if any(row in waiting.numbers for waiting in self._waiting):
@@ -240,14 +171,25 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        """New tokens, of the rows that were begun last or of all: one each, several with drafts.
+        """Run one step and return its tokens: one per row, several with a drafter.
+
+        Right after a prefill these are the first tokens of the newly admitted rows only.
 
         Raises:
             FloatingPointError: a row's largest logit is NaN or infinite.
+            RuntimeError: an earlier step raised; the engine cannot go on.
         """
-        free = self._slots - len(self._running)
-        if self._waiting and (not self._running or free >= SHARE_TO_FILL * self._slots):
-            self._begin(self._next_rows(free))
+        if self._has_failed:
+            raise RuntimeError("an earlier step of this engine raised: make a new engine")
+        self._has_failed = True  # until this step has ended
+        tokens = self._step()
+        self._has_failed = False
+        return tokens
+
+    def _step(self) -> list[Token]:
+        free = self.slots - len(self._running)
+        if self._waiting and (not self._running or free >= MIN_FREE_SHARE * self.slots):
+            self._admit(self._next_rows(free))
         if not self._running:
             return []
         tokens, finished = [], []
@@ -262,11 +204,11 @@ class Engine:
         return tokens
 
     def _take(self, row: Row, choice: Choice) -> Token:
-        """Count a row's next token."""
-        row.text.append(choice.id)
+        """Append a row's next token."""
+        row.ids.append(choice.id)
         row.count += 1
         finished = None
-        if choice.id in row.request.end_ids and row.count > row.request.min_new_tokens:
+        if choice.id in row.request.end_ids:
             finished = "stop"
         elif row.count == row.request.max_new_tokens:
             finished = "length"
@@ -288,27 +230,28 @@ class Engine:
             # A graph begins a token more than a row has before it is known to have ended.
             count = 0 if request.sampling.greedy else request.max_new_tokens + 1
             draws = uniforms(waiting.seed, sample, count)
-            rows.append(Row(request, number, sample, draws, list(request.prompt)))
+            rows.append(Row(request, number, draws, list(request.prompt)))
         return rows
 
-    def _begin(self, rows: list[Row]) -> None:
+    def _admit(self, rows: list[Row]) -> None:
         """Give rows the next slots, their prompts in the cache and their first logits."""
         if not rows:  # all that waited were cancelled
+            self._logits.clear()
             return
         following = self._waiting[0].request if self._waiting else None
         if following is not None:
-            # Which of many prompts comes first is open: the longest first gives little padding.
+            # The order is free: the longest first wastes little padding.
             rows.sort(key=lambda row: -len(row.request.prompt))
         first, running = len(self._running), self._running
         # Where each prompt is: in the slot of a sample that runs, or in the next to be read.
         slot_of = {row.request: i for i, row in enumerate(running) if row.request in self._logits}
         new = [r for r in dict.fromkeys(row.request for row in rows) if r not in slot_of]
         slot_of |= {request: first + i for i, request in enumerate(new)}
-        self._forget(first, first + len(rows))
+        self._clear_slots(first, first + len(rows))
         if new:
             cache = self._stepper.cache.rows(first, [0] * len(new))
             prompts = [request.prompt for request in new]
-            logits = prefill(self._model, cache, prompts, self._chunk).float()  # (B, V)
+            logits = prefill(self.model, cache, prompts, self._chunk).float()  # (B, V)
             self._logits |= dict(zip(new, logits, strict=True))
         # From the last row on, so that a prompt is not overwritten before its copies are made.
         for slot, row in reversed(list(enumerate(rows, first))):
@@ -319,7 +262,7 @@ class Engine:
         self._stepper.begin(first, rows, begun)
         self._logits = {r: x.clone() for r, x in self._logits.items() if r is following}
 
-    def _forget(self, first: int, end: int) -> None:
+    def _clear_slots(self, first: int, end: int) -> None:
         """Zero the slots that have held other rows.
 
         What they left is hidden, but 0 times NaN is NaN (see `KVCache.limit`).
@@ -328,9 +271,16 @@ class Engine:
         self._used = max(self._used, end)
 
     def _release(self, slots: list[int]) -> None:
-        """Drop the rows of these slots; the last rows move there, which leaves no gap."""
+        """Drop the rows of these slots; the last rows fill the gaps."""
         for slot in reversed(slots):  # so that the last row is never one that leaves
             last = len(self._running) - 1
             self._stepper.remove(slot, last)
             self._running[slot] = self._running[last]
             del self._running[last]
+
+
+def size_for(requests: Sequence[Request], slots: int | None) -> tuple[int, int]:
+    """How many slots, at most `slots`, of which length run these requests."""
+    rows = sum(request.n for request in requests)
+    length = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
+    return max(1, rows if slots is None else min(slots, rows)), length

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from mqa_gpt.generation.batching import Engine, Token
+from mqa_gpt.generation.batching import Token
+from mqa_gpt.generation.pool import EnginePool
 from mqa_gpt.generation.request import Request
 from mqa_gpt.generation.stop import RowText
 from mqa_gpt.model import GPT
@@ -117,7 +118,7 @@ class _Output:
 
 
 class Generation:
-    """Completions under way.
+    """A generation in progress.
 
     Iterating runs the model and gives (row, new text) as text becomes final; prompt i's sample j is
     row i * n + j. What there is so far is in `completions` and `stats` at any time, after an
@@ -126,7 +127,7 @@ class Generation:
     Args:
         requests: all with the same number of samples.
         slots: how many rows run at a time; None for all of them.
-        idle: engines of earlier generations, whose recorded graphs can be used again.
+        pool: where its engine comes from; None for one of its own.
         cut: see `Completion`.
     """
 
@@ -137,30 +138,34 @@ class Generation:
         requests: Sequence[Request],
         *,
         slots: int | None = None,
-        idle: list[Engine] | None = None,
+        pool: EnginePool | None = None,
         cut: tuple[int, int] = (0, 0),
     ) -> None:
         self._model, self._tokenizer, self._requests = model, tokenizer, requests
         self._slots, self._cut = slots, cut
-        self._idle = [] if idle is None else idle
+        self._pool = EnginePool() if pool is None else pool
+        self._stream: Iterator[tuple[int, str]] | None = None
         self._n = requests[0].n if requests else 1
         self._outputs: dict[int, _Output] = {}  # those begun
         self._unfinished = [r.n if r.max_new_tokens else 0 for r in requests]  # rows per request
-        self._taken = 0  # requests whose completions were given away
+        self._taken = 0  # requests whose completions were returned
         self.stats = Stats(
             rows=sum(request.n for request in requests),
             prompt_tokens=sum(len(request.prompt) for request in requests),
             finished_rows=sum(0 if r.max_new_tokens else r.n for r in requests),
         )
-        Engine.require_room(model, requests, slots=slots, idle=self._idle)
+        self._pool.require_room(model, requests, slots)
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
+        if self._stream is None:  # a second iteration continues the first
+            self._stream = self._generate()
+        return self._stream
+
+    def _generate(self) -> Iterator[tuple[int, str]]:
         stats, begin = self.stats, time.perf_counter()
-        engine = Engine.for_requests(
-            self._model, self._requests, slots=self._slots, idle=self._idle
-        )
+        engine = self._pool.take(self._model, self._requests, self._slots)
         numbers = [engine.add(request) for request in self._requests]
-        first = numbers[0].start if numbers else 0  # an engine that is used again counts on
+        first = numbers[0].start if numbers else 0  # a reused engine continues its numbering
         drafts = any(request.drafter is not None for request in self._requests)
         while engine.is_busy:
             tokens = engine.step()
@@ -185,7 +190,7 @@ class Generation:
                 if piece := output.text.take():
                     yield row, piece
             begin = time.perf_counter()
-        engine.retire(self._idle)
+        self._pool.give_back(engine)
 
     def _output(self, row: int) -> _Output:
         """A row, begun when it is first asked for."""
@@ -215,13 +220,13 @@ class Generation:
 
     @property
     def completions(self) -> list[Completion]:
-        """Everything generated so far and not taken, row by row."""
+        """Everything generated so far and not yet taken, row by row."""
         return [self._completion(row) for row in range(self._taken * self._n, self.stats.rows)]
 
     def take(self) -> Iterator[list[Completion]]:
         """The completions of the next prompts, in order, up to the first that is not finished.
 
-        Each is given once and then forgotten, so that a long run does not fill the memory.
+        Each is returned once and then forgotten, so that a long run does not fill the memory.
         """
         while self._taken < len(self._requests) and not self._unfinished[self._taken]:
             rows = range(self._taken * self._n, (self._taken + 1) * self._n)

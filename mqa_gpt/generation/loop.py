@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import PromptError, is_int, require_int, shown
 from mqa_gpt.generation.batching import Engine
 from mqa_gpt.generation.prefill import prefill
@@ -65,8 +66,8 @@ def generate(
         n: samples per prompt, all from one prefill of it.
         eos_token_id: the token or tokens that end a row; None never stops early.
         min_new_tokens: `eos_token_id` is not chosen before a row has this many new tokens.
-        draft: guesses ahead, so that the same tokens take fewer steps (`PromptLookup`,
-            `DraftModel`).
+        draft: proposes tokens for speculative decoding; the output stays the same
+            (`PromptLookup`, `DraftModel`).
         prefill_chunk: positions per row and forward pass while the prompts are read; None for what
             is fast on the model's device. A small number helps where the activations of a large
             batch of long prompts do not fit into memory.
@@ -80,7 +81,16 @@ def generate(
             `max_new_tokens` in the context, or an unusable option.
         FloatingPointError: a row's largest logit is NaN or infinite.
     """
-    sampling = SamplingParams(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    if not isinstance(getattr(model, "config", None), GPTConfig):
+        raise PromptError(f"the model is {shown(model)}: expected a GPT")
     if prefill_chunk is not None:
         prefill_chunk = require_int(PromptError, "prefill_chunk", prefill_chunk, 1)
     requests = make_requests(
@@ -93,7 +103,7 @@ def generate(
         min_new_tokens=min_new_tokens,
         drafter=draft,
     )
-    rows: list[list[int]] = [[] for _ in range(len(requests) * n)]
+    rows: list[list[int]] = [[] for _ in range(sum(request.n for request in requests))]
     engine = Engine.for_requests(model, requests, prefill_chunk=prefill_chunk)
     for request in requests:
         engine.add(request)

@@ -21,8 +21,9 @@ class Options(TypedDict, total=False):
     The first six are those of `SamplingParams`. `stop` is a text or several, any of which ends a
     completion, as the control token of that name does too. A completion has at least
     `min_new_tokens`; with `ignore_eos` the model's end tokens do not end it. `logprobs` is how many
-    log-probabilities to report per token besides the chosen token's own. `draft` guesses ahead, so
-    that the same tokens take fewer steps (`PromptLookup`, `DraftModel`).
+    log-probabilities to report per token besides the chosen token's own. `draft`
+    proposes tokens for speculative decoding; the output stays the same (`PromptLookup`,
+    `DraftModel`).
     """
 
     temperature: float
@@ -39,10 +40,10 @@ class Options(TypedDict, total=False):
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """TypeError, as for any unknown argument, unless all of these are `Options`."""
+    """Raise TypeError for an unknown option."""
     for name in sorted(options.keys() - Options.__annotations__.keys()):
         raise TypeError(
-            f"there is no option {shown(name)}: accepted are {', '.join(Options.__annotations__)}"
+            f"unknown option {shown(name)}: expected one of {', '.join(Options.__annotations__)}"
         )
 
 
@@ -63,8 +64,8 @@ def text_requests(
         options: by the names of `Options`, with max_new_tokens, n and truncate of `make_requests`.
         special_tokens: whether control tokens spelled out in a text act as such.
         mode: of infilling, "psm" or "spm".
-        names: what messages call the prompts; "prompt 0", "prompt 1", ... if None.
-        per_prompt: options of each prompt's own, which go before the common ones.
+        names: of the prompts in messages; "prompt 0", "prompt 1", ... if None.
+        per_prompt: per-prompt options, which override the common ones.
 
     Raises:
         PromptError: an option or prompts that cannot be used, all of which it names.
@@ -72,29 +73,27 @@ def text_requests(
     """
     check_mode(mode)
     names = names or [f"prompt {i}" for i in range(len(prompts))]
-    truncate = bool(options.get("truncate"))
-    ids = []
-    for name, prompt in zip(names, prompts, strict=True):
+    for what, others in (("names", names), ("per_prompt", per_prompt)):
+        if others is not None and len(others) != len(prompts):
+            raise PromptError(f"there are {len(others)} {what} for {len(prompts)} prompts")
+    _option_requests(config, tokenizer, [], options)  # what concerns all of them is said once
+    requests: list[Request] = []
+    problems: dict[str, PromptError] = {}
+    for i, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
+        own = {**options, **(per_prompt[i] if per_prompt else {})}
         try:
             if isinstance(prompt, tuple) and len(prompt) == 2:
-                _require_short(config, tokenizer, prefix=prompt[0], suffix=prompt[1])
-                ids.append(infill_prompt(tokenizer, *prompt, mode=mode))
+                requests.append(
+                    hole_request(config, tokenizer, *prompt, own, name=name, mode=mode)[0]
+                )
+                continue
+            text = prompt
+            if own.get("truncate") and isinstance(text, str):  # its end fills the context
+                text = text[-config.n_positions * tokenizer.max_token_bytes :]
             else:
-                text = prompt
-                if truncate and isinstance(text, str):  # its end is enough to fill the context
-                    text = text[-config.n_positions * tokenizer.max_token_bytes :]
-                elif not truncate:
-                    _require_short(config, tokenizer, text=text)
-                ids.append(tokenizer.encode(text, special_tokens=special_tokens))
-        except PromptError as error:
-            raise PromptError(f"{name}: {error}") from None
-    if per_prompt is None:
-        return _option_requests(config, tokenizer, ids, options, names=names)
-    requests, problems = [], {}
-    for row, name, own in zip(ids, names, per_prompt, strict=True):
-        try:
-            merged = {**options, **own}
-            requests += _option_requests(config, tokenizer, [row], merged, names=[name])
+                _require_short(config, tokenizer, text=text)
+            ids = tokenizer.encode(text, special_tokens=special_tokens)
+            requests += _option_requests(config, tokenizer, [ids], own, names=[name])
         except PromptError as error:  # about the prompt, or about an option of its own
             is_named = str(error).startswith(name)
             problems[name] = error if is_named else PromptError(f"{name}: {error}")
@@ -109,20 +108,20 @@ def hole_request(
     prefix: str,
     suffix: str,
     options: Mapping[str, Any],
+    *,
+    name: str = "prompt 0",
     **named: Any,
 ) -> tuple[Request, tuple[int, int]]:
     """The request to fill a hole, and the tokens of prefix and suffix that were cut off.
 
     Args:
         options: as in `text_requests`.
+        name: the prompt's name in messages.
         named: mode, file_name and repo_name of `infill_prompt`.
     """
-    max_new_tokens = options["max_new_tokens"]
-    # A probe checks the options before the number of new tokens is used.
-    probe = {**options, "max_new_tokens": 0 if max_new_tokens is None else max_new_tokens}
-    _option_requests(config, tokenizer, [[0]], probe)
-    context, cut = config.n_positions, (0, 0)
-    room = context - (1 if max_new_tokens is None else max_new_tokens)
+    _option_requests(config, tokenizer, [], options)  # before their numbers are used
+    context, cut, count = config.n_positions, (0, 0), options["max_new_tokens"]
+    room = context - (1 if count is None else int(count))
     if options["truncate"]:
         fitted = truncated_infill_prompt(tokenizer, prefix, suffix, room, **named)
         ids, cut = fitted.ids, (fitted.cut_prefix, fitted.cut_suffix)
@@ -135,8 +134,11 @@ def hole_request(
                 f"{context - room:,}: together they exceed the context of {context:,} tokens; "
                 "truncate=True (--truncate) leaves out what is farthest from the hole"
             )
-    # A filling ends at any control token: the model has left the hole then.
-    (request,) = _option_requests(config, tokenizer, [ids], options, end_ids=tokenizer.special_ids)
+    # A filling ends at any control token: it means that the middle is complete.
+    own = {**options, "truncate": False}
+    (request,) = _option_requests(
+        config, tokenizer, [ids], own, end_ids=tokenizer.special_ids, names=[name]
+    )
     return request, cut
 
 
@@ -176,6 +178,7 @@ def _option_requests(
     end_of_text = tokenizer.end_of_text_id
     start = [] if end_of_text is None else [end_of_text]
     ends = set() if ignore_eos else {*end_ids, *start, *config.end_token_ids}
+    ends = {id_ for id_ in ends if 0 <= id_ < config.vocab_size}  # a config may name others
     # A control token leaves no text in which its name could be found.
     ends |= {id_ for text in stops if (id_ := tokenizer.control_id(text)) is not None}
     return make_requests(

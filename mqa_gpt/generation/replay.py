@@ -1,13 +1,12 @@
 """The stepper of CUDA devices: steps are CUDA graphs, recorded once and replayed.
 
-A step is started before its caller looks at the tokens of the one before, so that a GPU need not
-wait for its host. So a row that has ended computes one token more, which is dropped. Graphs are
-recorded for the powers of two of rows, and kept for as long as the engine: slots without a row are
-computed along, which costs less than recording again, since a step with few rows takes the time of
-reading the weights either way.
+Step t+1 is launched before the host reads the tokens of step t, so the GPU never waits. So a row
+that has ended computes one token more, which is dropped. Graphs are recorded for the powers of two
+of rows and kept for as long as the engine. Slots without a row are computed too, which costs less
+than recording again: a step with few rows takes the time of reading the weights either way.
 
 The tokens are those of `ModelStepper`, except at near ties: fused kernels sum and round in another
-order, so where two tokens are about equally good, above all in 16 bits, the other may be chosen.
+order, so where two tokens are nearly tied, the other may win, especially in 16 bits.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mqa_gpt.cache import KVCache
 from mqa_gpt.fast.decode_step import (
@@ -32,17 +31,17 @@ from mqa_gpt.fast.flat import is_plain
 from mqa_gpt.fast.graph import Replay, fetch, upload
 from mqa_gpt.generation.steps import (
     Choice,
-    Options,
     Results,
     Row,
+    RowOptions,
     by_options,
     not_finite,
     report_choices,
 )
-from mqa_gpt.model import GPT, MultiQueryAttention
+from mqa_gpt.model import GPT, MLP, MultiQueryAttention
 from mqa_gpt.sampling import forbid
 
-# Graphs of one engine: a server whose requests all differ must not record without end.
+# Limit per engine, because every distinct combination of options records a graph.
 MAX_GRAPHS = 64
 
 
@@ -65,18 +64,19 @@ class GraphStepper:
 
     def __init__(self, model: GPT, slots: int, length: int) -> None:
         self.cache = model.new_cache(slots, length)
+        self.drafted = 0, 0
         self._model = model
         self._state = StepState.empty(slots, length + 1, model.device)
         self._reports: dict[int, Reports] = {}  # by the number of likeliest tokens
         self._logits: Tensor | None = None  # (slots, V), where rows differ in their options
-        self._graphs: dict[tuple[int, Options | None], Callable[[], None]] = {}
-        self._recorded_from = _addresses(model)
+        self._graphs: dict[tuple[int, RowOptions | None], Callable[[], None]] = {}
+        self._recorded_from = _fingerprint(model)
 
     def is_valid(self) -> bool:
         """Whether the graphs compute what the model computes now."""
         is_same_cache = self._model.cache_class is type(self.cache)
-        addresses = _addresses(self._model)
-        return is_same_cache and self._recorded_from == addresses and is_plain(self._model)
+        is_same = self._recorded_from == _fingerprint(self._model)
+        return is_same_cache and is_same and is_plain(self._model)
 
     def begin(self, slot: int, rows: Sequence[Row], logits: Tensor) -> None:
         """See `Stepper`."""
@@ -84,17 +84,16 @@ class GraphStepper:
         if state.seen is None and any(r.request.sampling.repetition_penalty != 1 for r in rows):
             shape = (self.cache.batch_size, self._model.config.vocab_size)
             state = replace(state, seen=torch.zeros(shape, dtype=torch.bool, device=device))
-            self._state = state
-            self._graphs.clear()  # they were recorded with the old state
+            self._state = state  # graphs without a penalty never read `seen`, and share the rest
         for i, row in enumerate(rows, slot):
-            state.lengths[i] = len(row.text)
+            state.lengths[i] = len(row.ids)
             state.position[i] = 0
             state.active[i] = 1
             if row.draws:
                 state.draws[i, : len(row.draws)] = upload(row.draws, device, torch.float64)
             if state.seen is not None:
                 state.seen[i] = False
-                state.seen[i, upload(row.text, device)] = True
+                state.seen[i, upload(row.ids, device)] = True
         self._choose(logits, slot, rows, [0] * len(rows))
 
     def advance(self, rows: Sequence[Row]) -> Results:
@@ -133,7 +132,7 @@ class GraphStepper:
         count = min(1 << (len(rows) - 1).bit_length(), self.cache.batch_size)
         groups = by_options(rows)
         counts = [row.count + 1 for row in rows]  # the newest is chosen, and not yet counted
-        is_free = not any(map(Row.must_go_on, rows, counts))
+        is_free = not any(map(Row.suppresses_end, rows, counts))
         if len(groups) == 1 and is_free:
             self._graph(count, next(iter(groups)))()
         else:
@@ -141,17 +140,17 @@ class GraphStepper:
             assert self._logits is not None
             self._choose(self._logits[: len(rows)], 0, rows, counts)
 
-    def _graph(self, count: int, options: Options | None) -> Callable[[], None]:
+    def _graph(self, count: int, options: RowOptions | None) -> Callable[[], None]:
         """The step of the first `count` slots, which share these options; None: logits only."""
         key = (count, options)
         if key not in self._graphs:
             if len(self._graphs) >= MAX_GRAPHS:
-                del self._graphs[next(iter(self._graphs))]  # the one that was not used for longest
+                del self._graphs[next(iter(self._graphs))]  # the least recently used
             self._graphs[key] = self._recorded(count, options)
         self._graphs[key] = self._graphs.pop(key)
         return self._graphs[key]
 
-    def _recorded(self, count: int, options: Options | None) -> Callable[[], None]:
+    def _recorded(self, count: int, options: RowOptions | None) -> Callable[[], None]:
         state = self._state.first(count)
         cache = StaticCache(self.cache, state.lengths, state.active)
         step: Callable[[], None]
@@ -173,22 +172,23 @@ class GraphStepper:
         """Choose by logits (B, V) for the rows from the slot `first` on, by calls from Python."""
         for options, group in by_options(rows).items():
             slots = [first + i for i in group]
-            part, some = logits[group], self._state.copy(slots)  # (b, V)
+            index = upload(slots, logits.device)  # (b,)
+            part, some = logits[upload(group, logits.device)], self._state.copy(slots)  # (b, V)
             allowed = part
             for k, i in enumerate(group):
-                if rows[i].must_go_on(counts[i]):
+                if rows[i].suppresses_end(counts[i]):
                     allowed = forbid(allowed, k, rows[i].request.end_ids)
             report = self._reports_for(options)
             if report is None:
                 choose_next(part, some, options[0], None, allowed)
             else:
-                own, likeliest, values = (x[slots] for x in report)
+                own, likeliest, values = (x[index] for x in report)
                 choose_next(part, some, options[0], (own, likeliest, values), allowed)
                 for tensor, new in zip(report, (own, likeliest, values), strict=True):
-                    tensor[slots] = new
+                    tensor[index] = new
             self._state.write(slots, some)
 
-    def _reports_for(self, options: Options) -> Reports | None:
+    def _reports_for(self, options: RowOptions) -> Reports | None:
         """The buffers (slots,), (slots, K), (slots, K) for K likeliest tokens; None for none."""
         K = options[1]
         if K is None:
@@ -200,7 +200,15 @@ class GraphStepper:
         return self._reports[K]
 
 
-def _addresses(model: GPT) -> list[int]:
-    """What graphs of this model depend on: where its weights are, and its attention functions."""
-    attends = [id(m.attend) for m in model.modules() if isinstance(m, MultiQueryAttention)]
-    return [x.data_ptr() for x in (*model.parameters(), *model.buffers())] + attends
+def _fingerprint(model: GPT) -> list[object]:
+    """What graphs of this model depend on: where its weights are, and the numbers in its layers."""
+    found: list[object] = [x.data_ptr() for x in [*model.parameters(), *model.buffers()]]
+    found += [model.dtype]
+    for module in model.modules():
+        if isinstance(module, MultiQueryAttention):
+            found += [id(module.attend), module.scale]
+        elif isinstance(module, MLP):
+            found.append(module.activation)
+        elif isinstance(module, nn.LayerNorm):
+            found.append(module.eps)
+    return found

@@ -1,4 +1,4 @@
-"""Request: what is asked for one prompt, checked once where it is made and passed on as it is."""
+"""Request: a prompt and its generation options, checked once by `make_requests`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mqa_gpt.generation.speculative import Drafter, check_drafter
 from mqa_gpt.sampling import GREEDY, SamplingParams
 
 # A prompt's samples are held until the last of them is finished, with 64 tokens some 8 kB each:
-# this many take most of a gigabyte, and what estimates of pass@k ask for is far below.
+# this many take most of a gigabyte. Estimates of pass@k need far fewer.
 MAX_SAMPLES = 100_000
 
 
@@ -30,10 +30,11 @@ class Request:
         n: samples of the prompt, each a row of its own.
         end_ids: tokens that end a row.
         stop: texts that end a row; the engine, which sees no text, leaves them to its caller.
-        min_new_tokens: neither `end_ids` nor `stop` end a row before it has this many.
+        min_new_tokens: `end_ids` are suppressed until a row has this many, and `stop` texts that
+            begin among them do not count.
         logprobs: None, or how many of the likeliest tokens to report with the chosen one.
-        drafter: guesses ahead, so that the same tokens take fewer steps.
-        name: what messages call the prompt.
+        drafter: proposes tokens for speculative decoding; the output stays the same.
+        name: the prompt's name in messages.
     """
 
     prompt: tuple[int, ...]
@@ -63,7 +64,7 @@ def make_requests(
     truncate: bool = False,
     names: Sequence[str] | None = None,
 ) -> list[Request]:
-    """One request per prompt, all with the same options; nothing is computed.
+    """One request per prompt, all with the same options. The model is not run.
 
     Args:
         config: of the model that will run them.
@@ -71,13 +72,15 @@ def make_requests(
         max_new_tokens: None for as many as fit into the context after each prompt.
         truncate: cut the beginning of a prompt that leaves no room for `max_new_tokens`, instead
             of raising.
-        names: what messages call the prompts; "prompt 0", "prompt 1", ... if None.
+        names: of the prompts in messages; "prompt 0", "prompt 1", ... if None.
 
-    All else is described at `Request`.
+    The other arguments are fields of `Request`.
 
     Raises:
         PromptError: an unusable option, or unusable prompts, all of which it names.
     """
+    if not isinstance(sampling, SamplingParams):
+        raise PromptError(f"sampling is {shown(sampling)}: expected SamplingParams")
     if max_new_tokens is not None:
         max_new_tokens = require_int(PromptError, "max_new_tokens", max_new_tokens, 0)
     n = require_int(PromptError, "n", n, 1, MAX_SAMPLES)
@@ -96,16 +99,25 @@ def make_requests(
         )
     stops = stop_texts(stop)
     check_drafter(drafter, config)
-    ends = frozenset(end_ids)
-
+    ends = frozenset(
+        require_int(PromptError, "an end token", id_, 0, config.vocab_size - 1) for id_ in end_ids
+    )
+    if min_new_tokens and len(ends) == config.vocab_size:
+        raise PromptError("all tokens are end tokens: leave min_new_tokens at 0")
     lists = _as_lists(prompts)
     names = names or [f"prompt {i}" for i in range(len(lists))]
+    if len(names) != len(lists):
+        raise PromptError(f"there are {len(names)} names for {len(lists)} prompts")
     requests: list[Request] = []
     problems: dict[str, PromptError] = {}
     for name, prompt in zip(names, lists, strict=True):
         try:
             ids = _token_ids(config, prompt, name)
             ids, room = _fitted(config, ids, max_new_tokens, name, truncate=truncate)
+            if min_new_tokens > room:
+                raise PromptError(
+                    f"{name} leaves room for {room} of min_new_tokens {min_new_tokens}"
+                )
         except PromptError as error:
             problems[name] = error
             continue
@@ -129,7 +141,7 @@ def stop_texts(stop: Any) -> tuple[str, ...]:
     """The stop strings as a tuple; PromptError unless they are texts."""
     stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
     if not isinstance(stops, Sequence) or not all(isinstance(t, str) and t for t in stops):
-        raise PromptError(f"stop is {shown(stop)}: it must be a non-empty text or several")
+        raise PromptError(f"stop is {shown(stop)}: it must be a non-empty string or a list of them")
     for text in stops:
         require_text("stop", text)
     return tuple(stops)

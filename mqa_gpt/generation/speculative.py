@@ -17,7 +17,7 @@ A drafter is handed to `generate` or `LLM.generate` as `draft`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -39,14 +39,14 @@ class Proposer(Protocol):
         """Up to `most` tokens that may follow each text.
 
         Args:
-            rows: the number of the continuation that each text is; a finished one never returns.
+            rows: each text's row number; never reused.
             texts: prompt and new tokens so far, at least one; they grow from call to call.
             most: at least 1.
         """
 
 
 class Drafter:
-    """What every drafter has: `start`, which gives each generation a proposer of its own."""
+    """Base class; `start` returns a new proposer for each generation."""
 
     def start(self, rows: int) -> Proposer:
         """A proposer for at most this many continuations at a time."""
@@ -54,16 +54,17 @@ class Drafter:
 
 
 class PromptLookup(Drafter):
-    """Guesses that what followed the last tokens once follows them again (Saxena 2023).
+    """Proposes the tokens after the last occurrence of the current n-gram (Saxena 2023).
 
     Good where the output repeats the prompt or itself: edits, and code that follows a pattern.
 
     Args:
-        ngrams: lengths of what is looked up, the surest first.
+        ngrams: lengths of the n-grams, longest first.
     """
 
     def __init__(self, ngrams: Sequence[int] = (3, 2)) -> None:
-        if isinstance(ngrams, str | bytes) or not all(is_int(n) and n > 0 for n in ngrams):
+        is_list = isinstance(ngrams, Sequence) and not isinstance(ngrams, str | bytes)
+        if not is_list or not ngrams or not all(is_int(n) and n > 0 for n in ngrams):
             raise PromptError(f"ngrams is {shown(ngrams)}: it must be a list of integers above 0")
         self.ngrams = tuple(map(int, ngrams))
 
@@ -105,10 +106,13 @@ class DraftModel(Drafter):
     """Lets a smaller model with the same tokenizer guess, greedily.
 
     Args:
-        model: the smaller model, in eval mode. Texts beyond its context get no draft.
+        model: the smaller model, in eval mode. No row gets a draft once one has outgrown its
+            context.
     """
 
     def __init__(self, model: GPT) -> None:
+        if not isinstance(model, GPT):
+            raise PromptError(f"the draft model is {shown(model)}: it must be a GPT")
         self.model = model
 
     def start(self, rows: int) -> Proposer:
@@ -172,7 +176,7 @@ class _ModelProposer:
 
 
 class Speculation:
-    """One drafter in one generation: its proposer, and how much to draft given how it has done.
+    """One drafter in one generation: its proposer, and how much to draft given its acceptance rate.
 
     Attributes:
         proposed, accepted: tokens drafted so far, and how many of them the model chose too.
@@ -195,20 +199,22 @@ class Speculation:
         if most < 1:
             return [[] for _ in rows]
         # Copies, so that a drafter of the caller's cannot change what was generated.
-        guesses = self._proposer.propose(rows, [list(text) for text in texts], most)
+        guesses: Any = self._proposer.propose(list(rows), [list(text) for text in texts], most)
+        if not isinstance(guesses, list) or len(guesses) != len(rows):
+            raise PromptError(
+                f"the drafter gave {shown(guesses)} for {len(rows)} texts: it must give a list "
+                "with one list of ids, possibly empty, for each"
+            )
         for guess in guesses:
-            if len(guess) > most or not all(
-                is_int(id_) and 0 <= id_ < self._vocab_size for id_ in guess
+            if (
+                not isinstance(guess, list)
+                or len(guess) > most
+                or not all(is_int(id_) and 0 <= id_ < self._vocab_size for id_ in guess)
             ):
                 raise PromptError(
                     f"the drafter proposed {shown(guess)}: it must give at most {most} token ids "
                     f"from 0 to {self._vocab_size - 1}"
                 )
-        if len(guesses) != len(rows):
-            raise PromptError(
-                f"the drafter gave {len(guesses)} guesses for {len(rows)} texts: it must give one "
-                "list of ids, possibly empty, for each"
-            )
         return [list(map(int, guess)) for guess in guesses]
 
     def _next_count(self) -> int:

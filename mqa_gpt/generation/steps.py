@@ -8,7 +8,7 @@ calls the model's modules, or on a plain model the flat form of its forward pass
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,38 +17,44 @@ from torch import Tensor
 from mqa_gpt.cache import KVCache
 from mqa_gpt.fast.flat import Forward, flat_forward
 from mqa_gpt.generation.request import Request
-from mqa_gpt.generation.speculative import Drafter, Speculation
+from mqa_gpt.generation.speculative import Speculation
 from mqa_gpt.model import GPT
 from mqa_gpt.sampling import SamplingParams, choose, forbid, log_probabilities
+
+RowOptions = tuple[SamplingParams, int | None]  # sampling without its seed, and logprobs
 
 
 @dataclass(eq=False)
 class Row:
-    """One continuation under way.
+    """One active row: a continuation of a prompt.
 
     Attributes:
         request: what is asked.
-        number: which continuation of the engine's it is.
-        sample: which of its request's samples.
+        number: its number in the engine.
         draws: the numbers in [0, 1) that decide what is drawn, one per new token; empty if greedy.
-        text: the ids of prompt and output.
+        ids: of prompt and output.
         count: new tokens.
+        options: what rows that choose their tokens together have in common; the seed is in `draws`.
     """
 
     request: Request
     number: int
-    sample: int
     draws: list[float] = field(repr=False)
-    text: list[int] = field(repr=False)
+    ids: list[int] = field(repr=False)
     count: int = 0
+    options: RowOptions = field(init=False)
+
+    def __post_init__(self) -> None:
+        sampling = replace(self.request.sampling, seed=None)
+        self.options = sampling, self.request.logprobs
 
     @property
     def newest(self) -> int:
         """The last token, which is chosen but not yet fed."""
-        return self.text[-1]
+        return self.ids[-1]
 
-    def must_go_on(self, count: int) -> bool:
-        """Whether end tokens are ruled out for the new token after `count` others."""
+    def suppresses_end(self, count: int) -> bool:
+        """Whether end tokens are suppressed for new token `count`, from 0."""
         return bool(self.request.end_ids) and count < self.request.min_new_tokens
 
 
@@ -67,9 +73,11 @@ Results = list[tuple[int, list[Choice]]]
 class Stepper(Protocol):
     """What runs decode steps over the rows in the first slots of a cache."""
 
+    drafted: tuple[int, int]  # tokens drafted so far, and how many of them the model chose too
+
     @property
     def cache(self) -> KVCache:
-        """Where prompts are read into, before `begin`."""
+        """The cache that prompts are prefilled into before `begin`."""
 
     def begin(self, slot: int, rows: Sequence[Row], logits: Tensor) -> None:
         """Take over rows whose prompts are in the slots from `slot` on.
@@ -86,7 +94,7 @@ class Stepper(Protocol):
         """
 
     def remove(self, slot: int, last: int) -> None:
-        """The row of `slot` has left; that of the slot `last` takes its place."""
+        """Remove the row in `slot`, and move the one in the slot `last` there."""
 
 
 class ModelStepper:
@@ -94,12 +102,13 @@ class ModelStepper:
 
     Attributes:
         cache: (slots, length) positions.
-        speculations: the drafters of the requests so far, at work.
+        drafted: see `Stepper`.
     """
 
     def __init__(self, model: GPT, slots: int, length: int) -> None:
         self.cache = model.new_cache(slots, length)
-        self.speculations: dict[Drafter, Speculation] = {}
+        self.drafted = 0, 0
+        self._speculations: dict[int, Speculation] = {}  # by id of the drafter, while it has rows
         self._model = model
         self._forward: Forward | None = None  # made at the first step, as a first token needs none
         self._begun: tuple[int, Tensor] | None = None  # first slot and logits (B, V) of new rows
@@ -115,7 +124,7 @@ class ModelStepper:
                     shape = (self.cache.batch_size, logits.shape[1])
                     self._seen = torch.zeros(shape, dtype=torch.bool, device=logits.device)
                 self._seen[i] = False
-                self._seen[i, row.text] = True
+                self._seen[i, row.ids] = True
 
     def advance(self, rows: Sequence[Row]) -> Results:
         """See `Stepper`: the first tokens of the rows that were begun last, or else a step."""
@@ -125,7 +134,7 @@ class ModelStepper:
             first = self._choose(logits, new, range(slot, slot + len(new)), [0] * len(new))
             return [(i, [choice]) for i, choice in enumerate(first, slot)]
         if self._view is None:  # the cache lacks each row's newest token only
-            self._view = self.cache.rows(0, [len(row.text) - 1 for row in rows])
+            self._view = self.cache.rows(0, [len(row.ids) - 1 for row in rows])
         cache = self._view
         guesses = self._guess(rows, cache.max_length - cache.end - 1)
         width = max(map(len, guesses))
@@ -152,15 +161,17 @@ class ModelStepper:
     def _guess(self, rows: Sequence[Row], room: int) -> list[list[int]]:
         """The draft of each row, empty without a drafter."""
         guesses: list[list[int]] = [[] for _ in rows]
-        drafters = {drafter for row in rows if (drafter := row.request.drafter) is not None}
-        for drafter in drafters:
-            if drafter not in self.speculations:
-                self.speculations[drafter] = Speculation(
+        drafters = {id(d): d for row in rows if (d := row.request.drafter) is not None}
+        for gone in self._speculations.keys() - drafters.keys():
+            del self._speculations[gone]
+        for key, drafter in drafters.items():
+            if key not in self._speculations:
+                self._speculations[key] = Speculation(
                     drafter, self.cache.batch_size, self._model.config.vocab_size
                 )
             slots = [i for i, row in enumerate(rows) if row.request.drafter is drafter]
-            drafted = self.speculations[drafter].propose(
-                [rows[i].number for i in slots], [rows[i].text for i in slots], room
+            drafted = self._speculations[key].propose(
+                [rows[i].number for i in slots], [rows[i].ids for i in slots], room
             )
             for i, guess in zip(slots, drafted, strict=True):
                 guesses[i] = guess
@@ -195,14 +206,16 @@ class ModelStepper:
             ]  # fmt: skip
             if not undecided:
                 break
-        for drafter, speculation in self.speculations.items():
-            own = [i for i, row in enumerate(rows) if row.request.drafter is drafter]
+        for key, speculation in self._speculations.items():
+            own = [i for i, row in enumerate(rows) if id(row.request.drafter) == key]
+            proposed = sum(len(guesses[i]) for i in own)
             accepted = sum(
                 choice.id == guess
                 for i in own
                 for choice, guess in zip(chosen[i], guesses[i], strict=False)
             )
-            speculation.record(sum(len(guesses[i]) for i in own), accepted)
+            speculation.record(proposed, accepted)
+            self.drafted = self.drafted[0] + proposed, self.drafted[1] + accepted
         return chosen
 
     def _choose(
@@ -220,7 +233,7 @@ class ModelStepper:
             part = logits if len(groups) == 1 else logits[group]  # (b, V)
             allowed = part
             for k, i in enumerate(group):
-                if rows[i].must_go_on(counts[i]):
+                if rows[i].suppresses_end(counts[i]):
                     allowed = forbid(allowed, k, rows[i].request.end_ids)
             at = [slots[i] for i in group]
             seen = None
@@ -258,19 +271,14 @@ def report_choices(
     ]
 
 
-Options = tuple[SamplingParams, int | None]  # sampling and log-probabilities of a row
-
-
-def by_options(rows: Sequence[Row]) -> dict[Options, list[int]]:
+def by_options(rows: Sequence[Row]) -> dict[RowOptions, list[int]]:
     """The indices of the rows that share their options."""
-    first = rows[0].request
-    if all(row.request is first or row.request.sampling is first.sampling for row in rows) and all(
-        row.request.logprobs == first.logprobs for row in rows
-    ):  # the common case, without hashing
-        return {(first.sampling, first.logprobs): list(range(len(rows)))}
-    groups: dict[Options, list[int]] = {}
+    options = rows[0].options
+    if all(row.options == options for row in rows):  # the common case, without hashing
+        return {options: list(range(len(rows)))}
+    groups: dict[RowOptions, list[int]] = {}
     for i, row in enumerate(rows):
-        groups.setdefault((row.request.sampling, row.request.logprobs), []).append(i)
+        groups.setdefault(row.options, []).append(i)
     return groups
 
 

@@ -46,7 +46,7 @@ class RowText:
         self._stops = ()
 
     def take(self) -> str:
-        """Text not handed out yet, less an end that may turn out to begin a stop string."""
+        """New final text, holding back a suffix that could begin a stop string."""
         end = len(self.text)
         if not self.is_stopped:
             end -= max((self._overlap(stop) for stop in self._stops), default=0)

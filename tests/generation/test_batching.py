@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
 from mqa_gpt import GPT, KVCache, PromptError, PromptLookup
-from mqa_gpt.fast.int8_cache import Int8KVCache
 from mqa_gpt.generation import batching
 from mqa_gpt.generation.batching import Engine, Token
 from mqa_gpt.generation.request import Request, make_requests
@@ -123,14 +121,16 @@ def same_tokens(found: list[Token], expected: list[Token]) -> None:
         assert [v for _, v in token.top] == pytest.approx([v for _, v in other.top], abs=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}], ids=["greedy", "penalty"])
 @STEPPERS
 def test_requests_may_be_added_and_cancelled_while_others_run(
-    model: GPT, stepper: Any, monkeypatch: pytest.MonkeyPatch
+    model: GPT, stepper: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    requests = make_requests(CONFIG, PROMPTS, NEW_TOKENS)
+    sampling = SamplingParams(**options)
+    requests = make_requests(CONFIG, PROMPTS, NEW_TOKENS, sampling, logprobs=1)
     with monkeypatch.context() as patch:
         patch.setattr(batching, "can_replay", lambda model: False)
-        expected = by_row(engine_tokens(model, PROMPTS, NEW_TOKENS))
+        expected = by_row(engine_tokens(model, PROMPTS, NEW_TOKENS, sampling))
     engine, found = Engine(model, 3, 60), []
     for i, request in enumerate(requests):
         engine.add(request)
@@ -160,7 +160,7 @@ def test_a_request_that_the_engine_cannot_run_is_refused(model: GPT) -> None:
     assert engine.step() == []
 
 
-def test_multi_head_caches_are_shared_out_too() -> None:
+def test_the_engine_runs_multi_head_models_too() -> None:
     model = tiny_model(multi_query=False)
     found = by_row(engine_tokens(model, PROMPTS, NEW_TOKENS, end_ids=ENDS, slots=3))
     assert found == solo_runs(model, GREEDY)
@@ -297,79 +297,18 @@ def test_the_consumer_is_not_in_inference_mode(model: GPT) -> None:
         assert not torch.is_inference_mode_enabled()
 
 
-# ---------------------------------------------------------------------- engines that are used again
-
-
-def run(engine: Engine, requests: list[Request]) -> Iterator[Token]:
-    (first, *_), *_ = [engine.add(request) for request in requests]
-    while engine.is_busy:
-        for token in engine.step():
-            yield token._replace(row=token.row - first)
-
-
-def test_a_retired_engine_replays_its_graphs_in_further_generations(
-    model: GPT, graphs: list[Any]
-) -> None:
-    requests = make_requests(CONFIG, PROMPTS[:4], 12)
-    idle: list[Engine] = []
-    expected = None
-    for _ in range(3):
-        engine = Engine.for_requests(model, requests, idle=idle)
-        rows = by_row(run(engine, requests))
-        engine.retire(idle)
-        assert idle == [engine]
-        assert rows == (expected or rows)
-        expected = rows
-    assert len(graphs) == 1
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batching, "can_replay", lambda model: False)
-        assert by_row(engine_tokens(model, PROMPTS[:4], 12)) == expected
-
-
-def test_an_engine_is_not_used_again_for_other_weights_modules_or_sizes(replayed: None) -> None:
-    model = tiny_model()
-    requests = make_requests(CONFIG, PROMPTS[:2], 4)
-    engine = Engine.for_requests(model, requests)
-
-    def is_reused() -> bool:
-        return Engine.for_requests(model, requests, idle=[engine]) is engine
-
-    assert is_reused()
-    model.set_backend("reference")
-    assert not is_reused()
-    model.set_backend("auto")
-    hook = model.transformer.h[1].mlp.register_forward_hook(lambda *call: None)
-    assert not is_reused()
-    hook.remove()
-    model.cache_class = Int8KVCache
-    assert not is_reused()
-    model.cache_class = KVCache
-    assert is_reused()
-    requests = make_requests(CONFIG, PROMPTS[:3], 4)  # four slots
-    assert not is_reused()
-    requests = make_requests(CONFIG, PROMPTS[:2], 4, drafter=PromptLookup())
-    assert not is_reused()
-    requests = make_requests(CONFIG, PROMPTS[:2], 5)  # the same step of lengths
-    assert is_reused()
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
-    assert not is_reused()
-
-
-def test_a_retired_engine_needs_no_more_room_and_one_that_does_not_fit_gives_its_own_up(
-    replayed: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model()
-    requests = make_requests(CONFIG, PROMPTS[:2], 4)
-    idle = [Engine.for_requests(model, requests)]
-    monkeypatch.setattr(batching, "available_memory", lambda device: 0)
-    Engine.require_room(model, requests, idle=idle)
-    assert len(idle) == 1
-    with pytest.raises(PromptError, match=r"completions of .* tokens need"):
-        Engine.require_room(model, make_requests(CONFIG, PROMPTS[:3], 4), idle=idle)
-    assert idle == []
-
-
-def test_an_engine_that_only_calls_the_model_is_not_kept(model: GPT) -> None:
-    idle: list[Engine] = []
-    Engine(model, 1, 5).retire(idle)
-    assert idle == []
+@STEPPERS
+def test_an_engine_whose_step_raised_does_not_go_on(model: GPT, stepper: Any) -> None:
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.transformer.wpe.weight[12] = torch.nan
+    engine = Engine(broken, 2, 30)
+    for request in make_requests(CONFIG, [[1] * 10, [2]], 9):
+        engine.add(request)
+    engine.step()
+    engine.step()
+    with pytest.raises(FloatingPointError, match=r"^prompt 0"):
+        list(iter(engine.step, []))
+    with pytest.raises(RuntimeError, match="make a new engine"):
+        engine.step()
+    assert not engine.is_reusable

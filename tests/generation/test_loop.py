@@ -127,9 +127,7 @@ def test_the_prefill_chunk_limits_each_pass_and_does_not_change_the_tokens(model
 
 
 @pytest.mark.parametrize(("lengths", "width"), [([20], 8), ([20, 5], 4), ([20, 7, 1, 8], 3)])
-def test_elsewhere_than_on_a_cpu_all_rows_of_a_pass_share_its_positions(
-    monkeypatch, lengths, width
-):
+def test_on_a_gpu_all_rows_of_a_pass_share_its_positions(monkeypatch, lengths, width):
     monkeypatch.setattr(prefill_module, "PREFILL_POSITIONS", 8)
     monkeypatch.setattr(prefill_module, "MIN_CHUNK", 3)
     model = GPT(CONFIG).to("meta").eval()

@@ -118,10 +118,13 @@ def test_rows_with_options_of_their_own_share_a_graph_of_the_forward_pass(model,
     assert len(graphs) >= 2
 
 
-def test_the_graph_that_was_not_used_for_longest_is_dropped(model, graphs, monkeypatch):
+def test_the_least_recently_used_graph_is_dropped(model, replayed, monkeypatch):
     monkeypatch.setattr(replay, "MAX_GRAPHS", 2)
-    check_same_tokens(model, PROMPTS, (6, 16, 21, 11), SamplingParams(repetition_penalty=1.1))
-    assert len(graphs) == 3
+    stepper = replay.GraphStepper(model, 8, 20)
+    keys = [(count, (GREEDY, None)) for count in (8, 4, 8, 2)]
+    for key in keys:
+        stepper._graph(*key)
+    assert list(stepper._graphs) == [keys[2], keys[3]]
 
 
 def test_the_context_may_be_filled_to_the_last_token(model, graphs):

@@ -198,7 +198,7 @@ def test_a_drafter_cannot_change_what_was_generated() -> None:
     assert generate(model, [[1, 2]], 8, draft=Faulty([[4]])) == generate(model, [[1, 2]], 8)
 
 
-def test_a_draft_model_says_nothing_beyond_its_context() -> None:
+def test_a_draft_model_drafts_nothing_beyond_its_context() -> None:
     draft = DraftModel(model_of(n_positions=8)).start(2)
     assert [len(guess) for guess in draft.propose([0, 1], [[1, 2, 3], [4, 5]], 5)] == [5, 5]
     assert draft.propose([0], [[1, 2, 3, 4, 5, 6, 7, 8]], 5) == [[]]
