@@ -15,8 +15,8 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 # Where torch comes from, if not from pip's own index. On Linux that one has a build for GPUs, ten
 # times the size of the build for CPUs: "Get started" on PyTorch's site names the index of the latter.
 TORCH_INDEX ?=
-# Inputs of each kind in `make fuzz`: some twenty kinds.
-FUZZ ?= 5000
+# Inputs of each of the seventeen kinds in `make fuzz`.
+FUZZ ?= 6000
 # The oldest Triton that the kernels support, besides the one that constraints.txt pins.
 OLD_TRITON = 3.6.0
 OLD_TRITON_PATH = .venv/triton-$(OLD_TRITON)
