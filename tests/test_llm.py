@@ -28,7 +28,14 @@ from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.fast.packing import can_pack
 from mqa_gpt.generation import pool
 from mqa_gpt.machine import peak_memory
-from tests.helpers import SPECIALS, byte_tokenizer, our_model, reference_model, tiny_config
+from tests.helpers import (
+    SPECIALS,
+    byte_tokenizer,
+    our_model,
+    reference_model,
+    shapes_fed,
+    tiny_config,
+)
 
 
 class Reciting(GPT):
@@ -591,3 +598,10 @@ def test_end_tokens_that_the_model_does_not_have_are_left_out_or_refused(llm, tm
     everything = list(range(config.vocab_size))
     with pytest.raises(PromptError, match="all tokens are end tokens"):
         generate(llm.model, [[1]], 4, eos_token_id=everything, min_new_tokens=2)
+
+
+def test_a_stop_string_ends_the_work_and_not_only_the_text():
+    llm = reciting("abcdefgh")
+    with shapes_fed(llm.model) as shapes:
+        assert llm.generate("x", 50, stop="c").text == "ab"
+    assert len(shapes) == 3  # the prefill gives "a", two steps the others

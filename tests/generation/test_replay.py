@@ -16,8 +16,9 @@ from mqa_gpt.attention import reference_attention, sdpa_attention
 from mqa_gpt.fast.int8 import quantize
 from mqa_gpt.fast.int8_cache import Int8KVCache
 from mqa_gpt.generation import batching, replay
-from mqa_gpt.generation.batching import Token
+from mqa_gpt.generation.batching import Engine, Token
 from mqa_gpt.generation.replay import can_replay
+from mqa_gpt.generation.request import make_requests
 from mqa_gpt.sampling import GREEDY, SamplingParams
 from tests.helpers import (
     engine_tokens,
@@ -137,10 +138,18 @@ def test_the_longest_row_may_fill_the_context_after_others_came_and_went(model, 
     check_same_tokens(model, prompts, (20, 3, 19), slots=2)
 
 
-def test_a_free_slot_stays_at_its_beginning_for_as_long_as_others_run(model, graphs):
-    """The second row's slot is free for twice as many steps as it has positions."""
-    counts = (23, 1, *[24] * 15)
-    check_same_tokens(model, [[7 + i] for i in range(len(counts))], counts, slots=16)
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(1.0, seed=3)], ids=["greedy", "drawn"])
+def test_a_free_slot_stays_at_its_beginning_for_as_long_as_others_run(model, replayed, sampling):
+    """Three rows share the graph of four slots; the fourth is free for longer than it is."""
+    prompts = random_prompts(CONFIG, [1, 2, 3, 60])
+    check_same_tokens(model, prompts, (100, 100, 100, 3), sampling)
+    engine, tokens = Engine(model, 4, 30), 0
+    for _ in range(3):
+        for request in make_requests(CONFIG, prompts[:3], 20, sampling):
+            engine.add(request)
+        while engine.is_busy:
+            tokens += len(engine.step())
+    assert tokens == 3 * 3 * 20
 
 
 def test_a_chunked_prefill_and_the_fewest_tokens(model, replayed):
