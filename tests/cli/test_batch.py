@@ -306,7 +306,7 @@ def test_the_input_may_begin_with_a_byte_order_mark(tmp_path: Path):
         ('{"id": 1, "prefix": "a"}', "line 2 of {} holds prefix: it must"),
         ('{"id": 1, "prompt": "a", "prefix": "b"}', "line 2 of {} holds prompt and prefix"),
         ('{"task_id": 1.5, "prompt": "a"}', "line 2 of {} has the task_id 1.5: it must be"),
-        ('{"id": 1, "prompt": "a", "n": 2}', "line 2 of {} has an n of its own: --n gives"),
+        ('{"id": 1, "prompt": "a", "n": 2}', "line 2 of {} sets n, which only --n can set"),
         ('{"id": 1, "prompt": "a", "temperature": -1}', "line 2 (id 1): temperature is -1"),
         ('{"id": 1, "prompt": "a", "temperature": "1"}', "line 2 (id 1): temperature is '1'"),
         ('{"id": 1, "prompt": "a", "max_new_tokens": -1}', "line 2 (id 1): --max-new-tokens is -1"),
