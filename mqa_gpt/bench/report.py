@@ -111,13 +111,8 @@ class BenchReport:
         head = ["test", "batch", "by", "tok/s", "median", "GB/s", "MBU", "TFLOP/s", "MFU"]
         rows = [head + ["mqa-gpt is", "same tokens"] * has_peers]
         for r in self.results:
-            cells = [
-                r.test,
-                str(r.batch),
-                r.contender,
             spread = f" ± {r.stdev:,.1f}" if self.repeats > 1 else ""
             cells = [r.test, str(r.batch), r.contender, f"{r.mean:,.1f}{spread}"]
-            ]
             cells += [f"{r.median:,.1f}", _cell(r.gb_per_s, ".1f"), _cell(r.mbu, ".0%")]
             cells += [_cell(r.tflops, ".3g"), _cell(r.mfu, ".0%")]
             if has_peers:
@@ -140,7 +135,8 @@ class BenchReport:
                 f"attention {backend_text(self.asked_backend, self.backend)}{memory}",
                 f"ceilings: {c.read_gb_per_s:.1f} GB/s read, {c.copy_gb_per_s:.1f} GB/s copied, "
                 f"{c.matmul_tflops:.3g} TFLOP/s multiplied"
-                f"{'' if int8 is None else f', {int8:.3g} in 8 bits'}; {_counted(self.repeats, 'repeat')}",
+                f"{'' if int8 is None else f', {int8:.3g} in 8 bits'}; "
+                f"{_counted(self.repeats, 'repeat')}",
                 "",
                 *_table(rows),
                 "",
