@@ -28,7 +28,7 @@ def status() -> Iterator[Callable[[str], None]]:
 
     def report() -> None:
         while not ended.wait(PERIOD):
-            with suppress(OSError, ValueError):  # nobody reads it
+            with suppress(OSError, ValueError):  # stderr is closed
                 print(*stages[-1:], file=sys.stderr, flush=True)
 
     def say(stage: str) -> None:
@@ -45,7 +45,7 @@ def status() -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def progress(total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar, moved by the given function: how many are done, and a remark beside them.
+    """A progress bar, moved by the given function: how many are done, and a remark next to them.
 
     Where there is no terminal, a line as `status` prints it.
     """

@@ -208,7 +208,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, tokens: Any, vocab: dict[str, i
         flags = _flags(token, {"single_word": False, "lstrip": False, "rstrip": False})
         if any(flags.values()):
             raise _UnusableError(
-                f"its token {shown(content)} takes in its surroundings: {shown(flags)}"
+                f"its token {shown(content)} strips or joins its surroundings: {shown(flags)}"
             )
     tokenizer.add_tokens(
         [
@@ -243,4 +243,4 @@ def _flags(part: Any, defaults: dict[str, bool]) -> dict[str, bool]:
 def _refusal(name: str, part: Any, accepted: str) -> _UnusableError:
     """That a part is not among those this family uses."""
     kind = part.get("type", part) if isinstance(part, dict) else part
-    return _UnusableError(f"its {name} is {shown(kind)}: accepted is {accepted}")
+    return _UnusableError(f"its {name} is {shown(kind)}: expected {accepted}")

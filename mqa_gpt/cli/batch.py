@@ -30,17 +30,16 @@ from mqa_gpt.cli.options import (
     Json,
     Mode,
     NoSpecialTokens,
+    check_options,
 )
 from mqa_gpt.cli.output import BAD_INPUT, note, print_json, rate_text
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import InputError, PromptError, shown
 from mqa_gpt.fim import check_mode, infill_prompt
 from mqa_gpt.generation.completion import Generation, Stats
-from mqa_gpt.generation.request import make_requests
 from mqa_gpt.llm import BATCH_SIZE
 from mqa_gpt.machine import peak_memory
 from mqa_gpt.progress import progress
-from mqa_gpt.sampling import SamplingParams
 from mqa_gpt.tokenizer import Tokenizer
 
 MAX_NOTES = 10
@@ -149,29 +148,14 @@ def _check_options(
 ) -> None:
     """Raise an InputError for options that cannot be used, of the command or of a line."""
     check_mode(mode)
-    _check(config, n, **common)
+    common = {**common, "n": n}
+    check_options(config, common)
     for item in items:
         if item.own_options:
             try:
-                _check(config, n, **common | item.own_options)
+                check_options(config, common | item.own_options)
             except PromptError as error:
                 raise PromptError(f"{item.name}: {error}") from error
-
-
-def _check(
-    config: GPTConfig,
-    n: int,
-    *,
-    max_new_tokens: int | None,
-    min_new_tokens: int,
-    ignore_eos: object,
-    stop: list[str],
-    **sampling: Any,
-) -> None:
-    if not isinstance(ignore_eos, bool):
-        raise PromptError(f"ignore_eos is {shown(ignore_eos)}: it must be true or false")
-    params = SamplingParams(**sampling)
-    make_requests(config, [], max_new_tokens, params, n=n, stop=stop, min_new_tokens=min_new_tokens)
 
 
 def _recorded(model: CachedModelOptions, common: dict[str, Any], n: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from mqa_gpt.cli.options import (
     Statistics,
 )
 from mqa_gpt.cli.output import note, run
+from mqa_gpt.llm import LLM
 
 
 def generate(
@@ -52,16 +53,16 @@ def generate(
       mqa-gpt generate 'class Stack:' --temperature 0.8 --top-p 0.95 --n 4 --json
     """
     named_texts = prompt_texts(prompts or [], file or [])
-    texts = list(named_texts.values())
-    llm, load_seconds = model.load()
+    model.check()
+    options = generation.for_library()
+    llm, load_seconds = model.load(generation.draft)
     if not no_special_tokens:
         for name, text in named_texts.items():
             if unknown := llm.tokenizer.unknown_markers(text):
                 note(f"note: {', '.join(unknown)} in {name} is plain text to this model")
-    options = generation.for_library()
     options["draft"] = model.load_drafter(generation.draft, llm)
     started = llm.begin(
-        texts,
+        list(named_texts.values()),
         generation.max_new_tokens,
         n=generation.n,
         names=list(named_texts),
@@ -70,12 +71,9 @@ def generate(
         **options,
     )
     if generation.truncate:
-        for (name, text), completion in zip(
-            named_texts.items(), started.completions[:: generation.n], strict=True
-        ):
-            ids = llm.tokenizer.encode(text, special_tokens=not no_special_tokens)
-            if (cut := len(ids) - completion.prompt_tokens) > 0:
-                note(f"note: cut the first {cut:,} tokens of {name} to fit the context")
+        prompt_tokens = [c.prompt_tokens for c in started.completions[:: generation.n]]
+        for (name, text), kept in zip(named_texts.items(), prompt_tokens, strict=True):
+            _note_cut(llm, name, text, kept, generation.max_new_tokens, not no_special_tokens)
     if echo is None:
         echo = sys.stdout.isatty()
     run(
@@ -88,3 +86,16 @@ def generate(
         show_stats=stats,
         as_json=as_json,
     )
+
+
+def _note_cut(
+    llm: LLM, name: str, text: str, kept: int, max_new_tokens: int | None, special_tokens: bool
+) -> None:
+    """Say how much of a prompt was cut, if anything, to keep its last `kept` tokens."""
+    context = llm.model.config.n_positions
+    if kept < context - (1 if max_new_tokens is None else max_new_tokens):
+        return  # there was room for more
+    if len(text) > context * llm.tokenizer.max_token_bytes:  # seconds to tokenize as a whole
+        note(f"note: cut {name} to its last {kept:,} tokens to fit the context")
+    elif cut := len(llm.tokenizer.encode(text, special_tokens=special_tokens)) - kept:
+        note(f"note: cut the first {cut:,} tokens of {name} to fit the context")

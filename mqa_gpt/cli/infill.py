@@ -9,6 +9,7 @@ import typer
 from mqa_gpt.cli.input import MARKER, split_hole
 from mqa_gpt.cli.options import CachedModelOptions, Json, Mode, ReportedOptions, Statistics
 from mqa_gpt.cli.output import note, run
+from mqa_gpt.fim import check_mode
 
 
 def infill(
@@ -67,8 +68,10 @@ def infill(
       mqa-gpt infill app.py --at 12:8 --whole > filled.py
     """
     before, after = split_hole(file, at, marker, prefix, suffix)
-    llm, load_seconds = model.load()
+    model.check()
+    check_mode(mode)
     options = generation.for_library()
+    llm, load_seconds = model.load(generation.draft)
     options["draft"] = model.load_drafter(generation.draft, llm)
     started = llm.begin_infill(
         before,

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 from mqa_gpt.cli.input import name_of, read_text
 from mqa_gpt.errors import InputError, is_int, shown
 from mqa_gpt.generation.completion import Completion
+from mqa_gpt.generation.prompts import Options
 
 try:
     import fcntl
@@ -29,15 +30,7 @@ PROMPT_KEYS = ("id", "task_id", "prompt", "prefix", "suffix")
 # What a line may say for itself; null is the same as nothing.
 LINE_OPTIONS = (
     "max_new_tokens",
-    "min_new_tokens",
-    "ignore_eos",
-    "stop",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "seed",
+    *(name for name in Options.__annotations__ if name not in ("logprobs", "draft")),
 )
 
 
@@ -132,7 +125,7 @@ def read_items(path: str) -> tuple[list[Item], list[str]]:
         if item.id in items:
             raise InputError(f"{where} has the id {shown(item.id)} of line {items[item.id].line}")
         if "n" in entry:
-            raise InputError(f"{where} has an n of its own: --n gives all prompts as many samples")
+            raise InputError(f"{where} sets n, which only --n can set")
         item.own_options.update(
             {name: entry[name] for name in LINE_OPTIONS if entry.get(name) is not None}
         )
@@ -329,7 +322,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
 
 
 def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object at any depth; `json` itself takes the last of equal keys in silence."""
+    """A JSON object at any depth; `json` itself takes the last of equal keys silently."""
     seen: set[str] = set()
     for key, _ in pairs:
         if key in seen:

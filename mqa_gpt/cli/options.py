@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -25,16 +25,21 @@ from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.checkpoints.placement import as_device, as_dtype
 from mqa_gpt.cli.input import unescape
 from mqa_gpt.cli.output import note
-from mqa_gpt.config import GPTConfig
-from mqa_gpt.errors import InputError, shown
+from mqa_gpt.config import MAX_SIZE, GPTConfig
+from mqa_gpt.errors import InputError, PromptError, shown
 from mqa_gpt.fast.int8 import check_method
 from mqa_gpt.fast.int8_cache import cache_class
 from mqa_gpt.generation.prompts import Options
+from mqa_gpt.generation.request import make_requests
 from mqa_gpt.generation.speculative import Drafter, DraftModel, PromptLookup
 from mqa_gpt.llm import LLM
 from mqa_gpt.machine import threads_for
+from mqa_gpt.sampling import SamplingParams
 
 FIT = "fit"
+
+# With the largest vocabulary there can be: an option that this refuses, every model refuses.
+ANY_MODEL = GPTConfig(vocab_size=MAX_SIZE)
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
@@ -62,6 +67,16 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def check_options(config: GPTConfig, options: Mapping[str, Any]) -> None:
+    """Raise PromptError for options of a generation that cannot be used, without a prompt."""
+    options = dict(options)
+    ignore_eos = options.pop("ignore_eos", False)
+    if not isinstance(ignore_eos, bool):
+        raise PromptError(f"ignore_eos is {shown(ignore_eos)}: it must be true or false")
+    chosen = {f.name: options.pop(f.name) for f in fields(SamplingParams) if f.name in options}
+    make_requests(config, [], sampling=SamplingParams(**chosen), **options)
 
 
 def _count_or_fit(text: object) -> int | None:
@@ -97,8 +112,7 @@ Mode = Annotated[
     str,
     typer.Option(
         metavar="psm|spm",
-        help="Which part of an infilling the model reads first: the prefix (psm) or the suffix "
-        "(spm).",
+        help="Which part of an infill the model reads first: the prefix (psm) or the suffix (spm).",
     ),
 ]
 Preset = Annotated[
@@ -183,12 +197,12 @@ class ModelOptions(CheckpointOptions):
         typer.Option(
             metavar="N",
             min=1,
-            help="CPU threads. Default: one for a model too small for more, else PyTorch's choice.",
+            help="CPU threads. Default: 1 for small models, else PyTorch's choice.",
         ),
     ] = None
 
     def check(self) -> None:
-        """Raise InputError for a value that there is not, without touching the checkpoint."""
+        """Raise InputError for an unknown value, without touching the checkpoint."""
         device = as_device(self.device)
         as_dtype(self.dtype or torch.float32)
         select_attention(self.backend, device)
@@ -218,16 +232,24 @@ class CachedModelOptions(ModelOptions):
     ] = None
 
     def check(self) -> None:
-        """Raise InputError for a value that there is not, without touching the checkpoint."""
+        """Raise InputError for an unknown value, without touching the checkpoint."""
         super().check()
         cache_class(self.cache_dtype)
 
-    def load(self) -> tuple[LLM, float]:
-        """The loaded checkpoint, and the seconds that loading took."""
+    def load(self, draft: str | None = None) -> tuple[LLM, float]:
+        """The loaded checkpoint, and the seconds that loading took.
+
+        Args:
+            draft: what `load_drafter` loads next; a name that cannot be found is an error before
+                anything is loaded.
+        """
         begin = time.perf_counter()
+        if draft is not None and draft != "prompt":
+            resolve(draft)
+        folder = resolve(self.name_or_dir, self.revision)
+        self.set_threads(read_config(folder))
         llm = LLM.load(
-            self.name_or_dir,
-            revision=self.revision,
+            folder,
             device=self.device,
             dtype=self.dtype,
             backend=self.backend,
@@ -236,7 +258,6 @@ class CachedModelOptions(ModelOptions):
         )
         for text in llm.notes:
             note(f"note: {text}")
-        self.set_threads(llm.model.config)
         return llm, time.perf_counter() - begin
 
     def load_drafter(self, draft: str | None, llm: LLM) -> Drafter | None:
@@ -271,18 +292,18 @@ class GenerationOptions:
         ),
     ] = 64  # None: as many as fit
     min_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="Do not end before N tokens.")
+        int, typer.Option(metavar="N", help="Generate at least N tokens.")
     ] = 0
     ignore_eos: Annotated[
         bool,
-        typer.Option("--ignore-eos", help="Write on after an end-of-text token."),
+        typer.Option("--ignore-eos", help="Continue after end-of-text."),
     ] = False
     truncate: Annotated[
         bool,
         typer.Option(
             "--truncate",
-            help="If a text is too long, cut it: a prompt at its beginning, an infilling where "
-            "it is farthest from the hole.",
+            help="If a text is too long, cut it: a prompt at its beginning, an infill at the "
+            "ends far from the hole.",
         ),
     ] = False
     stop: Annotated[
@@ -324,12 +345,22 @@ class GenerationOptions:
     n: Annotated[int, typer.Option("--n", metavar="N", help="Write N samples per prompt.")] = 1
 
     def for_library(self) -> Options:
-        """The options of a single prompt as `LLM` takes them, its maximum of tokens apart."""
+        """The options of a single prompt as `LLM` takes them, its maximum of tokens apart.
+
+        Raises:
+            PromptError: one that no model takes.
+        """
+        options = self._options()
+        common = {"max_new_tokens": self.max_new_tokens, "n": self.n}
+        check_options(ANY_MODEL, {**options, **common})
         filters = ("top_k", "top_p", "min_p")
         given = [name for name in filters if getattr(self, name) is not None]
         if self.temperature == 0 and given:
             flags = " and ".join("--" + name.replace("_", "-") for name in given)
             note(f"note: at a temperature of 0, {flags} has no effect")
+        return options
+
+    def _options(self) -> Options:
         return Options(
             temperature=self.temperature,
             top_k=self.top_k,
@@ -362,6 +393,5 @@ class ReportedOptions(GenerationOptions):
         ),
     ] = None
 
-    def for_library(self) -> Options:
-        """The options of a single prompt as `LLM` takes them, its maximum of tokens apart."""
-        return {**super().for_library(), "logprobs": self.logprobs}
+    def _options(self) -> Options:
+        return {**super()._options(), "logprobs": self.logprobs}

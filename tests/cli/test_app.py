@@ -273,18 +273,79 @@ def test_a_file_whose_prompt_is_too_long_is_named(folder: str, tmp_path: Path):
     )
 
 
-def test_the_model_options_reach_the_library():
-    options = {"revision": "main", "device": "cpu", "dtype": "float32", "backend": "sdpa"}
+def test_the_model_options_reach_the_library(folder: str):
+    options = {"device": "cpu", "dtype": "float32", "backend": "sdpa"}
     options |= {"quantize": "int8", "cache_dtype": "int8"}
     flags = [
         part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", value)
     ]
+    flags += ["--model", "someone/model", "--revision", "main"]
     for command in ("generate", "infill"):
-        with mock.patch.object(LLM, "load", side_effect=KeyboardInterrupt) as load:
-            invoke(
-                command, "--model", "someone/model", *flags, *["--prefix=a"] * (command == "infill")
-            )
-        load.assert_called_once_with("someone/model", **options)
+        with (
+            mock.patch("mqa_gpt.cli.options.resolve", return_value=Path(folder)) as resolve,
+            mock.patch.object(LLM, "load", side_effect=KeyboardInterrupt) as load,
+        ):
+            invoke(command, *flags, *["--prefix=a"] * (command == "infill"))
+        resolve.assert_called_once_with("someone/model", "main")
+        load.assert_called_once_with(Path(folder), **options)
+
+
+@pytest.mark.parametrize("command", [("generate", "a"), ("infill", "--prefix", "a")])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "-1"], "--temperature is -1"),
+        (["--top-p", "2", "--temperature", "1"], "--top-p is 2"),
+        (["--n", "2"], "--n is 2 but temperature is 0"),
+        (["--stop", ""], "--stop is ''"),
+        (["--min-new-tokens", "100"], "--min-new-tokens is 100 and --max-new-tokens is 64"),
+        (["--logprobs", "-1"], "--logprobs is -1"),
+        (["--dtype", "int3"], "--dtype is 'int3'"),
+        (["--cache-dtype", "int3"], "--cache-dtype is 'int3'"),
+    ],
+)
+def test_options_are_checked_before_a_checkpoint_is_downloaded_or_loaded(
+    command: tuple[str, ...], flags: list[str], message: str
+):
+    with mock.patch("mqa_gpt.cli.options.resolve") as resolve:
+        says = refusal(*command, *flags, "-m", "someone/model")
+    assert says.startswith(message)
+    assert not resolve.called
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_model_options_are_checked_before_a_checkpoint_is_downloaded(command: str):
+    with mock.patch("mqa_gpt.cli.options.resolve") as resolve:
+        assert refusal(command, "--dtype", "int3", "-m", "a/b").startswith("--dtype is 'int3'")
+    assert not resolve.called
+
+
+def test_a_drafter_that_does_not_exist_is_an_error_before_the_model_is_loaded(folder: str):
+    with mock.patch.object(LLM, "load") as load:
+        says = refusal("generate", "-m", folder, "a", "--draft", "/no/such/folder")
+    assert says.startswith("there is no folder '/no/such/folder'")
+    assert not load.called
+
+
+def test_threads_are_set_before_the_checkpoint_is_loaded(folder: str):
+    calls = mock.Mock()
+    calls.load.side_effect = KeyboardInterrupt
+    with (
+        mock.patch.object(torch, "set_num_threads", calls.threads),
+        mock.patch.object(LLM, "load", calls.load),
+    ):
+        invoke("generate", "-m", folder, "a", "--threads", "3")
+    assert [call[0] for call in calls.mock_calls] == ["threads", "load"]
+
+
+def test_a_prompt_too_long_to_tokenize_as_a_whole_is_cut_with_a_note(folder: str):
+    run = ["generate", "-m", folder, "-", "--truncate", "--max-new-tokens", str(CONTEXT - 10)]
+    result = invoke(*run, stdin="a" * 20 * CONTEXT + "x")
+    assert result.stdout == "yz"
+    assert result.stderr == "note: cut prompt 0 to its last 10 tokens to fit the context\n"
+    assert invoke(*run, stdin="aaaaaaaaax").stderr == ""
+    short = invoke(*run, stdin="aaaaaaaaaax").stderr
+    assert short == "note: cut the first 1 tokens of prompt 0 to fit the context\n"
 
 
 def test_multi_byte_characters_arrive_whole(folder: str):
@@ -377,7 +438,7 @@ def test_a_text_that_is_too_long_is_cut_only_when_asked_and_says_what(folder: st
         (["-", "--prefix", "a"], "not both"),
         (["--prefix", "a", "--at", "1:1"], "FILE"),
         (["-", "--at", "1:1", "--marker", "x"], "not both"),
-        (["-"], "'<FILL>' 0 times"),
+        (["-"], "contains no '<FILL>': mark one place"),
         (["-", "--marker", "b"], "'b' 2 times"),
         (["-", "--marker", ""], "empty"),
         (["-", "--at", "1"], "12:8"),

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -306,7 +307,7 @@ def test_the_input_may_begin_with_a_byte_order_mark(tmp_path: Path):
         ('{"id": 1, "prefix": "a"}', "line 2 of {} holds prefix: it must"),
         ('{"id": 1, "prompt": "a", "prefix": "b"}', "line 2 of {} holds prompt and prefix"),
         ('{"task_id": 1.5, "prompt": "a"}', "line 2 of {} has the task_id 1.5: it must be"),
-        ('{"id": 1, "prompt": "a", "n": 2}', "line 2 of {} has an n of its own: --n gives"),
+        ('{"id": 1, "prompt": "a", "n": 2}', "line 2 of {} sets n, which only --n can set"),
         ('{"id": 1, "prompt": "a", "temperature": -1}', "line 2 (id 1): temperature is -1"),
         ('{"id": 1, "prompt": "a", "temperature": "1"}', "line 2 (id 1): temperature is '1'"),
         ('{"id": 1, "prompt": "a", "max_new_tokens": -1}', "line 2 (id 1): --max-new-tokens is -1"),
@@ -697,7 +698,7 @@ def test_a_disk_that_is_full_keeps_whole_results_and_no_empty_file(
     [
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--n", "2"], "--n is 2 but temperature is 0"),
-        (["--mode", "pms"], "--mode is 'pms': accepted are psm, spm"),
+        (["--mode", "pms"], "--mode is 'pms': expected one of psm, spm"),
         (["--stop", ""], "--stop is ''"),
     ],
 )
@@ -708,6 +709,13 @@ def test_an_option_out_of_range_is_bad_input(run: list[str], flags: list[str], s
 def test_an_unknown_mode_is_bad_input_even_without_a_hole(run: list[str], tmp_path: Path):
     write_lines(tmp_path / "in", PROMPTS[:2])
     assert "--mode is 'bogus'" in refusal(*run, "--mode", "bogus")
+
+
+def test_the_help_and_the_guide_list_the_options_of_a_line():
+    guide = Path(__file__).parents[2] / "docs/cli.md"
+    for text in (invoke("batch", "--help").stdout, guide.read_text()):
+        (listed,) = re.findall(r"line alone:(.*?)\. Other keys", " ".join(text.split()))
+        assert sorted(re.findall(r"\w+", listed)) == sorted(jsonl.LINE_OPTIONS)
 
 
 def test_a_missing_input_is_bad_input(run: list[str]):
