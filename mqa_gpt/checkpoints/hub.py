@@ -24,6 +24,7 @@ FILES = [
     "tokenizer.json",
     "vocab.json",
     "merges.txt",
+    "added_tokens.json",
     "adapter_config.json",
     "quantize_config.json",
     "quant_config.json",

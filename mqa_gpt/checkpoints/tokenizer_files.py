@@ -19,7 +19,7 @@ from mqa_gpt.checkpoints.files import is_there, read_json
 from mqa_gpt.errors import CheckpointError, shown
 from mqa_gpt.tokenizer import BYTE_OF_LETTER, TOKENIZER_FILE
 
-VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
+VOCAB_FILE, MERGES_FILE, ADDED_FILE = "vocab.json", "merges.txt", "added_tokens.json"
 
 # StarCoder's file has 1.5 MB and 49,152 entries.
 MAX_FILE_BYTES = 16_000_000
@@ -52,6 +52,11 @@ def load_tokenizer(folder: Path) -> tokenizers.Tokenizer:
             return _build(_read(file))
         file = folder / VOCAB_FILE
         if is_there(file) and is_there(folder / MERGES_FILE):
+            if is_there(folder / ADDED_FILE):
+                raise _UnusableError(
+                    f"{ADDED_FILE} adds tokens to it, which only a {TOKENIZER_FILE} is read with: "
+                    "make one with transformers' AutoTokenizer and save_pretrained"
+                )
             return _build(_describe(_read(file), _read_lines(folder / MERGES_FILE)))
     except _UnusableError as reason:
         raise CheckpointError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -197,6 +198,7 @@ class ModelOptions(CheckpointOptions):
         typer.Option(
             metavar="N",
             min=1,
+            max=4 * (os.cpu_count() or 1),  # far more of them crash the process
             help="CPU threads. Default: 1 for small models, else PyTorch's choice.",
         ),
     ] = None

@@ -146,6 +146,14 @@ def test_merges_that_are_not_utf8_are_an_error_that_names_them(tmp_path):
         Tokenizer.from_pretrained(tmp_path)
 
 
+def test_older_files_with_added_tokens_are_refused_rather_than_read_without_them(tmp_path):
+    write_older_files(tmp_path, entries(), [])
+    Tokenizer.from_pretrained(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<fim-prefix>": 300}')
+    with pytest.raises(CheckpointError, match=r"added_tokens.json adds tokens .* make one with"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
 def test_a_folder_without_a_tokenizer_is_an_error_that_names_it(tmp_path):
     with pytest.raises(CheckpointError, match=rf"{tmp_path.name} holds no tokenizer\.json"):
         Tokenizer.from_pretrained(tmp_path)

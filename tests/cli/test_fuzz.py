@@ -41,7 +41,7 @@ OPTIONS = {
     "--repetition-penalty": NUMBERS,
     "--seed": NUMBERS,
     "--n": [number for number in NUMBERS if number not in (str(2**31), str(2**64), "9" * 400)],
-    "--threads": ["1", "0", "-1", "x"],
+    "--threads": ["1", "0", "-1", "40000", "x"],
     "--stop": TEXTS,
     "--device": TEXTS,
     "--dtype": TEXTS + WORDS,
