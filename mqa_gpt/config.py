@@ -84,7 +84,7 @@ class GPTConfig:
         name = self.activation_function
         if not isinstance(name, str) or name not in ACTIVATIONS:
             raise ConfigError(
-                f"activation_function is {shown(name)}: accepted are {', '.join(ACTIVATIONS)}"
+                f"activation_function is {shown(name)}: expected one of {', '.join(ACTIVATIONS)}"
             )
         for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             require_number(

@@ -74,7 +74,7 @@ def require_number(
 def require_text(name: str, value: Any) -> None:
     """Raise PromptError, naming the value, unless it is a str that UTF-8 can express."""
     if not isinstance(value, str):
-        raise PromptError(f"{name} is {type(value).__name__}: it must be a str")
+        raise PromptError(f"{name} is of type {type(value).__name__}, not str")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -94,7 +94,7 @@ def truncated_infill_prompt(
             "there is room for text; ask for fewer new tokens"
         )
     room = int(max_tokens) - taken
-    # More characters than `room` tokens can hold would be tokenized in vain.
+    # More characters than `room` tokens can hold would be tokenized needlessly.
     fits = max(room * tokenizer.max_token_bytes, COUNTED)
     before = tokenizer.encode(prefix[-fits:], special_tokens=False)
     after = tokenizer.encode(suffix[:fits], special_tokens=False)
@@ -144,7 +144,7 @@ def fim_transform(
 def check_mode(mode: str) -> None:
     """Raise PromptError unless it is one of the two."""
     if mode not in MODES:
-        raise PromptError(f"mode is {shown(mode)}: accepted are {', '.join(MODES)}")
+        raise PromptError(f"mode is {shown(mode)}: expected one of {', '.join(MODES)}")
 
 
 def _check(tokenizer: Tokenizer, prefix: str, suffix: str, mode: str) -> FimTokens:

@@ -34,8 +34,8 @@ ONE_THREAD_PARAMETERS = 10_000_000
 # Installs a checkout and the programs it is compared with, as the README says.
 INSTALL_PEERS = ".venv/bin/pip install -c constraints.txt -e '.[bench]'"
 
-# The threads of OpenMP (libgomp) do not survive a fork, and the next product waits for them for
-# ever; with one thread a child process needs none of them.
+# The threads of OpenMP (libgomp) do not survive a fork, and the next product would wait for them
+# forever; with one thread a child process needs none of them.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 

@@ -28,7 +28,7 @@ def status() -> Iterator[Callable[[str], None]]:
 
     def report() -> None:
         while not ended.wait(PERIOD):
-            with suppress(OSError, ValueError):  # nobody reads it
+            with suppress(OSError, ValueError):  # stderr is closed
                 print(*stages[-1:], file=sys.stderr, flush=True)
 
     def say(stage: str) -> None:

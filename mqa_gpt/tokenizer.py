@@ -227,7 +227,7 @@ class Tokenizer:
         )
 
     def _require_bytes(self, text: str) -> None:
-        """Raise PromptError if a byte of the text has no entry: it would be left out in silence."""
+        """Raise PromptError if a byte of the text has no entry: it would be left out silently."""
         data = text.encode()
         if len(data.translate(None, self._missing)) < len(data):
             lost = next(letter for letter in text if set(letter.encode()) & set(self._missing))

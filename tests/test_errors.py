@@ -38,8 +38,8 @@ def test_any_text_that_utf8_can_express_is_accepted(value):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (None, "stop is NoneType: it must be a str"),
-        (b"x", "stop is bytes: it must be a str"),
+        (None, "stop is of type NoneType, not str"),
+        (b"x", "stop is of type bytes, not str"),
         ("ab\udcff", r"stop holds a lone surrogate \(U\+DCFF\) at character 2"),
     ],
 )

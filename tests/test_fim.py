@@ -124,7 +124,7 @@ def test_a_tokenizer_without_infilling_tokens_cannot_infill():
 
 
 def test_an_unknown_mode_is_an_error_that_lists_the_modes():
-    with pytest.raises(PromptError, match="'mps': accepted are psm, spm"):
+    with pytest.raises(PromptError, match="'mps': expected one of psm, spm"):
         infill_prompt(STARCODER, "a", "b", mode="mps")
 
 

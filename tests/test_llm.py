@@ -29,7 +29,7 @@ from tests.helpers import SPECIALS, byte_tokenizer, our_model, reference_model, 
 
 
 class Reciting(GPT):
-    """Says `script` one token after the other after a prompt of any length, the last for ever."""
+    """Says `script` one token after the other after a prompt of any length, the last forever."""
 
     def __init__(self, script: list[int], prompt_length: int, vocab_size: int) -> None:
         super().__init__(
@@ -395,7 +395,7 @@ def test_no_prompts_and_no_new_tokens_are_nothing_to_do(llm):
         (None, {}, "prompts are None"),
         (["a", 5], {}, "prompt 1: text is int"),
         (["a", ("b", "c", "d")], {}, "prompt 1: text is tuple"),
-        (["a", ("b", None)], {}, "prompt 1: suffix is NoneType"),
+        (["a", ("b", None)], {}, "prompt 1: suffix is of type NoneType"),
         (["a", "\ud800"], {}, "prompt 1: .* surrogate"),
         (["a", ("b", "c")], {"mode": "pms"}, "^mode is 'pms'"),
         (["a"], {"mode": "pms"}, "^mode is 'pms'"),

@@ -117,7 +117,7 @@ def test_an_allocation_that_failed_is_told_from_other_errors() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_a_forked_child_generates_too(tmp_path: Path) -> None:
-    """With the threads of its parent, which do not exist there, it would wait for ever."""
+    """With the threads of its parent, which do not exist there, it would wait forever."""
     script = """if True:
         import os, torch
         torch.set_num_threads(2)

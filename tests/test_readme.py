@@ -134,7 +134,7 @@ def test_what_else_is_needed_is_installed_by_one_command_wherever_it_is_said():
 
 
 def test_every_file_in_the_tree_exists():
-    (tree,) = re.findall(r"## What is where\n\n(.*?)\n\n", README, re.DOTALL)
+    (tree,) = re.findall(r"## Layout\n\n(.*?)\n\n", README, re.DOTALL)
     for line in tree.splitlines():
         folder = ROOT / "mqa_gpt" if line.startswith("      ") else ROOT
         names = re.findall(r"(\w+)/", line[:28])

@@ -293,7 +293,7 @@ def test_a_character_whose_bytes_have_no_entry_is_an_error_and_not_left_out():
 @pytest.mark.parametrize("text", [b"bytes", None, 3, ["a"]])
 def test_a_text_that_is_not_a_str_is_an_error_that_names_the_type(text):
     for act in (STARCODER_LIKE.encode, STARCODER_LIKE.min_tokens):
-        with pytest.raises(PromptError, match=f"text is {type(text).__name__}"):
+        with pytest.raises(PromptError, match=f"text is of type {type(text).__name__}"):
             act(text)
 
 

@@ -82,10 +82,18 @@ def forward_kernel(
 ):  # fmt: skip
     """Attention of one tile of M folded rows over all of its keys, or over one split of them.
 
-    Grid: (row tiles, B * G, num_splits). Reads q (B, T, H, D), k and v (B, S, G, D); writes out
-    (num_splits, B, T, H, D) and lse (num_splits, B, T, H), the natural log-sum-exp of each row's
-    scores. A row that sees no key gets zeros and -inf. Source: FlashAttention-2 (Dao 2023); with
-    several splits Flash-Decoding (Dao et al. 2023).
+    Grid: (row tiles, B * G, num_splits). Reads
+
+        q (B, T, H, D), k and v (B, S, G, D)
+        start (B,)    added to offset: the slot of each row's first new token; None: offset alone
+        lengths (B,)  valid new tokens of each row, at most T; None: T
+        left (B,)     each row's first slots that are padding; None: 0
+        seed (1,)     int64, of dropout; None: no dropout
+
+    and writes out (num_splits, B, T, H, D) and lse (num_splits, B, T, H), the natural log-sum-exp
+    of each row's scores. A row that sees no key gets zeros and -inf.
+
+    Source: FlashAttention-2 (Dao 2023); with several splits Flash-Decoding (Dao et al. 2023).
     """
     launch_dependents(OVERLAP)
     await_inputs(OVERLAP)

@@ -179,7 +179,7 @@ def load_ctranslate2(folder: Path, model: GPT) -> Iterator[Program]:
 def end_with_parent() -> None:
     """End this process when its parent ends, even if the parent is killed.
 
-    Otherwise a worker of a pool would wait for work for ever, with the weights in memory.
+    Otherwise a worker of a pool would wait for work forever, with the weights in memory.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None

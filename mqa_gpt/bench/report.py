@@ -111,7 +111,8 @@ class BenchReport:
         head = ["test", "batch", "by", "tok/s", "median", "GB/s", "MBU", "TFLOP/s", "MFU"]
         rows = [head + ["mqa-gpt is", "same tokens"] * has_peers]
         for r in self.results:
-            cells = [r.test, str(r.batch), r.contender, f"{r.mean:,.1f} ± {r.stdev:,.1f}"]
+            spread = f" ± {r.stdev:,.1f}" if self.repeats > 1 else ""
+            cells = [r.test, str(r.batch), r.contender, f"{r.mean:,.1f}{spread}"]
             cells += [f"{r.median:,.1f}", _cell(r.gb_per_s, ".1f"), _cell(r.mbu, ".0%")]
             cells += [_cell(r.tflops, ".3g"), _cell(r.mfu, ".0%")]
             if has_peers:
@@ -119,7 +120,9 @@ class BenchReport:
                 cells.append({None: "", True: "yes", False: "no"}[r.same_tokens])
             rows.append(cells)
         threads = self.environment["cpu"]["threads"]
-        where = f"{self.device}, {threads} threads" if self.device == "cpu" else self.device
+        where = (
+            f"{self.device}, {_counted(threads, 'thread')}" if self.device == "cpu" else self.device
+        )
         peak = self.peak_memory_bytes
         memory = "" if peak is None else f", peak memory {peak / 1e9:.2f} GB"
         weights = "" if self.quantize is None else f" with {self.quantize} weights"
@@ -132,7 +135,8 @@ class BenchReport:
                 f"attention {backend_text(self.asked_backend, self.backend)}{memory}",
                 f"ceilings: {c.read_gb_per_s:.1f} GB/s read, {c.copy_gb_per_s:.1f} GB/s copied, "
                 f"{c.matmul_tflops:.3g} TFLOP/s multiplied"
-                f"{'' if int8 is None else f', {int8:.3g} in 8 bits'}; {self.repeats} repeats",
+                f"{'' if int8 is None else f', {int8:.3g} in 8 bits'}; "
+                f"{_counted(self.repeats, 'repeat')}",
                 "",
                 *_table(rows),
                 "",
@@ -149,6 +153,10 @@ def count_text(count: int) -> str:
     """A number of parameters in three digits, such as "5.46 M" or "15.5 B"."""
     value, unit = (count / 1e9, "B") if count >= 999.5e6 else (count / 1e6, "M")
     return f"{value:.3g} {unit}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _table(rows: list[list[str]]) -> list[str]:

@@ -36,10 +36,10 @@ from mqa_gpt.bench.peers import OURS, PEERS, Program, ours, require_peers, tempo
 from mqa_gpt.bench.report import BenchReport, Result
 from mqa_gpt.bench.timing import take_turns
 from mqa_gpt.cache import cache_bytes
-from mqa_gpt.checkpoints.headers import read_config
+from mqa_gpt.checkpoints.headers import read_config, stored_dtype
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.load import DEMO_DIR, empty_model, load_model
-from mqa_gpt.checkpoints.placement import as_device, as_dtype
+from mqa_gpt.checkpoints.placement import as_device, as_dtype, fast_dtype
 from mqa_gpt.config import PRESETS, GPTConfig
 from mqa_gpt.errors import InputError, is_int, shown
 from mqa_gpt.fast.int8 import check_method, is_quantized
@@ -104,7 +104,8 @@ def benchmark(
         shape: the name of a preset, which gets random weights.
         model, revision: instead, a checkpoint (see `load_model`); the demo if there is neither.
         device, backend, quantize: see `load_model`. Peers get the weights before quantization.
-        dtype: None keeps the checkpoint's; for a shape it is float32 on a CPU, else bfloat16.
+        dtype: None is what `LLM.load` chooses for a checkpoint; for a shape it is float32 on a CPU,
+            else bfloat16.
         prompt_lengths, new_lengths: in tokens. 0 leaves out the tests that would need them.
         batches: rows.
         repeats: rounds, after one to warm up.
@@ -281,7 +282,10 @@ def _load(
     """The model to measure, after checking that the tests fit into context and memory."""
     if shape is None:
         folder = resolve(DEMO_DIR if name is None else name, revision)
-        _require_context(read_config(folder), tests)
+        config = read_config(folder)
+        _require_context(config, tests)
+        if dtype is None:  # as `LLM.load`, so that what is measured is what generates
+            dtype, _ = fast_dtype(stored_dtype(folder), as_device(device), config.parameters)
         model = load_model(folder, device=device, dtype=dtype, backend=backend)
         _require_room(model, model.dtype, model.device, tests, compare, loaded=True)
         return model

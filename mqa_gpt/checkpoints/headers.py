@@ -1,4 +1,4 @@
-"""What a checkpoint folder says of itself: its config, its tensors, and what loading leaves out."""
+"""What a checkpoint folder declares: its config, its tensors, and what loading leaves out."""
 
 from __future__ import annotations
 

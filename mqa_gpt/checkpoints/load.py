@@ -65,8 +65,8 @@ def load_model(
     without "transformer.", a tied embedding stored as `lm_head` or `wte`, the mask buffers of old
     versions (skipped), and original SantaCoder's separate and transposed projections. Tensors are
     copied one by one from the mapped file into the model, so peak memory is the model plus its
-    largest tensor as stored. A checkpoint that another process saves over meanwhile loads as it
-    was before or after, or not at all.
+    largest tensor as stored. A checkpoint that another process saves over meanwhile
+    loads entirely old, entirely new, or raises.
 
     Args:
         name_or_dir, revision: see `resolve`.
@@ -74,7 +74,7 @@ def load_model(
         device: None takes CUDA where there is one, else the CPU.
         backend: attention backend (see `mqa_gpt.attention`).
         quantize: "int8" makes the weights 8-bit integers as they are read (see
-            `mqa_gpt.fast.int8`); those of a checkpoint that was saved so are, in any case.
+            `mqa_gpt.fast.int8`); a checkpoint saved as int8 stays int8.
         packed: pack the weights for speed where `mqa_gpt.fast.packing` can, straight from the
             mapped files. Such a model cannot be trained, edited or saved.
 

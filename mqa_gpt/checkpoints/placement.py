@@ -45,7 +45,7 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
         name = dtype.removeprefix("torch.")
         found = DTYPES.get(DTYPE_ALIASES.get(name, name))
     if found not in DTYPES.values():
-        raise InputError(f"dtype is {shown(dtype)}: accepted are {', '.join(DTYPES)}")
+        raise InputError(f"dtype is {shown(dtype)}: expected one of {', '.join(DTYPES)}")
     return DTYPES[str(found).removeprefix("torch.")]
 
 
@@ -90,8 +90,8 @@ def fast_dtype(
             f"take {4 * parameters / 1e9:.2f} GB, and {room / 1e9:.2f} GB are available"
         )
     return torch.float32, (
-        f"running in float32, because this processor is slow in {name}: --dtype {name} "
-        f"(dtype='{name}') keeps the checkpoint's"
+        f"running in float32, since this processor is slow in {name}; pass --dtype {name} "
+        f"(dtype='{name}') to keep it"
     )
 
 

@@ -83,8 +83,10 @@ def save_model(
         del values[CONFIG_KEY]
     values["dtype"] = str(model.dtype).removeprefix("torch.")
 
-    # On the same disk as the folder. pathlib would raise where the folder may not be seen.
+    # On the same disk as the folder. pathlib would raise where the folder is not accessible.
     disk = folder if os.path.isdir(folder) else folder.parent  # noqa: PTH112
+    if os.path.isfile(folder):  # noqa: PTH113
+        raise CheckpointError(f"{folder} is a file: choose another folder")
     unique = uuid.uuid4().hex[:8]
     temporary = disk / f".writing-{unique}"
     moving = False
@@ -123,9 +125,10 @@ def save_model(
                 f"the checkpoint is written but cannot be moved into {folder} ({error}): move the "
                 f"files of {temporary} there by hand"
             ) from None
+        is_barred = isinstance(error, (PermissionError, NotADirectoryError, FileExistsError))
+        advice = "choose another folder" if is_barred else "make room there, or choose another"
         raise CheckpointError(
-            f"the checkpoint cannot be written to {folder} ({error}): make room there, or choose "
-            "another folder"
+            f"the checkpoint cannot be written to {folder} ({error}): {advice}"
         ) from None
     finally:
         if not moving:

@@ -208,7 +208,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, tokens: Any, vocab: dict[str, i
         flags = _flags(token, {"single_word": False, "lstrip": False, "rstrip": False})
         if any(flags.values()):
             raise _UnusableError(
-                f"its token {shown(content)} takes in its surroundings: {shown(flags)}"
+                f"its token {shown(content)} strips or joins its surroundings: {shown(flags)}"
             )
     tokenizer.add_tokens(
         [

@@ -58,7 +58,7 @@ def bench(
     """
     output = "json" if as_json else output
     if output not in ("md", "csv", "json"):
-        raise InputError(f"output is {output!r}: accepted are md, csv, json")
+        raise InputError(f"output is {output!r}: expected one of md, csv, json")
     lengths = [
         numbers(text, option)
         for text, option in ((n_prompt, "--n-prompt"), (n_gen, "--n-gen"), (batch, "--batch"))

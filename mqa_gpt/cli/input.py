@@ -110,9 +110,10 @@ def _split_at_marker(text: str, marker: str, name: str) -> tuple[str, str]:
         raise PromptError("--marker is empty: give the text that stands where the hole is")
     count = text.count(marker)
     if count != 1:
+        found = f"{marker!r} {count} times" if count else f"no {marker!r}"
         raise PromptError(
-            f"{name} holds {marker!r} {count} times: it must stand there once, where the hole is; "
-            "or give another --marker, or a position with --at LINE:COLUMN"
+            f"{name} contains {found}: mark one place with it, or give another --marker, or a "
+            "position with --at LINE:COLUMN"
         )
     before, _, after = text.partition(marker)
     return before, after

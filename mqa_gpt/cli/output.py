@@ -69,7 +69,7 @@ def run(
             with progress(generation.stats.rows, "completion") as show:
                 for _ in generation:
                     show(generation.stats.finished_rows, rate_text(generation.stats))
-    except KeyboardInterrupt:  # what there is so far is printed all the same
+    except KeyboardInterrupt:  # print the partial output
         interrupted = True
     except FloatingPointError:
         write("\n" if streamed and sys.stdout.isatty() else "")

@@ -32,6 +32,7 @@ from mqa_gpt.bench.run import benchmark, random_model
 from mqa_gpt.cli.app import app
 from mqa_gpt.cli.output import print_json
 from mqa_gpt.errors import InputError
+from mqa_gpt.fast import packing
 from mqa_gpt.machine import INSTALL_PEERS
 from tests.fake_cuda import Tape
 from tests.helpers import random_ids, tiny_config
@@ -148,6 +149,23 @@ def test_programs_with_8_bit_weights_are_measured_by_products_of_8_bit_integers(
     plain = benchmark(model=folder, device="cpu", clock=clock_of([1.0] * 4), **lengths)
     assert plain.ceilings.tflops(1) == plain.ceilings.matmul_tflops
     assert "8 bits" not in plain.to_markdown()
+
+
+def test_a_checkpoint_is_measured_in_the_dtype_that_generation_uses(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "_multiplies_bfloat16", lambda: False)
+    GPT(tiny_config()).to(torch.float16).save_pretrained(tmp_path / "half")
+    run = {"model": tmp_path / "half", "prompt_lengths": [2], "new_lengths": [], "repeats": 1}
+    assert benchmark(**run, device="cpu").dtype == "float32"
+    assert benchmark(**run, device="cpu", dtype="float16").dtype == "float16"
+
+
+def test_a_single_round_has_no_deviation(folder):
+    run = {"model": folder, "device": "cpu", "prompt_lengths": [2], "new_lengths": []}
+    one, two = (benchmark(**run, repeats=repeats).to_markdown() for repeats in (1, 2))
+    assert "; 1 repeat\n" in one
+    assert "±" not in one
+    assert "; 2 repeats\n" in two
+    assert "±" in two
 
 
 def test_a_probe_counts_all_the_passes_that_it_makes(monkeypatch):
@@ -405,7 +423,7 @@ def test_what_exceeds_the_context_is_refused_before_anything_is_loaded(folder, m
         (["-b", "0"], "the batch size is 0: it must be an integer of at least 1"),
         (["-r", "0"], "repeats is 0"),
         (["-p", "0", "-g", "0"], "there is nothing to measure"),
-        (["--output", "xml"], "--output is 'xml': accepted are md, csv, json"),
+        (["--output", "xml"], "--output is 'xml': expected one of md, csv, json"),
         (["--preset", "gpt2"], "'gpt2' is not a preset"),
         (["--preset", "starcoder", "--backend", "magic"], "backend is 'magic'"),
         (["--preset", "starcoder", "--dtype", "int3"], "dtype is 'int3'"),

@@ -23,8 +23,8 @@ MACHINES = {"Zen 4": "zen4", "Zen 5": "zen5", "Intel Xeon": "avx512"}
 RATES = [
     ("float32", "mqa-gpt"),
     ("int8", "mqa-gpt"),
-    ("int8", "transformers"),
-    ("int8", "ctranslate2 float32"),
+    ("float32", "transformers"),
+    ("float32", "ctranslate2 float32"),
     ("int8", "ctranslate2 int8"),
 ]
 RATIOS = [

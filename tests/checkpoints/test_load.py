@@ -277,7 +277,7 @@ def test_tensors_of_several_dtypes_load_in_the_one_that_holds_them_all(
 
 @pytest.mark.parametrize("dtype", ["int8", "int", "", torch.int8, torch.float8_e4m3fn, 16])
 def test_an_unknown_dtype_is_answered_with_the_known_ones(tmp_path: Path, dtype: Any) -> None:
-    with pytest.raises(InputError, match=r"dtype is .*accepted are float32, bfloat16"):
+    with pytest.raises(InputError, match=r"dtype is .*expected one of float32, bfloat16"):
         load_model(tmp_path, dtype=dtype)
 
 
@@ -307,8 +307,8 @@ def test_weights_of_16_bits_run_in_float32_where_a_cpu_is_slow_in_them(
     dtype, why = fast_dtype(stored, CPU, 1_000)
     assert dtype == torch.float32
     assert why == (
-        f"running in float32, because this processor is slow in {name}: --dtype {name} "
-        f"(dtype='{name}') keeps the checkpoint's"
+        f"running in float32, since this processor is slow in {name}; pass --dtype {name} "
+        f"(dtype='{name}') to keep it"
     )
     dtype, why = fast_dtype(stored, CPU, 1_001)
     assert dtype == stored

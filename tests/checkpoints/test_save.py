@@ -286,8 +286,11 @@ def test_a_failed_saving_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_file_in_the_way_of_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("mine")
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        GPT(tiny_config()).save_pretrained(tmp_path / "x")
+    model = GPT(tiny_config())
+    with pytest.raises(CheckpointError, match=r"/x is a file: choose another folder$"):
+        model.save_pretrained(tmp_path / "x")
+    with pytest.raises(CheckpointError, match=r"cannot be written .*: choose another folder$"):
+        model.save_pretrained(tmp_path / "x/y")
     assert (tmp_path / "x").read_text() == "mine"
 
 

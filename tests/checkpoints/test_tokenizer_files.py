@@ -224,8 +224,11 @@ REFUSED = {
         with_token(id=263, content="<x>") | {"model": with_model(vocab=entries(xx=263))["model"]},
         "'<x>' has the id 263 of another entry",
     ),
-    "strip": (with_token(lstrip=True), "'<|endoftext|>' takes in its surroundings"),
-    "single word": (with_token(single_word=True), "'<|endoftext|>' takes in its surroundings"),
+    "strip": (with_token(lstrip=True), "'<|endoftext|>' strips or joins its surroundings"),
+    "single word": (
+        with_token(single_word=True),
+        "'<|endoftext|>' strips or joins its surroundings",
+    ),
     "special": (with_token(special="yes"), "special is 'yes', not true or false"),
     "normalizer": (
         changed(normalizer={"type": "Precompiled", "precompiled_charsmap": ""}),

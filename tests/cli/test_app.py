@@ -424,7 +424,7 @@ def test_a_text_that_is_too_long_is_cut_only_when_asked_and_says_what(folder: st
         (["-", "--prefix", "a"], "not both"),
         (["--prefix", "a", "--at", "1:1"], "FILE"),
         (["-", "--at", "1:1", "--marker", "x"], "not both"),
-        (["-"], "'<FILL>' 0 times"),
+        (["-"], "contains no '<FILL>': mark one place"),
         (["-", "--marker", "b"], "'b' 2 times"),
         (["-", "--marker", ""], "empty"),
         (["-", "--at", "1"], "12:8"),

@@ -697,7 +697,7 @@ def test_a_disk_that_is_full_keeps_whole_results_and_no_empty_file(
     [
         (["--batch-size", "0"], "--batch-size is 0"),
         (["--n", "2"], "--n is 2 but temperature is 0"),
-        (["--mode", "pms"], "--mode is 'pms': accepted are psm, spm"),
+        (["--mode", "pms"], "--mode is 'pms': expected one of psm, spm"),
         (["--stop", ""], "--stop is ''"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,3 +38,16 @@ def test_a_model_that_cannot_be_loaded_is_bad_input(
     monkeypatch.setattr(sys, "argv", ["demo.py", "--model", str(tmp_path)])
     assert main() == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path} holds no ")
+
+
+@pytest.mark.slow
+def test_a_reader_that_closes_the_pipe_gets_no_traceback() -> None:
+    script = Path(__file__).parents[2] / "scripts/demo.py"
+    with subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as demo:
+        assert demo.stdout is not None
+        assert demo.stderr is not None
+        demo.stdout.close()
+        assert demo.stderr.read() == ""
+    assert demo.returncode == 141
