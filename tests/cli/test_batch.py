@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -708,6 +709,13 @@ def test_an_option_out_of_range_is_bad_input(run: list[str], flags: list[str], s
 def test_an_unknown_mode_is_bad_input_even_without_a_hole(run: list[str], tmp_path: Path):
     write_lines(tmp_path / "in", PROMPTS[:2])
     assert "--mode is 'bogus'" in refusal(*run, "--mode", "bogus")
+
+
+def test_the_help_and_the_guide_list_the_options_of_a_line():
+    guide = Path(__file__).parents[2] / "docs/cli.md"
+    for text in (invoke("batch", "--help").stdout, guide.read_text()):
+        (listed,) = re.findall(r"line alone:(.*?)\. Other keys", " ".join(text.split()))
+        assert sorted(re.findall(r"\w+", listed)) == sorted(jsonl.LINE_OPTIONS)
 
 
 def test_a_missing_input_is_bad_input(run: list[str]):
