@@ -45,7 +45,7 @@ def status() -> Iterator[Callable[[str], None]]:
 
 @contextmanager
 def progress(total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
-    """A progress bar, moved by the given function: how many are done, and a remark beside them.
+    """A progress bar, moved by the given function: how many are done, and a remark next to them.
 
     Where there is no terminal, a line as `status` prints it.
     """

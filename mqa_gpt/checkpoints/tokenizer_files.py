@@ -243,4 +243,4 @@ def _flags(part: Any, defaults: dict[str, bool]) -> dict[str, bool]:
 def _refusal(name: str, part: Any, accepted: str) -> _UnusableError:
     """That a part is not among those this family uses."""
     kind = part.get("type", part) if isinstance(part, dict) else part
-    return _UnusableError(f"its {name} is {shown(kind)}: accepted is {accepted}")
+    return _UnusableError(f"its {name} is {shown(kind)}: expected {accepted}")

@@ -63,6 +63,7 @@ def bench(
         numbers(text, option)
         for text, option in ((n_prompt, "--n-prompt"), (n_gen, "--n-gen"), (batch, "--batch"))
     ]
+    model.check()
     model.set_threads(None if preset is None else GPTConfig.preset(preset))
     report = benchmark(
         shape=preset,

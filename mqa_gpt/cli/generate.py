@@ -55,7 +55,7 @@ def generate(
     named_texts = prompt_texts(prompts or [], file or [])
     model.check()
     options = generation.for_library()
-    llm, load_seconds = model.load()
+    llm, load_seconds = model.load(generation.draft)
     if not no_special_tokens:
         for name, text in named_texts.items():
             if unknown := llm.tokenizer.unknown_markers(text):

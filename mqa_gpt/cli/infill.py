@@ -71,7 +71,7 @@ def infill(
     model.check()
     check_mode(mode)
     options = generation.for_library()
-    llm, load_seconds = model.load()
+    llm, load_seconds = model.load(generation.draft)
     options["draft"] = model.load_drafter(generation.draft, llm)
     started = llm.begin_infill(
         before,

@@ -112,8 +112,7 @@ Mode = Annotated[
     str,
     typer.Option(
         metavar="psm|spm",
-        help="Which part of an infilling the model reads first: the prefix (psm) or the suffix "
-        "(spm).",
+        help="Which part of an infill the model reads first: the prefix (psm) or the suffix (spm).",
     ),
 ]
 Preset = Annotated[
@@ -237,9 +236,16 @@ class CachedModelOptions(ModelOptions):
         super().check()
         cache_class(self.cache_dtype)
 
-    def load(self) -> tuple[LLM, float]:
-        """The loaded checkpoint, and the seconds that loading took."""
+    def load(self, draft: str | None = None) -> tuple[LLM, float]:
+        """The loaded checkpoint, and the seconds that loading took.
+
+        Args:
+            draft: what `load_drafter` loads next; a name that cannot be found is an error before
+                anything is loaded.
+        """
         begin = time.perf_counter()
+        if draft is not None and draft != "prompt":
+            resolve(draft)
         folder = resolve(self.name_or_dir, self.revision)
         self.set_threads(read_config(folder))
         llm = LLM.load(
@@ -296,8 +302,8 @@ class GenerationOptions:
         bool,
         typer.Option(
             "--truncate",
-            help="If a text is too long, cut it: a prompt at its beginning, an infilling where "
-            "it is farthest from the hole.",
+            help="If a text is too long, cut it: a prompt at its beginning, an infill at the "
+            "ends far from the hole.",
         ),
     ] = False
     stop: Annotated[

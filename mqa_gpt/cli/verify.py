@@ -39,6 +39,7 @@ def verify(
       mqa-gpt verify --quantize int8 --file held_out.py
     """
     texts = list(prompt_texts(prompts or [], file or []).values()) if prompts or file else None
+    model.check()
     model.set_threads()
     report = verify_checkpoint(
         model.name_or_dir,

@@ -187,7 +187,7 @@ REFUSED = {
     "a list": ([SOUND], "it holds a list, not an object"),
     "no model": (changed(model=[]), "its model is []"),
     "another model": (with_model(type="WordPiece"), "its model is 'WordPiece'"),
-    "no merges": (with_model(merges={}), "its model is 'BPE': accepted is BPE with a vocab"),
+    "no merges": (with_model(merges={}), "its model is 'BPE': expected BPE with a vocab"),
     "dropout": (with_model(dropout=0.5), "'dropout' 0.5, which must be off"),
     "prefix": (with_model(continuing_subword_prefix="##é"), "'continuing_subword_prefix' '##é'"),
     "suffix": (with_model(end_of_word_suffix="</w>"), "'end_of_word_suffix' '</w>'"),
@@ -232,7 +232,7 @@ REFUSED = {
     "special": (with_token(special="yes"), "special is 'yes', not true or false"),
     "normalizer": (
         changed(normalizer={"type": "Precompiled", "precompiled_charsmap": ""}),
-        "its normalizer is 'Precompiled': accepted is NFC or none",
+        "its normalizer is 'Precompiled': expected NFC or none",
     ),
     "normalizers": (
         changed(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}]}),
@@ -241,7 +241,7 @@ REFUSED = {
     "no pre_tokenizer": (changed(pre_tokenizer=None), "its pre_tokenizer is None"),
     "FixedLength": (
         changed(pre_tokenizer={"type": "FixedLength", "length": 0}),
-        "its pre_tokenizer is 'FixedLength': accepted is ByteLevel, or Digits before ByteLevel",
+        "its pre_tokenizer is 'FixedLength': expected ByteLevel, or Digits before ByteLevel",
     ),
     "pre_tokenizers": (
         changed(pre_tokenizer={"type": "Sequence", "pretokenizers": [LETTERS, DIGITS]}),
@@ -251,7 +251,7 @@ REFUSED = {
         changed(pre_tokenizer=LETTERS | {"use_regex": 1}),
         "use_regex is 1, not true or false",
     ),
-    "no decoder": (changed(decoder=None), "its decoder is None: accepted is ByteLevel"),
+    "no decoder": (changed(decoder=None), "its decoder is None: expected ByteLevel"),
     "decoder": (
         changed(decoder={"type": "Strip", "content": "x", "start": 2**60, "stop": 1}),
         "its decoder is 'Strip'",
@@ -262,7 +262,7 @@ REFUSED = {
     ),
     "template": (
         changed(post_processor={"type": "TemplateProcessing", "special_tokens": {"<s>": {}}}),
-        "its post_processor is 'TemplateProcessing': accepted is one that adds no tokens",
+        "its post_processor is 'TemplateProcessing': expected one that adds no tokens",
     ),
 }
 

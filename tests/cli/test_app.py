@@ -313,6 +313,20 @@ def test_options_are_checked_before_a_checkpoint_is_downloaded_or_loaded(
     assert not resolve.called
 
 
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_model_options_are_checked_before_a_checkpoint_is_downloaded(command: str):
+    with mock.patch("mqa_gpt.cli.options.resolve") as resolve:
+        assert refusal(command, "--dtype", "int3", "-m", "a/b").startswith("--dtype is 'int3'")
+    assert not resolve.called
+
+
+def test_a_drafter_that_does_not_exist_is_an_error_before_the_model_is_loaded(folder: str):
+    with mock.patch.object(LLM, "load") as load:
+        says = refusal("generate", "-m", folder, "a", "--draft", "/no/such/folder")
+    assert says.startswith("there is no folder '/no/such/folder'")
+    assert not load.called
+
+
 def test_threads_are_set_before_the_checkpoint_is_loaded(folder: str):
     calls = mock.Mock()
     calls.load.side_effect = KeyboardInterrupt
