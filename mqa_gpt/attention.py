@@ -141,7 +141,7 @@ def select_attention(backend: str, device: torch.device) -> Attention:
     if backend in torch_functions:
         return torch_functions[backend]
     if backend != "triton":
-        raise InputError(f"backend is {shown(backend)}: accepted are {', '.join(BACKENDS)}")
+        raise InputError(f"backend is {shown(backend)}: expected one of {', '.join(BACKENDS)}")
     try:
         from mqa_kernels import attention, runs_on
     except ImportError as error:

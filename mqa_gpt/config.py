@@ -180,11 +180,11 @@ class GPTConfig:
         if model_type == "gpt2" and "attention_head_type" in values:
             _convert_santacoder(values)
         elif model_type != MODEL_TYPE:
-            raise ConfigError(f"model_type is {shown(model_type)}: accepted is {MODEL_TYPE!r}")
+            raise ConfigError(f"model_type is {shown(model_type)}: expected {MODEL_TYPE!r}")
         if values.get("add_cross_attention"):
             raise ConfigError(
                 f"add_cross_attention is {shown(values['add_cross_attention'])}: this model has no "
-                "encoder to attend to; accepted is false"
+                "encoder to attend to; expected false"
             )
         for alias, key in ALIASES.items():
             if alias in values:

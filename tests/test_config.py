@@ -116,12 +116,12 @@ def test_heads_must_divide_the_width() -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "", None, ["gpt_bigcode"], 3])
 def test_another_architecture_is_refused_by_name(model_type: object) -> None:
-    with pytest.raises(ConfigError, match=r"^model_type is .*: accepted is 'gpt_bigcode'"):
+    with pytest.raises(ConfigError, match=r"^model_type is .*: expected 'gpt_bigcode'"):
         GPTConfig.from_dict({"model_type": model_type})
 
 
 def test_cross_attention_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"add_cross_attention is True: .* accepted is false"):
+    with pytest.raises(ConfigError, match=r"add_cross_attention is True: .* expected false"):
         GPTConfig.from_dict({"add_cross_attention": True})
     assert GPTConfig.from_dict({"add_cross_attention": False}).extra
 

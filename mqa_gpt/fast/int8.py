@@ -47,7 +47,7 @@ def check_method(method: str | None) -> None:
     """InputError unless `method` is one of `METHODS`, or None for none."""
     if method is not None and method not in METHODS:
         raise InputError(
-            f"quantize is {method!r}: accepted is {' or '.join(METHODS)}; leave it out to keep the "
+            f"quantize is {method!r}: expected {' or '.join(METHODS)}; leave it out to keep the "
             "weights as they are"
         )
 

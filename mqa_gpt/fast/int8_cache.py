@@ -62,7 +62,7 @@ def cache_class(name: str | None) -> type[KVCache]:
     """`Int8KVCache` for "int8", `KVCache` for None; InputError for anything else."""
     if name not in (None, "int8"):
         raise InputError(
-            f"cache_dtype is {shown(name)}: accepted is int8; leave it out for the model's own"
+            f"cache_dtype is {shown(name)}: expected int8; leave it out for the model's own"
         )
     return KVCache if name is None else Int8KVCache
 

@@ -491,8 +491,8 @@ def test_a_checkpoint_without_infilling_tokens_says_so(folder: str, tmp_path: Pa
         (["--dtype", "float12"], "float32"),
         (["--device", "toaster"], "toaster"),
         (["--backend", "fast"], "reference"),
-        (["--quantize", "int4"], "accepted is int8; leave it out"),
-        (["--cache-dtype", "int4"], "accepted is int8; leave it out"),
+        (["--quantize", "int4"], "expected int8; leave it out"),
+        (["--cache-dtype", "int4"], "expected int8; leave it out"),
         (["--revision", "main"], "revision"),
     ],
 )

@@ -455,7 +455,7 @@ def test_a_model_is_quantized_once():
 
 
 def test_an_unknown_way_to_quantize_is_refused():
-    with pytest.raises(InputError, match="quantize is 'int3': accepted is int8"):
+    with pytest.raises(InputError, match="quantize is 'int3': expected int8"):
         GPT.from_pretrained(DEMO_DIR, quantize="int3")
 
 

@@ -85,6 +85,6 @@ def test_an_int8_cache_takes_half_of_bfloat16_and_what_is_counted():
 
 
 def test_an_unknown_cache_dtype_is_refused():
-    with pytest.raises(InputError, match="cache_dtype is 'int4': accepted is int8"):
+    with pytest.raises(InputError, match="cache_dtype is 'int4': expected int8"):
         LLM.load(cache_dtype="int4")
     assert LLM.load(cache_dtype="int8").model.cache_class is Int8KVCache
