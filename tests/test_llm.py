@@ -403,8 +403,8 @@ def test_no_prompts_and_no_new_tokens_are_nothing_to_do(llm):
     [
         ("text", {}, "prompts are 'text'"),
         (None, {}, "prompts are None"),
-        (["a", 5], {}, "prompt 1: text is int"),
-        (["a", ("b", "c", "d")], {}, "prompt 1: text is tuple"),
+        (["a", 5], {}, "prompt 1: text is of type int"),
+        (["a", ("b", "c", "d")], {}, "prompt 1: text is of type tuple"),
         (["a", ("b", None)], {}, "prompt 1: suffix is of type NoneType"),
         (["a", "\ud800"], {}, "prompt 1: .* surrogate"),
         (["a", ("b", "c")], {"mode": "pms"}, "^mode is 'pms'"),
