@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,6 +48,12 @@ class Request:
     logprobs: int | None = None
     drafter: Drafter | None = None
     name: str = "prompt 0"
+
+    @cached_property
+    def choosing(self) -> tuple[SamplingParams, int | None]:
+        """What rows that choose their tokens together have in common; a seed only decides draws."""
+        sampling = self.sampling
+        return sampling if sampling.seed is None else replace(sampling, seed=None), self.logprobs
 
 
 def make_requests(

@@ -8,7 +8,7 @@ calls the model's modules, or on a plain model the flat form of its forward pass
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -34,7 +34,6 @@ class Row:
         draws: the numbers in [0, 1) that decide what is drawn, one per new token; empty if greedy.
         ids: of prompt and output.
         count: new tokens.
-        options: what rows that choose their tokens together have in common; the seed is in `draws`.
     """
 
     request: Request
@@ -42,11 +41,6 @@ class Row:
     draws: list[float] = field(repr=False)
     ids: list[int] = field(repr=False)
     count: int = 0
-    options: RowOptions = field(init=False)
-
-    def __post_init__(self) -> None:
-        sampling = replace(self.request.sampling, seed=None)
-        self.options = sampling, self.request.logprobs
 
     @property
     def newest(self) -> int:
@@ -273,12 +267,12 @@ def report_choices(
 
 def by_options(rows: Sequence[Row]) -> dict[RowOptions, list[int]]:
     """The indices of the rows that share their options."""
-    options = rows[0].options
-    if all(row.options == options for row in rows):  # the common case, without hashing
+    options = rows[0].request.choosing
+    if all(row.request.choosing == options for row in rows):  # the common case, without hashing
         return {options: list(range(len(rows)))}
     groups: dict[RowOptions, list[int]] = {}
     for i, row in enumerate(rows):
-        groups.setdefault(row.options, []).append(i)
+        groups.setdefault(row.request.choosing, []).append(i)
     return groups
 
 
