@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import platform
 import warnings
+import weakref
 from functools import cache, partial
 from typing import Any, cast
 
@@ -46,15 +47,8 @@ class _Packed(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise RuntimeError(f"packed weights cannot be copied or pickled: {UNPACKED}")
 
-    def train(self, mode: bool = True) -> _Packed:
-        """Packed layers have evaluation mode only."""
-        if mode:
-            raise RuntimeError(f"packed weights cannot be trained: {UNPACKED}")
-        nn.Module.train(self, mode)
-        return self
-
-    def _apply(self, *args: Any, **kwargs: Any) -> _Packed:
-        raise RuntimeError(f"packed weights cannot be moved or converted: {UNPACKED}")
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        return _refuse_to_convert()
 
     def _refuse_gradients(self, x: Tensor) -> None:
         if torch.is_grad_enabled() and x.requires_grad:
@@ -349,5 +343,17 @@ def pack(module: nn.Module) -> None:
     # What is left (embeddings, LayerNorms) cannot be trained through packed weights.
     module.requires_grad_(False)
     # Refused here too, before `train` or `to` has reached the layers that are not packed.
-    outer = cast(_Packed, module)
-    vars(module).update(train=partial(_Packed.train, outer), _apply=partial(_Packed._apply, outer))
+    vars(module).update(train=partial(_train, weakref.ref(module)), _apply=_refuse_to_convert)
+
+
+def _train(module: weakref.ref[nn.Module], mode: bool = True) -> nn.Module:
+    """`nn.Module.train` of a module with packed layers, which does not keep it alive."""
+    if mode:
+        raise RuntimeError(f"packed weights cannot be trained: {UNPACKED}")
+    found = module()
+    assert found is not None  # it is being called
+    return nn.Module.train(found, mode)
+
+
+def _refuse_to_convert(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError(f"packed weights cannot be moved or converted: {UNPACKED}")

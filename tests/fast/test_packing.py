@@ -1,6 +1,7 @@
 """Packed weights give the plain model's results, and give its memory back."""
 
 import copy
+import gc
 import pickle
 import weakref
 
@@ -248,3 +249,26 @@ def test_a_packed_model_says_that_it_cannot_be_trained() -> None:
     model.eval()
     with pytest.raises(RuntimeError, match=r"packed weights cannot be trained: load .* GPT\.from"):
         model.train()
+
+
+@pytest.mark.parametrize("change", ["train", "half", "double", "cpu"])
+def test_what_a_packed_model_refuses_leaves_all_of_it_as_it_was(change: str) -> None:
+    model = tiny_model()
+    pack(model)
+    model.eval()
+    with pytest.raises(RuntimeError, match="packed weights cannot be"):
+        getattr(model, change)()
+    assert not any(module.training for module in model.modules())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_packed_model_is_freed_without_the_garbage_collector() -> None:
+    model = tiny_model()
+    pack(model)
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
