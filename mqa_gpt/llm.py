@@ -38,8 +38,7 @@ class LLM:
     """A model and its tokenizer: text in, text out.
 
     Attributes:
-        model: the `GPT`; from `load` on a CPU its weights may be packed, which is for
-            inference only (see `mqa_gpt.fast.packing`).
+        model: the `GPT`.
         tokenizer: its `Tokenizer`.
         notes: what `load` chose or left out, a sentence each.
     """
@@ -53,7 +52,6 @@ class LLM:
     def __repr__(self) -> str:
         model = self.model
         dtype = "int8" if is_quantized(model) else str(model.dtype).removeprefix("torch.")
-        # From the config, because packed weights are no parameters.
         return f"LLM({model.config.parameters:,} parameters, {dtype} on {model.device})"
 
     @classmethod
@@ -69,10 +67,6 @@ class LLM:
         cache_dtype: str | None = None,
     ) -> LLM:
         """Load a checkpoint with its tokenizer, ready to generate.
-
-        On a CPU, float32 and 8-bit weights are packed for speed, and bfloat16 ones if it has
-        AVX512-BF16 (see `mqa_gpt.fast.packing`). To train, edit or save a model, take
-        `LLM(GPT.from_pretrained(...), Tokenizer.from_pretrained(...))`.
 
         Args:
             name_or_dir: a folder or a name on the hub; None is the bundled demo checkpoint.
@@ -96,9 +90,7 @@ class LLM:
             stored, where = stored_dtype(folder), as_device(device)
             dtype, note = fast_dtype(stored, where, 0 if quantize else config.parameters)
             notes += [] if note is None else [note]
-        model = load_model(
-            folder, device=device, dtype=dtype, backend=backend, quantize=quantize, packed=True
-        )
+        model = load_model(folder, device=device, dtype=dtype, backend=backend, quantize=quantize)
         if versions(folder, SAVED_FILES) != before:  # tokenizer and model may be from two saves
             raise CheckpointError(
                 f"{folder} was saved over while it was read: load it when that has finished"
@@ -120,10 +112,6 @@ class LLM:
 
         Arguments, errors and what happens to a folder that exists are those of
         `mqa_gpt.checkpoints.save.save_model`.
-
-        Raises:
-            InputError: the weights are packed, as `load` packs most on a CPU (see there):
-                take `LLM(GPT.from_pretrained(...), Tokenizer.from_pretrained(...))`.
         """
         save_model(self.model, folder, tokenizer=self.tokenizer, max_shard_size=max_shard_size)
 

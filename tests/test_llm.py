@@ -15,7 +15,6 @@ from mqa_gpt import (
     LLM,
     CheckpointError,
     GPTConfig,
-    InputError,
     KVCache,
     PromptError,
     PromptLookup,
@@ -25,7 +24,6 @@ from mqa_gpt import (
 from mqa_gpt import llm as llm_module
 from mqa_gpt.cache import cache_bytes
 from mqa_gpt.checkpoints.load import DEMO_DIR
-from mqa_gpt.fast.packing import can_pack
 from mqa_gpt.generation import pool
 from mqa_gpt.machine import peak_memory
 from tests.helpers import (
@@ -446,16 +444,6 @@ def test_what_is_saved_has_a_tokenizer_that_transformers_reads(llm, tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "def f(x):\n\t<fim_prefix>\N{SNAKE}"
     assert theirs(text).input_ids == llm.tokenizer.encode(text)
-
-
-@pytest.mark.skipif(not can_pack(torch.nn.Linear(1, 1)), reason="no packed oneDNN products here")
-@pytest.mark.parametrize("quantize", [None, "int8"])
-def test_packed_weights_are_not_saved_and_leave_no_folder(llm, tmp_path, quantize):
-    llm.save(tmp_path / "plain")
-    packed = LLM.load(tmp_path / "plain", dtype="float32", quantize=quantize)
-    with pytest.raises(InputError, match="packed weights cannot be saved: load the model with GPT"):
-        packed.save(tmp_path / "x")
-    assert not (tmp_path / "x").exists()
 
 
 def test_the_demo_checkpoint_has_no_revisions():

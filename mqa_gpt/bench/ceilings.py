@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from mqa_gpt.bench.timing import take_turns
-from mqa_gpt.fast.int8 import Int8Linear
-from mqa_gpt.fast.packing import can_pack, pack
 
 PROBE_BYTES = 1 << 30  # more than the caches of a processor hold
 CPU_PROBE_SIZE, GPU_PROBE_SIZE = 2048, 8192  # rows and columns of the matrices multiplied
@@ -31,8 +29,7 @@ class Ceilings:
     and operations per second of a matrix product.
 
     Attributes:
-        int8_matmul_tflops: of a layer with 8-bit weights, rounding its rows included; None where
-            nothing multiplies 8-bit integers.
+        int8_matmul_tflops: of a product of 8-bit integers; None where it is not measured.
     """
 
     read_gb_per_s: float
@@ -67,7 +64,7 @@ def probes(device: torch.device, dtype: torch.dtype, in_8_bits: bool = False) ->
     """A probe for each field of `Ceilings`, by its name and in its unit.
 
     Args:
-        in_8_bits: whether to measure products of 8-bit integers too, where packed layers make them.
+        in_8_bits: whether to measure products of 8-bit integers too, on a CPU.
     """
     memory = torch.rand(PROBE_BYTES // 4, device=device)
     half = len(memory) // 2
@@ -84,21 +81,18 @@ def probes(device: torch.device, dtype: torch.dtype, in_8_bits: bool = False) ->
 
         return Probe(run, passes * amount)
 
-    def product(layer: nn.Module) -> Probe:
-        module = nn.Sequential(layer).requires_grad_(False)
-        # Packed where a model's layers would be: that is the faster product.
-        if can_pack(module):
-            pack(module)
-        return probe(lambda: module(rows), 2 * size**3 / 1e12)
-
-    linear = nn.Linear(size, size, bias=False, device=device, dtype=dtype)
+    linear = nn.Linear(size, size, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    operations = 2 * size**3 / 1e12
     limits = {
         "read_gb_per_s": probe(lambda: memory.sum(), PROBE_BYTES / 1e9),
         "copy_gb_per_s": probe(lambda: memory[:half].copy_(memory[half:]), PROBE_BYTES / 1e9),
-        "matmul_tflops": product(linear),
+        "matmul_tflops": probe(lambda: linear(rows), operations),
     }
-    if in_8_bits and can_pack(int8 := Int8Linear(linear)):
-        limits["int8_matmul_tflops"] = product(int8)
+    if in_8_bits and device.type == "cpu":
+        integers = rows.to(torch.int8)
+        limits["int8_matmul_tflops"] = probe(
+            lambda: torch._int_mm(integers, integers.T), operations
+        )
     return limits
 
 

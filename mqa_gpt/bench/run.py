@@ -11,7 +11,7 @@ program calls it, in tokens per second of all rows together:
 Two ceilings give these rates a scale. A decode step has to read the weights and the cache: GB/s,
 and as a share of what this machine reads, MBU (model bandwidth utilisation). A prefill has to
 multiply: TFLOP/s, and as a share of the rate of a matrix product, MFU (model FLOPs utilisation);
-with 8-bit weights on a CPU, of the rate of a layer of 8-bit weights. Ceilings and tests are
+with 8-bit weights on a CPU, of a product of 8-bit integers. Ceilings and tests are
 measured in turn, so that a busy machine slows all of them alike.
 """
 
@@ -44,7 +44,6 @@ from mqa_gpt.config import PRESETS, GPTConfig
 from mqa_gpt.errors import InputError, is_int, shown
 from mqa_gpt.fast.int8 import check_method, is_quantized
 from mqa_gpt.fast.int8 import quantize as quantize_model
-from mqa_gpt.fast.packing import can_pack, pack, packing_bytes
 from mqa_gpt.machine import available_memory, command_line, describe, peak_memory
 from mqa_gpt.model import GPT
 from mqa_gpt.progress import status
@@ -98,8 +97,6 @@ def benchmark(
 ) -> BenchReport:
     """Measure a model on random prompts; the module's docstring says what is measured.
 
-    On a CPU the weights are packed, as by `LLM.load`.
-
     Args:
         shape: the name of a preset, which gets random weights.
         model, revision: instead, a checkpoint (see `load_model`); the demo if there is neither.
@@ -138,8 +135,6 @@ def benchmark(
             gpt.save_pretrained(folder)
         if quantize is not None and not is_quantized(gpt):
             quantize_model(gpt)
-        if can_pack(gpt):
-            pack(gpt)
         prompts = {test.workload: random_prompts(gpt.config, test.workload) for test in tests}
         programs: list[Program] = []
         written = {}
@@ -331,7 +326,7 @@ def _require_room(
         cache_bytes(model.config, dtype, workload.batch, workload.prompt + workload.new)
         for workload in (test.workload for test in tests)
     )
-    needed = copies * weights + packing_bytes(model, dtype, device) + cache + PROBE_BYTES
+    needed = copies * weights + cache + PROBE_BYTES
     room = available_memory(device)
     if room is not None and needed > room:
         raise InputError(

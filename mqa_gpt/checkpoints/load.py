@@ -43,7 +43,6 @@ from mqa_gpt.fast.int8 import (
     tie_head,
 )
 from mqa_gpt.fast.int8 import quantize as quantize_model
-from mqa_gpt.fast.packing import can_pack, pack, packed_names
 from mqa_gpt.model import GPT
 
 DEMO_DIR = Path(__file__).parents[1] / "demo"
@@ -57,7 +56,6 @@ def load_model(
     device: torch.device | str | None = None,
     backend: str = "auto",
     quantize: str | None = None,
-    packed: bool = False,
 ) -> GPT:
     """Load a checkpoint; the model is in evaluation mode.
 
@@ -75,8 +73,6 @@ def load_model(
         backend: attention backend (see `mqa_gpt.attention`).
         quantize: "int8" makes the weights 8-bit integers as they are read (see
             `mqa_gpt.fast.int8`); a checkpoint saved as int8 stays int8.
-        packed: pack the weights for speed where `mqa_gpt.fast.packing` can, straight from the
-            mapped files. Such a model cannot be trained, edited or saved.
 
     Raises:
         CheckpointError: a checkpoint that is missing, damaged, or not what its config describes,
@@ -107,8 +103,6 @@ def load_model(
     if config.tie_word_embeddings and WTE in stored and LM_HEAD in stored:
         _require_equal(folder, stored[WTE], stored[LM_HEAD], chosen_dtype)
 
-    # Weights that are packed or quantized at once need no copy of their own.
-    from_file = {f"{name}.weight" for name in packed_names(model, chosen_dtype, chosen_device)}
     state = {}
     total = sum(tensor.numel() for tensor in wanted.values())
     with tqdm(
@@ -117,19 +111,16 @@ def load_model(
     ) as bar:  # fmt: skip
         for name, tensor in wanted.items():
             if f"{name}_scale" in new_scales:
-                weight = _read(parts[name], tensor.shape, torch.float32, chosen_device, True)
+                # Quantized at once, so it needs no copy of its own.
+                weight = _read(parts[name], tensor.shape, torch.float32, chosen_device, mapped=True)
                 state[name], state[f"{name}_scale"] = quantize_rows(weight)
             else:
-                mapped = packed and name in from_file
-                state[name] = _read(parts[name], tensor.shape, tensor.dtype, chosen_device, mapped)
+                state[name] = _read(parts[name], tensor.shape, tensor.dtype, chosen_device)
             bar.update(tensor.numel())
     model.load_state_dict(state, assign=True, strict=False)  # a tied head has no entry of its own
-    del state  # it would hold all plain weights while they are packed
     if config.tie_word_embeddings:
         tie_head(model)
     model.set_backend(backend)
-    if packed and can_pack(model):
-        pack(model)
     return model.eval()
 
 

@@ -11,7 +11,6 @@ import torch
 from mqa_gpt.cache import cache_bytes
 from mqa_gpt.errors import CheckpointError, InputError, shown
 from mqa_gpt.fast.int8 import is_quantized
-from mqa_gpt.fast.packing import can_pack, packing_bytes
 from mqa_gpt.machine import available_memory
 from mqa_gpt.model import GPT
 
@@ -76,11 +75,11 @@ def fast_dtype(
 ) -> tuple[torch.dtype, str | None]:
     """The dtype to run stored weights in where none is asked for, and why if it is another.
 
-    float32 for 16-bit weights on a CPU without fast products of that dtype, if memory allows.
+    float32 for 16-bit weights on a CPU that multiplies no such numbers, if memory allows.
     """
     if device.type != "cpu" or stored not in (torch.bfloat16, torch.float16):
         return stored, None
-    if can_pack(torch.nn.Linear(1, 1, dtype=stored, device=device)):  # has fast products of it
+    if stored == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported():
         return stored, None
     name = str(stored).removeprefix("torch.")
     room = available_memory(device)
@@ -100,8 +99,7 @@ def require_memory(
 ) -> None:
     """CheckpointError if the model in this dtype does not fit on this device.
 
-    Counted is what `LLM.load` allocates: the weights and, for a while, `spare` bytes to quantize
-    them or, where it packs them, what that takes.
+    Counted are the weights and, for a while, `spare` bytes to quantize them.
     """
 
     cpu = torch.device("cpu")
@@ -111,7 +109,7 @@ def require_memory(
             p.numel() * (dtype.itemsize if p.is_floating_point() else 1) for p in model.parameters()
         )
         weights += sum(buffer.nbytes for buffer in model.buffers())  # the scales of 8-bit weights
-        return weights + max(spare, packing_bytes(model, dtype, place))
+        return weights + spare
 
     def fits(dtype: torch.dtype, place: torch.device) -> bool:
         room = available_memory(place)

@@ -20,7 +20,6 @@ from mqa_gpt.checkpoints.match import own_weights
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import CheckpointError, InputError, is_int, shown
 from mqa_gpt.fast.int8 import CONFIG_ENTRY, CONFIG_KEY, is_quantized, says_quantized
-from mqa_gpt.fast.packing import UNPACKED, is_packed
 from mqa_gpt.model import GPT
 from mqa_gpt.tokenizer import END_OF_TEXT, TOKENIZER_FILE, Tokenizer
 
@@ -55,13 +54,11 @@ def save_model(
     Raises:
         CheckpointError: the files cannot be written, and the old ones are untouched; or they cannot
             be moved into place, and the message says where they are.
-        InputError: an invalid size; weights that are packed (see `mqa_gpt.fast.packing`), or a tied
-            model whose head is a weight of its own. Nothing is written.
+        InputError: an invalid size, or a tied model whose head is a weight of its own. Nothing is
+            written.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    if is_packed(model):
-        raise InputError(f"packed weights cannot be saved: {UNPACKED}")
     folder, max_bytes = _as_path(folder), _as_bytes(max_shard_size)
     tensors = model.state_dict()
     if model.config.tie_word_embeddings:

@@ -1,1 +1,1 @@
-"""How a step runs fast: 8-bit weights, packed and flat CPU steps, CUDA graphs, fused kernels."""
+"""How a step runs fast: 8-bit weights, a compiled CPU pass, CUDA graphs, fused kernels."""

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from mqa_gpt.attention import HAS_TRITON, auto_attention
 from mqa_gpt.cache import KVCache
 from mqa_gpt.config import ACTIVATIONS
-from mqa_gpt.fast.flat import is_plain
 from mqa_gpt.fast.int8 import Int8Linear
+from mqa_gpt.fast.plain import is_plain
 from mqa_gpt.model import GPT, Block
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -8,7 +8,7 @@ Rounding moves a weight by at most s / 2, and what the model computes by a littl
 
 `quantize` makes this of a loaded model, `GPT.from_pretrained(..., quantize="int8")` of a checkpoint
 while it is read. Saved like any model, such a checkpoint loads here, and not in transformers. The
-layers below are the definition and run anywhere; on a CPU `mqa_gpt.fast.packing` makes them fast.
+layers below are the definition and run anywhere; on a CPU `mqa_gpt.fast.compiled` is fast.
 
 On a CUDA device kernels read the integers as they are, one byte per weight: in fused steps of up
 to 16 rows (`mqa_gpt.fast.fused_step`), and in a layer by itself for up to 64 rows (16 in float32).

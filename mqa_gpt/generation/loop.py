@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import PromptError, is_int, require_int, shown
+from mqa_gpt.fast.compiled import step_forward
 from mqa_gpt.generation.batching import Engine
 from mqa_gpt.generation.prefill import prefill
 from mqa_gpt.generation.request import make_requests
@@ -31,12 +32,13 @@ def greedy_steps(
     """The plain loop: each step's tokens (B,) int64 and the logits (B, V) they were chosen by."""
     longest = max(map(len, prompts))
     cache = model.new_cache(len(prompts), longest + max_new_tokens)
+    forward = step_forward(model)  # compiled, or the model itself
     logits = prefill(model, cache, prompts)  # (B, V)
     for step in range(max_new_tokens):
         ids = logits.argmax(-1)  # (B,)
         yield ids, logits
         if step < max_new_tokens - 1:
-            logits = model(ids[:, None], cache=cache)[:, 0]  # (B, V)
+            logits = forward(ids[:, None], cache)[:, 0]  # (B, V)
 
 
 def generate(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mqa_gpt.cache import KVCache
+from mqa_gpt.fast.compiled import compiled_forward
 from mqa_gpt.model import GPT
 
 # Positions of all rows together in one forward pass: enough to keep the arithmetic units busy, few
@@ -31,9 +32,14 @@ def prefill(
     padding. They are fed in chunks, without the last rows once these have ended, so with the
     longest prompts first little padding is computed.
 
+    The compiled forward pass needs no padding: it reads them one after the other.
+
     Args:
         chunk: positions per row and forward pass; None for what is fast on the model's device.
     """
+    compiled = compiled_forward(model)
+    if compiled is not None:
+        return compiled.read(prompts, cache, None if chunk is None else chunk * len(prompts))
     device = cache.kv.device
     if chunk is None:
         positions = PREFILL_POSITIONS

@@ -27,8 +27,8 @@ from mqa_gpt.fast.decode_step import (
     decode_step,
     step_logits,
 )
-from mqa_gpt.fast.flat import is_plain
 from mqa_gpt.fast.graph import Replay, fetch, upload
+from mqa_gpt.fast.plain import is_plain
 from mqa_gpt.generation.steps import (
     Choice,
     Results,

@@ -23,7 +23,7 @@ import torch
 
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import PromptError, is_int, shown
-from mqa_gpt.fast.flat import flat_forward
+from mqa_gpt.fast.compiled import step_forward
 from mqa_gpt.model import GPT
 
 FIRST_COUNT, MAX_COUNT = 4, 16  # tokens drafted at first, and at most
@@ -154,7 +154,7 @@ class _ModelProposer:
         self._held = [len(text) for text in ordered]
         cache.set_lengths(self._held)
         guesses = [logits.argmax(-1)]  # (B,) each
-        forward = flat_forward(self._model)
+        forward = step_forward(self._model)
         while len(guesses) < most:
             guesses.append(forward(guesses[-1][:, None], cache)[:, 0].argmax(-1))
         drafted = dict(zip(self._rows, torch.stack(guesses, dim=1).tolist(), strict=True))

@@ -1,7 +1,7 @@
 """How rows get their next tokens: the interface of a stepper, and the one that calls the model.
 
 A stepper owns the cache whose first slots hold the engine's rows. `ModelStepper` runs anywhere: it
-calls the model's modules, or on a plain model the flat form of its forward pass, and reads drafts.
+calls the compiled forward pass where there is one, else the model's modules, and reads drafts.
 `mqa_gpt.generation.replay` has the one that replays CUDA graphs.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mqa_gpt.cache import KVCache
-from mqa_gpt.fast.flat import Forward, flat_forward
+from mqa_gpt.fast.compiled import Forward, step_forward
 from mqa_gpt.generation.request import Request
 from mqa_gpt.generation.speculative import Speculation
 from mqa_gpt.model import GPT
@@ -140,7 +140,7 @@ class ModelStepper:
         ]
         ids = torch.tensor(feed, device=self._model.device)  # (B, T)
         if self._forward is None:
-            self._forward = flat_forward(self._model)
+            self._forward = step_forward(self._model)
         logits = self._forward(ids, cache).float()  # (B, T, V)
         return list(enumerate(self._accept(logits, rows, guesses)))
 

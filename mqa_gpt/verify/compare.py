@@ -39,9 +39,8 @@ from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.load import load_model
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import InputError, PromptError, is_int, shown
-from mqa_gpt.fast.int8 import is_quantized, says_quantized
+from mqa_gpt.fast.int8 import says_quantized
 from mqa_gpt.fast.int8_cache import cache_class
-from mqa_gpt.fast.packing import can_pack, pack
 from mqa_gpt.generation.loop import generate, greedy_steps
 from mqa_gpt.generation.request import make_requests
 from mqa_gpt.machine import INSTALL_PEERS, version
@@ -241,14 +240,9 @@ def _ours(
     tokens as users get them.
 
     Logits within the prompt are those of a plain forward pass. From the prompt's last position on,
-    they are what the tokens were chosen by, with the weights packed as `LLM` packs them. 8-bit
-    weights are packed for both, since packing rounds the rows too.
+    they are what the tokens were chosen by: on a CPU those of the compiled forward pass.
     """
-    if is_quantized(model) and can_pack(model):
-        pack(model)
     within = [_within(model, row).cpu() for row in rows]
-    if can_pack(model):  # not yet packed
-        pack(model)
     ids, logits = zip(*greedy_steps(model, rows, max_new_tokens), strict=True)
     new_ids = torch.stack(ids, dim=1).tolist()
     chosen_by = torch.stack(logits, dim=1).cpu()  # (B, N, V)

@@ -32,7 +32,6 @@ from mqa_gpt.bench.run import benchmark, random_model
 from mqa_gpt.cli.app import app
 from mqa_gpt.cli.output import print_json
 from mqa_gpt.errors import InputError
-from mqa_gpt.fast import packing
 from mqa_gpt.machine import INSTALL_PEERS
 from tests.fake_cuda import Tape
 from tests.helpers import random_ids, tiny_config
@@ -152,7 +151,7 @@ def test_programs_with_8_bit_weights_are_measured_by_products_of_8_bit_integers(
 
 
 def test_a_checkpoint_is_measured_in_the_dtype_that_generation_uses(tmp_path, monkeypatch):
-    monkeypatch.setattr(packing, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     GPT(tiny_config()).to(torch.float16).save_pretrained(tmp_path / "half")
     run = {"model": tmp_path / "half", "prompt_lengths": [2], "new_lengths": [], "repeats": 1}
     assert benchmark(**run, device="cpu").dtype == "float32"
@@ -387,7 +386,7 @@ def test_a_shape_that_does_not_fit_into_memory_is_refused_before_it_is_made(monk
     monkeypatch.setattr(bench, "available_memory", lambda device: 40 * 10**9)
     monkeypatch.setattr(bench, "random_model", None)
     message = refusal("--preset", "starcoder", "--device", "cpu", "-b", "16")
-    # 15,517,456,384 parameters, the packed copy of the largest; 640 x 16 tokens of 40,960 bytes
+    # 15,517,456,384 parameters; 640 x 16 tokens of 40,960 bytes
     assert "62.07 GB are for weights in float32" in message
     assert "0.42 GB for the KV cache, but 40.00 GB are available on cpu" in message
 

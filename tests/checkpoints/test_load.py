@@ -27,8 +27,6 @@ from mqa_gpt.checkpoints.headers import checkpoint_notes, read_config, stored_dt
 from mqa_gpt.checkpoints.load import load_model
 from mqa_gpt.checkpoints.placement import as_dtype, fast_dtype
 from mqa_gpt.errors import InputError
-from mqa_gpt.fast import packing
-from mqa_gpt.fast.packing import can_pack, packing_bytes
 from tests.helpers import (
     INDEX,
     WEIGHTS,
@@ -302,7 +300,7 @@ def test_weights_of_16_bits_run_in_float32_where_a_cpu_is_slow_in_them(
     monkeypatch: pytest.MonkeyPatch, stored: torch.dtype
 ) -> None:
     name = str(stored)[6:]
-    monkeypatch.setattr(packing, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(placement, "available_memory", lambda device: 4_000)
     dtype, why = fast_dtype(stored, CPU, 1_000)
     assert dtype == torch.float32
@@ -317,9 +315,8 @@ def test_weights_of_16_bits_run_in_float32_where_a_cpu_is_slow_in_them(
 
 
 def test_weights_keep_a_dtype_that_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_multiplies_bfloat16", lambda: True)
-    if can_pack(torch.nn.Linear(1, 1)):
-        assert fast_dtype(torch.bfloat16, CPU, 1) == (torch.bfloat16, None)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert fast_dtype(torch.bfloat16, CPU, 1) == (torch.bfloat16, None)
     for stored in (torch.float32, torch.float64):
         assert fast_dtype(stored, CPU, 1) == (stored, None)
     assert fast_dtype(torch.float16, torch.device("cuda"), 1) == (torch.float16, None)
@@ -1000,9 +997,7 @@ def test_a_model_that_does_not_fit_is_refused_with_numbers_and_a_way_out(
 ) -> None:
     folder = write_checkpoint(tmp_path, weights_of(reference), tiny_config())
     elements = sum(tensor.numel() for tensor in weights_of(reference).values())
-    device = torch.device("cpu")
-    needed = 4 * elements + packing_bytes(reference, torch.float32, device)
-    needed_16 = 2 * elements + packing_bytes(reference, torch.bfloat16, device)
+    needed, needed_16 = 4 * elements, 2 * elements
 
     def available(room: int | None) -> None:
         monkeypatch.setattr(placement, "available_memory", lambda device: room)
@@ -1087,100 +1082,17 @@ def test_loading_takes_the_model_and_its_largest_tensor_at_most(
     assert in_model <= int(result.stdout) <= in_model + largest_stored + 8e6
 
 
-MEASURE_PACKING = """
-import re, sys
-from pathlib import Path
-from mqa_gpt.checkpoints.load import load_model
-from mqa_gpt.fast.packing import pack
-
-def held(kind="RssAnon"):  # without the pages of mapped files
-    return 1024 * int(re.search(kind + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
-
-pack(load_model(sys.argv[1]))
-before = held()
-model = load_model(sys.argv[2], dtype="float32")
-loaded = held()
-pack(model)
-packed = held()
-del model
-mapped = held("RssFile")
-model = load_model(sys.argv[2], dtype="float32", packed=True)
-print(loaded - before, packed - before, held() - before, held("RssFile") - mapped)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.skipif(not can_pack(torch.nn.Linear(1, 1)), reason="no packed oneDNN products here")
-def test_packing_takes_what_is_counted_for_it(
-    tmp_path: Path, reference: GPTBigCodeForCausalLM, large: GPT
-) -> None:
-    write_checkpoint(tmp_path / "small", weights_of(reference), tiny_config())
-    large.save_pretrained(tmp_path / "large")
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE_PACKING, tmp_path / "small", tmp_path / "large"],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    loaded, packed, at_once, mapped = map(int, result.stdout.split())
-    weights = 4 * sum(parameter.numel() for parameter in large.parameters())
-    counted = packing_bytes(large, torch.float32, torch.device("cpu"))
-    assert counted == 4 * large.lm_head.weight.numel()
-    assert loaded == pytest.approx(weights, abs=4e6)
-    assert packed == pytest.approx(weights + counted, abs=4e6)
-    assert at_once < weights + counted + 4e6
-    assert mapped < 4e6  # nothing of the file is left in the model
-
-
-MEASURE_PEAK = """
-import sys
-from mqa_gpt.checkpoints.load import load_model
-from mqa_gpt.machine import peak_memory
-
-load_model(sys.argv[1], packed=True)
-before = peak_memory()
-load_model(sys.argv[2], packed=True)
-print(peak_memory() - before)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="counts mapped pages as Linux does")
-@pytest.mark.skipif(not can_pack(torch.nn.Linear(1, 1)), reason="no packed oneDNN products here")
-def test_packing_while_loading_never_holds_all_weights_twice(
-    tmp_path: Path, reference: GPTBigCodeForCausalLM, large: GPT
-) -> None:
-    write_checkpoint(tmp_path / "small", weights_of(reference), tiny_config())
-    large.save_pretrained(tmp_path / "large")
-    result = subprocess.run(
-        [sys.executable, "-c", MEASURE_PEAK, tmp_path / "small", tmp_path / "large"],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    weights = 4 * sum(parameter.numel() for parameter in large.parameters())
-    counted = packing_bytes(large, torch.float32, torch.device("cpu"))
-    assert int(result.stdout) < weights + counted + 16e6
-
-
 @pytest.mark.parametrize("quantize", [None, "int8"])
-@pytest.mark.parametrize("fast_plain", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_model_does_not_follow_the_file_that_it_was_read_from(
+def test_a_model_does_not_follow_the_file_that_it_was_read_from(
     tmp_path: Path,
     reference: GPTBigCodeForCausalLM,
-    monkeypatch: pytest.MonkeyPatch,
     quantize: str | None,
-    fast_plain: bool,
     dtype: torch.dtype,
 ) -> None:
-    monkeypatch.setattr(packing, "reads_plain_layout_fast", lambda: fast_plain)
     weights = {name: tensor.to(dtype) for name, tensor in weights_of(reference).items()}
     file = write_checkpoint(tmp_path / "model", weights, tiny_config()) / WEIGHTS
-    model = load_model(tmp_path / "model", quantize=quantize, packed=True)
+    model = load_model(tmp_path / "model", quantize=quantize)
     ids = random_ids(model.config, 2, 9)
     with torch.inference_mode():
         expected = model(ids)

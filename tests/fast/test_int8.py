@@ -1,11 +1,7 @@
 """8-bit weights are the nearest ones, survive saving, and are computed with as they are."""
 
-import copy
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GPTBigCodeForCausalLM
 
-from mqa_gpt import GPT, LLM, generate
+from mqa_gpt import GPT, generate
 from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.errors import CheckpointError, InputError
 from mqa_gpt.fast import int8 as quantization
-from mqa_gpt.fast import packing
 from mqa_gpt.fast.int8 import (
     CONFIG_ENTRY,
     CONFIG_KEY,
@@ -27,7 +22,6 @@ from mqa_gpt.fast.int8 import (
     quantize_rows,
     reads_integers,
 )
-from mqa_gpt.fast.packing import PackedInt8Linear, can_pack, pack
 from mqa_gpt.verify.compare import verify
 from tests.helpers import (
     our_model,
@@ -37,21 +31,6 @@ from tests.helpers import (
     relative_error,
     tiny_config,
 )
-
-needs_int8_products = pytest.mark.skipif(
-    not can_pack(Int8Linear(nn.Linear(1, 1))), reason="this torch has no 8-bit products"
-)
-
-
-PRODUCTS = {"FBGEMM": packing._FBGEMMProduct, "oneDNN": packing._OneDNNProduct}
-
-
-@pytest.fixture(params=PRODUCTS)
-def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "FBGEMM" and not packing.has_fbgemm():
-        pytest.skip("this torch has no FBGEMM products")
-    monkeypatch.setattr(packing, "fbgemm_is_faster", lambda: request.param == "FBGEMM")
-    return request.param
 
 
 def tiny_model(**changes: object) -> GPT:
@@ -104,22 +83,6 @@ def test_a_weight_that_is_not_finite_stays_so(bad: float):
         linear.weight[1, 2] = bad
         y = Int8Linear(linear)(torch.ones(1, 4))
     assert y.isfinite().tolist() == [[True, False, True]]
-
-
-@needs_int8_products
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so_when_packed(product, bad: float):
-    linear = nn.Linear(4, 3)
-    whole = PackedInt8Linear(Int8Linear(linear))
-    with torch.no_grad():
-        linear.weight[1, 2] = bad
-    with torch.inference_mode():
-        y = PackedInt8Linear(Int8Linear(linear))(torch.ones(1, 4))
-        assert y.isfinite().tolist() == [[True, False, True]]
-        rows = torch.ones(3, 4)
-        rows[1, 0] = bad
-        finite = whole(rows).isfinite()
-    assert finite.all(1).tolist() == [True, False, True]
 
 
 def test_quantizing_while_loading_is_quantizing_what_was_loaded(tmp_path: Path):
@@ -239,163 +202,12 @@ def test_a_layer_that_reads_its_integers_is_as_exact_as_one_that_makes_floats(
         assert torch.equal(layer(apart), y)
 
 
-@needs_int8_products
-@pytest.mark.parametrize("bits", [8, 7])
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 17, 64, 300])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_packed_layer_rounds_each_row_once_more_and_no_further(
-    product, monkeypatch, rows, bias, bits
-):
-    if bits == 7:
-        monkeypatch.setattr(packing, "_holds_8_bits", lambda product: False)
-    elif not packing._holds_8_bits(PRODUCTS[product]):
-        pytest.skip(f"{product} adds in 16 bits here")
-    layer = Int8Linear(nn.Linear(71, 45, bias=bias))
-    x = torch.randn(rows, 71) * torch.logspace(-3, 3, rows)[:, None]
-    largest = 127 if bits == 8 else 63
-    step = x.abs().amax(1, keepdim=True) / largest  # (R, 1)
-    rounded = (x / step).round() * step
-    with torch.inference_mode():
-        packed = PackedInt8Linear(layer)
-        y, expected = packed(x), F.linear(rounded, layer.weight * layer.weight_scale[:, None])
-        if bias:
-            expected += layer.bias
-        assert (y - expected).abs().amax(1).le(1e-4 * expected.abs().amax(1)).all()
-        assert packed(x[:, None]).shape == (rows, 1, 45)
-
-
-@needs_int8_products
-def test_a_row_does_not_depend_on_the_other_rows(product):
-    packed = PackedInt8Linear(Int8Linear(nn.Linear(40, 30)))
-    x = torch.randn(4, 40)
-    with torch.inference_mode():
-        together = packed(x * torch.tensor([[1.0], [1000.0], [1e-3], [0.0]]))
-        assert torch.allclose(together[:1], packed(x[:1]), rtol=1e-6, atol=1e-6)
-        assert torch.equal(together[3], packed.bias)
-
-
-@needs_int8_products
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_packed_model_is_close_to_the_model_and_cannot_be_edited(product, dtype, tmp_path):
-    model = tiny_model().to(dtype)
-    quantize(model)
-    packed = copy.deepcopy(model)
-    pack(packed)
-    ids = random_ids(model.config, 2, 20)
-    with torch.inference_mode():
-        logits = packed(ids)
-        assert logits.dtype == dtype
-        assert (logits - model(ids)).float().norm() < 0.1 * model(ids).float().norm()
-    with pytest.raises(InputError, match="cannot be saved"):
-        packed.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="cannot be copied"):
-        copy.deepcopy(packed)
-    with pytest.raises(AttributeError, match="cannot be read"):
-        packed.lm_head.weight_scale.zero_()
-
-
-@needs_int8_products
-@pytest.mark.parametrize("has_tiles", [True, False])
-def test_fbgemm_is_chosen_unless_the_processor_has_tiles_or_torch_lacks_it(monkeypatch, has_tiles):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles)
-    monkeypatch.setattr(packing, "has_fbgemm", lambda: True)
-    assert packing.fbgemm_is_faster() == (not has_tiles)
-    monkeypatch.setattr(packing, "has_fbgemm", lambda: False)
-    assert not packing.fbgemm_is_faster()
-
-
-@needs_int8_products
-def test_a_torch_without_quantized_tensors_packs_for_onednn(monkeypatch):
-    monkeypatch.delattr(torch, "_make_per_channel_quantized_tensor")
-    assert not packing.has_fbgemm()
-    layer = Int8Linear(nn.Linear(40, 30))
-    with torch.inference_mode():
-        x = torch.randn(2, 40)
-        assert relative_error(PackedInt8Linear(layer)(x), layer(x)) < 0.02
-
-
-@needs_int8_products
-def test_asking_for_fbgemm_where_it_is_missing_is_refused(monkeypatch):
-    monkeypatch.setattr(packing, "has_fbgemm", lambda: False)
-    with pytest.raises(ValueError, match="no 8-bit products by FBGEMM"):
-        PackedInt8Linear(Int8Linear(nn.Linear(4, 3)), fbgemm=True)
-
-
-@pytest.mark.slow
-@needs_int8_products
-@pytest.mark.parametrize(
-    ("name", "value"), [("FBGEMM_ENABLE_INSTRUCTIONS", "AVX2"), ("ONEDNN_MAX_CPU_ISA", "AVX2")]
-)
-@pytest.mark.parametrize("fbgemm", [True, False])
-def test_a_library_that_adds_in_16_bits_gets_7_bit_rows(name, value, fbgemm):
-    if fbgemm and not packing.has_fbgemm():
-        pytest.skip("this torch has no FBGEMM products")
-    code = f"""
-import torch
-from mqa_gpt.fast.packing import PackedInt8Linear
-from mqa_gpt.fast.int8 import Int8Linear
-layer = Int8Linear(torch.nn.Linear(512, 8))
-layer.weight.fill_(127)
-with torch.inference_mode():
-    x = torch.ones(1, 512)
-    packed = PackedInt8Linear(layer, fbgemm={fbgemm})
-    assert torch.allclose(packed(x), layer(x), rtol=1e-3), (packed(x), layer(x))
-"""
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {name: value})
-
-
-@needs_int8_products
-@pytest.mark.parametrize("size", [1e37, 1e-37])
-def test_rows_of_any_size_are_rounded_alike(product, size):
-    packed = PackedInt8Linear(Int8Linear(nn.Linear(40, 30, bias=False)))
-    x = torch.randn(2, 40)
-    with torch.inference_mode():
-        assert relative_error(packed(x * size) / size, packed(x)) < 1e-3
-
-
-@needs_int8_products
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_packing_does_not_depend_on_torchs_defaults(product, monkeypatch, dtype):
-    layer, x = Int8Linear(nn.Linear(40, 30)), torch.randn(2, 40)
-    packing._holds_8_bits.cache_clear()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            packed = PackedInt8Linear(layer)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    with torch.inference_mode():
-        assert relative_error(packed(x), layer(x)) < 0.02
-
-
-@needs_int8_products
-def test_packing_says_nothing_of_what_is_deprecated(product, recwarn):
-    always = torch.is_warn_always_enabled()
-    torch.set_warn_always(True)  # not once in a process
-    try:
-        PackedInt8Linear(Int8Linear(nn.Linear(4, 3)))
-    finally:
-        torch.set_warn_always(always)
-    assert not recwarn.list
-
-
 def test_a_batch_gives_each_rows_own_tokens():
     model = tiny_model()
     quantize(model)
     prompts = random_prompts(model.config, [9, 30, 1])
     together = generate(model, prompts, 32)
     assert together == [generate(model, [prompt], 32)[0] for prompt in prompts]
-
-
-@needs_int8_products
-def test_llm_loads_8_bits_packed():
-    llm = LLM.load(quantize="int8", dtype="float32")
-    assert isinstance(llm.model.lm_head, PackedInt8Linear)
-    assert not any(isinstance(layer, (nn.Linear, Int8Linear)) for layer in llm.model.modules())
-    assert llm.generate("def f(", max_new_tokens=4).token_ids
-
-
-# ----------------------------------------------------------------------------------------- on disk
 
 
 @pytest.mark.parametrize("changes", [{}, {"multi_query": False}, {"tie_word_embeddings": False}])

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
-import mqa_gpt.fast.flat
+import mqa_gpt.generation.steps
 import mqa_gpt.verify.compare
 from mqa_gpt import GPT, CheckpointError, GPTConfig, PromptError
 from mqa_gpt.attention import HAS_TRITON
@@ -330,7 +330,7 @@ def test_tokens_are_those_of_the_path_that_users_get(
 ) -> None:
     """The hook that reads the logits would keep `generate` from it."""
     monkeypatch.setattr(
-        mqa_gpt.fast.flat, "without_modules", lambda model: lambda *inputs: -model(*inputs)
+        mqa_gpt.generation.steps, "step_forward", lambda model: lambda *inputs: -model(*inputs)
     )
     report = verify(folder, prompts=PROMPTS, max_new_tokens=4)
     assert report.logits_passed

@@ -15,7 +15,6 @@ from transformers import GPTBigCodeForCausalLM
 
 from mqa_gpt import GPT, GPTConfig, KVCache, generate
 from mqa_gpt.config import ACTIVATIONS
-from mqa_gpt.fast.packing import can_pack, pack
 from mqa_gpt.generation import batching
 from mqa_gpt.generation.batching import Token
 from mqa_gpt.generation.speculative import PromptLookup
@@ -172,10 +171,7 @@ def test_float32_greedy_tokens_of_a_ragged_batch_are_those_of_transformers(
             break
     else:
         pytest.fail(f"{ATTEMPTS} random batches all have a near tie that rounding may decide")
-    plain, packed = (our_model(reference, config, backend) for backend in BACKENDS)
-    if can_pack(packed):
-        pack(packed)  # as `LLM` does
-    for model in (plain, packed):
+    for model in (our_model(reference, config, backend) for backend in (*BACKENDS, "auto")):
         ids, logits = our_greedy(model, prompts, NEW_TOKENS)
         assert ids.tolist() == expected_ids.tolist()
         assert relative_error(logits, expected) <= TOLERANCE
@@ -220,10 +216,6 @@ def test_low_precision_is_as_close_to_float32_as_transformers_is(
     theirs = reference_rows(reference16, prompts)
     limit, mean_limit = 2 * error(theirs, expected), 1.25 * mean_error(theirs, expected)
     models = {name: our_model(reference16, checkpoint.config, name) for name in BACKENDS}
-    packed = our_model(reference16, checkpoint.config)
-    if can_pack(packed):
-        pack(packed)  # as `LLM` does
-        models["packed"] = packed
     for name, model in models.items():
         for way, logits in our_rows(model, prompts):
             assert logits.dtype == dtype
