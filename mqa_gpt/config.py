@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from mqa_gpt.errors import ConfigError, is_int, require_int, require_number, shown
+from mqa_gpt.errors import ConfigError, is_int, is_number, require_int, shown
 
 # The formula of each name that a config.json may use. GELU is x * Phi(x) with the normal
 # distribution's Phi; gelu_tanh approximates Phi (Hendrycks and Gimpel 2016, equation 2), and its
@@ -34,6 +36,15 @@ ALIASES = {
 # Far above any model's sizes, and low enough that no product of two overflows 64 bits.
 MAX_SIZE = 2**28
 
+# Of the fields that are any number, in words and as a check.
+DROPOUT: tuple[str, Callable[[float], bool]] = ("from 0 to below 1", lambda x: 0 <= x < 1)
+RANGES = {
+    "resid_pdrop": DROPOUT,
+    "embd_pdrop": DROPOUT,
+    "attn_pdrop": DROPOUT,
+    "layer_norm_epsilon": ("above 0", lambda x: x > 0),
+    "initializer_range": ("0 or above", lambda x: x >= 0),
+}
 
 # GPT-2's end-of-text token, the last of the default vocabulary.
 DEFAULT_END = 50256
@@ -86,16 +97,10 @@ class GPTConfig:
             raise ConfigError(
                 f"activation_function is {shown(name)}: expected one of {', '.join(ACTIVATIONS)}"
             )
-        for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-            require_number(
-                ConfigError, key, getattr(self, key), "from 0 to below 1", lambda x: 0 <= x < 1
-            )
-        require_number(
-            ConfigError, "layer_norm_epsilon", self.layer_norm_epsilon, "above 0", lambda x: x > 0
-        )
-        require_number(
-            ConfigError, "initializer_range", self.initializer_range, "0 or above", lambda x: x >= 0
-        )
+        for key, (range_, fits) in RANGES.items():
+            value = getattr(self, key)
+            if not is_number(value) or not fits(value):
+                raise ConfigError(f"{key} is {shown(value)}: it must be a number {range_}")
         for key in ("scale_attn_weights", "multi_query", "tie_word_embeddings"):
             if not isinstance(getattr(self, key), bool):
                 raise ConfigError(f"{key} is {shown(getattr(self, key))}: it must be true or false")
@@ -118,17 +123,17 @@ class GPTConfig:
         elif self.eos_token_id is not None:
             object.__setattr__(self, "eos_token_id", int(self.eos_token_id))
 
-    @property
+    @cached_property
     def head_dim(self) -> int:
         """D: the width of one head."""
         return self.n_embd // self.n_head
 
-    @property
+    @cached_property
     def n_kv_head(self) -> int:
         """G: key/value heads, 1 in multi-query attention."""
         return 1 if self.multi_query else self.n_head
 
-    @property
+    @cached_property
     def inner_size(self) -> int:
         """F: the width of the MLP."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
@@ -152,16 +157,11 @@ class GPTConfig:
             "head": 0 if self.tie_word_embeddings else V * C,
         }
 
-    @property
+    @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
         """`eos_token_id` as a tuple, whatever form the config gives it in."""
-        if self.eos_token_id is None:
-            return ()
-        return (
-            tuple(self.eos_token_id)
-            if isinstance(self.eos_token_id, list)
-            else (self.eos_token_id,)
-        )
+        ids = self.eos_token_id
+        return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GPTConfig:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import numbers
 import reprlib
-from collections.abc import Callable
 from typing import Any
 
 
@@ -44,6 +43,15 @@ def is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def is_number(value: Any) -> bool:
+    """True for finite real numbers, NumPy's too; False for booleans."""
+    try:
+        is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        return is_real and math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        return False
+
+
 def require_int(
     error: type[InputError], name: str, value: Any, least: int, most: int | None = None
 ) -> int:
@@ -52,23 +60,6 @@ def require_int(
         range_ = f"of at least {least:,}" if most is None else f"from {least:,} to {most:,}"
         raise error(f"{name} is {shown(value)}: it must be an integer {range_}")
     return int(value)
-
-
-def require_number(
-    error: type[InputError],
-    name: str,
-    value: Any,
-    range_: str,
-    accept: Callable[[float], bool],
-) -> None:
-    """Raise `error`, naming the value and its range, unless it is a finite number that fits."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    try:
-        is_number = is_number and math.isfinite(value)
-    except OverflowError:  # an int beyond every float
-        is_number = False
-    if not is_number or not accept(value):
-        raise error(f"{name} is {shown(value)}: it must be a number {range_}")
 
 
 def require_text(name: str, value: Any) -> None:

@@ -9,14 +9,23 @@ from __future__ import annotations
 
 import math
 import random
-import secrets
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from mqa_gpt.errors import PromptError, is_int, require_int, require_number, shown
+from mqa_gpt.errors import PromptError, is_int, is_number, require_int, shown
+
+# Which numbers the parameters may be, in words and as a check. Far smaller temperatures would
+# overflow the logits that they divide.
+RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "temperature": ("that is 0, or from 1e-6 to 1e6", lambda x: not x or 1e-6 <= x <= 1e6),
+    "repetition_penalty": ("from 1e-6 to 1e6", lambda x: 1e-6 <= x <= 1e6),
+    "top_p": ("above 0 and at most 1", lambda x: 0 < x <= 1),
+    "min_p": ("from 0 to 1", lambda x: 0 <= x <= 1),
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,7 @@ class SamplingParams:
         repetition_penalty: divides the positive and multiplies the negative logits of tokens that
             prompt or output already hold (Keskar et al. 2019, section 4.1); 1 changes nothing.
         seed: makes draws repeatable. A row's draws depend on the seed and on which of its prompt's
-            samples it is, never on the rest of the batch. None takes a fresh seed for each prompt.
+            samples it is, never on the rest of the batch. None draws differently each time.
 
     Raises:
         PromptError: a value out of range.
@@ -49,15 +58,13 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        # Far smaller temperatures would overflow the logits that they divide.
-        self._number(
-            "temperature", "that is 0, or from 1e-6 to 1e6", lambda x: not x or 1e-6 <= x <= 1e6
-        )
-        self._number("repetition_penalty", "from 1e-6 to 1e6", lambda x: 1e-6 <= x <= 1e6)
-        if self.top_p is not None:
-            self._number("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1)
-        if self.min_p is not None:
-            self._number("min_p", "from 0 to 1", lambda x: 0 <= x <= 1)
+        for name, (range_, fits) in RANGES.items():
+            value = getattr(self, name)
+            if value is None and name in ("top_p", "min_p"):
+                continue
+            if not is_number(value) or not fits(value):
+                raise PromptError(f"{name} is {shown(value)}: it must be a number {range_}")
+            object.__setattr__(self, name, float(value))
         if self.top_k is not None:
             top_k = require_int(PromptError, "top_k", self.top_k, -1)
             object.__setattr__(self, "top_k", top_k if top_k > 0 else None)
@@ -66,12 +73,7 @@ class SamplingParams:
                 raise PromptError(f"seed is {shown(self.seed)}: it must be an integer")
             object.__setattr__(self, "seed", int(self.seed))
 
-    def _number(self, name: str, range_: str, accept: Callable[[float], bool]) -> None:
-        value = getattr(self, name)
-        require_number(PromptError, name, value, range_, accept)
-        object.__setattr__(self, name, float(value))
-
-    @property
+    @cached_property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0
@@ -178,18 +180,14 @@ def log_probabilities(logits: Tensor, chosen: Tensor, count: int) -> tuple[Tenso
     return logprobs.gather(1, chosen[:, None])[:, 0], ids, values
 
 
-def uniforms(seed: int, sample: int, count: int) -> list[float]:
+def uniforms(seed: int | None, sample: int, count: int) -> list[float]:
     """The numbers in [0, 1) that decide the first `count` draws of a prompt's `sample`-th sample.
 
-    A stream of its own per (seed, sample), the same on every device and in every batch.
+    A stream of its own per (seed, sample), the same on every device and in every batch; without a
+    seed another one in every call.
     """
-    stream = random.Random(f"{seed}:{sample}")
+    stream = random.Random(None if seed is None else f"{seed}:{sample}")
     return [stream.random() for _ in range(count)]
-
-
-def fresh_seed() -> int:
-    """A random seed, for draws that need not be repeatable."""
-    return secrets.randbits(64)
 
 
 def draw(logits: Tensor, u: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ import dataclasses
 import inspect
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -27,15 +27,13 @@ from mqa_gpt.checkpoints.placement import as_device, as_dtype
 from mqa_gpt.cli.input import unescape
 from mqa_gpt.cli.output import note
 from mqa_gpt.config import MAX_SIZE, GPTConfig
-from mqa_gpt.errors import InputError, PromptError, shown
+from mqa_gpt.errors import InputError, shown
 from mqa_gpt.fast.int8 import check_method
 from mqa_gpt.fast.int8_cache import cache_class
-from mqa_gpt.generation.prompts import Options
-from mqa_gpt.generation.request import make_requests
+from mqa_gpt.generation.prompts import Options, request_options
 from mqa_gpt.generation.speculative import Drafter, DraftModel, PromptLookup
 from mqa_gpt.llm import LLM
 from mqa_gpt.machine import threads_for
-from mqa_gpt.sampling import SamplingParams
 
 FIT = "fit"
 
@@ -68,16 +66,6 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
-
-
-def check_options(config: GPTConfig, options: Mapping[str, Any]) -> None:
-    """Raise PromptError for options of a generation that cannot be used, without a prompt."""
-    options = dict(options)
-    ignore_eos = options.pop("ignore_eos", False)
-    if not isinstance(ignore_eos, bool):
-        raise PromptError(f"ignore_eos is {shown(ignore_eos)}: it must be true or false")
-    chosen = {f.name: options.pop(f.name) for f in fields(SamplingParams) if f.name in options}
-    make_requests(config, [], sampling=SamplingParams(**chosen), **options)
 
 
 def _count_or_fit(text: object) -> int | None:
@@ -353,8 +341,8 @@ class GenerationOptions:
             PromptError: one that no model takes.
         """
         options = self._options()
-        common = {"max_new_tokens": self.max_new_tokens, "n": self.n}
-        check_options(ANY_MODEL, {**options, **common})
+        common = {**options, "max_new_tokens": self.max_new_tokens}
+        request_options(ANY_MODEL, None, common, n=self.n)
         filters = ("top_k", "top_p", "min_p")
         given = [name for name in filters if getattr(self, name) is not None]
         if self.temperature == 0 and given:

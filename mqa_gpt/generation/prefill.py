@@ -42,7 +42,8 @@ def prefill(
         chunk = max(positions // len(prompts), MIN_CHUNK)
     lengths = [len(prompt) for prompt in prompts]
     width = max(lengths)
-    if min(lengths) < width:
+    is_ragged = min(lengths) < width
+    if is_ragged:
         cache.limit(lengths)
     ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
     ids = ids.to(device)  # (B, width)
@@ -64,6 +65,7 @@ def prefill(
         else:
             model(piece, cache=view, logits_at=last[:0])
         cache.advance(end - begin)
-    cache.set_lengths(lengths)
+    if is_ragged:
+        cache.set_lengths(lengths)
     assert logits is not None
     return logits
