@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from mqa_gpt.errors import ConfigError, is_int, is_number, require_int, shown
+from mqa_gpt.errors import ConfigError, Range, in_ranges, is_int, shown
 
 # The formula of each name that a config.json may use. GELU is x * Phi(x) with the normal
 # distribution's Phi; gelu_tanh approximates Phi (Hendrycks and Gimpel 2016, equation 2), and its
@@ -36,14 +36,15 @@ ALIASES = {
 # Far above any model's sizes, and low enough that no product of two overflows 64 bits.
 MAX_SIZE = 2**28
 
-# Of the fields that are any number, in words and as a check.
-DROPOUT: tuple[str, Callable[[float], bool]] = ("from 0 to below 1", lambda x: 0 <= x < 1)
+SIZE = Range(1, MAX_SIZE)
+SHARE = Range(0, math.nextafter(1, 0), "from 0 to below 1")
+
 RANGES = {
-    "resid_pdrop": DROPOUT,
-    "embd_pdrop": DROPOUT,
-    "attn_pdrop": DROPOUT,
-    "layer_norm_epsilon": ("above 0", lambda x: x > 0),
-    "initializer_range": ("0 or above", lambda x: x >= 0),
+    **dict.fromkeys(("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"), SIZE),
+    "n_inner": SIZE._replace(optional=True),
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), SHARE),
+    "layer_norm_epsilon": Range(math.nextafter(0, 1), words="above 0"),
+    "initializer_range": Range(0, words="0 or above"),
 }
 
 # GPT-2's end-of-text token, the last of the default vocabulary.
@@ -83,10 +84,8 @@ class GPTConfig:
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
-            if key != "n_inner" or self.n_inner is not None:
-                size = require_int(ConfigError, key, getattr(self, key), 1, MAX_SIZE)
-                object.__setattr__(self, key, size)
+        for key, value in in_ranges(ConfigError, vars(self), RANGES).items():
+            object.__setattr__(self, key, value)
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"n_embd is {self.n_embd} and n_head is {self.n_head}: "
@@ -97,10 +96,6 @@ class GPTConfig:
             raise ConfigError(
                 f"activation_function is {shown(name)}: expected one of {', '.join(ACTIVATIONS)}"
             )
-        for key, (range_, fits) in RANGES.items():
-            value = getattr(self, key)
-            if not is_number(value) or not fits(value):
-                raise ConfigError(f"{key} is {shown(value)}: it must be a number {range_}")
         for key in ("scale_attn_weights", "multi_query", "tie_word_embeddings"):
             if not isinstance(getattr(self, key), bool):
                 raise ConfigError(f"{key} is {shown(getattr(self, key))}: it must be true or false")

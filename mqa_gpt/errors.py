@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import numbers
 import reprlib
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class InputError(ValueError):
@@ -43,7 +44,7 @@ def is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def is_number(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     """True for finite real numbers, NumPy's too; False for booleans."""
     try:
         is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -52,14 +53,47 @@ def is_number(value: Any) -> bool:
         return False
 
 
+class Range(NamedTuple):
+    """The numbers that a value may be: integers, or with `words` for messages any."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    words: str = ""
+    optional: bool = False  # may be None
+
+    def __str__(self) -> str:
+        if self.words:
+            return f"a number {self.words}"
+        if self.most < math.inf:
+            return f"an integer from {self.least:,} to {self.most:,}"
+        return "an integer" if self.least == -math.inf else f"an integer of at least {self.least:,}"
+
+
+def in_ranges(
+    error: type[InputError], values: Mapping[str, Any], ranges: Mapping[str, Range]
+) -> dict[str, Any]:
+    """The values of these names as Python's own numbers, or `error` with the first that is wrong.
+
+    Python's own, because NumPy's small integers wrap.
+    """
+    found: dict[str, Any] = {}
+    for name, range_ in ranges.items():
+        value = found[name] = values[name]
+        if value is None and range_.optional:
+            continue
+        is_number = _is_finite(value) if range_.words else is_int(value)
+        if not is_number or not range_.least <= value <= range_.most:
+            raise error(f"{name} is {shown(value)}: it must be {range_}")
+        found[name] = float(value) if range_.words else int(value)
+    return found
+
+
 def require_int(
-    error: type[InputError], name: str, value: Any, least: int, most: int | None = None
+    error: type[InputError], name: str, value: Any, least: int, most: float = math.inf
 ) -> int:
-    """The value as Python's own int, whose arithmetic does not wrap, or `error` with its range."""
-    if not is_int(value) or value < least or (most is not None and value > most):
-        range_ = f"of at least {least:,}" if most is None else f"from {least:,} to {most:,}"
-        raise error(f"{name} is {shown(value)}: it must be an integer {range_}")
-    return int(value)
+    """One value as Python's own int, or `error` with its range."""
+    found: int = in_ranges(error, {name: value}, {name: Range(least, most)})[name]
+    return found
 
 
 def require_text(name: str, value: Any) -> None:

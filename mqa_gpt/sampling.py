@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from mqa_gpt.errors import PromptError, is_int, is_number, require_int, shown
+from mqa_gpt.errors import PromptError, Range, in_ranges
 
-# Which numbers the parameters may be, in words and as a check. Far smaller temperatures would
-# overflow the logits that they divide.
-RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "temperature": ("that is 0, or from 1e-6 to 1e6", lambda x: not x or 1e-6 <= x <= 1e6),
-    "repetition_penalty": ("from 1e-6 to 1e6", lambda x: 1e-6 <= x <= 1e6),
-    "top_p": ("above 0 and at most 1", lambda x: 0 < x <= 1),
-    "min_p": ("from 0 to 1", lambda x: 0 <= x <= 1),
+# Far smaller temperatures would overflow the logits that they divide.
+MIN_TEMPERATURE = 1e-6
+RANGES = {
+    "temperature": Range(0, 1e6, "that is 0, or from 1e-6 to 1e6"),
+    "repetition_penalty": Range(1e-6, 1e6, "from 1e-6 to 1e6"),
+    "top_p": Range(math.nextafter(0, 1), 1, "above 0 and at most 1", optional=True),
+    "min_p": Range(0, 1, "from 0 to 1", optional=True),
+    "top_k": Range(-1, optional=True),
+    "seed": Range(optional=True),
 }
 
 
@@ -58,20 +60,12 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, (range_, fits) in RANGES.items():
-            value = getattr(self, name)
-            if value is None and name in ("top_p", "min_p"):
-                continue
-            if not is_number(value) or not fits(value):
-                raise PromptError(f"{name} is {shown(value)}: it must be a number {range_}")
-            object.__setattr__(self, name, float(value))
-        if self.top_k is not None:
-            top_k = require_int(PromptError, "top_k", self.top_k, -1)
-            object.__setattr__(self, "top_k", top_k if top_k > 0 else None)
-        if self.seed is not None:
-            if not is_int(self.seed):
-                raise PromptError(f"seed is {shown(self.seed)}: it must be an integer")
-            object.__setattr__(self, "seed", int(self.seed))
+        found = in_ranges(PromptError, vars(self), RANGES)
+        if 0 < found["temperature"] < MIN_TEMPERATURE:
+            words = RANGES["temperature"].words
+            raise PromptError(f"temperature is {self.temperature}: it must be a number {words}")
+        for name, value in found.items():
+            object.__setattr__(self, name, None if name == "top_k" and value in (0, -1) else value)
 
     @cached_property
     def greedy(self) -> bool:

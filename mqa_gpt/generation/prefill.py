@@ -53,7 +53,7 @@ def prefill(
         b = max(row for row, length in enumerate(lengths) if length > begin) + 1
         piece = ids[:b, begin : begin + chunk]  # (b, T)
         end = begin + piece.shape[1]
-        view = cache.rows(0, [begin] * b)
+        view = cache if b == len(prompts) else cache.rows(0, [begin] * b)
         if any(begin < length <= end for length in lengths):
             at = (last[:b] - begin).clamp(0, end - begin - 1)  # (b,)
             new = model(piece, cache=view, logits_at=at)  # (b, V)
@@ -64,7 +64,8 @@ def prefill(
             logits = new  # of all rows the first time, since no row has ended before
         else:
             model(piece, cache=view, logits_at=last[:0])
-        cache.advance(end - begin)
+        if view is not cache:
+            cache.advance(end - begin)
     if is_ragged:
         cache.set_lengths(lengths)
     assert logits is not None

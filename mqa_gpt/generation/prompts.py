@@ -204,9 +204,10 @@ def _require_short(config: GPTConfig, tokenizer: Tokenizer, **texts: str) -> Non
     """PromptError for a text that is too long for the context, before it is tokenized."""
     for name, text in texts.items():
         # A character is at least a byte; what is no text is refused by `encode`.
-        if isinstance(text, str) and len(text) > config.n_positions * tokenizer.max_token_bytes:
+        size, context = len(text) if isinstance(text, str) else 0, config.n_positions
+        if size > context and size > context * tokenizer.max_token_bytes:
             raise PromptError(
-                f"{name} has {len(text):,} characters, at least {tokenizer.min_tokens(text):,} "
-                f"tokens: they exceed the context of {config.n_positions:,} tokens; shorten it, or "
+                f"{name} has {size:,} characters, at least {tokenizer.min_tokens(text):,} "
+                f"tokens: they exceed the context of {context:,} tokens; shorten it, or "
                 "let truncate=True (--truncate) cut it"
             )

@@ -11,13 +11,19 @@ import torch
 from torch import Tensor
 
 from mqa_gpt.config import GPTConfig
-from mqa_gpt.errors import PromptError, is_int, require_int, shown
+from mqa_gpt.errors import PromptError, Range, in_ranges, is_int, shown
 from mqa_gpt.generation.speculative import Drafter, check_drafter
 from mqa_gpt.sampling import GREEDY, SamplingParams
 
 # A prompt's samples are held until the last of them is finished, with 64 tokens some 8 kB each:
 # this many take most of a gigabyte. Estimates of pass@k need far fewer.
 MAX_SAMPLES = 100_000
+
+COUNTS = {
+    "max_new_tokens": Range(0, optional=True),
+    "n": Range(1, MAX_SAMPLES),
+    "min_new_tokens": Range(0),
+}
 
 
 @dataclass(frozen=True, eq=False)  # equal only to itself: its samples share one prefill
@@ -85,17 +91,15 @@ class RequestOptions:
     ) -> None:
         if not isinstance(sampling, SamplingParams):
             raise PromptError(f"sampling is {shown(sampling)}: expected SamplingParams")
-        if max_new_tokens is not None:
-            max_new_tokens = require_int(PromptError, "max_new_tokens", max_new_tokens, 0)
-        n = require_int(PromptError, "n", n, 1, MAX_SAMPLES)
+        given = {"max_new_tokens": max_new_tokens, "n": n, "min_new_tokens": min_new_tokens}
+        ranges = COUNTS | {"logprobs": Range(0, config.vocab_size, optional=True)}
+        counts = in_ranges(PromptError, given | {"logprobs": logprobs}, ranges)
+        max_new_tokens, n, min_new_tokens, logprobs = counts.values()
         if n > 1 and sampling.greedy:
             raise PromptError(
                 f"n is {n} but temperature is 0, which gives the same tokens {n} times: "
                 "set a temperature above 0 or leave n at 1"
             )
-        if logprobs is not None:
-            logprobs = require_int(PromptError, "logprobs", logprobs, 0, config.vocab_size)
-        min_new_tokens = require_int(PromptError, "min_new_tokens", min_new_tokens, 0)
         if max_new_tokens is not None and min_new_tokens > max_new_tokens:
             raise PromptError(
                 f"min_new_tokens is {min_new_tokens} and max_new_tokens is {max_new_tokens}: the "
