@@ -9,7 +9,7 @@ from typing import Any, Literal, Unpack, overload
 import torch
 
 from mqa_gpt.checkpoints.files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, versions
-from mqa_gpt.checkpoints.headers import checkpoint_notes, read_config, stored_dtype
+from mqa_gpt.checkpoints.headers import read_checkpoint
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.load import DEMO_DIR, load_model
 from mqa_gpt.checkpoints.placement import as_device, fast_dtype
@@ -81,18 +81,16 @@ class LLM:
         """
         new_cache_class = cache_class(cache_dtype)
         folder = resolve(DEMO_DIR if name_or_dir is None else name_or_dir, revision)
-        config = read_config(
-            folder
-        )  # first, so that a wrong folder is not reported as a missing tokenizer
-        notes = checkpoint_notes(folder)
         before = versions(folder, SAVED_FILES)
+        checkpoint = read_checkpoint(folder)  # first: a wrong folder is no missing tokenizer
+        config, notes = checkpoint.config, checkpoint.notes
         tokenizer = Tokenizer.from_pretrained(folder)
         if dtype is None:
-            stored, where = stored_dtype(folder), as_device(device)
-            dtype, note = fast_dtype(stored, where, 0 if quantize else config.parameters)
+            parameters = 0 if quantize else config.parameters
+            dtype, note = fast_dtype(checkpoint.dtype, as_device(device), parameters)
             notes += [] if note is None else [note]
         model = load_model(
-            folder, device=device, dtype=dtype, backend=backend, quantize=quantize, packed=True
+            checkpoint, device=device, dtype=dtype, backend=backend, quantize=quantize, packed=True
         )
         if versions(folder, SAVED_FILES) != before:  # tokenizer and model may be from two saves
             raise CheckpointError(
