@@ -49,20 +49,15 @@ class Checkpoint:
     Attributes:
         stored: its tensors by the model's names, in files that stay open, without the mask buffers
             of old versions.
+        dtype: holds every weight exactly; 8-bit weights and scales do not count.
         notes: what loading it ignores and its user may expect, a sentence each.
     """
 
     folder: Path
     config: GPTConfig
     stored: dict[str, StoredTensor]
+    dtype: torch.dtype
     notes: list[str]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that holds every weight exactly; 8-bit weights and scales do not count."""
-        names = {t.dtype for t in self.stored.values() if not t.name.endswith("_scale")}
-        dtypes = {STORED_DTYPES[name] for name in names if name in STORED_DTYPES}
-        return reduce(torch.promote_types, dtypes or {torch.float32})
 
 
 def read_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
@@ -87,7 +82,10 @@ def read_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
         else:
             if versions(folder, watched) == before:
                 stored = _by_parameter_name(folder, tensors, config)
-                return Checkpoint(folder, config, stored, notes)
+                weights = [t for name, t in stored.items() if not name.endswith("_scale")]
+                dtypes = {STORED_DTYPES[t.dtype] for t in weights if t.dtype in STORED_DTYPES}
+                dtype = reduce(torch.promote_types, dtypes or {torch.float32})
+                return Checkpoint(folder, config, stored, dtype, notes)
     raise CheckpointError(
         f"{folder} is being written by another process: load it when that has finished"
     )
