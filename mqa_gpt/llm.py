@@ -17,8 +17,8 @@ from mqa_gpt.checkpoints.save import save_model
 from mqa_gpt.errors import CheckpointError, PromptError, require_int
 from mqa_gpt.fast.int8 import is_quantized
 from mqa_gpt.fast.int8_cache import cache_class
+from mqa_gpt.generation.batching import EnginePool
 from mqa_gpt.generation.completion import Completion, Generation
-from mqa_gpt.generation.pool import EnginePool
 from mqa_gpt.generation.prompts import Options, hole_request, text_requests
 from mqa_gpt.machine import threads_for
 from mqa_gpt.model import GPT

@@ -261,7 +261,7 @@ class Engine:
             draws: list[float] = []
             if not request.sampling.greedy:
                 # A graph begins a token more than a row has before it is known to have ended.
-                draws = uniforms(request.sampling.seed, sample, request.max_new_tokens + 1)
+                draws = uniforms(request.seed, sample, request.max_new_tokens + 1)
             rows.append(Row(request, number, draws, list(request.prompt)))
         return rows
 
@@ -305,6 +305,41 @@ class Engine:
             self._stepper.remove(slot, last)
             self._running[slot] = self._running[last]
             del self._running[last]
+
+
+class EnginePool:
+    """Gives each generation an engine, the last one again if it fits: graphs are recorded once.
+
+    A kept engine holds its KV cache and its graphs until another size is asked for, or `clear`.
+    """
+
+    def __init__(self) -> None:
+        self._idle: list[Engine] = []  # at most one; pop and append are safe among threads
+
+    def take(self, model: GPT, requests: Sequence[Request], slots: int | None = None) -> Engine:
+        """An engine for these requests, which have yet to be added.
+
+        Args:
+            slots: how many rows run at a time, at most; None for all of them.
+
+        Raises:
+            PromptError: the device has no room for the cache that they need.
+        """
+        while self._idle:
+            engine = self._idle.pop()
+            if engine.model is model and engine.fits(requests, slots):
+                return engine
+            del engine  # before another one's cache is allocated
+        return Engine.for_requests(model, requests, slots=slots)
+
+    def give_back(self, engine: Engine) -> None:
+        """Keep an engine that is idle, if it has graphs."""
+        if engine.is_reusable:
+            self._idle[:] = [engine]
+
+    def clear(self) -> None:
+        """Free the memory of the kept engine."""
+        self._idle.clear()
 
 
 def _size_for(requests: Sequence[Request], slots: int | None) -> tuple[int, int]:

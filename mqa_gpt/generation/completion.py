@@ -6,8 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from mqa_gpt.generation.batching import Engine, Token
-from mqa_gpt.generation.pool import EnginePool
+from mqa_gpt.generation.batching import Engine, EnginePool, Token
 from mqa_gpt.generation.request import Request
 from mqa_gpt.generation.stop import RowText
 from mqa_gpt.model import GPT

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,7 +32,8 @@ class Request:
     Attributes:
         prompt: token ids, at least one.
         max_new_tokens: at most this many; with the prompt they fit into the context.
-        sampling: how each token is chosen.
+        sampling: how each token is chosen; its seed is apart, because rows of any seeds choose
+            their tokens together.
         n: samples of the prompt, each a row of its own.
         end_ids: tokens that end a row.
         stop: texts that end a row; the engine, which sees no text, leaves them to its caller.
@@ -53,13 +53,8 @@ class Request:
     min_new_tokens: int = 0
     logprobs: int | None = None
     drafter: Drafter | None = None
+    seed: int | None = None
     name: str = "prompt 0"
-
-    @cached_property
-    def choosing(self) -> tuple[SamplingParams, int | None]:
-        """What rows that choose their tokens together have in common; a seed only decides draws."""
-        sampling = self.sampling
-        return sampling if sampling.seed is None else replace(sampling, seed=None), self.logprobs
 
 
 class RequestOptions:
@@ -112,7 +107,10 @@ class RequestOptions:
             raise PromptError("all tokens are end tokens: leave min_new_tokens at 0")
         self.max_new_tokens, self.truncate = max_new_tokens, truncate
         self._config = config
-        self._same = (sampling, n, ends, stop, min_new_tokens, logprobs, drafter)
+        seed = sampling.seed
+        if seed is not None:
+            sampling = replace(sampling, seed=None)
+        self._same = (sampling, n, ends, stop, min_new_tokens, logprobs, drafter, seed)
 
     def request(self, prompt: Any, name: str) -> Request:
         """The request for one prompt.

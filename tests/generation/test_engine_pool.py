@@ -11,8 +11,7 @@ import torch
 from mqa_gpt import GPT, KVCache, PromptError, PromptLookup
 from mqa_gpt.fast.int8_cache import Int8KVCache
 from mqa_gpt.generation import batching, replay
-from mqa_gpt.generation.batching import Engine, Token
-from mqa_gpt.generation.pool import EnginePool
+from mqa_gpt.generation.batching import Engine, EnginePool, Token
 from mqa_gpt.generation.request import Request, make_requests
 from mqa_gpt.sampling import SamplingParams
 from tests.helpers import by_row, engine_tokens, random_prompts, tiny_config, tiny_model
