@@ -78,7 +78,7 @@ class RequestOptions:
         *,
         n: int = 1,
         end_ids: Iterable[int] = (),
-        stop: tuple[str, ...] = (),
+        stop: str | Sequence[str] = (),
         min_new_tokens: int = 0,
         logprobs: int | None = None,
         drafter: Drafter | None = None,
@@ -110,7 +110,8 @@ class RequestOptions:
         seed = sampling.seed
         if seed is not None:
             sampling = replace(sampling, seed=None)
-        self._same = (sampling, n, ends, stop, min_new_tokens, logprobs, drafter, seed)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        self._same = (sampling, n, ends, stops, min_new_tokens, logprobs, drafter, seed)
 
     def request(self, prompt: Any, name: str) -> Request:
         """The request for one prompt.
