@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -94,6 +94,14 @@ def require_int(
     """One value as Python's own int, or `error` with its range."""
     found: int = in_ranges(error, {name: value}, {name: Range(least, most)})[name]
     return found
+
+
+def require_number(
+    error: type[InputError], name: str, value: Any, range_: str, accept: Callable[[float], bool]
+) -> None:
+    """Raise `error`, naming the value and its range, unless it is a finite number that fits."""
+    if not _is_finite(value) or not accept(value):
+        raise error(f"{name} is {shown(value)}: it must be a number {range_}")
 
 
 def require_text(name: str, value: Any) -> None:

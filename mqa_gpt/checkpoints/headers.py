@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 from os import PathLike
@@ -32,7 +33,6 @@ ADAPTER_FILE = "adapter_config.json"  # peft's
 # What generation_config.json holds besides defaults of sampling and length.
 NO_DEFAULTS = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
 
-
 # By the names that safetensors writes. Anything else is a quantized checkpoint.
 STORED_DTYPES = {
     "F32": torch.float32,
@@ -49,7 +49,7 @@ class Checkpoint:
     Attributes:
         stored: its tensors by the model's names, in files that stay open, without the mask buffers
             of old versions.
-        dtype: holds every weight exactly; 8-bit weights and scales do not count.
+        dtype: see `widest_dtype`.
         notes: what loading it ignores and its user may expect, a sentence each.
     """
 
@@ -81,11 +81,8 @@ def read_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
                 raise
         else:
             if versions(folder, watched) == before:
-                stored = _by_parameter_name(folder, tensors, config)
-                weights = [t for name, t in stored.items() if not name.endswith("_scale")]
-                dtypes = {STORED_DTYPES[t.dtype] for t in weights if t.dtype in STORED_DTYPES}
-                dtype = reduce(torch.promote_types, dtypes or {torch.float32})
-                return Checkpoint(folder, config, stored, dtype, notes)
+                stored = by_parameter_name(folder, tensors, config)
+                return Checkpoint(folder, config, stored, widest_dtype(stored.values()), notes)
     raise CheckpointError(
         f"{folder} is being written by another process: load it when that has finished"
     )
@@ -169,7 +166,7 @@ def _notes(folder: Path, generation: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _by_parameter_name(
+def by_parameter_name(
     folder: Path, tensors: list[StoredTensor], config: GPTConfig
 ) -> dict[str, StoredTensor]:
     """The stored tensors by the model's names, without the mask buffers of old versions.
@@ -198,6 +195,12 @@ def _by_parameter_name(
             f"its {CONFIG_FILE}: one of the two is of another model"
         )
     return stored
+
+
+def widest_dtype(tensors: Iterable[StoredTensor]) -> torch.dtype:
+    """The dtype that holds every stored weight exactly; 8-bit weights and scales do not count."""
+    names = {t.dtype for t in tensors if t.dtype in STORED_DTYPES and not t.name.endswith("_scale")}
+    return reduce(torch.promote_types, {STORED_DTYPES[name] for name in names} or {torch.float32})
 
 
 def _refuse_prefix(folder: Path, names: list[str]) -> None:
