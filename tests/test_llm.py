@@ -253,6 +253,7 @@ def test_no_new_tokens_give_an_empty_completion(llm):
         ("a", {"stop": 5}, "stop is 5"),
         ("a", {"temperature": 10**400}, "temperature"),
         ([None], {}, "NoneType"),
+        (["a", ("b", "c")], {}, "^prompt 1 is a pair: infill and generate_many take pairs$"),
         (["ok", "\ud800"], {}, "surrogate"),
         ("a", {"stop": ""}, "stop"),
         ("a", {"stop": [3]}, "stop"),
