@@ -38,6 +38,7 @@ class KVCache:
     Attributes:
         kv: (L, B, max_length, G, 2D), K and V of a head side by side, as `c_attn` produces them.
         lengths: (B,) int64 on the cache's device: the tokens that each row holds.
+        dtype: of the keys and values that `append` takes and returns.
         end: the longest row's length, known on the host without asking the device.
 
     Args:
@@ -70,6 +71,7 @@ class KVCache:
             )
         shape = (config.n_layer, batch_size, max_length, config.n_kv_head, 2 * config.head_dim)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.dtype = self.kv.dtype
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.end = 0
         self._ragged = False
@@ -84,11 +86,6 @@ class KVCache:
     def max_length(self) -> int:
         """Positions that a row can hold."""
         return self.kv.shape[2]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the keys and values that `append` takes and returns."""
-        return self.kv.dtype
 
     @property
     def start(self) -> int | Tensor:

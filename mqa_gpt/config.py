@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from mqa_gpt.errors import ConfigError, is_int, require_int, require_number, shown
+from mqa_gpt.errors import ConfigError, Range, in_ranges, is_int, shown
 
 # The formula of each name that a config.json may use. GELU is x * Phi(x) with the normal
 # distribution's Phi; gelu_tanh approximates Phi (Hendrycks and Gimpel 2016, equation 2), and its
@@ -34,6 +36,16 @@ ALIASES = {
 # Far above any model's sizes, and low enough that no product of two overflows 64 bits.
 MAX_SIZE = 2**28
 
+SIZE = Range(1, MAX_SIZE)
+SHARE = Range(0, math.nextafter(1, 0), "from 0 to below 1")
+
+RANGES = {
+    **dict.fromkeys(("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"), SIZE),
+    "n_inner": SIZE._replace(optional=True),
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), SHARE),
+    "layer_norm_epsilon": Range(math.nextafter(0, 1), words="above 0"),
+    "initializer_range": Range(0, words="0 or above"),
+}
 
 # GPT-2's end-of-text token, the last of the default vocabulary.
 DEFAULT_END = 50256
@@ -72,10 +84,8 @@ class GPTConfig:
     extra: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
-            if key != "n_inner" or self.n_inner is not None:
-                size = require_int(ConfigError, key, getattr(self, key), 1, MAX_SIZE)
-                object.__setattr__(self, key, size)
+        for key, value in in_ranges(ConfigError, vars(self), RANGES).items():
+            object.__setattr__(self, key, value)
         if self.n_embd % self.n_head:
             raise ConfigError(
                 f"n_embd is {self.n_embd} and n_head is {self.n_head}: "
@@ -86,16 +96,6 @@ class GPTConfig:
             raise ConfigError(
                 f"activation_function is {shown(name)}: expected one of {', '.join(ACTIVATIONS)}"
             )
-        for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
-            require_number(
-                ConfigError, key, getattr(self, key), "from 0 to below 1", lambda x: 0 <= x < 1
-            )
-        require_number(
-            ConfigError, "layer_norm_epsilon", self.layer_norm_epsilon, "above 0", lambda x: x > 0
-        )
-        require_number(
-            ConfigError, "initializer_range", self.initializer_range, "0 or above", lambda x: x >= 0
-        )
         for key in ("scale_attn_weights", "multi_query", "tie_word_embeddings"):
             if not isinstance(getattr(self, key), bool):
                 raise ConfigError(f"{key} is {shown(getattr(self, key))}: it must be true or false")
@@ -118,17 +118,17 @@ class GPTConfig:
         elif self.eos_token_id is not None:
             object.__setattr__(self, "eos_token_id", int(self.eos_token_id))
 
-    @property
+    @cached_property
     def head_dim(self) -> int:
         """D: the width of one head."""
         return self.n_embd // self.n_head
 
-    @property
+    @cached_property
     def n_kv_head(self) -> int:
         """G: key/value heads, 1 in multi-query attention."""
         return 1 if self.multi_query else self.n_head
 
-    @property
+    @cached_property
     def inner_size(self) -> int:
         """F: the width of the MLP."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
@@ -152,16 +152,11 @@ class GPTConfig:
             "head": 0 if self.tie_word_embeddings else V * C,
         }
 
-    @property
+    @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
         """`eos_token_id` as a tuple, whatever form the config gives it in."""
-        if self.eos_token_id is None:
-            return ()
-        return (
-            tuple(self.eos_token_id)
-            if isinstance(self.eos_token_id, list)
-            else (self.eos_token_id,)
-        )
+        ids = self.eos_token_id
+        return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GPTConfig:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import numbers
 import reprlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 
 class InputError(ValueError):
@@ -44,30 +44,63 @@ def is_int(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def _is_finite(value: Any) -> bool:
+    """True for finite real numbers, NumPy's too; False for booleans."""
+    try:
+        is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        return is_real and math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        return False
+
+
+class Range(NamedTuple):
+    """The numbers that a value may be: integers, or with `words` for messages any."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    words: str = ""
+    optional: bool = False  # may be None
+
+    def __str__(self) -> str:
+        if self.words:
+            return f"a number {self.words}"
+        if self.most < math.inf:
+            return f"an integer from {self.least:,} to {self.most:,}"
+        return "an integer" if self.least == -math.inf else f"an integer of at least {self.least:,}"
+
+
+def in_ranges(
+    error: type[InputError], values: Mapping[str, Any], ranges: Mapping[str, Range]
+) -> dict[str, Any]:
+    """The values of these names as Python's own numbers, or `error` with the first that is wrong.
+
+    Python's own, because NumPy's small integers wrap.
+    """
+    found: dict[str, Any] = {}
+    for name, range_ in ranges.items():
+        value = found[name] = values[name]
+        if value is None and range_.optional:
+            continue
+        is_number = _is_finite(value) if range_.words else is_int(value)
+        if not is_number or not range_.least <= value <= range_.most:
+            raise error(f"{name} is {shown(value)}: it must be {range_}")
+        found[name] = float(value) if range_.words else int(value)
+    return found
+
+
 def require_int(
-    error: type[InputError], name: str, value: Any, least: int, most: int | None = None
+    error: type[InputError], name: str, value: Any, least: int, most: float = math.inf
 ) -> int:
-    """The value as Python's own int, whose arithmetic does not wrap, or `error` with its range."""
-    if not is_int(value) or value < least or (most is not None and value > most):
-        range_ = f"of at least {least:,}" if most is None else f"from {least:,} to {most:,}"
-        raise error(f"{name} is {shown(value)}: it must be an integer {range_}")
-    return int(value)
+    """One value as Python's own int, or `error` with its range."""
+    found: int = in_ranges(error, {name: value}, {name: Range(least, most)})[name]
+    return found
 
 
 def require_number(
-    error: type[InputError],
-    name: str,
-    value: Any,
-    range_: str,
-    accept: Callable[[float], bool],
+    error: type[InputError], name: str, value: Any, range_: str, accept: Callable[[float], bool]
 ) -> None:
     """Raise `error`, naming the value and its range, unless it is a finite number that fits."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    try:
-        is_number = is_number and math.isfinite(value)
-    except OverflowError:  # an int beyond every float
-        is_number = False
-    if not is_number or not accept(value):
+    if not _is_finite(value) or not accept(value):
         raise error(f"{name} is {shown(value)}: it must be a number {range_}")
 
 

@@ -9,22 +9,17 @@ from typing import Any, Literal, Unpack, overload
 import torch
 
 from mqa_gpt.checkpoints.files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, versions
-from mqa_gpt.checkpoints.headers import checkpoint_notes, read_config, stored_dtype
+from mqa_gpt.checkpoints.headers import read_checkpoint
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.load import DEMO_DIR, load_model
 from mqa_gpt.checkpoints.placement import as_device, fast_dtype
 from mqa_gpt.checkpoints.save import save_model
-from mqa_gpt.errors import CheckpointError, PromptError, require_int, shown
+from mqa_gpt.errors import CheckpointError, PromptError, require_int
 from mqa_gpt.fast.int8 import is_quantized
 from mqa_gpt.fast.int8_cache import cache_class
+from mqa_gpt.generation.batching import EnginePool
 from mqa_gpt.generation.completion import Completion, Generation
-from mqa_gpt.generation.pool import EnginePool
-from mqa_gpt.generation.prompts import (
-    Options,
-    check_options,
-    hole_request,
-    text_requests,
-)
+from mqa_gpt.generation.prompts import Options, hole_request, text_requests
 from mqa_gpt.machine import threads_for
 from mqa_gpt.model import GPT
 from mqa_gpt.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -80,17 +75,17 @@ class LLM:
         """
         new_cache_class = cache_class(cache_dtype)
         folder = resolve(DEMO_DIR if name_or_dir is None else name_or_dir, revision)
-        config = read_config(
-            folder
-        )  # first, so that a wrong folder is not reported as a missing tokenizer
-        notes = checkpoint_notes(folder)
         before = versions(folder, SAVED_FILES)
+        checkpoint = read_checkpoint(folder)  # first: a wrong folder is no missing tokenizer
+        config, notes = checkpoint.config, checkpoint.notes
         tokenizer = Tokenizer.from_pretrained(folder)
         if dtype is None:
-            stored, where = stored_dtype(folder), as_device(device)
-            dtype, note = fast_dtype(stored, where, 0 if quantize else config.parameters)
+            parameters = 0 if quantize else config.parameters
+            dtype, note = fast_dtype(checkpoint.dtype, as_device(device), parameters)
             notes += [] if note is None else [note]
-        model = load_model(folder, device=device, dtype=dtype, backend=backend, quantize=quantize)
+        model = load_model(
+            checkpoint, device=device, dtype=dtype, backend=backend, quantize=quantize
+        )
         if versions(folder, SAVED_FILES) != before:  # tokenizer and model may be from two saves
             raise CheckpointError(
                 f"{folder} was saved over while it was read: load it when that has finished"
@@ -215,7 +210,7 @@ class LLM:
             PromptError: an unusable option, or prompts, all of which it names.
             CheckpointError: a pair, where the tokenizer has no infilling tokens.
         """
-        generation = self.begin_many(
+        generation = self.begin(
             prompts,
             max_new_tokens,
             n=n,
@@ -284,78 +279,48 @@ class LLM:
 
     def begin(
         self,
-        prompts: Sequence[str],
-        max_new_tokens: int | None = 64,
-        *,
-        n: int = 1,
-        special_tokens: bool = True,
-        truncate: bool = False,
-        names: Sequence[str] | None = None,
-        **options: Unpack[Options],
-    ) -> Generation:
-        """Start completing prompts; what `generate` and `stream` run on, with their arguments.
-
-        Args:
-            names: of the prompts in messages; "prompt 0", "prompt 1", ... if None.
-        """
-        check_options(options)
-        if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
-            raise PromptError(
-                f"the prompt is {shown(prompts)}: it must be a text or a list of texts"
-            )
-        if any(isinstance(prompt, tuple) for prompt in prompts):
-            raise PromptError("a prompt is a pair: infill and generate_many take pairs")
-        requests = text_requests(
-            self.model.config,
-            self.tokenizer,
-            prompts,
-            options | {"max_new_tokens": max_new_tokens, "n": n, "truncate": truncate},
-            special_tokens=special_tokens,
-            names=names,
-        )
-        return Generation(self.model, self.tokenizer, requests, pool=self._pool)
-
-    def begin_many(
-        self,
         prompts: Sequence[str | tuple[str, str]],
         max_new_tokens: int | None = 64,
         *,
         n: int = 1,
-        batch_size: int = BATCH_SIZE,
+        batch_size: int | None = None,
         special_tokens: bool = True,
-        mode: str = "psm",
+        mode: str | None = None,
         truncate: bool = False,
         names: Sequence[str] | None = None,
         per_prompt: Sequence[Mapping[str, Any]] | None = None,
         **options: Unpack[Options],
     ) -> Generation:
-        """Start completing many prompts; what `generate_many` runs on, with its arguments.
+        """Start completing prompts; what `generate`, `generate_many` and `stream` run on.
+
+        Arguments and errors are theirs.
 
         Args:
+            batch_size: rows that run at a time; None for all together.
+            mode: as in `infill`, where there may be pairs; None refuses them.
             names: of the prompts in messages; "prompt 0", "prompt 1", ... if None.
             per_prompt: per-prompt options, `max_new_tokens` among them, which override the common
                 ones.
         """
-        check_options(options)
-        if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
-            raise PromptError(f"prompts are {shown(prompts)}: they must be a list of texts")
-        batch_size = require_int(PromptError, "batch_size", batch_size, 1)
-        if options.get("draft") is not None:
-            raise PromptError(
-                "draft is for prompts that are completed all at once: leave it or batch_size out"
-            )
-        for own in per_prompt or []:
-            check_options({name: own[name] for name in own.keys() - {"max_new_tokens"}})
         requests = text_requests(
             self.model.config,
             self.tokenizer,
             prompts,
-            options | {"max_new_tokens": max_new_tokens, "n": n, "truncate": truncate},
+            {**options, "max_new_tokens": max_new_tokens},
+            n=n,
+            truncate=truncate,
             special_tokens=special_tokens,
             mode=mode,
             names=names,
             per_prompt=per_prompt,
         )
+        if batch_size is not None:
+            batch_size = require_int(PromptError, "batch_size", batch_size, 1)
+            if options.get("draft") is not None:
+                raise PromptError(
+                    "draft is for prompts that are completed all at once: leave it or batch_size "
+                    "out"
+                )
         return Generation(self.model, self.tokenizer, requests, slots=batch_size, pool=self._pool)
 
     def begin_infill(
@@ -372,13 +337,14 @@ class LLM:
         **options: Unpack[Options],
     ) -> Generation:
         """Start infilling, with the arguments of `infill`; n samples of it."""
-        check_options(options)
         request, cut = hole_request(
             self.model.config,
             self.tokenizer,
             prefix,
             suffix,
-            options | {"max_new_tokens": max_new_tokens, "n": n, "truncate": truncate},
+            {**options, "max_new_tokens": max_new_tokens},
+            n=n,
+            truncate=truncate,
             mode=mode,
             file_name=file_name,
             repo_name=repo_name,

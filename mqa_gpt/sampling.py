@@ -9,14 +9,25 @@ from __future__ import annotations
 
 import math
 import random
-import secrets
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from mqa_gpt.errors import PromptError, is_int, require_int, require_number, shown
+from mqa_gpt.errors import PromptError, Range, in_ranges
+
+# Far smaller temperatures would overflow the logits that they divide.
+MIN_TEMPERATURE = 1e-6
+RANGES = {
+    "temperature": Range(0, 1e6, "that is 0, or from 1e-6 to 1e6"),
+    "repetition_penalty": Range(1e-6, 1e6, "from 1e-6 to 1e6"),
+    "top_p": Range(math.nextafter(0, 1), 1, "above 0 and at most 1", optional=True),
+    "min_p": Range(0, 1, "from 0 to 1", optional=True),
+    "top_k": Range(-1, optional=True),
+    "seed": Range(optional=True),
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,7 @@ class SamplingParams:
         repetition_penalty: divides the positive and multiplies the negative logits of tokens that
             prompt or output already hold (Keskar et al. 2019, section 4.1); 1 changes nothing.
         seed: makes draws repeatable. A row's draws depend on the seed and on which of its prompt's
-            samples it is, never on the rest of the batch. None takes a fresh seed for each prompt.
+            samples it is, never on the rest of the batch. None draws differently each time.
 
     Raises:
         PromptError: a value out of range.
@@ -49,29 +60,14 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        # Far smaller temperatures would overflow the logits that they divide.
-        self._number(
-            "temperature", "that is 0, or from 1e-6 to 1e6", lambda x: not x or 1e-6 <= x <= 1e6
-        )
-        self._number("repetition_penalty", "from 1e-6 to 1e6", lambda x: 1e-6 <= x <= 1e6)
-        if self.top_p is not None:
-            self._number("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1)
-        if self.min_p is not None:
-            self._number("min_p", "from 0 to 1", lambda x: 0 <= x <= 1)
-        if self.top_k is not None:
-            top_k = require_int(PromptError, "top_k", self.top_k, -1)
-            object.__setattr__(self, "top_k", top_k if top_k > 0 else None)
-        if self.seed is not None:
-            if not is_int(self.seed):
-                raise PromptError(f"seed is {shown(self.seed)}: it must be an integer")
-            object.__setattr__(self, "seed", int(self.seed))
+        found = in_ranges(PromptError, vars(self), RANGES)
+        if 0 < found["temperature"] < MIN_TEMPERATURE:
+            words = RANGES["temperature"].words
+            raise PromptError(f"temperature is {self.temperature}: it must be a number {words}")
+        for name, value in found.items():
+            object.__setattr__(self, name, None if name == "top_k" and value in (0, -1) else value)
 
-    def _number(self, name: str, range_: str, accept: Callable[[float], bool]) -> None:
-        value = getattr(self, name)
-        require_number(PromptError, name, value, range_, accept)
-        object.__setattr__(self, name, float(value))
-
-    @property
+    @cached_property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
         return self.temperature == 0
@@ -178,18 +174,14 @@ def log_probabilities(logits: Tensor, chosen: Tensor, count: int) -> tuple[Tenso
     return logprobs.gather(1, chosen[:, None])[:, 0], ids, values
 
 
-def uniforms(seed: int, sample: int, count: int) -> list[float]:
+def uniforms(seed: int | None, sample: int, count: int) -> list[float]:
     """The numbers in [0, 1) that decide the first `count` draws of a prompt's `sample`-th sample.
 
-    A stream of its own per (seed, sample), the same on every device and in every batch.
+    A stream of its own per (seed, sample), the same on every device and in every batch; without a
+    seed another one in every call.
     """
-    stream = random.Random(f"{seed}:{sample}")
+    stream = random.Random(None if seed is None else f"{seed}:{sample}")
     return [stream.random() for _ in range(count)]
-
-
-def fresh_seed() -> int:
-    """A random seed, for draws that need not be repeatable."""
-    return secrets.randbits(64)
 
 
 def draw(logits: Tensor, u: Tensor) -> Tensor:

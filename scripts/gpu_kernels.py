@@ -349,7 +349,7 @@ def check_step(models: Twins, rows: int) -> Row:
     found = []
     for model in (models.plain, models.exact):
         cache = filled_cache(models.plain, rows, 1, 0.0)
-        cache.kv = cache.kv.to(model.dtype)
+        cache.kv, cache.dtype = cache.kv.to(model.dtype), model.dtype
         found.append((model(ids, cache=cache)[:, 0], cache.kv))
     (plain, plain_kv), (exact, exact_kv) = found
     cache = filled_cache(models.plain, rows, 1, torch.nan)

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, GPTBigCodeConfig, GPTBigCodeForCausal
 from mqa_gpt import GPT, GPTConfig
 from mqa_gpt.generation.batching import Engine, Token
 from mqa_gpt.generation.loop import greedy_steps
-from mqa_gpt.generation.request import make_requests
+from mqa_gpt.generation.request import RequestOptions
 from mqa_gpt.sampling import GREEDY, SamplingParams
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -189,15 +189,12 @@ def engine_tokens(
     Args:
         max_new_tokens: one number for all prompts, or one each.
         slots: rows that run at a time; None for all.
-        options: of `make_requests`.
+        options: of `RequestOptions`.
     """
     counts = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     requests = [
-        request
+        RequestOptions(model.config, count, sampling, **options).request(prompt, f"prompt {i}")
         for i, (prompt, count) in enumerate(zip(prompts, counts, strict=True))
-        for request in make_requests(
-            model.config, [prompt], count, sampling, names=[f"prompt {i}"], **options
-        )
     ]
     engine = Engine.for_requests(model, requests, slots=slots, prefill_chunk=prefill_chunk)
     for request in requests:

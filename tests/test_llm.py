@@ -24,7 +24,7 @@ from mqa_gpt import (
 from mqa_gpt import llm as llm_module
 from mqa_gpt.cache import cache_bytes
 from mqa_gpt.checkpoints.load import DEMO_DIR
-from mqa_gpt.generation import pool
+from mqa_gpt.generation import batching
 from mqa_gpt.machine import peak_memory
 from tests.helpers import (
     SPECIALS,
@@ -245,12 +245,13 @@ def test_no_new_tokens_give_an_empty_completion(llm):
 @pytest.mark.parametrize(
     ("prompt", "options", "words"),
     [
-        (b"bytes", {}, "text or a list of texts"),
-        (None, {}, "the prompt is None"),
-        (3, {}, "the prompt is 3"),
+        (b"bytes", {}, "expected a list of texts, or a text"),
+        (None, {}, "prompts are None"),
+        (3, {}, "prompts are 3"),
         ("a", {"stop": 5}, "stop is 5"),
         ("a", {"temperature": 10**400}, "temperature"),
         ([None], {}, "NoneType"),
+        (["a", ("b", "c")], {}, "^prompt 1 is a pair: infill and generate_many take pairs$"),
         (["ok", "\ud800"], {}, "surrogate"),
         ("a", {"stop": ""}, "stop"),
         ("a", {"stop": [3]}, "stop"),
@@ -268,12 +269,10 @@ def test_unusable_input_is_named(llm, prompt, options, words):
         llm.generate(prompt, **options)
 
 
-@pytest.mark.parametrize("name", ["temprature", "max_tokens", "batch_size", "cut"])
+@pytest.mark.parametrize("name", ["temprature", "max_tokens", "cut"])
 def test_an_unknown_option_is_named_with_the_known_ones(llm, name):
     says = f"^unknown option '{name}': expected one of temperature, .*, logprobs, draft$"
-    for begin in (llm.begin, llm.begin_many, partial(llm.begin_infill, "a")):
-        if name == "batch_size" and begin == llm.begin_many:
-            continue
+    for begin in (llm.stream, llm.generate, partial(llm.infill, "a")):
         with pytest.raises(TypeError, match=says):
             begin("a", **{name: 5})
 
@@ -340,7 +339,7 @@ def test_a_pair_among_many_prompts_is_infilled_and_its_control_tokens_are_text(l
 
 def test_a_completion_is_given_once_it_and_all_before_it_are_finished():
     llm = reciting("hello")
-    generation = llm.begin_many(["x"] * 5, batch_size=2)
+    generation = llm.begin(["x"] * 5, batch_size=2)
     given = []
     for completions in generation.run_in_order():
         given += completions
@@ -352,7 +351,7 @@ def test_a_completion_is_given_once_it_and_all_before_it_are_finished():
 
 
 def test_looking_for_finished_completions_does_not_go_through_all_samples():
-    generation = reciting("hello").begin_many(["x"], n=100, temperature=0.01, batch_size=5)
+    generation = reciting("hello").begin(["x"], n=100, temperature=0.01, batch_size=5)
     with mock.patch.object(generation, "_output", wraps=generation._output) as asked:
         (samples,) = generation.run_in_order()
     assert [sample.text for sample in samples] == ["hello"] * 100
@@ -360,7 +359,7 @@ def test_looking_for_finished_completions_does_not_go_through_all_samples():
 
 
 def test_many_completions_before_an_interrupt_are_those_that_were_not_given_yet():
-    generation = reciting("hello").begin_many(["x"] * 3, batch_size=1)
+    generation = reciting("hello").begin(["x"] * 3, batch_size=1)
     assert len(next(generation.run_in_order())) == 1
     second, third = generation.completions
     assert (second.text, second.finish_reason) == ("h", "interrupted")
@@ -373,7 +372,7 @@ def test_many_prompts_take_the_memory_of_those_under_way(llm, monkeypatch):
 
     def has_slots(slots):
         needed = cache_bytes(config, torch.float32, 1, slots)
-        monkeypatch.setattr(pool, "available_memory", lambda device: needed)
+        monkeypatch.setattr(batching, "available_memory", lambda device: needed)
 
     for rows in (1, 4):
         has_slots(rows * room)
@@ -386,7 +385,7 @@ def test_many_prompts_take_the_memory_of_those_under_way(llm, monkeypatch):
     # However many samples: those that wait take nothing.
     has_slots(4 * room)
     before = peak_memory()
-    next(iter(llm.begin_many(prompts, 5, batch_size=4, n=100_000, temperature=1.0)))
+    next(iter(llm.begin(prompts, 5, batch_size=4, n=100_000, temperature=1.0)))
     assert peak_memory() - before < 100e6
 
 
@@ -504,13 +503,13 @@ def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(llm):
 def test_prompts_of_one_run_may_have_options_of_their_own(llm):
     own = [{"max_new_tokens": 3}, {"temperature": 1.0, "seed": 4}, {}]
     prompts = ["a", "b", "c"]
-    many = llm.begin_many(prompts, 6, per_prompt=own, batch_size=2).run()
+    many = llm.begin(prompts, 6, per_prompt=own, batch_size=2).run()
     alone = [
         llm.generate(p, **{"max_new_tokens": 6} | o) for p, o in zip(prompts, own, strict=True)
     ]
     assert [c.token_ids for c in many] == [c.token_ids for c in alone]
     with pytest.raises(PromptError, match=r"prompt 1: .*temperature"):
-        llm.begin_many(prompts, 6, per_prompt=[{}, {"temperature": -1}, {}])
+        llm.begin(prompts, 6, per_prompt=[{}, {"temperature": -1}, {}])
 
 
 def test_tokenizer_and_model_of_two_savings_are_not_mixed(tmp_path, monkeypatch):
@@ -555,7 +554,7 @@ def test_a_pair_among_many_prompts_is_infilled_and_cut_as_by_itself(mode):
     (filling,) = llm.generate_many([("x", "y")], 8, mode=mode)
     assert (filling.text, filling.token_ids[-1]) == ("ab", other)  # it ends at a control token
     llm = reciting("ab", prompt_length=248)
-    (cut,) = llm.begin_many([("x" * 900, "y")], 8, mode=mode, truncate=True).run()
+    (cut,) = llm.begin([("x" * 900, "y")], 8, mode=mode, truncate=True).run()
     assert cut.token_ids == llm.infill("x" * 900, "y", 8, mode=mode, truncate=True).token_ids
     assert cut.prompt_tokens == 248
 

@@ -11,8 +11,8 @@ import torch
 from mqa_gpt import GPT, KVCache, PromptError
 from mqa_gpt.cache import cache_bytes
 from mqa_gpt.fast.int8_cache import Int8KVCache
-from mqa_gpt.generation import pool
-from mqa_gpt.generation.pool import EnginePool
+from mqa_gpt.generation import batching
+from mqa_gpt.generation.batching import Engine
 from mqa_gpt.generation.request import make_requests
 from mqa_gpt.machine import available_memory, is_out_of_memory
 from mqa_gpt.sampling import GREEDY
@@ -94,14 +94,14 @@ def test_a_cache_that_does_not_fit_is_refused_with_numbers(monkeypatch: pytest.M
     requests = make_requests(model.config, [[1] * 20] * 10**3, 30, GREEDY)
     needed = cache_bytes(model.config, torch.float32, 10**3, 50)
     for room in (None, needed):
-        monkeypatch.setattr(pool, "available_memory", lambda device, room=room: room)
-        EnginePool().require_room(model, requests)
-    monkeypatch.setattr(pool, "available_memory", lambda device: needed - 1)
+        monkeypatch.setattr(batching, "available_memory", lambda device, room=room: room)
+        Engine.for_requests(model, requests)
+    monkeypatch.setattr(batching, "available_memory", lambda device: needed - 1)
     with pytest.raises(PromptError, match=r"1,000 completions of 50 tokens need 0\.02 GB"):
-        EnginePool().require_room(model, requests)
-    EnginePool().require_room(model, requests, slots=999)
+        Engine.for_requests(model, requests)
+    Engine.for_requests(model, requests, slots=999)
     model.cache_class = Int8KVCache
-    EnginePool().require_room(model, requests)
+    Engine.for_requests(model, requests)
 
 
 def test_an_allocation_that_failed_is_told_from_other_errors() -> None:

@@ -36,7 +36,7 @@ from mqa_gpt.bench.peers import OURS, PEERS, Program, ours, require_peers, tempo
 from mqa_gpt.bench.report import BenchReport, Result
 from mqa_gpt.bench.timing import take_turns
 from mqa_gpt.cache import cache_bytes
-from mqa_gpt.checkpoints.headers import read_config, stored_dtype
+from mqa_gpt.checkpoints.headers import read_checkpoint
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.load import DEMO_DIR, empty_model, load_model
 from mqa_gpt.checkpoints.placement import as_device, as_dtype, fast_dtype
@@ -276,12 +276,12 @@ def _load(
 ) -> GPT:
     """The model to measure, after checking that the tests fit into context and memory."""
     if shape is None:
-        folder = resolve(DEMO_DIR if name is None else name, revision)
-        config = read_config(folder)
+        checkpoint = read_checkpoint(resolve(DEMO_DIR if name is None else name, revision))
+        config = checkpoint.config
         _require_context(config, tests)
         if dtype is None:  # as `LLM.load`, so that what is measured is what generates
-            dtype, _ = fast_dtype(stored_dtype(folder), as_device(device), config.parameters)
-        model = load_model(folder, device=device, dtype=dtype, backend=backend)
+            dtype, _ = fast_dtype(checkpoint.dtype, as_device(device), config.parameters)
+        model = load_model(checkpoint, device=device, dtype=dtype, backend=backend)
         _require_room(model, model.dtype, model.device, tests, compare, loaded=True)
         return model
     if name is not None or revision is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -12,14 +15,15 @@ import torch
 from mqa_gpt.checkpoints.files import (
     CONFIG_FILE,
     INDEX_FILE,
+    MASK_BUFFER,
     WEIGHTS_FILE,
     StoredTensor,
+    all_problems,
     is_there,
     read_json,
     stored_tensors,
     versions,
 )
-from mqa_gpt.checkpoints.match import widest_dtype
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import CheckpointError, ConfigError, InputError, is_int, shown
 
@@ -29,20 +33,56 @@ ADAPTER_FILE = "adapter_config.json"  # peft's
 # What generation_config.json holds besides defaults of sampling and length.
 NO_DEFAULTS = {"bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"}
 
+# By the names that safetensors writes. Anything else is a quantized checkpoint.
+STORED_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F64": torch.float64,
+}
 
-def read_headers(folder: Path) -> tuple[GPTConfig, list[StoredTensor]]:
-    """A checkpoint's config and stored tensors, of one saving even while another replaces it."""
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a folder holds, read in one pass; no weights yet.
+
+    Attributes:
+        stored: its tensors by the model's names, in files that stay open, without the mask buffers
+            of old versions.
+        dtype: see `widest_dtype`.
+        notes: what loading it ignores and its user may expect, a sentence each.
+    """
+
+    folder: Path
+    config: GPTConfig
+    stored: dict[str, StoredTensor]
+    dtype: torch.dtype
+    notes: list[str]
+
+
+def read_checkpoint(folder: str | PathLike[str]) -> Checkpoint:
+    """The checkpoint in `folder`, of one saving even while another replaces it.
+
+    Raises:
+        CheckpointError: files that are missing, damaged, or always being written; names with a
+            wrapper's prefix, weights that are stored twice, or far too few of them.
+        ConfigError: see `read_config`.
+    """
+    folder = Path(folder)
     watched = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, WEIGHTS_FILE)
     for _ in range(5):
         before = versions(folder, watched)
         try:
-            config, tensors = read_config(folder), stored_tensors(folder)
+            values, generation = _read_configs(folder)
+            notes = _notes(folder, generation)
+            config, tensors = _config(folder, values, generation), stored_tensors(folder)
         except InputError:
             if versions(folder, watched) == before:
                 raise
         else:
             if versions(folder, watched) == before:
-                return config, tensors
+                stored = by_parameter_name(folder, tensors, config)
+                return Checkpoint(folder, config, stored, widest_dtype(stored.values()), notes)
     raise CheckpointError(
         f"{folder} is being written by another process: load it when that has finished"
     )
@@ -57,24 +97,28 @@ def read_config(folder: str | PathLike[str]) -> GPTConfig:
         CheckpointError: there is no config.json, or generation_config.json cannot be used.
         ConfigError: config.json is not JSON, or not a config that this architecture can run.
     """
-    folder = Path(folder)
-    file = folder / CONFIG_FILE
-    if not is_there(file):
-        raise CheckpointError(_no_config(folder))
-    values = read_json(file, ConfigError)
+    return _config(Path(folder), *_read_configs(Path(folder)))
+
+
+def _config(folder: Path, values: Any, generation: dict[str, Any]) -> GPTConfig:
+    """The config that the two files' contents make."""
+    end = generation.get("eos_token_id")
+    if end is not None and isinstance(values, dict):
+        values = {**values, "eos_token_id": end}
     try:
-        config = GPTConfig.from_dict(values)
+        return GPTConfig.from_dict(values)
     except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
-    end = _read_generation_config(folder).get("eos_token_id")
-    return config if end is None else replace(config, eos_token_id=end)
+        raise ConfigError(f"{folder / CONFIG_FILE}: {error}") from None
 
 
-def _read_generation_config(folder: Path) -> dict[str, Any]:
-    """The contents of generation_config.json, {} if there is none; its end tokens are checked."""
+def _read_configs(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The contents of config.json and of generation_config.json, whose end tokens are checked."""
+    if not is_there(folder / CONFIG_FILE):
+        raise CheckpointError(_no_config(folder))
+    config = read_json(folder / CONFIG_FILE, ConfigError)
     file = folder / GENERATION_FILE
     if not is_there(file):
-        return {}
+        return config, {}
     values = read_json(file, CheckpointError)
     if not isinstance(values, dict):
         raise CheckpointError(f"{file} is not a JSON object: get it again, or remove it")
@@ -84,7 +128,7 @@ def _read_generation_config(folder: Path) -> dict[str, Any]:
             f"{file}: eos_token_id is {shown(end)}: it must be an integer, a list of integers or "
             "null"
         )
-    return values
+    return config, values
 
 
 def _no_config(folder: Path) -> str:
@@ -102,17 +146,12 @@ def _no_config(folder: Path) -> str:
     )
 
 
-def checkpoint_notes(folder: str | PathLike[str]) -> list[str]:
-    """What loading the checkpoint in `folder` ignores and its user may expect, a sentence each.
-
-    Raises:
-        CheckpointError: generation_config.json cannot be used.
-    """
-    folder = Path(folder)
+def _notes(folder: Path, generation: dict[str, Any]) -> list[str]:
+    """What loading ignores: defaults of sampling and length, and an adapter beside the weights."""
     notes = []
     defaults = {
         key: value
-        for key, value in _read_generation_config(folder).items()
+        for key, value in generation.items()
         if key not in NO_DEFAULTS and not key.startswith("_") and value is not None
     }
     if defaults:
@@ -127,10 +166,50 @@ def checkpoint_notes(folder: str | PathLike[str]) -> list[str]:
     return notes
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that `load_model` gives the checkpoint in `folder` where none is asked for.
+def by_parameter_name(
+    folder: Path, tensors: list[StoredTensor], config: GPTConfig
+) -> dict[str, StoredTensor]:
+    """The stored tensors by the model's names, without the mask buffers of old versions.
 
     Raises:
-        CheckpointError: its weights are missing or damaged.
+        CheckpointError: names with a wrapper's prefix, weights that are stored twice, or far too
+            few of them.
     """
-    return widest_dtype(stored_tensors(folder))
+    _refuse_prefix(folder, [tensor.name for tensor in tensors])
+    stored: dict[str, StoredTensor] = {}
+    twice = []
+    for tensor in tensors:
+        name = tensor.name
+        if not name.startswith(("transformer.", "lm_head.")):
+            name = f"transformer.{name}"
+        if re.fullmatch(MASK_BUFFER, name):
+            continue
+        if name in stored:
+            twice.append(f"{shown(tensor.name)} and {shown(stored[name].name)} are the same weight")
+        stored[name] = tensor
+    if twice:
+        raise all_problems(f"{folder} holds weights twice; remove one of each", twice)
+    if config.n_layer > len(stored):  # before a model of that many layers is built
+        raise CheckpointError(
+            f"{folder} holds {len(stored)} weights, too few for the n_layer of {config.n_layer} in "
+            f"its {CONFIG_FILE}: one of the two is of another model"
+        )
+    return stored
+
+
+def widest_dtype(tensors: Iterable[StoredTensor]) -> torch.dtype:
+    """The dtype that holds every stored weight exactly; 8-bit weights and scales do not count."""
+    names = {t.dtype for t in tensors if t.dtype in STORED_DTYPES and not t.name.endswith("_scale")}
+    return reduce(torch.promote_types, {STORED_DTYPES[name] for name in names} or {torch.float32})
+
+
+def _refuse_prefix(folder: Path, names: list[str]) -> None:
+    """CheckpointError if all names begin with what a wrapper of the model puts before them."""
+    pattern = re.compile(r"(.+?\.)(?:transformer\.)?(?:wte|wpe|ln_f|h\.\d+)\.")
+    prefix = next((found[1] for name in names if (found := pattern.match(name))), "transformer.")
+    if prefix != "transformer." and all(name.startswith(prefix) for name in names):
+        raise CheckpointError(
+            f"all weights in {folder} have the prefix {shown(prefix)}, which a wrapper such as "
+            "DistributedDataParallel, torch.compile or peft adds: remove it from the names, or "
+            "save the model inside the wrapper"
+        )

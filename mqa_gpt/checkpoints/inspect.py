@@ -6,7 +6,6 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from math import prod
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,11 +38,6 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     dtype: str | None = None
     file: WeightFile | None = None
-
-    @property
-    def elements(self) -> int:
-        """How many numbers it holds."""
-        return prod(self.shape)
 
 
 @dataclass(frozen=True)

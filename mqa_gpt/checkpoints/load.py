@@ -21,16 +21,14 @@ from mqa_gpt.checkpoints.files import (
     CONFIG_FILE,
     StoredTensor,
 )
-from mqa_gpt.checkpoints.headers import read_headers
+from mqa_gpt.checkpoints.headers import Checkpoint, read_checkpoint
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.match import (
     LM_HEAD,
     WTE,
     Parts,
-    by_parameter_name,
     match,
     own_weights,
-    widest_dtype,
 )
 from mqa_gpt.checkpoints.placement import as_device, as_dtype, require_memory
 from mqa_gpt.config import GPTConfig
@@ -49,7 +47,7 @@ DEMO_DIR = Path(__file__).parents[1] / "demo"
 
 
 def load_model(
-    name_or_dir: str | PathLike[str],
+    name_or_dir: str | PathLike[str] | Checkpoint,
     *,
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -67,7 +65,7 @@ def load_model(
     loads entirely old, entirely new, or raises.
 
     Args:
-        name_or_dir, revision: see `resolve`.
+        name_or_dir, revision: see `resolve`; or what `read_checkpoint` has read.
         dtype: of the model; None keeps what is stored (the widest, if tensors differ).
         device: None takes CUDA where there is one, else the CPU.
         backend: attention backend (see `mqa_gpt.attention`).
@@ -84,15 +82,16 @@ def load_model(
     wanted_dtype = None if dtype is None else as_dtype(dtype)
     chosen_device = as_device(device)
     select_attention(backend, chosen_device)  # fail early on an unknown name
-    folder = resolve(name_or_dir, revision)
-    config, tensors = read_headers(folder)
-    stored = by_parameter_name(folder, tensors, config)
-    chosen_dtype = wanted_dtype or widest_dtype(stored.values())
+    checkpoint = name_or_dir
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = read_checkpoint(resolve(checkpoint, revision))
+    folder, config, stored = checkpoint.folder, checkpoint.config, checkpoint.stored
+    chosen_dtype = wanted_dtype or checkpoint.dtype
     model = empty_model(config).to(chosen_dtype)
     if says_quantized(config):
         quantize_model(model)
     wanted = own_weights(model)
-    parts = match(folder, config, wanted, stored)
+    parts = match(checkpoint, wanted)
     if quantize is not None and not is_quantized(model):
         quantize_model(model)
     final = own_weights(model)

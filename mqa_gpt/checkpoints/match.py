@@ -2,69 +2,25 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from functools import reduce
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from mqa_gpt.checkpoints.files import (
     CONFIG_FILE,
-    MASK_BUFFER,
     StoredTensor,
     all_problems,
     quantized_by,
     quantized_message,
 )
+from mqa_gpt.checkpoints.headers import STORED_DTYPES, Checkpoint
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import CheckpointError, shown
 from mqa_gpt.model import GPT
-
-# By the names that safetensors writes. Anything else is a quantized checkpoint.
-STORED_DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F64": torch.float64,
-}
 
 WTE, LM_HEAD = "transformer.wte.weight", "lm_head.weight"
 
 # The one or two stored tensors that make a weight, and whether they are stored transposed.
 Parts = list[tuple[StoredTensor, bool]]
-
-
-def by_parameter_name(
-    folder: Path, tensors: list[StoredTensor], config: GPTConfig
-) -> dict[str, StoredTensor]:
-    """The stored tensors by the model's names, without the mask buffers of old versions.
-
-    Raises:
-        CheckpointError: names with a wrapper's prefix, weights that are stored twice, or far too
-            few of them.
-    """
-    _refuse_prefix(folder, [tensor.name for tensor in tensors])
-    stored: dict[str, StoredTensor] = {}
-    twice = []
-    for tensor in tensors:
-        name = tensor.name
-        if not name.startswith(("transformer.", "lm_head.")):
-            name = f"transformer.{name}"
-        if re.fullmatch(MASK_BUFFER, name):
-            continue
-        if name in stored:
-            twice.append(f"{shown(tensor.name)} and {shown(stored[name].name)} are the same weight")
-        stored[name] = tensor
-    if twice:
-        raise all_problems(f"{folder} holds weights twice; remove one of each", twice)
-    if config.n_layer > len(stored):  # before a model of that many layers is built
-        raise CheckpointError(
-            f"{folder} holds {len(stored)} weights, too few for the n_layer of {config.n_layer} in "
-            f"its {CONFIG_FILE}: one of the two is of another model"
-        )
-    return stored
 
 
 def own_weights(model: GPT) -> dict[str, Tensor]:
@@ -75,15 +31,14 @@ def own_weights(model: GPT) -> dict[str, Tensor]:
     return tensors
 
 
-def match(
-    folder: Path, config: GPTConfig, wanted: dict[str, Tensor], stored: dict[str, StoredTensor]
-) -> dict[str, Parts]:
+def match(checkpoint: Checkpoint, wanted: dict[str, Tensor]) -> dict[str, Parts]:
     """What each of the `wanted` weights is made of, by name.
 
     Raises:
         CheckpointError: every wrong or missing name, shape and dtype; or the method by which the
             weights are quantized.
     """
+    folder, config, stored = checkpoint.folder, checkpoint.config, checkpoint.stored
     # Original SantaCoder keeps queries apart from keys and values, and stores every linear weight
     # of its blocks as [in, out], as GPT-2's Conv1D does.
     santacoder = config.multi_query and any(name.endswith(".q_attn.weight") for name in stored)
@@ -124,24 +79,6 @@ def match(
             problems,
         )
     return parts
-
-
-def widest_dtype(tensors: Iterable[StoredTensor]) -> torch.dtype:
-    """The dtype that holds every stored weight exactly; 8-bit weights and scales do not count."""
-    names = {t.dtype for t in tensors if t.dtype in STORED_DTYPES and not t.name.endswith("_scale")}
-    return reduce(torch.promote_types, {STORED_DTYPES[name] for name in names} or {torch.float32})
-
-
-def _refuse_prefix(folder: Path, names: list[str]) -> None:
-    """CheckpointError if all names begin with what a wrapper of the model puts before them."""
-    pattern = re.compile(r"(.+?\.)(?:transformer\.)?(?:wte|wpe|ln_f|h\.\d+)\.")
-    prefix = next((found[1] for name in names if (found := pattern.match(name))), "transformer.")
-    if prefix != "transformer." and all(name.startswith(prefix) for name in names):
-        raise CheckpointError(
-            f"all weights in {folder} have the prefix {shown(prefix)}, which a wrapper such as "
-            "DistributedDataParallel, torch.compile or peft adds: remove it from the names, or "
-            "save the model inside the wrapper"
-        )
 
 
 def _problems_of(tensor: StoredTensor, shape: tuple[int, ...], dtype: torch.dtype) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,6 @@ def require_memory(
 
     Counted are the weights and, for a while, `spare` bytes to quantize them.
     """
-
     cpu = torch.device("cpu")
 
     def needed(dtype: torch.dtype, place: torch.device) -> int:
@@ -111,30 +111,25 @@ def require_memory(
         weights += sum(buffer.nbytes for buffer in model.buffers())  # the scales of 8-bit weights
         return weights + spare
 
-    def fits(dtype: torch.dtype, place: torch.device) -> bool:
-        room = available_memory(place)
-        return room is None or needed(dtype, place) <= room
+    def room(place: torch.device) -> float:
+        found = available_memory(place)
+        return math.inf if found is None else found
 
-    def fits_as_int8(place: torch.device) -> bool:
-        room = available_memory(place)
-        large = [p.numel() for p in model.parameters() if p.ndim == 2]
-        # A byte each, and for a while the largest twice in float32.
-        return room is not None and sum(large) + 8 * max(large) <= room
-
-    if fits(dtype, device):
+    if needed(dtype, device) <= room(device):
         return
+    large = [p.numel() for p in model.parameters() if p.ndim == 2]
+    as_int8 = sum(large) + 8 * max(large)  # for a while the largest twice in float32
     advice = "it needs a device with more memory"
-    if dtype.itemsize > 2 and fits(torch.bfloat16, device):
-        smaller = needed(torch.bfloat16, device)
+    smaller = needed(torch.bfloat16, device)
+    if dtype.itemsize > 2 and smaller <= room(device):
         advice = f"dtype='bfloat16' takes {smaller / 1e9:.2f} GB and would fit"
-    elif not is_quantized(model) and fits_as_int8(device):
+    elif not is_quantized(model) and as_int8 <= room(device):
         advice = "quantize='int8' would fit"
-    elif device != cpu and fits(dtype, cpu):
+    elif device != cpu and needed(dtype, cpu) <= room(cpu):
         advice = "device='cpu' has room for it"
     per_token = cache_bytes(model.config, dtype)
     raise CheckpointError(
         f"{folder} needs {needed(dtype, device) / 1e9:.2f} GB in "
         f"{str(dtype).removeprefix('torch.')}, and {per_token / 1e3:,.1f} kB for each token in the "
-        f"KV cache, but {(available_memory(device) or 0) / 1e9:.2f} GB are available on {device}: "
-        f"{advice}"
+        f"KV cache, but {room(device) / 1e9:.2f} GB are available on {device}: {advice}"
     )

@@ -30,13 +30,13 @@ from mqa_gpt.cli.options import (
     Json,
     Mode,
     NoSpecialTokens,
-    check_options,
 )
 from mqa_gpt.cli.output import BAD_INPUT, note, print_json, rate_text
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import InputError, PromptError, shown
 from mqa_gpt.fim import check_mode, infill_prompt
 from mqa_gpt.generation.completion import Generation, Stats
+from mqa_gpt.generation.prompts import request_options
 from mqa_gpt.llm import BATCH_SIZE
 from mqa_gpt.machine import peak_memory
 from mqa_gpt.progress import progress
@@ -126,7 +126,7 @@ def batch(
         if waiting:
             llm, load_seconds = model.load()
             device = llm.model.device
-            run = llm.begin_many(
+            run = llm.begin(
                 [item.prompt for item in waiting],
                 generation.max_new_tokens,
                 n=generation.n,
@@ -148,12 +148,11 @@ def _check_options(
 ) -> None:
     """Raise an InputError for options that cannot be used, of the command or of a line."""
     check_mode(mode)
-    common = {**common, "n": n}
-    check_options(config, common)
+    request_options(config, None, common, n=n)
     for item in items:
         if item.own_options:
             try:
-                check_options(config, common | item.own_options)
+                request_options(config, None, common | item.own_options, n=n)
             except PromptError as error:
                 raise PromptError(f"{item.name}: {error}") from error
 

@@ -10,11 +10,11 @@ import dataclasses
 import inspect
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, cast, get_type_hints
 
 import torch
 import typer
@@ -27,15 +27,13 @@ from mqa_gpt.checkpoints.placement import as_device, as_dtype
 from mqa_gpt.cli.input import unescape
 from mqa_gpt.cli.output import note
 from mqa_gpt.config import MAX_SIZE, GPTConfig
-from mqa_gpt.errors import InputError, PromptError, shown
+from mqa_gpt.errors import InputError, shown
 from mqa_gpt.fast.int8 import check_method
 from mqa_gpt.fast.int8_cache import cache_class
-from mqa_gpt.generation.prompts import Options
-from mqa_gpt.generation.request import make_requests
+from mqa_gpt.generation.prompts import Options, request_options
 from mqa_gpt.generation.speculative import Drafter, DraftModel, PromptLookup
 from mqa_gpt.llm import LLM
 from mqa_gpt.machine import threads_for
-from mqa_gpt.sampling import SamplingParams
 
 FIT = "fit"
 
@@ -68,16 +66,6 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
-
-
-def check_options(config: GPTConfig, options: Mapping[str, Any]) -> None:
-    """Raise PromptError for options of a generation that cannot be used, without a prompt."""
-    options = dict(options)
-    ignore_eos = options.pop("ignore_eos", False)
-    if not isinstance(ignore_eos, bool):
-        raise PromptError(f"ignore_eos is {shown(ignore_eos)}: it must be true or false")
-    chosen = {f.name: options.pop(f.name) for f in fields(SamplingParams) if f.name in options}
-    make_requests(config, [], sampling=SamplingParams(**chosen), **options)
 
 
 def _count_or_fit(text: object) -> int | None:
@@ -203,6 +191,12 @@ class ModelOptions(CheckpointOptions):
         ),
     ] = None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How and where it runs, as the library takes it."""
+        names = ("device", "dtype", "backend", "quantize")
+        return {name: getattr(self, name) for name in names}
+
     def check(self) -> None:
         """Raise InputError for an unknown value, without touching the checkpoint."""
         device = as_device(self.device)
@@ -250,14 +244,7 @@ class CachedModelOptions(ModelOptions):
             resolve(draft)
         folder = resolve(self.name_or_dir, self.revision)
         self.set_threads(read_config(folder))
-        llm = LLM.load(
-            folder,
-            device=self.device,
-            dtype=self.dtype,
-            backend=self.backend,
-            quantize=self.quantize,
-            cache_dtype=self.cache_dtype,
-        )
+        llm = LLM.load(folder, cache_dtype=self.cache_dtype, **self.settings)
         for text in llm.notes:
             note(f"note: {text}")
         return llm, time.perf_counter() - begin
@@ -352,28 +339,18 @@ class GenerationOptions:
         Raises:
             PromptError: one that no model takes.
         """
-        options = self._options()
-        common = {"max_new_tokens": self.max_new_tokens, "n": self.n}
-        check_options(ANY_MODEL, {**options, **common})
+        names = Options.__annotations__.keys() - {"draft"}  # which is loaded after the model
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
+        given["stop"] = [unescape(text) for text in self.stop or []]
+        options = cast(Options, given)
+        common = {**options, "max_new_tokens": self.max_new_tokens}
+        request_options(ANY_MODEL, None, common, n=self.n)
         filters = ("top_k", "top_p", "min_p")
-        given = [name for name in filters if getattr(self, name) is not None]
-        if self.temperature == 0 and given:
-            flags = " and ".join("--" + name.replace("_", "-") for name in given)
+        idle = [name for name in filters if getattr(self, name) is not None]
+        if self.temperature == 0 and idle:
+            flags = " and ".join("--" + name.replace("_", "-") for name in idle)
             note(f"note: at a temperature of 0, {flags} has no effect")
         return options
-
-    def _options(self) -> Options:
-        return Options(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-            stop=[unescape(text) for text in self.stop or []],
-            min_new_tokens=self.min_new_tokens,
-            ignore_eos=self.ignore_eos,
-        )
 
 
 @dataclass(frozen=True)
@@ -394,6 +371,3 @@ class ReportedOptions(GenerationOptions):
             metavar="K", help="Report each token's log-probability, and the K likeliest tokens."
         ),
     ] = None
-
-    def _options(self) -> Options:
-        return {**super()._options(), "logprobs": self.logprobs}

@@ -44,10 +44,7 @@ def verify(
     report = verify_checkpoint(
         model.name_or_dir,
         revision=model.revision,
-        device=model.device,
-        dtype=model.dtype,
-        backend=model.backend,
-        quantize=model.quantize,
+        **model.settings,
         cache_dtype=model.cache_dtype,
         prompts=texts,
         max_new_tokens=max_new_tokens,

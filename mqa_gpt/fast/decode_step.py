@@ -42,7 +42,7 @@ class StaticCache(KVCache):
 
     def __init__(self, cache: KVCache, lengths: Tensor, active: Tensor) -> None:
         self.kv, self.lengths, self.active = cache.kv[:, : len(lengths)], lengths, active
-        self.end = self.max_length
+        self.dtype, self.end = cache.dtype, self.max_length
         self._ragged, self._limits = True, None
         self._rows = torch.arange(len(lengths), device=self.kv.device)  # (B,)
 

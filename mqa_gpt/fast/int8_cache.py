@@ -41,13 +41,8 @@ class Int8KVCache(KVCache):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(config, batch_size, max_length, dtype=torch.int8, device=device)
-        self._dtype = dtype or torch.get_default_dtype()
+        self.dtype = dtype or torch.get_default_dtype()
         self.scales = torch.zeros((*self.kv.shape[:-1], 2), dtype=torch.float32, device=device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the keys and values that `append` takes and returns."""
-        return self._dtype
 
     def store(self, layer: int, kv: Tensor) -> Tensor:
         """See `KVCache.store`; (B, S, G, 2D) made of the integers."""
@@ -55,7 +50,7 @@ class Int8KVCache(KVCache):
         self._write(self.kv[layer], integers)
         self._write(self.scales[layer], scales)
         held = slice(0, self.end + kv.shape[1])
-        return dequantize_kv(self.kv[layer, :, held], self.scales[layer, :, held], self._dtype)
+        return dequantize_kv(self.kv[layer, :, held], self.scales[layer, :, held], self.dtype)
 
 
 def cache_class(name: str | None) -> type[KVCache]:

@@ -23,20 +23,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mqa_gpt.cache import KVCache, cache_bytes
 from mqa_gpt.errors import PromptError
 from mqa_gpt.generation.prefill import prefill
 from mqa_gpt.generation.replay import GraphStepper, can_replay
 from mqa_gpt.generation.request import Request
 from mqa_gpt.generation.speculative import MAX_COUNT
 from mqa_gpt.generation.steps import Choice, ModelStepper, Row, Stepper
+from mqa_gpt.machine import available_memory
 from mqa_gpt.model import GPT
-from mqa_gpt.sampling import fresh_seed, uniforms
+from mqa_gpt.sampling import uniforms
 
 # Free slots are filled once they are this share of all. A prefill interrupts the decoding of all
 # rows for at least one reading of the weights, about a step, so it should start several prompts;
 # but while slots wait for it, steps are only partly used. With rows of N tokens, m slots filled at
 # a time cost 1/m + m N / (2 B^2) steps per prompt: least at m = B sqrt(2 / N), B / 8 for N = 128.
 MIN_FREE_SHARE = 1 / 8
+
+# Lengths of engines that record graphs are rounded up to a multiple of this, so that requests of
+# slightly different lengths fit into the same engine.
+LENGTH_STEP = 256
 
 
 class Token(NamedTuple):
@@ -60,11 +66,10 @@ class Token(NamedTuple):
 
 @dataclass
 class _Waiting:
-    """A request whose rows of these numbers have no slots yet, and the seed of its draws."""
+    """A request whose rows of these numbers have no slots yet."""
 
     request: Request
     numbers: range
-    seed: int
 
 
 class Engine:
@@ -76,9 +81,13 @@ class Engine:
     Args:
         model: in eval mode.
         slots: how many rows run at a time; others wait.
-        length: of each slot, in positions: no prompt with its new tokens may be longer.
+        length: of each slot, in positions: no prompt with its new tokens may be longer. Rounded up
+            where graphs are recorded.
         drafts: whether requests may have drafters, which CUDA graphs cannot replay.
         prefill_chunk: see `prefill`.
+
+    Raises:
+        PromptError: the device has no room for the cache.
     """
 
     def __init__(
@@ -90,11 +99,22 @@ class Engine:
         drafts: bool = False,
         prefill_chunk: int | None = None,
     ) -> None:
+        can_record = can_replay(model) and not drafts
+        if can_record:
+            length = _rounded(length, model)
+        dtype = model.dtype if model.cache_class is KVCache else torch.int8
+        device, needed = model.device, cache_bytes(model.config, dtype, slots, length)
+        room = available_memory(device)
+        if room is not None and needed > room:
+            raise PromptError(
+                f"{slots:,} completions of {length:,} tokens need {needed / 1e9:,.2f} GB for their "
+                f"keys and values, but {room / 1e9:,.2f} GB are available on {device}: ask for less"
+            )
         self.slots, self.length = slots, length
         self.model, self._drafts, self._chunk = model, drafts, prefill_chunk
         spare = MAX_COUNT if drafts else 0  # a draft may reach beyond a row's last token
         size = min(length + spare, model.config.n_positions)
-        kind = GraphStepper if can_replay(model) and not drafts else ModelStepper
+        kind = GraphStepper if can_record else ModelStepper
         self._stepper: Stepper = kind(model, slots, size)
         self._used = 0  # slots that have held a row
         self._has_failed = False
@@ -119,9 +139,21 @@ class Engine:
         Args:
             slots: at most this many; None runs all rows together.
         """
-        count, length = size_for(requests, slots)
+        count, length = _size_for(requests, slots)
         drafts = any(request.drafter is not None for request in requests)
         return cls(model, count, length, drafts=drafts, prefill_chunk=prefill_chunk)
+
+    def fits(self, requests: Sequence[Request], slots: int | None) -> bool:
+        """Whether it can replay its graphs for these requests, and is not much larger than a new
+        engine would be."""
+        count, length = _size_for(requests, slots)
+        length = _rounded(length, self.model)
+        return (
+            self.is_reusable
+            and count <= self.slots <= (self.slots if slots is None else slots)
+            and length <= self.length <= 4 * length
+            and all(request.drafter is None for request in requests)
+        )
 
     @property
     def is_busy(self) -> bool:
@@ -155,8 +187,7 @@ class Engine:
         numbers = range(self._rows, self._rows + request.n)
         self._rows += request.n
         if request.max_new_tokens:
-            seed = request.sampling.seed
-            self._waiting.append(_Waiting(request, numbers, fresh_seed() if seed is None else seed))
+            self._waiting.append(_Waiting(request, numbers))
         return numbers
 
     @torch.inference_mode()
@@ -227,9 +258,10 @@ class Engine:
                 self._cancelled.remove(number)
                 continue
             sample = request.n - len(waiting.numbers) - 1
-            # A graph begins a token more than a row has before it is known to have ended.
-            count = 0 if request.sampling.greedy else request.max_new_tokens + 1
-            draws = uniforms(waiting.seed, sample, count)
+            draws: list[float] = []
+            if not request.sampling.greedy:
+                # A graph begins a token more than a row has before it is known to have ended.
+                draws = uniforms(request.seed, sample, request.max_new_tokens + 1)
             rows.append(Row(request, number, draws, list(request.prompt)))
         return rows
 
@@ -247,7 +279,11 @@ class Engine:
         slot_of = {row.request: i for i, row in enumerate(running) if row.request in self._logits}
         new = [r for r in dict.fromkeys(row.request for row in rows) if r not in slot_of]
         slot_of |= {request: first + i for i, request in enumerate(new)}
-        self._clear_slots(first, first + len(rows))
+        end = first + len(rows)
+        if first < self._used:
+            # What other rows left there is hidden, but 0 times NaN is NaN (see `KVCache.limit`).
+            self._stepper.cache.clear(first, min(end, self._used))
+        self._used = max(self._used, end)
         if new:
             cache = self._stepper.cache.rows(first, [0] * len(new))
             prompts = [request.prompt for request in new]
@@ -262,14 +298,6 @@ class Engine:
         self._stepper.begin(first, rows, begun)
         self._logits = {r: x.clone() for r, x in self._logits.items() if r is following}
 
-    def _clear_slots(self, first: int, end: int) -> None:
-        """Zero the slots that have held other rows.
-
-        What they left is hidden, but 0 times NaN is NaN (see `KVCache.limit`).
-        """
-        self._stepper.cache.clear(first, min(end, self._used))
-        self._used = max(self._used, end)
-
     def _release(self, slots: list[int]) -> None:
         """Drop the rows of these slots; the last rows fill the gaps."""
         for slot in reversed(slots):  # so that the last row is never one that leaves
@@ -279,8 +307,48 @@ class Engine:
             del self._running[last]
 
 
-def size_for(requests: Sequence[Request], slots: int | None) -> tuple[int, int]:
+class EnginePool:
+    """Gives each generation an engine, the last one again if it fits: graphs are recorded once.
+
+    A kept engine holds its KV cache and its graphs until another size is asked for, or `clear`.
+    """
+
+    def __init__(self) -> None:
+        self._idle: list[Engine] = []  # at most one; pop and append are safe among threads
+
+    def take(self, model: GPT, requests: Sequence[Request], slots: int | None = None) -> Engine:
+        """An engine for these requests, which have yet to be added.
+
+        Args:
+            slots: how many rows run at a time, at most; None for all of them.
+
+        Raises:
+            PromptError: the device has no room for the cache that they need.
+        """
+        while self._idle:
+            engine = self._idle.pop()
+            if engine.model is model and engine.fits(requests, slots):
+                return engine
+            del engine  # before another one's cache is allocated
+        return Engine.for_requests(model, requests, slots=slots)
+
+    def give_back(self, engine: Engine) -> None:
+        """Keep an engine that is idle, if it has graphs."""
+        if engine.is_reusable:
+            self._idle[:] = [engine]
+
+    def clear(self) -> None:
+        """Free the memory of the kept engine."""
+        self._idle.clear()
+
+
+def _size_for(requests: Sequence[Request], slots: int | None) -> tuple[int, int]:
     """How many slots, at most `slots`, of which length run these requests."""
     rows = sum(request.n for request in requests)
     length = max((len(r.prompt) + r.max_new_tokens for r in requests), default=1)
     return max(1, rows if slots is None else min(slots, rows)), length
+
+
+def _rounded(length: int, model: GPT) -> int:
+    """A length to record graphs for, which other requests may use too."""
+    return min(-(-length // LENGTH_STEP) * LENGTH_STEP, model.config.n_positions)

@@ -6,8 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from mqa_gpt.generation.batching import Token
-from mqa_gpt.generation.pool import EnginePool
+from mqa_gpt.generation.batching import Engine, EnginePool, Token
 from mqa_gpt.generation.request import Request
 from mqa_gpt.generation.stop import RowText
 from mqa_gpt.model import GPT
@@ -129,6 +128,9 @@ class Generation:
         slots: how many rows run at a time; None for all of them.
         pool: where its engine comes from; None for one of its own.
         cut: see `Completion`.
+
+    Raises:
+        PromptError: the device has no room for the keys and values.
     """
 
     def __init__(
@@ -141,10 +143,8 @@ class Generation:
         pool: EnginePool | None = None,
         cut: tuple[int, int] = (0, 0),
     ) -> None:
-        self._model, self._tokenizer, self._requests = model, tokenizer, requests
-        self._slots, self._cut = slots, cut
+        self._tokenizer, self._requests, self._cut = tokenizer, requests, cut
         self._pool = EnginePool() if pool is None else pool
-        self._stream: Iterator[tuple[int, str]] | None = None
         self._n = requests[0].n if requests else 1
         self._outputs: dict[int, _Output] = {}  # those begun
         self._unfinished = [r.n if r.max_new_tokens else 0 for r in requests]  # rows per request
@@ -154,16 +154,16 @@ class Generation:
             prompt_tokens=sum(len(request.prompt) for request in requests),
             finished_rows=sum(0 if r.max_new_tokens else r.n for r in requests),
         )
-        self._pool.require_room(model, requests, slots)
+        begin = time.perf_counter()
+        engine = self._pool.take(model, requests, slots)
+        self.stats.total_seconds = time.perf_counter() - begin
+        self._stream = self._generate(engine)  # one, so that a second iteration continues the first
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        if self._stream is None:  # a second iteration continues the first
-            self._stream = self._generate()
         return self._stream
 
-    def _generate(self) -> Iterator[tuple[int, str]]:
+    def _generate(self, engine: Engine) -> Iterator[tuple[int, str]]:
         stats, begin = self.stats, time.perf_counter()
-        engine = self._pool.take(self._model, self._requests, self._slots)
         numbers = [engine.add(request) for request in self._requests]
         first = numbers[0].start if numbers else 0  # a reused engine continues its numbering
         drafts = any(request.drafter is not None for request in self._requests)

@@ -101,7 +101,7 @@ def generate(
         max_new_tokens,
         sampling,
         n=n,
-        end_ids=_end_ids(eos_token_id),
+        end_ids=_end_ids(eos_token_id, model.config),
         min_new_tokens=min_new_tokens,
         drafter=draft,
     )
@@ -115,11 +115,11 @@ def generate(
     return rows
 
 
-def _end_ids(eos_token_id: Any) -> tuple[int, ...]:
-    """The end tokens as a tuple; PromptError for anything else than ids."""
+def _end_ids(eos_token_id: Any, config: GPTConfig) -> list[int]:
+    """The end tokens; PromptError for anything else than ids."""
     ids = () if eos_token_id is None else (eos_token_id,) if is_int(eos_token_id) else eos_token_id
     if isinstance(ids, str | bytes) or not isinstance(ids, Sequence) or not all(map(is_int, ids)):
         raise PromptError(
             f"eos_token_id is {shown(eos_token_id)}: it must be a token id, a list of them or None"
         )
-    return tuple(map(int, ids))
+    return [require_int(PromptError, "an end token", i, 0, config.vocab_size - 1) for i in ids]

@@ -48,7 +48,8 @@ def prefill(
         chunk = max(positions // len(prompts), MIN_CHUNK)
     lengths = [len(prompt) for prompt in prompts]
     width = max(lengths)
-    if min(lengths) < width:
+    is_ragged = min(lengths) < width
+    if is_ragged:
         cache.limit(lengths)
     ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts])
     ids = ids.to(device)  # (B, width)
@@ -58,7 +59,7 @@ def prefill(
         b = max(row for row, length in enumerate(lengths) if length > begin) + 1
         piece = ids[:b, begin : begin + chunk]  # (b, T)
         end = begin + piece.shape[1]
-        view = cache.rows(0, [begin] * b)
+        view = cache if b == len(prompts) else cache.rows(0, [begin] * b)
         if any(begin < length <= end for length in lengths):
             at = (last[:b] - begin).clamp(0, end - begin - 1)  # (b,)
             new = model(piece, cache=view, logits_at=at)  # (b, V)
@@ -69,7 +70,9 @@ def prefill(
             logits = new  # of all rows the first time, since no row has ended before
         else:
             model(piece, cache=view, logits_at=last[:0])
-        cache.advance(end - begin)
-    cache.set_lengths(lengths)
+        if view is not cache:
+            cache.advance(end - begin)
+    if is_ragged:
+        cache.set_lengths(lengths)
     assert logits is not None
     return logits

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import PromptError, require_text, shown
 from mqa_gpt.fim import check_mode, infill_prompt, truncated_infill_prompt
-from mqa_gpt.generation.request import Request, all_problems, make_requests, stop_texts
+from mqa_gpt.generation.request import Request, RequestOptions, all_problems
 from mqa_gpt.generation.speculative import Drafter
 from mqa_gpt.sampling import SamplingParams
 from mqa_gpt.tokenizer import Tokenizer
@@ -39,12 +39,59 @@ class Options(TypedDict, total=False):
     draft: Drafter | None
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise TypeError for an unknown option."""
+def request_options(
+    config: GPTConfig,
+    tokenizer: Tokenizer | None,
+    options: Mapping[str, Any],
+    *,
+    n: int = 1,
+    truncate: bool = False,
+    end_ids: Collection[int] = (),
+) -> RequestOptions:
+    """Options as texts are completed with them, all of them checked.
+
+    Args:
+        tokenizer: None only to check the options.
+        options: by the names of `Options`, and `max_new_tokens`.
+        n, truncate: see `RequestOptions`.
+        end_ids: tokens that end a row, besides the checkpoint's end tokens.
+
+    Raises:
+        TypeError: an unknown option.
+        PromptError: one that cannot be used.
+    """
+    options = dict(options)
+    count = options.pop("max_new_tokens", 64)
     for name in sorted(options.keys() - Options.__annotations__.keys()):
         raise TypeError(
             f"unknown option {shown(name)}: expected one of {', '.join(Options.__annotations__)}"
         )
+    stop, ignore_eos = options.pop("stop", None), options.pop("ignore_eos", False)
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, Sequence) or not all(isinstance(t, str) and t for t in stops):
+        raise PromptError(f"stop is {shown(stop)}: it must be a non-empty string or a list of them")
+    for text in stops:
+        require_text("stop", text)
+    if not isinstance(ignore_eos, bool):
+        raise PromptError(f"ignore_eos is {shown(ignore_eos)}: it must be True or False")
+    ends: set[int | None] = set() if ignore_eos else {*end_ids, *config.end_token_ids}
+    if tokenizer is not None:
+        ends |= set() if ignore_eos else {tokenizer.end_of_text_id}
+        # A control token leaves no text in which its name could be found.
+        ends |= {tokenizer.control_id(text) for text in stops}
+    params = fields(SamplingParams)
+    return RequestOptions(
+        config,
+        count,
+        SamplingParams(**{f.name: options.pop(f.name) for f in params if f.name in options}),
+        n=n,
+        # Not all are in the vocabulary: a config may name any.
+        end_ids={id_ for id_ in ends if id_ is not None and 0 <= id_ < config.vocab_size},
+        stop=tuple(stops),
+        drafter=options.pop("draft", None),
+        truncate=truncate,
+        **options,
+    )
 
 
 def text_requests(
@@ -53,47 +100,60 @@ def text_requests(
     prompts: Sequence[str | tuple[str, str]],
     options: Mapping[str, Any],
     *,
+    n: int = 1,
+    truncate: bool = False,
     special_tokens: bool = True,
-    mode: str = "psm",
+    mode: str | None = None,
     names: Sequence[str] | None = None,
     per_prompt: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[Request]:
     """Requests for texts to continue, and for pairs (prefix, suffix) to infill.
 
     Args:
-        options: by the names of `Options`, with max_new_tokens, n and truncate of `make_requests`.
+        options, n, truncate: see `request_options`.
         special_tokens: whether control tokens spelled out in a text act as such.
-        mode: of infilling, "psm" or "spm".
+        mode: of infilling, "psm" or "spm"; None refuses pairs.
         names: of the prompts in messages; "prompt 0", "prompt 1", ... if None.
         per_prompt: per-prompt options, which override the common ones.
 
     Raises:
+        TypeError: an unknown option.
         PromptError: an option or prompts that cannot be used, all of which it names.
         CheckpointError: a pair, where the tokenizer has no infilling tokens.
     """
-    check_mode(mode)
+    common = request_options(config, tokenizer, options, n=n, truncate=truncate)
+    if mode is not None:
+        check_mode(mode)
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence):
+        raise PromptError(
+            f"prompts are {shown(prompts)}: expected a list of texts, or a text for LLM.generate"
+        )
     names = names or [f"prompt {i}" for i in range(len(prompts))]
     for what, others in (("names", names), ("per_prompt", per_prompt)):
         if others is not None and len(others) != len(prompts):
             raise PromptError(f"there are {len(others)} {what} for {len(prompts)} prompts")
-    _option_requests(config, tokenizer, [], options)  # what concerns all of them is said once
+    start = [] if tokenizer.end_of_text_id is None else [tokenizer.end_of_text_id]
     requests: list[Request] = []
     problems: dict[str, PromptError] = {}
-    for i, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
-        own = {**options, **(per_prompt[i] if per_prompt else {})}
+    for i, (name, text) in enumerate(zip(names, prompts, strict=True)):
+        own, asked = options, common
         try:
-            if isinstance(prompt, tuple) and len(prompt) == 2:
-                requests.append(
-                    hole_request(config, tokenizer, *prompt, own, name=name, mode=mode)[0]
+            if per_prompt and per_prompt[i]:
+                own = {**options, **per_prompt[i]}
+                asked = request_options(config, tokenizer, own, n=n, truncate=truncate)
+            if isinstance(text, tuple) and len(text) == 2:
+                if mode is None:
+                    raise PromptError(f"{name} is a pair: infill and generate_many take pairs")
+                request, _ = hole_request(
+                    config, tokenizer, *text, own, n=n, truncate=truncate, name=name, mode=mode
                 )
-                continue
-            text = prompt
-            if own.get("truncate") and isinstance(text, str):  # its end fills the context
-                text = text[-config.n_positions * tokenizer.max_token_bytes :]
             else:
+                if truncate and isinstance(text, str):  # its end fills the context
+                    text = text[-config.n_positions * tokenizer.max_token_bytes :]
                 _require_short(config, tokenizer, text=text)
-            ids = tokenizer.encode(text, special_tokens=special_tokens)
-            requests += _option_requests(config, tokenizer, [ids], own, names=[name])
+                ids = tokenizer.encode(text, special_tokens=special_tokens)
+                request = asked.request(ids or start, name)
+            requests.append(request)
         except PromptError as error:  # about the prompt, or about an option of its own
             is_named = str(error).startswith(name)
             problems[name] = error if is_named else PromptError(f"{name}: {error}")
@@ -109,20 +169,23 @@ def hole_request(
     suffix: str,
     options: Mapping[str, Any],
     *,
+    n: int = 1,
+    truncate: bool = False,
     name: str = "prompt 0",
     **named: Any,
 ) -> tuple[Request, tuple[int, int]]:
     """The request to fill a hole, and the tokens of prefix and suffix that were cut off.
 
     Args:
-        options: as in `text_requests`.
+        options, n, truncate: see `request_options`.
         name: the prompt's name in messages.
         named: mode, file_name and repo_name of `infill_prompt`.
     """
-    _option_requests(config, tokenizer, [], options)  # before their numbers are used
-    context, cut, count = config.n_positions, (0, 0), options["max_new_tokens"]
-    room = context - (1 if count is None else int(count))
-    if options["truncate"]:
+    # A filling ends at any control token: it means that the middle is complete.
+    asked = request_options(config, tokenizer, options, n=n, end_ids=tokenizer.special_ids)
+    context, cut, count = config.n_positions, (0, 0), asked.max_new_tokens
+    room = context - (1 if count is None else count)
+    if truncate:
         fitted = truncated_infill_prompt(tokenizer, prefix, suffix, room, **named)
         ids, cut = fitted.ids, (fitted.cut_prefix, fitted.cut_suffix)
     else:
@@ -134,60 +197,17 @@ def hole_request(
                 f"{context - room:,}: together they exceed the context of {context:,} tokens; "
                 "truncate=True (--truncate) leaves out what is farthest from the hole"
             )
-    # A filling ends at any control token: it means that the middle is complete.
-    own = {**options, "truncate": False}
-    (request,) = _option_requests(
-        config, tokenizer, [ids], own, end_ids=tokenizer.special_ids, names=[name]
-    )
-    return request, cut
+    return asked.request(ids, name), cut
 
 
 def _require_short(config: GPTConfig, tokenizer: Tokenizer, **texts: str) -> None:
     """PromptError for a text that is too long for the context, before it is tokenized."""
     for name, text in texts.items():
-        require_text(name, text)
-        least, context = tokenizer.min_tokens(text), config.n_positions
-        if least > context:
+        # A character is at least a byte; what is no text is refused by `encode`.
+        size, context = len(text) if isinstance(text, str) else 0, config.n_positions
+        if size > context and size > context * tokenizer.max_token_bytes:
             raise PromptError(
-                f"{name} has {len(text):,} characters, at least {least:,} tokens: they exceed the "
-                f"context of {context:,} tokens; shorten it, or let truncate=True (--truncate) "
-                "cut it"
+                f"{name} has {size:,} characters, at least {tokenizer.min_tokens(text):,} "
+                f"tokens: they exceed the context of {context:,} tokens; shorten it, or "
+                "let truncate=True (--truncate) cut it"
             )
-
-
-def _option_requests(
-    config: GPTConfig,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    options: Mapping[str, Any],
-    *,
-    end_ids: Collection[int] = (),
-    names: Sequence[str] | None = None,
-) -> list[Request]:
-    """Requests for prompts of ids, which may be empty, with options as in `text_requests`.
-
-    Args:
-        end_ids: tokens that end a row, besides the checkpoint's end tokens.
-    """
-    options = dict(options)
-    stops, ignore_eos = stop_texts(options.pop("stop", None)), options.pop("ignore_eos", False)
-    if not isinstance(ignore_eos, bool):
-        raise PromptError(f"ignore_eos is {shown(ignore_eos)}: it must be True or False")
-    drafter = options.pop("draft", None)
-    chosen = {f.name: options.pop(f.name) for f in fields(SamplingParams) if f.name in options}
-    end_of_text = tokenizer.end_of_text_id
-    start = [] if end_of_text is None else [end_of_text]
-    ends = set() if ignore_eos else {*end_ids, *start, *config.end_token_ids}
-    ends = {id_ for id_ in ends if 0 <= id_ < config.vocab_size}  # a config may name others
-    # A control token leaves no text in which its name could be found.
-    ends |= {id_ for text in stops if (id_ := tokenizer.control_id(text)) is not None}
-    return make_requests(
-        config,
-        [ids or start for ids in prompts],
-        sampling=SamplingParams(**chosen),
-        end_ids=ends,
-        stop=stops,
-        drafter=drafter,
-        names=names,
-        **options,
-    )

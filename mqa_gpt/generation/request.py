@@ -1,17 +1,16 @@
-"""Request: a prompt and its generation options, checked once by `make_requests`."""
+"""Request: a prompt and its generation options, which are checked once, where they are made."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mqa_gpt.config import GPTConfig
-from mqa_gpt.errors import PromptError, is_int, require_int, require_text, shown
+from mqa_gpt.errors import PromptError, Range, in_ranges, is_int, shown
 from mqa_gpt.generation.speculative import Drafter, check_drafter
 from mqa_gpt.sampling import GREEDY, SamplingParams
 
@@ -19,15 +18,22 @@ from mqa_gpt.sampling import GREEDY, SamplingParams
 # this many take most of a gigabyte. Estimates of pass@k need far fewer.
 MAX_SAMPLES = 100_000
 
+COUNTS = {
+    "max_new_tokens": Range(0, optional=True),
+    "n": Range(1, MAX_SAMPLES),
+    "min_new_tokens": Range(0),
+}
+
 
 @dataclass(frozen=True, eq=False)  # equal only to itself: its samples share one prefill
 class Request:
-    """One prompt and how to continue it; `make_requests` makes valid ones.
+    """One prompt and how to continue it; `RequestOptions` makes valid ones.
 
     Attributes:
         prompt: token ids, at least one.
         max_new_tokens: at most this many; with the prompt they fit into the context.
-        sampling: how each token is chosen.
+        sampling: how each token is chosen; its seed is apart, because rows of any seeds choose
+            their tokens together.
         n: samples of the prompt, each a row of its own.
         end_ids: tokens that end a row.
         stop: texts that end a row; the engine, which sees no text, leaves them to its caller.
@@ -47,13 +53,108 @@ class Request:
     min_new_tokens: int = 0
     logprobs: int | None = None
     drafter: Drafter | None = None
+    seed: int | None = None
     name: str = "prompt 0"
 
-    @cached_property
-    def choosing(self) -> tuple[SamplingParams, int | None]:
-        """What rows that choose their tokens together have in common; a seed only decides draws."""
-        sampling = self.sampling
-        return sampling if sampling.seed is None else replace(sampling, seed=None), self.logprobs
+
+class RequestOptions:
+    """What is asked of any prompt: the fields of a `Request` apart from prompt and name, checked.
+
+    Args:
+        config: of the model that will run the requests.
+        max_new_tokens: None for as many as fit into the context after each prompt.
+        truncate: cut the beginning of a prompt that leaves no room for `max_new_tokens`, instead
+            of raising.
+
+    Raises:
+        PromptError: an option that cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        max_new_tokens: int | None = 64,
+        sampling: SamplingParams = GREEDY,
+        *,
+        n: int = 1,
+        end_ids: Iterable[int] = (),
+        stop: str | Sequence[str] = (),
+        min_new_tokens: int = 0,
+        logprobs: int | None = None,
+        drafter: Drafter | None = None,
+        truncate: bool = False,
+    ) -> None:
+        if not isinstance(sampling, SamplingParams):
+            raise PromptError(f"sampling is {shown(sampling)}: expected SamplingParams")
+        given = {"max_new_tokens": max_new_tokens, "n": n, "min_new_tokens": min_new_tokens}
+        ranges = COUNTS | {"logprobs": Range(0, config.vocab_size, optional=True)}
+        counts = in_ranges(PromptError, given | {"logprobs": logprobs}, ranges)
+        max_new_tokens, n, min_new_tokens, logprobs = counts.values()
+        if n > 1 and sampling.greedy:
+            raise PromptError(
+                f"n is {n} but temperature is 0, which gives the same tokens {n} times: "
+                "set a temperature above 0 or leave n at 1"
+            )
+        if max_new_tokens is not None and min_new_tokens > max_new_tokens:
+            raise PromptError(
+                f"min_new_tokens is {min_new_tokens} and max_new_tokens is {max_new_tokens}: the "
+                "first must not exceed the second"
+            )
+        if drafter is not None:
+            check_drafter(drafter, config)
+        ends = frozenset(end_ids)
+        if min_new_tokens and len(ends) == config.vocab_size:
+            raise PromptError("all tokens are end tokens: leave min_new_tokens at 0")
+        self.max_new_tokens, self.truncate = max_new_tokens, truncate
+        self._config = config
+        seed = sampling.seed
+        if seed is not None:
+            sampling = replace(sampling, seed=None)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        self._same = (sampling, n, ends, stops, min_new_tokens, logprobs, drafter, seed)
+
+    def request(self, prompt: Any, name: str) -> Request:
+        """The request for one prompt.
+
+        Args:
+            prompt: token ids; without any it starts from `bos_token_id`.
+            name: the prompt's name in messages.
+
+        Raises:
+            PromptError: they are no token ids, or do not fit into the context.
+        """
+        if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
+            raise PromptError(
+                f"{name} is a {type(prompt).__name__}: it must be a list of token ids "
+                "(LLM.generate takes text)"
+            )
+        config, wanted = self._config, self.max_new_tokens
+        if not prompt and config.bos_token_id is None:
+            raise PromptError(f"{name} is empty and the config has no bos_token_id")
+        ids: tuple[Any, ...] = tuple(prompt) or (config.bos_token_id,)
+        for token in ids:
+            if not (type(token) is int or is_int(token)) or not 0 <= token < config.vocab_size:
+                raise PromptError(
+                    f"{name} holds {shown(token)}: token ids are integers from 0 to "
+                    f"{config.vocab_size - 1}"
+                )
+        # One new token at least must have room where their number is open.
+        room = config.n_positions - (1 if wanted is None else wanted)
+        if self.truncate and 1 <= room < len(ids):
+            ids = ids[-room:]
+        if len(ids) > room:
+            new = "no new token fits" if wanted is None else f"{wanted:,} are wanted"
+            raise PromptError(
+                f"{name} has {len(ids):,} tokens and {new}: together they exceed the context of "
+                f"{config.n_positions:,} tokens; shorten the prompt or ask for fewer"
+            )
+        most = config.n_positions - len(ids) if wanted is None else wanted
+        request = Request(tuple(map(int, ids)), most, *self._same, name)
+        if request.min_new_tokens > most:
+            raise PromptError(
+                f"{name} leaves room for {most} of min_new_tokens {request.min_new_tokens}"
+            )
+        return request
 
 
 def make_requests(
@@ -61,76 +162,38 @@ def make_requests(
     prompts: Sequence[Sequence[int]] | Tensor,
     max_new_tokens: int | None = 64,
     sampling: SamplingParams = GREEDY,
-    *,
-    n: int = 1,
-    end_ids: Iterable[int] = (),
-    stop: str | Sequence[str] | None = None,
-    min_new_tokens: int = 0,
-    logprobs: int | None = None,
-    drafter: Drafter | None = None,
-    truncate: bool = False,
-    names: Sequence[str] | None = None,
+    **options: Any,
 ) -> list[Request]:
     """One request per prompt, all with the same options. The model is not run.
 
     Args:
-        config: of the model that will run them.
         prompts: token ids, rows of any lengths; an empty row starts from `bos_token_id`.
-        max_new_tokens: None for as many as fit into the context after each prompt.
-        truncate: cut the beginning of a prompt that leaves no room for `max_new_tokens`, instead
-            of raising.
-        names: of the prompts in messages; "prompt 0", "prompt 1", ... if None.
-
-    The other arguments are fields of `Request`.
+        options: the others of `RequestOptions`.
 
     Raises:
         PromptError: an unusable option, or unusable prompts, all of which it names.
     """
-    if not isinstance(sampling, SamplingParams):
-        raise PromptError(f"sampling is {shown(sampling)}: expected SamplingParams")
-    if max_new_tokens is not None:
-        max_new_tokens = require_int(PromptError, "max_new_tokens", max_new_tokens, 0)
-    n = require_int(PromptError, "n", n, 1, MAX_SAMPLES)
-    if n > 1 and sampling.greedy:
+    asked = RequestOptions(config, max_new_tokens, sampling, **options)
+    if isinstance(prompts, Tensor):
+        is_plain = prompts.layout == torch.strided and not prompts.is_meta
+        if not is_plain or prompts.ndim != 2 or prompts.is_floating_point():
+            raise PromptError(
+                f"prompts are a tensor {shown(list(prompts.shape))} of {prompts.dtype} "
+                f"({prompts.layout}, on {prompts.device}): it must be a dense (B, T) tensor of ids"
+            )
+        prompts = prompts.tolist()
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
         raise PromptError(
-            f"n is {n} but temperature is 0, which gives the same tokens {n} times: "
-            "set a temperature above 0 or leave n at 1"
+            f"prompts are {shown(prompts)}: they must be a list of lists of token ids "
+            "(LLM.generate takes text)"
         )
-    if logprobs is not None:
-        logprobs = require_int(PromptError, "logprobs", logprobs, 0, config.vocab_size)
-    min_new_tokens = require_int(PromptError, "min_new_tokens", min_new_tokens, 0)
-    if max_new_tokens is not None and min_new_tokens > max_new_tokens:
-        raise PromptError(
-            f"min_new_tokens is {min_new_tokens} and max_new_tokens is {max_new_tokens}: the "
-            "first must not exceed the second"
-        )
-    stops = stop_texts(stop)
-    check_drafter(drafter, config)
-    ends = frozenset(
-        require_int(PromptError, "an end token", id_, 0, config.vocab_size - 1) for id_ in end_ids
-    )
-    if min_new_tokens and len(ends) == config.vocab_size:
-        raise PromptError("all tokens are end tokens: leave min_new_tokens at 0")
-    lists = _as_lists(prompts)
-    names = names or [f"prompt {i}" for i in range(len(lists))]
-    if len(names) != len(lists):
-        raise PromptError(f"there are {len(names)} names for {len(lists)} prompts")
     requests: list[Request] = []
     problems: dict[str, PromptError] = {}
-    for name, prompt in zip(names, lists, strict=True):
+    for i, prompt in enumerate(prompts):
         try:
-            ids = _token_ids(config, prompt, name)
-            ids, room = _fitted(config, ids, max_new_tokens, name, truncate=truncate)
-            if min_new_tokens > room:
-                raise PromptError(
-                    f"{name} leaves room for {room} of min_new_tokens {min_new_tokens}"
-                )
+            requests.append(asked.request(prompt, f"prompt {i}"))
         except PromptError as error:
-            problems[name] = error
-            continue
-        requests.append(
-            Request(ids, room, sampling, n, ends, stops, min_new_tokens, logprobs, drafter, name)
-        )
+            problems[f"prompt {i}"] = error
     if problems:
         raise all_problems(problems)
     return requests
@@ -142,75 +205,3 @@ def all_problems(problems: dict[str, PromptError]) -> PromptError:
     some = ", ".join(others[:10]) + ", ..." * (len(others) > 10)
     more = f" ({len(others):,} more cannot be used: {some})" if others else ""
     return PromptError(f"{problems[first]}{more}")
-
-
-def stop_texts(stop: Any) -> tuple[str, ...]:
-    """The stop strings as a tuple; PromptError unless they are texts."""
-    stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
-    if not isinstance(stops, Sequence) or not all(isinstance(t, str) and t for t in stops):
-        raise PromptError(f"stop is {shown(stop)}: it must be a non-empty string or a list of them")
-    for text in stops:
-        require_text("stop", text)
-    return tuple(stops)
-
-
-def _as_lists(prompts: Any) -> Sequence[Any]:
-    """The rows of ids; PromptError for what is no list or tensor of them."""
-    if isinstance(prompts, Tensor):
-        is_plain = prompts.layout == torch.strided and not prompts.is_meta
-        if not is_plain or prompts.ndim != 2 or prompts.is_floating_point():
-            raise PromptError(
-                f"prompts are a tensor {shown(list(prompts.shape))} of {prompts.dtype} "
-                f"({prompts.layout}, on {prompts.device}): it must be a dense (B, T) tensor of ids"
-            )
-        return prompts.tolist()
-    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-        raise PromptError(
-            f"prompts are {shown(prompts)}: they must be a list of lists of token ids "
-            "(LLM.generate takes text)"
-        )
-    return prompts
-
-
-def _token_ids(config: GPTConfig, prompt: Any, name: str) -> tuple[int, ...]:
-    """One prompt's ids, the start token if there are none, or PromptError."""
-    if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
-        raise PromptError(
-            f"{name} is a {type(prompt).__name__}: it must be a list of token ids "
-            "(LLM.generate takes text)"
-        )
-    if not prompt and config.bos_token_id is None:
-        raise PromptError(f"{name} is empty and the config has no bos_token_id")
-    ids = tuple(prompt) or (config.bos_token_id,)
-    for token in ids:
-        if not (type(token) is int or is_int(token)) or not 0 <= token < config.vocab_size:
-            raise PromptError(
-                f"{name} holds {shown(token)}: token ids are integers from 0 to "
-                f"{config.vocab_size - 1}"
-            )
-    return tuple(map(int, ids))
-
-
-def _fitted(
-    config: GPTConfig,
-    ids: tuple[int, ...],
-    max_new_tokens: int | None,
-    name: str,
-    *,
-    truncate: bool,
-) -> tuple[tuple[int, ...], int]:
-    """The ids and the number of new tokens, which fit into the context; or PromptError."""
-    context = config.n_positions
-    # One new token at least must have room where their number is open.
-    room = context - (1 if max_new_tokens is None else max_new_tokens)
-    if truncate and 1 <= room < len(ids):
-        ids = ids[-room:]
-    if max_new_tokens is None and len(ids) <= room:
-        return ids, context - len(ids)
-    if max_new_tokens is None or len(ids) + max_new_tokens > context:
-        wanted = "no new token fits" if max_new_tokens is None else f"{max_new_tokens:,} are wanted"
-        raise PromptError(
-            f"{name} has {len(ids):,} tokens and {wanted}: together they exceed the context of "
-            f"{context:,} tokens; shorten the prompt or ask for fewer"
-        )
-    return ids, max_new_tokens

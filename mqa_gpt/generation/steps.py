@@ -267,12 +267,12 @@ def report_choices(
 
 def by_options(rows: Sequence[Row]) -> dict[RowOptions, list[int]]:
     """The indices of the rows that share their options."""
-    options = rows[0].request.choosing
-    if all(row.request.choosing == options for row in rows):  # the common case, without hashing
-        return {options: list(range(len(rows)))}
+    asked = [(row.request.sampling, row.request.logprobs) for row in rows]
+    if all(options == asked[0] for options in asked):  # the common case, without hashing
+        return {asked[0]: list(range(len(rows)))}
     groups: dict[RowOptions, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(row.request.choosing, []).append(i)
+    for i, options in enumerate(asked):
+        groups.setdefault(options, []).append(i)
     return groups
 
 

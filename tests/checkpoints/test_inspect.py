@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import struct
 import subprocess
@@ -53,7 +54,7 @@ def test_the_official_shapes_have_their_published_sizes(name: str):
     assert sizes["parameters"] == parameters
     assert sizes["weight_bytes"]["bfloat16"] == 2 * parameters
     assert sizes["cache_bytes_per_token"]["float16"] == {"mqa": as_mqa, "mha": as_mha}
-    assert sum(tensor.elements for tensor in found.tensors) == parameters
+    assert sum(math.prod(tensor.shape) for tensor in found.tensors) == parameters
 
 
 @pytest.mark.parametrize("multi_query", [True, False])
@@ -127,7 +128,7 @@ def test_a_file_without_tensors_is_inspected(folder: Path):
 def test_a_tensor_without_elements_is_inspected_and_finite(folder: Path):
     save_file({"empty": torch.zeros(0, 3)}, folder / "model.safetensors")
     found = inspect_checkpoint(folder)
-    assert [(tensor.shape, tensor.elements) for tensor in found.tensors] == [((0, 3), 0)]
+    assert [tensor.shape for tensor in found.tensors] == [(0, 3)]
     assert check_finite(found) == []
 
 

@@ -23,7 +23,7 @@ from mqa_gpt.checkpoints import files as weight_files
 from mqa_gpt.checkpoints import headers, placement
 from mqa_gpt.checkpoints import load as checkpoint
 from mqa_gpt.checkpoints.files import stored_tensors
-from mqa_gpt.checkpoints.headers import checkpoint_notes, read_config, stored_dtype
+from mqa_gpt.checkpoints.headers import read_checkpoint, read_config
 from mqa_gpt.checkpoints.load import load_model
 from mqa_gpt.checkpoints.placement import as_dtype, fast_dtype
 from mqa_gpt.errors import InputError
@@ -327,7 +327,8 @@ def test_the_stored_dtype_is_found_without_loading(
     tmp_path: Path, reference: GPTBigCodeForCausalLM, stored: torch.dtype
 ) -> None:
     tensors = {name: tensor.to(stored) for name, tensor in weights_of(reference).items()}
-    assert stored_dtype(write_checkpoint(tmp_path, tensors, tiny_config())) == stored
+    folder = write_checkpoint(tmp_path, tensors, tiny_config())
+    assert read_checkpoint(folder).dtype == stored
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:x", "xla", "meta", "hpu", "mkldnn", ""])
@@ -813,14 +814,14 @@ def test_ignored_files_and_defaults_are_noted(
     tmp_path: Path, reference: GPTBigCodeForCausalLM
 ) -> None:
     write_checkpoint(tmp_path, weights_of(reference), tiny_config())
-    assert checkpoint_notes(tmp_path) == []
+    assert read_checkpoint(tmp_path).notes == []
     values = {"eos_token_id": 1, "transformers_version": "5", "_from_model_config": True}
     (tmp_path / "generation_config.json").write_text(json.dumps(values | {"top_k": None}))
-    assert checkpoint_notes(tmp_path) == []
+    assert read_checkpoint(tmp_path).notes == []
     values |= {"temperature": 0.2, "max_length": 20}
     (tmp_path / "generation_config.json").write_text(json.dumps(values))
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert checkpoint_notes(tmp_path) == [
+    assert read_checkpoint(tmp_path).notes == [
         f"the defaults in {tmp_path}/generation_config.json are not used: {{'max_length': 20, "
         "'temperature': 0.2}; choose sampling and length by options",
         f"the peft adapter in {tmp_path} is not used: only the full weights there are loaded",
@@ -875,7 +876,7 @@ def test_a_broken_generation_config_is_named(
     write_checkpoint(tmp_path, weights_of(reference), tiny_config())
     file = tmp_path / "generation_config.json"
     file.write_text(text)
-    for read in (load_model, checkpoint_notes):
+    for read in (load_model, read_config):
         with pytest.raises(CheckpointError) as caught:
             read(tmp_path)
         assert str(caught.value).startswith(str(file))
@@ -954,14 +955,14 @@ def test_a_folder_that_is_always_being_written_is_an_error(
     tmp_path: Path, reference: GPTBigCodeForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_checkpoint(tmp_path, weights_of(reference), tiny_config())
-    real = headers.read_config
+    real = headers.stored_tensors
 
-    def read(folder: Path) -> GPTConfig:
-        config = real(folder)
+    def read(folder: Path) -> list[weight_files.StoredTensor]:
+        tensors = real(folder)
         write_checkpoint(folder, weights_of(reference), tiny_config())
-        return config
+        return tensors
 
-    monkeypatch.setattr(headers, "read_config", read)
+    monkeypatch.setattr(headers, "stored_tensors", read)
     with pytest.raises(CheckpointError, match="is being written by another process: load it when"):
         load_model(folder)
 

@@ -654,7 +654,7 @@ def test_more_samples_than_the_memory_holds_are_refused_before_they_are_begun(
     llm = LLM.load(folder)
     with (
         mock.patch.object(LLM, "load", return_value=llm),
-        mock.patch("mqa_gpt.generation.pool.available_memory", return_value=10**9),
+        mock.patch("mqa_gpt.generation.batching.available_memory", return_value=10**9),
     ):
         message = refusal(*run, "--max-new-tokens", "9")
     assert f"100,000 completions of {tokens} tokens need " in message

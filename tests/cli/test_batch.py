@@ -122,13 +122,13 @@ def test_the_next_run_completes_what_a_killed_one_left_to_the_same_file(
     for cut in [*cuts, len(whole)]:
         out.write_bytes(whole[:cut])
         before = sum(end - 1 <= cut for end in ends)  # a line without its newline is whole
-        begin_many = mock.Mock(side_effect=loaded.begin_many)
-        with mock.patch.object(loaded, "begin_many", begin_many):
+        begin = mock.Mock(side_effect=loaded.begin)
+        with mock.patch.object(loaded, "begin", begin):
             result = invoke(*run)
         assert out.read_bytes() == whole
         assert f"{before} were there, {6 - before} are new" in result.stderr
         # What was there is not computed again.
-        calls = [len(call.args[0]) for call in begin_many.call_args_list]
+        calls = [len(call.args[0]) for call in begin.call_args_list]
         assert calls == [6 - before] * (before < 6)
 
 
@@ -269,7 +269,7 @@ def test_every_option_reaches_the_library(run: list[str]):
         "batch_size": 9,
     }
     flags = [part for k, v in options.items() for part in (f"--{k.replace('_', '-')}", str(v))]
-    with mock.patch.object(LLM, "begin_many", side_effect=KeyboardInterrupt) as begin:
+    with mock.patch.object(LLM, "begin", side_effect=KeyboardInterrupt) as begin:
         invoke(*run, *flags, "--no-special-tokens", "--stop", r"\n", "--stop", "b")
     assert begin.call_args.args[1] == 12
     expected = options | {"special_tokens": False, "stop": ["\n", "b"]}
@@ -400,7 +400,7 @@ def test_options_of_a_line_reach_the_library_and_stand_in_its_result(
     }
     lines = [{"id": 1, "prompt": "a"} | own, {"id": 2, "prompt": "b", "seed": None}]
     write_lines(tmp_path / "in", lines)
-    with mock.patch.object(LLM, "begin_many", side_effect=KeyboardInterrupt) as begin:
+    with mock.patch.object(LLM, "begin", side_effect=KeyboardInterrupt) as begin:
         invoke(*run, "--truncate")
     assert begin.call_args.kwargs["per_prompt"] == [own, {}]
     assert begin.call_args.kwargs["truncate"] is True
@@ -488,13 +488,13 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_goes_on(
 ):
     refusals = []
 
-    def begin_many(*arguments: Any, **options: Any) -> Any:
+    def begin(*arguments: Any, **options: Any) -> Any:
         size = (tmp_path / "out").stat().st_size
         refusals.append(refusal(*run))
         assert (tmp_path / "out").stat().st_size == size  # nothing of the first run's was removed
-        return LLM.begin_many(loaded, *arguments, **options)
+        return LLM.begin(loaded, *arguments, **options)
 
-    with mock.patch.object(loaded, "begin_many", begin_many):
+    with mock.patch.object(loaded, "begin", begin):
         assert invoke(*run).exit_code == 0
     assert len(refusals) == 1
     assert refusals[0].startswith(f"another run is writing the output {str(tmp_path / 'out')!r}")

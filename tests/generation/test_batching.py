@@ -10,7 +10,7 @@ import torch
 from mqa_gpt import GPT, KVCache, PromptError, PromptLookup
 from mqa_gpt.generation import batching
 from mqa_gpt.generation.batching import Engine, Token
-from mqa_gpt.generation.request import Request, make_requests
+from mqa_gpt.generation.request import Request, RequestOptions, make_requests
 from mqa_gpt.generation.steps import ModelStepper
 from mqa_gpt.sampling import GREEDY, SamplingParams
 from tests.helpers import by_row, engine_tokens, random_prompts, shapes_fed, tiny_config, tiny_model
@@ -83,7 +83,7 @@ def mixed_requests() -> list[Request]:
     requests = []
     for i, (prompt, own) in enumerate(zip(PROMPTS, options, strict=False)):
         asked: dict[str, Any] = {"max_new_tokens": 20} | own
-        requests += make_requests(CONFIG, [prompt], names=[f"prompt {i}"], **asked)
+        requests.append(RequestOptions(CONFIG, **asked).request(prompt, f"prompt {i}"))
     return requests
 
 

@@ -7,8 +7,8 @@ import time
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mqa_gpt import Tokenizer
-from mqa_gpt.generation.request import Request
+from mqa_gpt import GPTConfig, Tokenizer
+from mqa_gpt.generation.request import Request, make_requests
 from mqa_gpt.generation.stop import RowText
 from tests.helpers import byte_tokenizer
 
@@ -66,6 +66,12 @@ def test_stop_strings_among_the_first_tokens_do_not_count() -> None:
     assert row.is_stopped
     # One that begins there is not completed later either.
     assert pieces("xaby", ("ab",), min_new_tokens=2)[1].text == "xaby"
+
+
+def test_a_single_stop_string_is_not_taken_for_its_characters() -> None:
+    config = GPTConfig(vocab_size=TOKENIZER.vocab_size)
+    (request,) = make_requests(config, [[1]], 4, stop="\n\n")
+    assert request.stop == ("\n\n",)
 
 
 def test_long_and_many_stop_strings_take_little_time() -> None:

@@ -10,21 +10,14 @@ import torch
 
 from mqa_gpt import GPT, KVCache, PromptError, PromptLookup
 from mqa_gpt.fast.int8_cache import Int8KVCache
-from mqa_gpt.generation import batching, pool, replay
-from mqa_gpt.generation.batching import Engine, Token
-from mqa_gpt.generation.pool import EnginePool
+from mqa_gpt.generation import batching, replay
+from mqa_gpt.generation.batching import Engine, EnginePool, Token
 from mqa_gpt.generation.request import Request, make_requests
 from mqa_gpt.sampling import SamplingParams
 from tests.helpers import by_row, engine_tokens, random_prompts, tiny_config, tiny_model
 
 CONFIG = tiny_config()
 PROMPTS = random_prompts(CONFIG, [17, 3, 40, 1], seed=1)
-
-
-@pytest.fixture
-def replayed(replayed: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CUDA device, for sizes too."""
-    monkeypatch.setattr(pool, "can_replay", lambda model: True)
 
 
 def run(engine: Engine, requests: list[Request]) -> Iterator[Token]:
@@ -104,12 +97,12 @@ def test_a_kept_engine_needs_no_more_room_and_one_that_does_not_fit_gives_its_ow
 ) -> None:
     engines, requests = EnginePool(), make_requests(CONFIG, PROMPTS[:2], 4)
     engines.give_back(engines.take(model, requests))
-    monkeypatch.setattr(pool, "available_memory", lambda device: 0)
-    engines.require_room(model, requests)
+    monkeypatch.setattr(batching, "available_memory", lambda device: 0)
+    engines.give_back(engines.take(model, requests))
     with pytest.raises(PromptError, match=r"3 completions of .* tokens need"):
-        engines.require_room(model, make_requests(CONFIG, PROMPTS[:3], 4))
+        engines.take(model, make_requests(CONFIG, PROMPTS[:3], 4))
     with pytest.raises(PromptError, match=r"2 completions of .* tokens need"):
-        engines.require_room(model, requests)  # it was given up
+        engines.take(model, requests)  # it was given up
 
 
 def test_an_engine_is_never_larger_than_asked_for(model: GPT, replayed: None) -> None:
