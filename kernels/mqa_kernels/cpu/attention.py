@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from mqa_kernels.cpu.linear import ROWS, dots
+from mqa_kernels.cpu.linear import BLOCK, ROWS, dots
 from mqa_kernels.cpu.rows import BIG, exp
 from mqa_kernels.cpu.simd import (
     LANES,
@@ -61,7 +61,7 @@ def attend_block(
     Writes for each head the sum of e^(score - m) v, then m, the block's largest score, and l, the
     sum of e^(score - m): what the online softmax needs (Milakov and Gimelshein 2018).
     """
-    dots(q, D, k, stride, D, scores, KEYS, heads, n)
+    dots(q, D, k, stride, D, BLOCK, scores, KEYS, heads, n)
     padded = (n + LANES - 1) // LANES * LANES
     step = part_size(D)
     for h in range(heads):

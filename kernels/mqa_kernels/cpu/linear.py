@@ -13,6 +13,8 @@ from mqa_kernels.cpu.simd import (
     cast,
     clamp,
     dot_tile,
+    fma,
+    inlined,
     kernel,
     largest,
     load,
@@ -26,10 +28,12 @@ from mqa_kernels.cpu.team import finish, take, wait
 
 # A tile of ROWS x 4 sums stays in registers: of 32 with AVX-512, of 16 elsewhere.
 ROWS = 6 if LANES == 16 else 2
-PANEL = 1 << 16  # numbers of x that stay in the second-level cache while weights pass by
-MOST_PANEL_ROWS = 96
-CHUNK = 1 << 17  # weights that a thread takes at a time
-MOST_COLUMNS = 64  # columns of such a chunk
+# A sum is that of its blocks of so many terms, of which a tile's x and w stay in the first-level
+# cache. In 8 bits there is room for four times as many.
+BLOCK = 1024
+FEW_ROWS = 24  # see `dots`
+PANEL = 96  # rows whose blocks stay in the second-level cache while weights pass by
+WIDTH = 64  # columns of the weights that a thread takes at a time
 ROW_END = 64  # bytes after a row of integers: see `round_rows`
 
 
@@ -53,57 +57,95 @@ class Kinds(NamedTuple):
 
 
 @kernel
-def dots(x: Any, ldx: int, w: Any, ldw: int, K: int, out: Any, ldo: int, R: int, N: int) -> None:
-    """out[r, n] = x[r] . w[n] for R rows and N columns, tile by tile."""
-    whole = N - N % 4
-    for n in range(0, whole, 4):
-        v = at(w, n * ldw)
-        r = 0
-        while R - r >= ROWS:
-            dot_tile(at(x, r * ldx), ldx, v, ldw, K, at(out, r * ldo + n), ldo, ROWS, 4)
-            r += ROWS
-        u, o, rest = at(x, r * ldx), at(out, r * ldo + n), R - r
-        if rest == 1:
-            dot_tile(u, ldx, v, ldw, K, o, ldo, 1, 4)
-        elif ROWS > 2:
-            if rest == 2:
-                dot_tile(u, ldx, v, ldw, K, o, ldo, 2, 4)
-            elif rest == 3:
-                dot_tile(u, ldx, v, ldw, K, o, ldo, 3, 4)
-            elif rest == 4:
-                dot_tile(u, ldx, v, ldw, K, o, ldo, 4, 4)
-            elif rest == 5:
-                dot_tile(u, ldx, v, ldw, K, o, ldo, 5, 4)
-    for n in range(whole, N):
-        for r in range(R):
-            dot_tile(at(x, r * ldx), ldx, at(w, n * ldw), ldw, K, at(out, r * ldo + n), ldo, 1, 1)
+def dots(
+    x: Any, ldx: int, w: Any, ldw: int, K: int, block: int, out: Any, ldo: int, R: int, N: int
+) -> None:
+    """out[r, n] = x[r] . w[n] for R rows and N columns: block by block, tile by tile.
+
+    A few rows meet a tile's weights one after the other, so that the next tile's can arrive from
+    memory meanwhile. Of many, a tile's rows meet all weights, so that both stay in near caches.
+    """
+    whole, side = N - N % 4, 4 if R <= FEW_ROWS else N
+    for k in range(0, K, block):
+        depth, end = min(block, K - k), K - k + k // block * 4
+        for first in range(0, whole, side):
+            for r in range(0, R, ROWS):
+                rows, u = min(ROWS, R - r), at(x, r * ldx + k)
+                for n in range(first, min(first + side, whole), 4):
+                    v = at(w, n * ldw + k)
+                    if r != 0:
+                        following = v  # which is here
+                    elif n + 4 == whole and k + block < K:
+                        following = at(w, k + block)
+                    else:
+                        following = at(v, 4 * ldw)
+                    o = at(out, r * ldo + n)
+                    tile(u, ldx, v, ldw, depth, following, end, o, ldo, k > 0, rows)
+        for n in range(whole, N):
+            for r in range(R):
+                u, v, o = at(x, r * ldx + k), at(w, n * ldw + k), at(out, r * ldo + n)
+                dot_tile(u, ldx, v, ldw, depth, v, end, o, ldo, k > 0, 1, 1)
+
+
+@inlined
+def tile(
+    x: Any,
+    ldx: int,
+    w: Any,
+    ldw: int,
+    K: int,
+    following: Any,
+    end: int,
+    out: Any,
+    ldo: int,
+    adds: bool,
+    rows: int,
+) -> None:
+    """`dot_tile` of up to `ROWS` rows and four columns."""
+    if rows == 1:
+        dot_tile(x, ldx, w, ldw, K, following, end, out, ldo, adds, 1, 4)
+    elif rows == 2:
+        dot_tile(x, ldx, w, ldw, K, following, end, out, ldo, adds, 2, 4)
+    elif ROWS > 2:
+        if rows == 3:
+            dot_tile(x, ldx, w, ldw, K, following, end, out, ldo, adds, 3, 4)
+        elif rows == 4:
+            dot_tile(x, ldx, w, ldw, K, following, end, out, ldo, adds, 4, 4)
+        elif rows == 5:
+            dot_tile(x, ldx, w, ldw, K, following, end, out, ldo, adds, 5, 4)
+        else:
+            dot_tile(x, ldx, w, ldw, K, following, end, out, ldo, adds, 6, 4)
 
 
 @kernel
 def round_rows(team: Any, phase: int, x: Any, K: int, N: int, out: Any, kinds: Any) -> int:
     """Each row of x (N, K) as integers from -127 to 127 times max |x| / 127.
 
-    A row of `out` (N, K + ROW_END) int8 ends with an int32, -128 times the sum of its integers (see
-    `dot_tile`), and the float32 factor (`LLM.int8()`, Dettmers et al. 2022, section 2).
+    After a row's integers, `out` (N, K + ROW_END) int8 holds an int32 for each block, -128 times
+    the sum of its integers (see `dot_tile`), and last the float32 factor (`LLM.int8()`, Dettmers
+    et al. 2022, section 2).
     """
     while True:
         i = take(team, phase)
         if i >= N:
             break
         row, rounded = at(x, i * K), at(out, i * (K + ROW_END))
-        top = splat(0.0)
+        top, nothing = splat(0.0), splat(0.0)
         for k in range(0, K, LANES):
-            top = clamp(load(row, k, K), top, splat(BIG))
-            top = clamp(splat(0.0) - load(row, k, K), top, splat(BIG))
-        factor = largest(top) / np.float32(127)
-        inverse = splat(np.float32(1) / factor if factor != 0 else 0.0)
-        sums = splat(0.0)
-        for k in range(0, K, LANES):
-            integers = nearest(load(row, k, K) * inverse)
-            sums = sums + integers
-            store(rounded, k, integers, K)
-        cast(at(rounded, K), kinds.offsets)[0] = -128 * int(total(sums))
-        cast(at(rounded, K + 4), kinds.floats)[0] = factor
+            x_k = load(row, k, K)
+            top = clamp(x_k, top, splat(BIG))
+            top = clamp(splat(0.0) - x_k, top, splat(BIG))
+            nothing = fma(x_k, splat(0.0), nothing)  # NaN if one is not finite
+        factor = largest(top) / np.float32(127) + total(nothing)
+        inverse = splat(np.float32(1) / factor if factor > 0 else 0.0)
+        for k in range(0, K, 4 * BLOCK):
+            sums, end = splat(0.0), min(k + 4 * BLOCK, K)
+            for j in range(k, end, LANES):
+                integers = nearest(load(row, j, end) * inverse)
+                sums = sums + integers
+                store(rounded, j, integers, end)
+            cast(at(rounded, K), kinds.offsets)[k // (4 * BLOCK)] = -128 * int(total(sums))
+        cast(at(rounded, K + ROW_END - 4), kinds.floats)[0] = factor
         finish(team, phase)
     wait(team, phase, N)
     return phase + 1
@@ -163,23 +205,22 @@ def product(
 ) -> int:
     """See `linear`. An item is a chunk of columns, whose weights are read from memory once and
     meet all rows, panel by panel."""
-    width = max(16, min(MOST_COLUMNS, CHUNK // K // 16 * 16))
-    panel = max(ROWS, min(MOST_PANEL_ROWS, PANEL // K // ROWS * ROWS))
-    items = (columns + width - 1) // width
+    block = BLOCK if ldx == K else 4 * BLOCK
+    items = (columns + WIDTH - 1) // WIDTH
     while True:
         item = take(team, phase)
         if item >= items:
             break
-        first = item * width
-        count = min(width, columns - first)
-        for begin in range(0, N, panel):
-            R = min(panel, N - begin)
-            dots(at(x, begin * ldx), ldx, at(w, first * K), K, K, own, width, R, count)
+        first = item * WIDTH
+        count = min(WIDTH, columns - first)
+        for begin in range(0, N, PANEL):
+            R = min(PANEL, N - begin)
+            dots(at(x, begin * ldx), ldx, at(w, first * K), K, K, block, own, WIDTH, R, count)
             for r in range(begin, begin + R):
                 factor = np.float32(1)
                 if ldx != K:
-                    factor = cast(at(x, r * ldx + K + 4), kinds.floats)[0]
-                sums, target = at(own, (r - begin) * width), at(out, r * columns + first)
+                    factor = cast(at(x, r * ldx + K + ROW_END - 4), kinds.floats)[0]
+                sums, target = at(own, (r - begin) * WIDTH), at(out, r * columns + first)
                 finish_row(sums, factor, target, first, count, layer, activation, adds, kinds)
         finish(team, phase)
     wait(team, phase, items)

@@ -97,6 +97,7 @@ class Program:
         assert max(slots) < kv.shape[1]
         threads = torch.get_num_threads()
         can_round = HAS_VNNI and self._dtypes[0] == torch.int8 and s.C % 64 == s.F % 64 == 0
+        can_round = can_round and max(s.C, s.F) <= 14 * 4 * linear.BLOCK
         rounds = rounds and can_round
         # float32 where there are none, so that no code is compiled for them.
         rounded = torch.int8 if can_round else torch.float32
@@ -104,7 +105,7 @@ class Program:
         heads, step = s.H // s.G, attention.part_size(s.D)
         is_shared = N <= SHARED_TOKENS
         scores = heads * attention.KEYS + (0 if is_shared else blocks * heads * step)
-        own = max(linear.MOST_PANEL_ROWS * linear.MOST_COLUMNS, scores)
+        own = max(linear.PANEL * linear.WIDTH, scores)
         sizes = {
             "x": N * s.C,
             "normed": max(N, M) * s.C,

@@ -25,6 +25,8 @@ _features = llvm.get_host_cpu_features()
 # Compiles a kernel. Without the lock of the interpreter, and without Python's check for a division
 # by zero, which could raise.
 kernel = njit(nogil=True, error_model="numpy")
+# The same for a part that is copied into the kernels that call it.
+inlined = njit(nogil=True, error_model="numpy", inline="always")
 
 LANES = 16 if _features.get("avx512f") else 8  # float32 numbers of a vector
 has_pause = "sse2" in _features
@@ -36,6 +38,7 @@ if HAS_VNNI:
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VECTOR, _INTEGERS = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
+_SIZES = {types.float32: 4, types.int8: 1, types.uint16: 2, types.int16: 2}
 _MEMORY = {
     types.float32: _F32,
     types.int8: ir.IntType(8),
@@ -331,8 +334,11 @@ def dot_tile(
     w: Any,
     ldw: Any,
     K: Any,
+    following: Any,
+    end: Any,
     out: Any,
     ldo: Any,
+    adds: Any,
     rows: Any,
     columns: Any,
 ) -> Any:
@@ -342,17 +348,27 @@ def dot_tile(
     them. A sum has `LANES` parts, of every `LANES`-th k in rising order, which are added last:
     it has the same bits in tiles of all sizes.
 
-    If x is int8, as `linear.round_rows` makes it, with `HAS_VNNI`, the sums are of integers.
+    If x is int8, as `linear.round_rows` makes it, and `HAS_VNNI`, the sums are of integers.
+
+    Args:
+        following: the next tile's w, which is asked for from memory meanwhile.
+        end: from a row's first integer to the int32 that its sum begins with.
+        adds: whether to add the sums to what `out` holds.
     """
     R, N = rows.literal_value, columns.literal_value
     in_integers = HAS_VNNI and x.dtype == w.dtype == types.int8
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x_base, x_step, w_base, w_step, length, out_base, out_step = arguments[:7]
+        x_base, x_step, w_base, w_step, length, next_base, end, out_base, out_step, adds = (
+            arguments[:10]
+        )
         x_rows = _rows(builder, x_base, x_step, R)
         w_rows = _rows(builder, w_base, w_step, N)
+        next_rows = _rows(builder, next_base, w_step, N)
 
         def products(k: Any, sums: list[Any], count: Any = None) -> list[Any]:
+            if count is None and N > 1:
+                _prefetch(builder, next_rows, k, LANES, 64 // _SIZES[w.dtype])
             columns = [_load(builder, w.dtype, builder.gep(row, [k]), count) for row in w_rows]
             values = [_load(builder, x.dtype, builder.gep(row, [k]), count) for row in x_rows]
             return [
@@ -363,6 +379,8 @@ def dot_tile(
             return products(k, sums, builder.sub(length, k))
 
         def integer_products(k: Any, sums: list[Any]) -> list[Any]:
+            if N > 1:
+                _prefetch(builder, next_rows, k, 4 * LANES, 64)
             # The instruction multiplies unsigned by signed numbers: w + 128 by x.
             columns = [_integers(builder, builder.gep(row, [k])) for row in w_rows]
             columns = [
@@ -378,28 +396,41 @@ def dot_tile(
             ]  # fmt: skip
 
         if in_integers:
-            # The first lane begins with what the 128 are too much, which stands after the row.
+            # The first lane begins with what the 128 are too much.
             begin = []
             for row in x_rows:
-                where = builder.bitcast(builder.gep(row, [length]), _I32.as_pointer())
+                where = builder.bitcast(builder.gep(row, [end]), _I32.as_pointer())
                 none = ir.Constant(_INTEGERS, [0] * LANES)
                 begin += [builder.insert_element(none, builder.load(where), _I32(0))] * N
             sums = _loop(builder, _I64(0), length, 4 * LANES, begin, integer_products)
-            sums = [_reduce(builder, x, builder.add) for x in sums]
-            for r, row in enumerate(_rows(builder, out_base, out_step, R)):
-                for n in range(N):
-                    y = builder.sitofp(sums[r * N + n], _F32)
-                    builder.store(y, builder.gep(row, [_I64(n)]))
-            return context.get_dummy_value()
-        whole = builder.and_(length, _I64(-LANES))
-        sums = _loop(builder, _I64(0), whole, LANES, _zeros(R * N), products)
-        sums = _loop(builder, whole, length, LANES, sums, last_products)
+            sums = [builder.sitofp(x, _VECTOR) for x in sums]
+        else:
+            whole = builder.and_(length, _I64(-LANES))
+            sums = _loop(builder, _I64(0), whole, LANES, _zeros(R * N), products)
+            sums = _loop(builder, whole, length, LANES, sums, last_products)
         for r, row in enumerate(_rows(builder, out_base, out_step, R)):
-            _store_sums(builder, row, sums[r * N : (r + 1) * N])
+            _store_sums(builder, row, sums[r * N : (r + 1) * N], adds)
         return context.get_dummy_value()
 
     n = types.int64
-    return types.void(x, n, w, n, n, out, n, rows, columns), emit
+    return types.void(x, n, w, n, n, w, n, out, n, types.boolean, rows, columns), emit
+
+
+def _prefetch(builder: Any, rows: list[Any], k: Any, step: int, line: int) -> None:
+    """Ask for the rows' numbers from k on: each cache line, of `line` numbers, once while k goes
+    in steps through a row."""
+    share = max(1, line // step)  # steps in a line: each asks for a share of the rows
+    turn = builder.urem(builder.udiv(k, _I64(step)), _I64(share))
+    here = builder.and_(k, _I64(-line))
+    for i in range(0, len(rows), share):
+        row = rows[i]
+        for j in range(1, min(share, len(rows) - i)):
+            is_turn = builder.icmp_signed("==", turn, _I64(j))
+            row = builder.select(is_turn, rows[i + j], row)
+        place = builder.bitcast(builder.gep(row, [here]), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(prefetch, [place, _I32(0), _I32(2), _I32(1)])  # read, second-level cache, data
 
 
 @intrinsic(prefer_literal=True)
@@ -486,7 +517,7 @@ def _loop(builder: Any, first: Any, end: Any, step: int, begin: list[Any], body:
     return sums
 
 
-def _store_sums(builder: Any, where: Any, vectors: list[Any]) -> None:
+def _store_sums(builder: Any, where: Any, vectors: list[Any], adds: Any) -> None:
     """Write the sum of each vector's lanes, one after the other, as `total` adds them.
 
     Four vectors are added together: with their halves in one register, an addition serves two.
@@ -513,7 +544,17 @@ def _store_sums(builder: Any, where: Any, vectors: list[Any]) -> None:
             width //= 2
             x = builder.fadd(x, _shuffle(builder, x, x, [i ^ width for i in range(LANES)]))
         four = _shuffle(builder, x, x, [0, quarter, 2 * quarter, 3 * quarter])
-        builder.store(four, builder.bitcast(where, four.type.as_pointer()), align=4)
+        _add(builder, builder.bitcast(where, four.type.as_pointer()), four, adds)
         where = builder.gep(where, [_I64(4)])
     for i, x in enumerate(vectors):
-        builder.store(_reduce(builder, x, builder.fadd), builder.gep(where, [_I64(i)]))
+        _add(builder, builder.gep(where, [_I64(i)]), _reduce(builder, x, builder.fadd), adds)
+
+
+def _add(builder: Any, where: Any, value: Any, adds: Any) -> None:
+    """Write a value, or increase what is there by it."""
+    with builder.if_else(adds) as (add, write):
+        with add:
+            old = builder.load(where, align=4)
+            builder.store(builder.fadd(old, value), where, align=4)
+        with write:
+            builder.store(value, where, align=4)
