@@ -284,7 +284,6 @@ def test_the_first_of_several_unknown_options_is_named(llm):
 
 
 def test_a_model_says_what_it_is():
-    # Packed or not, all parameters count.
     for dtype in ("float16", "float32"):
         llm = LLM.load(dtype=dtype, device="cpu")
         assert repr(llm) == f"LLM(5,457,664 parameters, {dtype} on cpu)"

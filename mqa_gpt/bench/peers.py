@@ -170,7 +170,6 @@ def load_ctranslate2(folder: Path, model: GPT) -> Iterator[Program]:
     twice as long for the rest of that process. Idle processes do not disturb.
     """
     ctranslate2: Any = import_module("ctranslate2")
-    converters: Any = import_module("ctranslate2.converters")
     if not model.config.multi_query:
         raise InputError(
             "ctranslate2 runs this architecture with one key/value head only, and this model has "
@@ -184,16 +183,8 @@ def load_ctranslate2(folder: Path, model: GPT) -> Iterator[Program]:
             f"ctranslate2 does not compute in {dtype} on this {device.type}, but in "
             f"{', '.join(sorted(supported))}: choose another --dtype"
         )
-    # It takes tokens as strings, so they get names: "0", "1", ...
-    names = {str(token): token for token in range(model.config.vocab_size)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, unk_token="0"))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"bos_token": "0", "eos_token": "0", "unk_token": "0"}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    converted = str(folder / "ctranslate2")
-    with quiet_transformers():
-        converters.TransformersConverter(str(folder)).convert(converted)
+    converted = folder / "ctranslate2"
+    convert_for_ctranslate2(folder, converted)
 
     def program(compute_type: str) -> Program:
         options = {
@@ -204,7 +195,7 @@ def load_ctranslate2(folder: Path, model: GPT) -> Iterator[Program]:
             "intra_threads": torch.get_num_threads(),
         }
         process = ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), _load_generator, (converted, options)
+            1, multiprocessing.get_context("spawn"), _load_generator, (str(converted), options)
         )
         process.submit(_generate, [[0]], 1).result()  # the files are read before they are deleted
 
@@ -215,6 +206,21 @@ def load_ctranslate2(folder: Path, model: GPT) -> Iterator[Program]:
         return Program(f"ctranslate2 {label}", run, types[compute_type])
 
     yield from (program(name) for name in types if name in supported)
+
+
+def convert_for_ctranslate2(folder: Path, target: Path) -> None:
+    """Write a checkpoint in CTranslate2's form; its own folder gets another tokenizer."""
+    converters: Any = import_module("ctranslate2.converters")
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    # It takes tokens as strings, so they get names: "0", "1", ...
+    names = {str(token): token for token in range(size)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, unk_token="0"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": "0", "eos_token": "0", "unk_token": "0"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with quiet_transformers():
+        converters.TransformersConverter(str(folder)).convert(str(target))
 
 
 def end_with_parent() -> None:
