@@ -308,7 +308,8 @@ def speculation() -> str:
 
 def report() -> str:
     """A part of what `mqa-gpt bench` prints."""
-    found = result(f"bench_{SHAPES[0]}_float32")
+    name = f"bench_{SHAPES[0]}_float32"
+    found = result(name)
     if not found:
         return "Not measured yet."
     parts = {"ceilings": Ceilings(**found["ceilings"])}
@@ -318,7 +319,8 @@ def report() -> str:
         if each["batch"] == 1 and each["test"] in (DECODE, PREFILL)
     ]
     text = BenchReport(**found | parts).to_markdown().rstrip()
-    return "\n".join(f"    {line}".rstrip() for line in text.splitlines()[1:])
+    lines = [f"    {line}".rstrip() for line in text.splitlines()[1:]]
+    return "\n".join([f"Part of a report (`benchmarks/results/{name}.json`):", "", *lines])
 
 
 BLOCKS = {

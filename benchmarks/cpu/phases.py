@@ -55,7 +55,8 @@ def timed_forward(layers: int, *, of_process: bool = False) -> Iterator[dict[str
         raise InputError("this system has no clock_gettime, by which phases are timed")
     # Seconds and nanoseconds at the start and after each phase, which has a number.
     stamps = np.zeros((1 + program.PHASES * layers + 3, 2), np.int64)
-    read_clock = _clock(stamps, time.CLOCK_PROCESS_CPUTIME_ID if of_process else None)
+    which = time.CLOCK_PROCESS_CPUTIME_ID if of_process else time.CLOCK_MONOTONIC
+    read_clock = _clock(stamps, which)
     names = {name: _timed(getattr(forward_module, name), read_clock) for name in PHASES}
     plain = forward_module.forward
     compiled = kernel(FunctionType(plain.__code__, vars(forward_module) | names, "forward"))
@@ -79,18 +80,17 @@ def timed_forward(layers: int, *, of_process: bool = False) -> Iterator[dict[str
         yield seconds
 
 
-def _clock(stamps: np.ndarray, clock: int | None) -> Any:
+def _clock(stamps: np.ndarray, which: int) -> Any:
     """A compiled function of a phase's number that writes the time to its row of `stamps`.
 
     Every thread does so, some nanoseconds apart; the last one counts.
     """
-    number = time.CLOCK_MONOTONIC if clock is None else clock
     gettime = ctypes.CDLL(None).clock_gettime
     gettime.argtypes, gettime.restype = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64)], ctypes.c_int
     address = stamps.ctypes.data
 
     def read_clock(phase):  # type: ignore[no-untyped-def]
-        gettime(number, at(pointer(address, INTEGERS), 2 * phase))
+        gettime(which, at(pointer(address, INTEGERS), 2 * phase))
 
     return kernel(read_clock)
 
