@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,9 +67,8 @@ def walk(
     scales = np.full(count, 0 if scale is None else scale.data_ptr())
     kinds = Kinds(*map(_example, (dtype, *[torch.float32] * 3, torch.int8, torch.int32)))
 
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor, kept: Any = (copies, scale)) -> Tensor:  # whose memory is read
         threads, rows = torch.get_num_threads(), len(x)
-        assert len(copies) == count  # and kept
         out, own = x.new_empty(rows, N), x.new_empty(threads * OWN)
         rounded = torch.empty(rows * (K + ROW_END), dtype=torch.int8)
         pointers = [tensor.data_ptr() for tensor in (x, out, rounded, own)]

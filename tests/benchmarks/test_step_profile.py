@@ -122,9 +122,6 @@ def test_what_runs_several_times_in_a_step_is_added_up():
     "changes",
     [
         [],
-        ["--one-thread"],
-        ["--quantize", "int8"],
-        ["--prefill"],
         ["--one-thread", "--prefill", "--quantize", "int8"],
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def bench(rates: dict[str, float]) -> dict[str, Any]:
             "batch": batch,
             "contender": name,
             "median": rate,
-            "seconds": [0.9, 1.0, 1.05],
+            "seconds": [0.97, 1.0, 1.01],
             "ours_faster": None if name == "mqa-gpt" else rates["mqa-gpt"] / rate,
             "gb_per_s": 18.0 if test == tables.DECODE else None,
             "mbu": 0.8 if test == tables.DECODE else None,
@@ -45,7 +46,7 @@ def bench(rates: dict[str, float]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A repository with results of one shape, in float32 and 8 bits."""
     folder = tmp_path / "benchmarks/results"
     folder.mkdir(parents=True)
@@ -82,7 +83,7 @@ def test_the_table_of_speeds_has_every_program_and_the_limit(files):
     assert rows[7][2:5] == ["1.25", "–", "1.25"]
     assert {cell for row in rows[8:] for cell in row[2:]} == {"–"}
     assert "Some CPU, AVX2, 2 threads; PyTorch 1.2" in text
-    assert "at most 5% away" in text
+    assert "at most 2% away" in text
 
 
 def test_goals_that_are_not_reached_are_said_to_be_missed(files):
