@@ -312,12 +312,12 @@ def report() -> str:
     found = result(name)
     if not found:
         return "Not measured yet."
-    parts = {"ceilings": Ceilings(**found["ceilings"])}
-    parts["results"] = [
+    results = [
         Result(**each)
         for each in found["results"]
         if each["batch"] == 1 and each["test"] in (DECODE, PREFILL)
     ]
+    parts = {"ceilings": Ceilings(**found["ceilings"]), "results": results}
     text = BenchReport(**found | parts).to_markdown().rstrip()
     lines = [f"    {line}".rstrip() for line in text.splitlines()[1:]]
     return "\n".join([f"Part of a report (`benchmarks/results/{name}.json`):", "", *lines])
@@ -340,10 +340,8 @@ def filled(page: str) -> str:
     """A document with its tables as the files have them."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for name, block in BLOCKS[page].items():
-        pattern = rf"(<!-- {name} -->\n\n).*?(\n\n<!-- end -->)"
-        assert len(re.findall(pattern, text, re.S)) == 1, (page, name)
-        content = block()
-        text = re.sub(pattern, lambda m, new=content: f"{m[1]}{new}{m[2]}", text, flags=re.S)
+        before, after = re.split(rf"<!-- {name} -->.*?<!-- end -->", text, flags=re.S)
+        text = f"{before}<!-- {name} -->\n\n{block()}\n\n<!-- end -->{after}"
     return text
 
 
