@@ -8,9 +8,9 @@
 Two models of random weights take turns: the shape with multi-query attention, and with multi-head
 attention. Both have the same width, layers and, as in Shazeer (2019), the same number of weights:
 the first has a smaller `c_attn` and a wider MLP. A measurement is one decode step of the whole
-model after `context` tokens per row, as `generate` runs it: on a CPU with packed weights, on a GPU
-as a CUDA graph, with fused kernels where the rows are few. The largest batch is computed from the
-sizes.
+model after `context` tokens per row, as `generate` runs it: on a CPU as one compiled function, on
+a GPU as a CUDA graph, with fused kernels where the rows are few. The largest batch is computed from
+the sizes.
 
 `--one-thread` counts the processor's time of one thread, which leaves out the turns of other
 programs: on a machine that others use, several threads would mostly wait for each other.
@@ -49,8 +49,8 @@ from benchmarks.measure import (
 from mqa_gpt import GPT, GPTConfig, KVCache
 from mqa_gpt.bench.run import random_model
 from mqa_gpt.cache import cache_bytes
+from mqa_gpt.fast.compiled import step_forward
 from mqa_gpt.fast.decode_step import greedy_step
-from mqa_gpt.fast.packing import can_pack, pack
 from mqa_gpt.generation.replay import can_replay
 from mqa_gpt.machine import available_memory
 
@@ -79,10 +79,11 @@ def decode_step(model: GPT, batch: int, context: int) -> Callable[[], object]:
             run()
     else:
         ids = torch.randint(model.config.vocab_size, (batch, 1), device=model.device)  # (B, 1)
+        forward = step_forward(model)
 
         def step() -> None:
             cache.end = context - 1
-            model(ids, cache=cache)
+            forward(ids, cache)
 
     inference_step = torch.inference_mode()(step)
     for _ in range(2):
@@ -191,9 +192,6 @@ def main(arguments: list[str] | None = None) -> int:
     require_context(configs["MQA"], max(options.context))
     require_memory(sum(config.parameters for config in configs.values()) * dtype.itemsize, device)
     models = {name: random_model(config, dtype, device) for name, config in configs.items()}
-    for model in models.values():
-        if can_pack(model):
-            pack(model)
     print(f"{'batch':>6}{'context':>9}{'MQA, ms':>10}{'MHA, ms':>10}{'MHA/MQA':>8}  quartiles")
     cases = []
     for batch in options.batch:

@@ -6,18 +6,17 @@
     python -m benchmarks.step_profile --one-thread                        # on a CPU in use
     python -m benchmarks.step_profile --shape starcoderbase-1b --dtype bfloat16    # GPU
 
-A model of random weights as `LLM.load` makes it, on a CPU with packed weights, computes what the
-plain loop of `generate` does: the newest token of each row after a cache of `context` tokens, or
-with `--prefill` prompts of that length, and the argmax. The table has the time of each part of the
-model and the least it can take (roofline): its bytes at this machine's memory bandwidth or its
-operations at the rate of a matrix product, whichever is longer, both measured between steps.
-(Caches are read faster than that.) Then come the operators, or on a GPU the kernels, that take most
-of it.
+A model of random weights computes what the plain loop of `generate` does: the newest token of each
+row after a cache of `context` tokens, or with `--prefill` prompts of that length, and the argmax.
+The table has the time of each part of the model and the least it can take (roofline): its bytes at
+this machine's memory bandwidth or its operations at the rate of a matrix product, whichever is
+longer, both measured between steps. (Caches are read faster than that.)
 
-On a CPU parts are timed as the model runs, Python included, and operators by torch.profiler, which
-slows them down; the step as a whole is measured without either. On a GPU a part's time is that of
-its kernels. With `--one-thread` times are the processor's (see mqa_vs_mha.py), which torch.profiler
-does not have: there are no operators then.
+On a CPU the parts are the phases of the compiled forward pass, timed while it runs
+(`cpu/phases.py`); GELU and residual sums belong to the product before them, and the rest is Python
+and the argmax. On a GPU, or without numba, the model's modules run: a part's time is that of its
+kernels or operators as torch.profiler sees them, and the ones that take most of it are listed. With
+`--one-thread` times are the processor's (see mqa_vs_mha.py).
 """
 
 from __future__ import annotations
@@ -58,34 +57,15 @@ from mqa_gpt.bench.counts import Work, weight_bytes, work_by_part
 from mqa_gpt.bench.run import Workload, random_model, random_prompts
 from mqa_gpt.bench.timing import take_turns
 from mqa_gpt.cache import cache_bytes
-from mqa_gpt.fast.flat import flat_forward, without_modules
+from mqa_gpt.errors import InputError
+from mqa_gpt.fast.compiled import compiled_forward, step_forward
 from mqa_gpt.fast.int8 import METHODS, quantize
-from mqa_gpt.fast.packing import can_pack, pack
 from mqa_gpt.generation.prefill import prefill
+from mqa_gpt.progress import status
 
-Part = Callable[[str], AbstractContextManager[Any]]
 Step = Callable[[], None]
 SUMS = ("undivided", "sum_of_parts", "least")  # of a step
 PREFIX = "part: "  # marks the ranges of parts among the profiler's operators
-
-
-class PartTimer:
-    """Seconds of each part, without those of the parts inside it, summed in `seconds`."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._inside = [0.0]  # seconds of inner parts, for every part that is running
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Time the block as a part."""
-        self._inside.append(0.0)
-        begin = self.clock()
-        yield
-        elapsed = self.clock() - begin
-        self.seconds[name] += elapsed - self._inside.pop()
-        self._inside[-1] += elapsed
 
 
 def profiler_part(name: str) -> AbstractContextManager[Any]:
@@ -94,15 +74,15 @@ def profiler_part(name: str) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def named_parts(model: GPT, part: Part) -> Iterator[None]:
-    """Run every part of the model as a `part`; what lies between them belongs to none."""
+def named_parts(model: GPT) -> Iterator[None]:
+    """Record every part of the model under its name; what lies between them belongs to none."""
     with ExitStack() as changes:
 
         def named(owner: Any, method: str, name: str) -> None:
             run = getattr(owner, method)
 
             def inside(*args: Any, **kwargs: Any) -> Any:
-                with part(name):
+                with profiler_part(name):
                     return run(*args, **kwargs)
 
             changes.enter_context(patch.object(owner, method, inside))
@@ -124,17 +104,12 @@ def named_parts(model: GPT, part: Part) -> Iterator[None]:
         yield
 
 
-def make_step(model: GPT, cache: KVCache, is_prefill: bool, in_parts: bool = False) -> Step:
+def make_step(model: GPT, cache: KVCache, is_prefill: bool) -> Step:
     """A function that chooses the token after a full cache, or after prompts that fill it, each
-    time it is called.
-
-    Args:
-        in_parts: whether the model's methods may be wrapped as parts, which would otherwise send
-            a step back to the modules.
-    """
+    time it is called."""
     prompts = random_prompts(model.config, Workload(cache.batch_size, cache.max_length, 1))
     ids = torch.full((cache.batch_size, 1), 1, device=model.device)  # (B, 1)
-    forward = without_modules(model) if in_parts else flat_forward(model)
+    forward = step_forward(model)
 
     def read() -> None:
         cache.set_lengths([0] * cache.batch_size)
@@ -148,28 +123,42 @@ def make_step(model: GPT, cache: KVCache, is_prefill: bool, in_parts: bool = Fal
     return read if is_prefill else decode
 
 
+def compiled_parts(
+    model: GPT, cache: KVCache, is_prefill: bool, repeats: int, one_thread: bool = False
+) -> dict[str, float]:
+    """Median seconds per step of every part of the compiled pass, on the clock of `measure`."""
+    from benchmarks.cpu.phases import timed_forward
+
+    step, clock = make_step(model, cache, is_prefill), read_clock(one_thread)
+    steps: list[dict[str, float]] = []
+    with timed_forward(model.config.n_layer, of_process=one_thread) as seconds, status() as say:
+        say("compiling the forward pass with a clock in it")
+        step()
+        for repeat in range(1, repeats + 1):
+            say(f"parts: round {repeat} of {repeats}")
+            seconds.clear()
+            begin = clock()
+            step()
+            whole = clock() - begin
+            steps.append(seconds | {"rest": whole - sum(seconds.values())})
+    return {name: statistics.median(parts[name] for parts in steps) for name in steps[0]}
+
+
+def read_clock(one_thread: bool) -> Callable[[], float]:
+    return time.process_time if one_thread else time.perf_counter
+
+
 @contextmanager
-def step_of_parts(model: GPT, cache: KVCache, is_prefill: bool, part: Part) -> Iterator[Step]:
-    """The same step, running as named parts while the context lasts."""
-    with named_parts(model, part):
-        inner = make_step(model, cache, is_prefill, in_parts=True)
+def step_of_parts(model: GPT, cache: KVCache, is_prefill: bool) -> Iterator[Step]:
+    """The same step by the model's modules, running as named parts while the context lasts."""
+    with named_parts(model):
+        inner = make_step(model, cache, is_prefill)
 
         def step() -> None:
-            with part("rest"):
+            with profiler_part("rest"):
                 inner()
 
         yield step
-
-
-def timed_parts(step: Callable[[], object], timer: PartTimer, repeats: int) -> dict[str, float]:
-    """Seconds per step of every part on a CPU, medians."""
-    step()
-    steps = []
-    for _ in range(repeats):
-        timer.seconds.clear()
-        step()
-        steps.append(dict(timer.seconds))
-    return {name: statistics.median(seconds[name] for seconds in steps) for name in steps[0]}
 
 
 def profiled(step: Step, clock: Clock, repeats: int) -> dict[tuple[str, str], float]:
@@ -288,45 +277,45 @@ def make_model(options: Namespace, device: torch.device, dtype: torch.dtype) -> 
     model = random_model(config, dtype, device)
     if options.quantize is not None:
         quantize(model)
-    if can_pack(model):
-        pack(model)
     return model
 
 
 def measure(model: GPT, clock: Clock, options: Namespace) -> dict[str, Any]:
-    """The step as a whole between the ceilings, then its parts, then its operators."""
+    """The step as a whole between the ceilings, then its parts."""
+    is_compiled = compiled_forward(model) is not None
+    if options.one_thread and not is_compiled:
+        raise InputError(
+            "--one-thread needs numba, the extra 'cpu': torch.profiler counts no processor time"
+        )
     cache = model.new_cache(options.batch, options.context)
     cache.kv.normal_()
-    read_clock = time.process_time if options.one_thread else time.perf_counter
+    seconds_now = read_clock(options.one_thread)
     whole_step = make_step(model, cache, options.prefill)
 
     def undivided() -> float:
         # The second of two, since what ran in between has emptied the caches.
         for _ in range(2):
-            begin = read_clock()
+            begin = seconds_now()
             whole_step()
             clock.synchronize()
-        return read_clock() - begin
+        return seconds_now() - begin
 
     limits = probes(clock.device, model.dtype, options.quantize is not None)
     actions: dict[str, Callable[[], object]] = {"step": undivided}
     actions |= {name: probe.run for name, probe in limits.items()}
     for action in actions.values():
         action()
-    seconds = take_turns(actions, options.repeats, "step and ceilings", read_clock)
+    seconds = take_turns(actions, options.repeats, "step and ceilings", seconds_now)
     ceilings = reached(limits, seconds)
 
-    times: dict[str, float] = defaultdict(float)
     operators: dict[tuple[str, str], float] = {}
-    if not clock.has_gpu:
-        timer = PartTimer(read_clock)
-        with step_of_parts(model, cache, options.prefill, timer.part) as step:
-            times |= timed_parts(step, timer, options.repeats)
-    if not options.one_thread:  # the profiler has no processor time
-        with step_of_parts(model, cache, options.prefill, profiler_part) as step:
+    if is_compiled:
+        times = compiled_parts(model, cache, options.prefill, options.repeats, options.one_thread)
+    else:
+        with step_of_parts(model, cache, options.prefill) as step:
             profiled(step, clock, 2)  # a warm-up
             operators = profiled(step, clock, options.repeats)
-    if clock.has_gpu:
+        times = defaultdict(float)
         for (part, _), spent in operators.items():
             times[part] += spent
     least_work = work_by_part(
@@ -337,6 +326,9 @@ def measure(model: GPT, clock: Clock, options: Namespace) -> dict[str, Any]:
         itemsize=model.dtype.itemsize if options.quantize is None else 1,
         is_prefill=options.prefill,
     )
+    if is_compiled:  # residual sums are in the products
+        logits = options.batch * model.config.vocab_size
+        least_work["rest"] = Work(logits * torch.float32.itemsize, 0)
     parts = table(times, least_work, ceilings)
     whole = sum(times.values())
     return {

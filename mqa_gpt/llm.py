@@ -15,12 +15,13 @@ from mqa_gpt.checkpoints.load import DEMO_DIR, load_model
 from mqa_gpt.checkpoints.placement import as_device, fast_dtype
 from mqa_gpt.checkpoints.save import save_model
 from mqa_gpt.errors import CheckpointError, PromptError, require_int
+from mqa_gpt.fast import compiled
 from mqa_gpt.fast.int8 import is_quantized
 from mqa_gpt.fast.int8_cache import cache_class
 from mqa_gpt.generation.batching import EnginePool
 from mqa_gpt.generation.completion import Completion, Generation
 from mqa_gpt.generation.prompts import Options, hole_request, text_requests
-from mqa_gpt.machine import threads_for
+from mqa_gpt.machine import INSTALL_NUMBA, threads_for
 from mqa_gpt.model import GPT
 from mqa_gpt.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -92,6 +93,12 @@ class LLM:
             )
         if model.device.type == "cpu" and torch.get_num_threads() > threads_for(config):
             notes.append("a model this small is fastest with torch.set_num_threads(1)")
+        can_compile = model.device.type == "cpu" and model.dtype in compiled.DTYPES
+        if can_compile and backend == "auto" and not compiled.HAS_NUMBA:
+            notes.append(
+                "numba is not installed, which makes generation faster on a CPU: run "
+                f"{INSTALL_NUMBA} in the checkout"
+            )
         model.cache_class = new_cache_class
         llm = cls(model, tokenizer)
         llm.notes = notes

@@ -24,6 +24,7 @@ PACKAGES = (
     "safetensors",
     "tokenizers",
     "huggingface_hub",
+    "numba",
     "ctranslate2",
 )
 
@@ -31,7 +32,9 @@ PACKAGES = (
 # step is less than what it costs to wait for it.
 ONE_THREAD_PARAMETERS = 10_000_000
 
-# Installs a checkout and the programs it is compared with, as the README says.
+# Install a checkout with what makes it fast on a CPU, and with the programs it is compared with
+# too, as the README says.
+INSTALL_NUMBA = ".venv/bin/pip install -c constraints.txt -e '.[cpu]'"
 INSTALL_PEERS = ".venv/bin/pip install -c constraints.txt -e '.[bench]'"
 
 # The threads of OpenMP (libgomp) do not survive a fork, and the next product would wait for them

@@ -4,8 +4,6 @@ compare the two; a tokenizer of bytes; data that is not part of the repository."
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,18 +27,6 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 Tensors = dict[str, Tensor]
 
 SPECIALS = ("<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>")
-
-
-def quartiles_away(numbers: Iterable[tuple[float, Sequence[float]]]) -> str:
-    """How far the quartiles of rounds are from the number that stands for them, at most, such as
-    "12%"; rounded up.
-    """
-    away = [
-        abs(quartile / number - 1)
-        for number, rounds in numbers
-        for quartile in statistics.quantiles(rounds, n=4, method="inclusive")
-    ]
-    return f"{math.ceil(100 * max(away))}%"
 
 
 def shared_data(name: str) -> Path:

@@ -46,6 +46,7 @@ def test_versions_are_those_of_the_imported_packages():
     assert versions["python"] == platform.python_version()
     assert versions["torch"] == torch.__version__
     assert versions["tokenizers"] == tokenizers.__version__
+    assert versions["numba"] == version("numba")
 
 
 def test_a_package_that_is_not_there_has_no_version():

@@ -24,8 +24,9 @@ from mqa_gpt import (
 from mqa_gpt import llm as llm_module
 from mqa_gpt.cache import cache_bytes
 from mqa_gpt.checkpoints.load import DEMO_DIR
+from mqa_gpt.fast import compiled
 from mqa_gpt.generation import batching
-from mqa_gpt.machine import peak_memory
+from mqa_gpt.machine import INSTALL_NUMBA, peak_memory
 from tests.helpers import (
     SPECIALS,
     byte_tokenizer,
@@ -283,7 +284,6 @@ def test_the_first_of_several_unknown_options_is_named(llm):
 
 
 def test_a_model_says_what_it_is():
-    # Packed or not, all parameters count.
     for dtype in ("float16", "float32"):
         llm = LLM.load(dtype=dtype, device="cpu")
         assert repr(llm) == f"LLM(5,457,664 parameters, {dtype} on cpu)"
@@ -537,6 +537,29 @@ def test_16_bit_weights_run_in_a_dtype_that_is_fast_and_a_note_says_so(monkeypat
     assert "float32" in note
     assert "--dtype float16" in note
     assert GPT.from_pretrained(DEMO_DIR).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("options", "is_said"),
+    [({}, True), ({"dtype": "float64"}, False), ({"backend": "sdpa"}, False)],
+    ids=str,
+)
+def test_without_numba_a_note_says_what_would_be_faster_and_how_to_get_it(
+    options, is_said, monkeypatch
+):
+    """Where the compiled forward pass would run."""
+    options = {"dtype": "float32", "device": "cpu"} | options
+    assert LLM.load(**options).notes == []
+    monkeypatch.setattr(compiled, "HAS_NUMBA", False)
+    found = LLM.load(**options).notes
+    if is_said:
+        (note,) = found
+        assert note == (
+            "numba is not installed, which makes generation faster on a CPU: run "
+            f"{INSTALL_NUMBA} in the checkout"
+        )
+    else:
+        assert found == []
 
 
 def test_rows_that_stop_while_repetition_is_penalised_leave_the_others_alone():

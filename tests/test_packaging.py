@@ -33,7 +33,10 @@ def test_the_wheel_holds_the_code_its_types_and_the_demo_checkpoint(wheel):
     archive = zipfile.ZipFile(wheel)
     names = set(archive.namelist())
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mqa_gpt").rglob("*.py")}
-    kernels = {f"mqa_kernels/{path.name}" for path in (ROOT / "kernels/mqa_kernels").glob("*.py")}
+    kernels = {
+        path.relative_to(ROOT / "kernels").as_posix()
+        for path in (ROOT / "kernels/mqa_kernels").rglob("*.py")
+    }
     assert modules | kernels | {"mqa_gpt/py.typed"} <= names
     for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
         path = f"mqa_gpt/demo/{name}"

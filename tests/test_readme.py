@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shlex
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import mqa_gpt
+from benchmarks import tables
+from benchmarks.tables import filled
 from mqa_gpt import GPTConfig
-from mqa_gpt.bench.ceilings import Ceilings
-from mqa_gpt.bench.report import BenchReport, Result
 from mqa_gpt.cache import cache_bytes
 from mqa_gpt.cli.app import app
-from mqa_gpt.machine import INSTALL_PEERS
-from tests.helpers import quartiles_away
+from mqa_gpt.machine import INSTALL_NUMBA, INSTALL_PEERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,7 +29,6 @@ GUIDES = {
 }
 PAGES = {"README.md": README, **{f"docs/{name}": text for name, text in GUIDES.items()}}
 ALL = "\n".join(PAGES.values())
-RESULTS = ROOT / "benchmarks/results"
 FOLDERS = ("mqa_gpt", "kernels", "scripts", "benchmarks", "docs", "tests")
 
 
@@ -127,7 +123,8 @@ def test_make_has_the_targets_that_are_named():
 def test_what_else_is_needed_is_installed_by_one_command_wherever_it_is_said():
     for text in (README, ALL, help_texts()):
         text = " ".join(text.split())
-        assert text.count("pip install") == text.count(INSTALL_PEERS) > 0
+        said = text.count(INSTALL_PEERS) + text.count(INSTALL_NUMBA)
+        assert text.count("pip install") == said > 0
 
 
 # -------------------------------------------------------------------------- files, names, links
@@ -194,39 +191,10 @@ def test_every_method_that_is_named_exists():
 # ---------------------------------------------------------------------------------------- numbers
 
 
-def results(name: str) -> Any:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def test_the_rates_in_the_readme_are_those_of_the_benchmark_results():
-    rates = {
-        (weights, result["contender"], result["test"], result["batch"]): result["median"]
-        for weights in ("float32", "int8")
-        for result in results(f"bench_tiny_starcoder_py_{weights}_zen4")["results"]
-    }
-    groups = (
-        [("float32", name) for name in ("mqa-gpt", "ctranslate2 float32", "transformers")],
-        [("int8", name) for name in ("mqa-gpt", "ctranslate2 int8")],
-    )
-    expected = []
-    for test in ("tg31 @ d128", "pp128"):
-        for batch in (1, 8):
-            row = []
-            for group in groups:
-                found = [rates[(*program, test, batch)] for program in group]
-                row += [f"**{x:,.1f}**" if x == max(found) else f"{x:,.1f}" for x in found]
-            expected.append(row)
-    (table,) = re.findall(r"\| CTranslate2 int8 \|\n.*\n((?:\|.*\n)+)", README)
-    assert [line.strip("| ").split(" | ")[1:] for line in table.splitlines()] == expected
-
-
-def test_the_report_in_the_guide_to_bench_is_that_of_the_result():
-    found = results("bench_tiny_starcoder_py_float32_zen4")
-    parts = {"ceilings": Ceilings(**found["ceilings"])}
-    parts["results"] = [Result(**result) for result in found["results"]]
-    report = BenchReport(**found | parts).to_markdown().splitlines()
-    (block,) = re.findall(r"Part of a report .*\n\n((?:    .*\n|\n)+)", GUIDES["bench.md"])
-    assert [line for line in block.split("\n") if line.strip() not in report] == []
+@pytest.mark.parametrize("page", tables.BLOCKS)
+def test_the_tables_are_those_of_the_benchmark_results(page: str):
+    """`python -m benchmarks.tables` makes them so."""
+    assert filled(page) == (ROOT / page).read_text(encoding="utf-8")
 
 
 def test_the_sizes_of_the_official_checkpoints_are_those_of_their_configs():
@@ -255,71 +223,3 @@ def test_the_picture_shows_the_cache_sizes_of_starcoderbase_7b():
     assert f"{one:,} bytes</tspan>, or {one * 8192 / 1e6:.0f} MB for 8,192 tokens" in picture
     bars = re.findall(r'width="(\d+)" height="20"', picture)
     assert int(bars[0]) / int(bars[1]) == many / one == config.n_head
-
-
-# Whose decoding is in the table of ratios, by the file of the benchmark.
-DECODED = {
-    "tiny_starcoder_py": ["mqa-gpt"],
-    "tiny_starcoder_py_zen4": ["mqa-gpt", "mqa-gpt int8"],
-    "starcoderbase-1b_zen4": ["mqa-gpt", "mqa-gpt int8"],
-    "tiny_starcoder_py_zen5": ["mqa-gpt", "mqa-gpt int8"],
-    "starcoderbase-1b_zen5": ["mqa-gpt", "mqa-gpt int8"],
-    "tiny_starcoder_py_avx512": ["mqa-gpt", "mqa-gpt int8"],
-    "starcoderbase-1b_avx512": ["mqa-gpt", "mqa-gpt int8"],
-}
-
-
-def test_the_ratios_are_those_of_the_benchmark_results():
-    expected = []
-    for shape, names in DECODED.items():
-        figures = results(f"cpu_decode_{shape}")["figures"]
-        one, eight = figures["batch 1"], figures["batch 8"]
-        for name in names:
-            ratios = [one[name]["decode_ratio"], eight[name]["decode_ratio"]]
-            ratios.append(one[name]["prefill_ratio"])
-            if name == "mqa-gpt":
-                ratios.append(figures["cold start"]["ratio"])
-            expected.append([f"{ratio:.2f}" for ratio in ratios])
-    (table,) = re.findall(r"\| cold start \|\n.*\n((?:\|.*\n)+)", GUIDES["numbers.md"])
-    assert [re.findall(r"\d+\.\d\d", line) for line in table.splitlines()] == expected
-
-
-def rounds_of(figures: Any, batch: str, name: str) -> tuple[list[float], list[float]]:
-    """The seconds that prefill and decoding took in each round."""
-    times = figures[batch]["times"]
-    first, whole = (times[f"{name} {part}"]["seconds"] for part in ("first", "all"))
-    return first, [b - a for a, b in zip(first, whole, strict=True)]
-
-
-def quotients(some: list[float], others: list[float]) -> list[float]:
-    return [a / b for a, b in zip(some, others, strict=True)]
-
-
-def spread_of_ratios() -> str:
-    """Of the ratios in the table, except for the two that the text names."""
-    numbers = []
-    for shape, names in DECODED.items():
-        figures = results(f"cpu_decode_{shape}")["figures"]
-        for name in names:
-            for batch in ("batch 1", "batch 8"):
-                prefill, decode = map(
-                    quotients,
-                    rounds_of(figures, batch, "transformers"),
-                    rounds_of(figures, batch, name),
-                )
-                found = figures[batch][name]
-                if batch == "batch 1":
-                    numbers.append((found["prefill_ratio"], prefill))
-                if (shape, name, batch) != ("starcoderbase-1b_avx512", "mqa-gpt int8", "batch 8"):
-                    numbers.append((found["decode_ratio"], decode))
-        if shape != "starcoderbase-1b_avx512":
-            cold = figures["cold start"]
-            starts = (cold["times"][name]["seconds"] for name in ("transformers", "mqa-gpt"))
-            numbers.append((cold["ratio"], quotients(*starts)))
-    return quartiles_away(numbers)
-
-
-def test_the_spread_of_the_ratios_is_that_of_the_benchmark_results():
-    text = " ".join(GUIDES["numbers.md"].split())
-    found = re.findall(r"The quartiles of the rounds' ratios are at most (\d+%)", text)
-    assert found == [spread_of_ratios()]

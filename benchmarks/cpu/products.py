@@ -1,11 +1,14 @@
-"""Which product with a weight matrix is the fastest on this CPU, for how many rows?
+"""Why does a compiled pass multiply on a CPU, and not PyTorch's operators?
 
     python -m benchmarks.cpu.products
     python -m benchmarks.cpu.products --sizes 2048x8192 --rows 1 8
 
-A decode step multiplies a few rows by weights that no cache holds, so each product walks through
-`--megabytes` of copies of its weight. The time is that of one product, and GB/s are the weight's
-bytes over it. "Repeated" makes four rows of one or two. `mqa_gpt.fast.packing` acts on the answer.
+The product of a few rows with a weight matrix, in the shapes of the official checkpoints, by the
+compiled pass (`mqa_kernels.cpu.linear`) and by what PyTorch has: the plain product, which
+transformers uses, oneDNN's with weights in a layout of its own, FBGEMM's of 8-bit integers, and
+`_int_mm`. A step meets weights that no cache holds, so each walks through `--megabytes` of copies
+of its weight, PyTorch's in one call for each, as in a step. The time is that of one product, and
+GB/s are the weight's bytes over it.
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.measure import (
     interleaved,
@@ -31,134 +35,107 @@ from benchmarks.measure import (
     write_result,
 )
 from mqa_gpt.errors import shown
-from mqa_gpt.fast.int8 import Int8Linear, quantize_rows
-from mqa_gpt.fast.packing import PackedInt8Linear, PackedLinear, can_pack
+from mqa_gpt.fast.int8 import quantize_rows
 
-INT4_GROUP = 32  # columns that share a scale
-INT8_STEP = 16  # columns that PyTorch's product with 8-bit weights reads at a time
 MOST_COPIES = 10_000  # of a weight so small that more would only measure Python
 
-# A copy of a weight (N, K): its bytes, and its product with x (R, K) float32.
-Copy = tuple[int, Callable[[Tensor], Tensor]]
+# Multiplies x (R, K) float32 by all copies of a weight (N, K); the last product (R, N).
+Walk = Callable[[Tensor], Tensor]
 
 
-def plain_float32(weight: Tensor) -> Copy:
-    weight = weight.clone()
-    return weight.nbytes, lambda x: F.linear(x, weight)
+class Product(NamedTuple):
+    """A way to multiply: bytes of a weight, and (weight, copies) -> a `Walk`."""
+
+    itemsize: int
+    make: Callable[[Tensor, int], Walk]
 
 
-def plain_bfloat16(weight: Tensor) -> Copy:
-    weight = weight.bfloat16()
-    return weight.nbytes, lambda x: F.linear(x.bfloat16(), weight)
+def compiled(weight: Tensor, copies: int, **options: Any) -> Walk:
+    return import_module("benchmarks.cpu.compiled_product").walk(weight, copies, **options)
 
 
-def onednn_float32(weight: Tensor) -> Copy:
-    weight = weight.clone()
-    return weight.nbytes, lambda x: torch.ops.mkldnn._linear_pointwise(
-        x, weight, None, "none", [], ""
-    )
+def one_by_one(make: Callable[[Tensor], Walk]) -> Callable[[Tensor, int], Walk]:
+    """A call for each copy."""
+
+    def walk(weight: Tensor, copies: int) -> Walk:
+        products = [make(weight) for _ in range(copies)]
+        return lambda x: [product(x) for product in products][-1]
+
+    return walk
 
 
-def packed_float32(weight: Tensor, repeat_to: int = 1) -> Copy:
-    return weight.nbytes, PackedLinear(as_layer(weight), repeat_to)
+def plain(weight: Tensor, dtype: torch.dtype) -> Walk:
+    weight = weight.to(dtype, copy=True)
+    return lambda x: F.linear(x.to(dtype), weight)
 
 
-def packed_bfloat16(weight: Tensor, repeat_to: int = 1) -> Copy:
-    layer = as_layer(weight.bfloat16())
-    if not can_pack(layer):
-        raise ValueError("the processor has no AVX512-BF16")
-    product = PackedLinear(layer, repeat_to)
-    return 2 * weight.numel(), lambda x: product(x.bfloat16())
+def onednn(weight: Tensor, dtype: torch.dtype) -> Walk:
+    operators = torch.ops.mkldnn
+    if dtype == torch.bfloat16 and not operators._is_mkldnn_bf16_supported():
+        raise ValueError("the processor does not multiply bfloat16")
+    packed = operators._reorder_linear_weight(weight.to(dtype), None)
+    return lambda x: operators._linear_pointwise(x.to(dtype), packed, None, "none", [], "")
 
 
-def packed_int8(weight: Tensor, fbgemm: bool) -> Copy:
-    return weight.numel(), PackedInt8Linear(Int8Linear(as_layer(weight)), fbgemm=fbgemm)
-
-
-def int8_weights_only(weight: Tensor) -> Copy:
-    K = weight.shape[1]
-    if K % INT8_STEP:  # PyTorch does not check, and reads and writes other memory
-        raise ValueError(f"K is {K}: it takes multiples of {INT8_STEP} only")
+def fbgemm(weight: Tensor) -> Walk:
+    """With one scale for all rows of x."""
     integers, scale = quantize_rows(weight)
-    scale = scale.bfloat16()
-    return integers.nbytes, lambda x: torch._weight_int8pack_mm(x.bfloat16(), integers, scale)
+    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    quantized = torch._make_per_channel_quantized_tensor(integers, scale.double(), zeros, 0)
+    packed = torch.ops.quantized.linear_prepack(quantized, None)
+    return lambda x: torch.ops.quantized.linear_dynamic(x, packed)
 
 
-def int4_weights_only(weight: Tensor) -> Copy:
-    N, K = weight.shape
-    integers = torch.randint(16, (N, K), dtype=torch.int32)
-    packed = torch._convert_weight_to_int4pack_for_cpu(integers, 1)
-    scales = torch.rand(K // INT4_GROUP, N, 2).bfloat16()  # and zero points
-    return packed.nbytes + scales.nbytes, lambda x: torch._weight_int4pack_mm_for_cpu(
-        x.bfloat16(), packed, INT4_GROUP, scales
-    )
+def int_mm(weight: Tensor) -> Walk:
+    integers, scale = quantize_rows(weight)
+
+    def product(x: Tensor) -> Tensor:
+        rows, factors = quantize_rows(x)
+        return torch._int_mm(rows, integers.T) * (factors[:, None] * scale)
+
+    return product
 
 
-PRODUCTS: dict[str, Callable[[Tensor], Copy]] = {
-    "float32": plain_float32,
-    "float32 oneDNN": onednn_float32,
-    "float32 packed": packed_float32,
-    "float32 packed, repeated": partial(packed_float32, repeat_to=4),
-    "bfloat16": plain_bfloat16,
-    "bfloat16 packed": packed_bfloat16,
-    "bfloat16 packed, repeated": partial(packed_bfloat16, repeat_to=4),
-    "int8 oneDNN": partial(packed_int8, fbgemm=False),
-    "int8 FBGEMM": partial(packed_int8, fbgemm=True),
-    "int8 weights only, bfloat16": int8_weights_only,
-    "int4 weights only, bfloat16": int4_weights_only,
+PRODUCTS = {
+    "float32 compiled": Product(4, partial(compiled, dtype=torch.float32)),
+    "float32 plain": Product(4, one_by_one(partial(plain, dtype=torch.float32))),
+    "float32 oneDNN": Product(4, one_by_one(partial(onednn, dtype=torch.float32))),
+    "bfloat16 compiled": Product(2, partial(compiled, dtype=torch.bfloat16)),
+    "bfloat16 oneDNN": Product(2, one_by_one(partial(onednn, dtype=torch.bfloat16))),
+    "int8 compiled": Product(1, partial(compiled, dtype=torch.int8)),
+    "int8 compiled, rounded rows": Product(1, partial(compiled, dtype=torch.int8, rounds=True)),
+    "int8 FBGEMM": Product(1, one_by_one(fbgemm)),
+    "int8 _int_mm": Product(1, one_by_one(int_mm)),
 }
-
-
-def as_layer(weight: Tensor) -> nn.Linear:
-    layer = nn.Linear(1, 1, bias=False, device="meta")
-    layer.weight = nn.Parameter(weight, requires_grad=False)
-    return layer
-
-
-def copies(make: Callable[[Tensor], Copy], weight: Tensor, total: int) -> list[Copy]:
-    """As many as fit into `total` bytes, at least two and at most `MOST_COPIES` more."""
-    first = make(weight)
-    more = min(max(1, total // first[0] - 1), MOST_COPIES)
-    return [first, *(make(weight) for _ in range(more))]
-
-
-def walk(held: list[Copy], x: Tensor) -> None:
-    for _, product in held:
-        product(x)
 
 
 def measure(K: int, N: int, options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """The figures of all products, for one number of rows after another; then why others cannot."""
     weight = 0.02 * torch.randn(N, K)
-    held, bytes_, reasons = {}, {}, {}
-    for name, make in PRODUCTS.items():
+    walks: dict[str, tuple[int, Walk]] = {}  # copies, and the walk through them
+    reasons = {}
+    for name, product in PRODUCTS.items():
+        room = options.megabytes * 1_000_000 // (product.itemsize * K * N)
+        copies = min(max(2, room), MOST_COPIES)
         try:
-            held[name] = copies(make, weight, options.megabytes * 1_000_000)
-            bytes_[name] = held[name][0][0]
-            walk(held[name][:1], torch.randn(1, K))
-        # This PyTorch does not have it, or not in this size.
-        except (AttributeError, RuntimeError, ValueError) as error:
-            held.pop(name, None)
+            walks[name] = copies, product.make(weight, copies)
+            walks[name][1](torch.randn(1, K))
+        # This machine or this PyTorch does not have it, or not in this size.
+        except (ImportError, AttributeError, RuntimeError, ValueError) as error:
+            walks.pop(name, None)
             reasons[name] = str(error).splitlines()[0]
     for R in options.rows:
         x = torch.randn(R, K)
-        actions = {name: partial(walk, copies_, x) for name, copies_ in held.items()}
+        actions = {name: partial(walk, x) for name, (_, walk) in walks.items()}
         times = interleaved(actions, options.repeats, f"{K} x {N}, {R} rows")
-        seconds = {name: time["median"] / len(held[name]) for name, time in times.items()}
-        yield [
-            {
-                "K": K,
-                "N": N,
-                "rows": R,
-                "product": name,
-                "ms": 1000 * seconds[name],
-                "gb_per_s": bytes_[name] / seconds[name] / 1e9,
-                "min_ms": 1000 * time["min"] / len(held[name]),
-                "max_ms": 1000 * time["max"] / len(held[name]),
-                "copies": len(held[name]),
-            }
-            for name, time in times.items()
-        ]
+        rows = []
+        for name, time in times.items():
+            copies, seconds = walks[name][0], time["median"] / walks[name][0]
+            figures = {"K": K, "N": N, "rows": R, "product": name, "ms": 1000 * seconds}
+            figures["gb_per_s"] = PRODUCTS[name].itemsize * K * N / seconds / 1e9
+            figures |= {f"{end}_ms": 1000 * time[end] / copies for end in ("min", "max")}
+            rows.append(figures | {"copies": copies})
+        yield rows
     yield [{"K": K, "N": N, "product": name, "reason": reason} for name, reason in reasons.items()]
 
 
@@ -197,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="inputs times outputs of the weights",
     )
     parser.add_argument(
-        "--rows", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 128], help="rows at once"
+        "--rows", type=positive, nargs="+", default=[1, 2, 4, 8, 16], help="rows at once"
     )
     parser.add_argument("--repeats", type=positive, default=9, help="rounds of measurement")
     parser.add_argument("--megabytes", type=positive, default=200, help="of copies per product")
@@ -206,8 +183,6 @@ def main(arguments: list[str] | None = None) -> int:
     sizes = [size(text) for text in options.sizes]
     for K, N in sizes:
         require_room(K, N, options)
-    if not can_pack(nn.Linear(1, 1)):
-        parser.exit(1, "this PyTorch has no packed products on this machine\n")
 
     torch.manual_seed(0)
     figures: list[dict[str, Any]] = []

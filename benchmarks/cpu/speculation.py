@@ -10,8 +10,8 @@ Two measurements on this machine's CPU, greedy, one prompt, the plain loop and s
   library. "continue" gives a piece of the module to go on with; "edit" gives the piece and then its
   first lines once more, as when a file is rewritten with changes.
 
-In float32 the tokens must be the plain loop's each time. 8-bit products round every row of numbers
-(see `mqa_gpt.fast.packing.PackedInt8Linear`), so there a choice between near equals may differ.
+The compiled forward pass gives a token the same numbers in a step over several tokens, so the
+tokens are the plain loop's each time, in 8 bits too. Without numba rounding may tip a near tie.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ from mqa_gpt.bench.counts import weight_bytes
 from mqa_gpt.checkpoints.headers import read_config
 from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.fast.int8 import quantize
-from mqa_gpt.fast.packing import pack
 from mqa_gpt.generation.batching import Engine
 from mqa_gpt.generation.request import make_requests
 from mqa_gpt.generation.speculative import Drafter, PromptLookup, Proposer
@@ -59,7 +58,6 @@ from corpus import HELD_OUT, read_corpus
 PIECE = slice(100, 400)  # the tokens of a held-out module to continue
 BEGINNING = 48  # how many of them an edit repeats
 BETWEEN = "\n\n"  # the piece and the repeated beginning: at most a token per character
-MOST_TRIES = 30  # each agrees with the one before for longer
 
 
 class Knowing(Drafter):
@@ -122,22 +120,6 @@ def compare(
     }
 
 
-def written_with(model: GPT, prompt: list[int], text: list[int], agreement: float) -> list[int]:
-    """The prompt and what the model writes after it with a drafter that knows this very text.
-
-    Args:
-        text: the same by the plain loop. In 8 bits it may differ, and a drafter that knew this one
-            would be wrong from there on, whatever its agreement.
-    """
-    for _ in range(MOST_TRIES):
-        drafter = Knowing(text, agreement, model.config.vocab_size)
-        written = prompt + generate(model, [prompt], len(text) - len(prompt), draft=drafter)[0]
-        if written == text:
-            break
-        text = written
-    return text
-
-
 def by_agreement(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     """The figures of each drafter, by name."""
     for method in (None, "int8"):
@@ -146,13 +128,11 @@ def by_agreement(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, A
         model = GPT(GPTConfig.preset(options.shape)).eval()
         if method:
             quantize(model)
-        pack(model)
         vocabulary = model.config.vocab_size
         prompt = torch.randint(vocabulary, (options.prompt,)).tolist()
         text = prompt + generate(model, [prompt], options.new)[0]
         for agreement in options.agreement:
-            known = written_with(model, prompt, text, agreement)
-            drafter = Knowing(known, agreement, vocabulary)
+            drafter = Knowing(text, agreement, vocabulary)
             name = f"{method or 'float32'}, agreement {agreement:g}"
             yield name, compare(model, prompt, drafter, options, name)
 
@@ -197,8 +177,7 @@ def require_room(options: argparse.Namespace) -> None:
     require_context(config, options.prompt + options.new)
     longest = PIECE.stop - PIECE.start + len(BETWEEN) + BEGINNING
     require_context(read_config(DEMO_DIR), longest + options.new)
-    # Plain and packed.
-    require_memory(2 * weight_bytes(config, torch.float32.itemsize), torch.device("cpu"))
+    require_memory(weight_bytes(config, torch.float32.itemsize), torch.device("cpu"))
 
 
 @refuse_bad_input

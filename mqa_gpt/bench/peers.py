@@ -11,6 +11,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -24,15 +25,25 @@ import torch
 
 from mqa_gpt.errors import InputError, shown
 from mqa_gpt.fast.int8 import is_quantized
-from mqa_gpt.generation.loop import generate
+from mqa_gpt.generation.batching import Engine
+from mqa_gpt.generation.request import make_requests
 from mqa_gpt.machine import INSTALL_PEERS, version
 from mqa_gpt.model import GPT
+from mqa_gpt.sampling import GREEDY
 from mqa_gpt.verify.compare import quiet_transformers
 
 OURS = "mqa-gpt"
 
+
+class Written(NamedTuple):
+    """New tokens of each prompt, and the seconds until every prompt had its first."""
+
+    tokens: list[list[int]]
+    first_seconds: float
+
+
 # (prompts, all of one length; count) -> `count` new tokens per prompt, computed on return
-Generate = Callable[[list[list[int]], int], list[list[int]]]
+Generate = Callable[[list[list[int]], int], Written]
 
 
 @dataclass(frozen=True)
@@ -60,9 +71,22 @@ class Peer(NamedTuple):
 
 
 def ours(model: GPT) -> Program:
-    """This implementation."""
-    itemsize = 1 if is_quantized(model) else model.dtype.itemsize
-    return Program(OURS, lambda prompts, n: generate(model, prompts, n), itemsize)
+    """This implementation: what `mqa_gpt.generate` does, step by step."""
+
+    def run(prompts: list[list[int]], count: int) -> Written:
+        begin, first = time.perf_counter(), 0.0
+        tokens: list[list[int]] = [[] for _ in prompts]
+        requests = make_requests(model.config, prompts, count, GREEDY)
+        engine = Engine.for_requests(model, requests)
+        for request in requests:
+            engine.add(request)
+        while engine.is_busy:
+            for token in engine.step():
+                tokens[token.row].append(token.id)
+            first = first or time.perf_counter() - begin
+        return Written(tokens, first)
+
+    return Program(OURS, run, 1 if is_quantized(model) else model.dtype.itemsize)
 
 
 @contextmanager
@@ -113,13 +137,30 @@ def load_transformers(folder: Path, model: GPT) -> Iterator[Program]:
     # Without an end token all have the full length.
     theirs.generation_config = transformers.GenerationConfig(pad_token_id=0)
 
-    def run(prompts: list[list[int]], count: int) -> list[list[int]]:
+    def run(prompts: list[list[int]], count: int) -> Written:
+        times = _Times()
         ids = torch.tensor(prompts, device=model.device)  # (B, T)
         mask = torch.ones_like(ids)
-        output = theirs.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False)
-        return output[:, ids.shape[1] :].tolist()
+        output = theirs.generate(
+            ids, attention_mask=mask, max_new_tokens=count, do_sample=False, streamer=times
+        )
+        return Written(output[:, ids.shape[1] :].tolist(), times.seconds[1])
 
     yield Program("transformers", run, model.dtype.itemsize)
+
+
+class _Times:
+    """A streamer of transformers: seconds until the prompts, the first tokens, ... come."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self.seconds: list[float] = []
+
+    def put(self, ids: torch.Tensor) -> None:
+        self.seconds.append(time.perf_counter() - self._begin)
+
+    def end(self) -> None:
+        pass
 
 
 def load_ctranslate2(folder: Path, model: GPT) -> Iterator[Program]:
@@ -129,7 +170,6 @@ def load_ctranslate2(folder: Path, model: GPT) -> Iterator[Program]:
     twice as long for the rest of that process. Idle processes do not disturb.
     """
     ctranslate2: Any = import_module("ctranslate2")
-    converters: Any = import_module("ctranslate2.converters")
     if not model.config.multi_query:
         raise InputError(
             "ctranslate2 runs this architecture with one key/value head only, and this model has "
@@ -143,16 +183,8 @@ def load_ctranslate2(folder: Path, model: GPT) -> Iterator[Program]:
             f"ctranslate2 does not compute in {dtype} on this {device.type}, but in "
             f"{', '.join(sorted(supported))}: choose another --dtype"
         )
-    # It takes tokens as strings, so they get names: "0", "1", ...
-    names = {str(token): token for token in range(model.config.vocab_size)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, unk_token="0"))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"bos_token": "0", "eos_token": "0", "unk_token": "0"}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    converted = str(folder / "ctranslate2")
-    with quiet_transformers():
-        converters.TransformersConverter(str(folder)).convert(converted)
+    converted = folder / "ctranslate2"
+    convert_for_ctranslate2(folder, converted)
 
     def program(compute_type: str) -> Program:
         options = {
@@ -163,17 +195,32 @@ def load_ctranslate2(folder: Path, model: GPT) -> Iterator[Program]:
             "intra_threads": torch.get_num_threads(),
         }
         process = ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"), _load_generator, (converted, options)
+            1, multiprocessing.get_context("spawn"), _load_generator, (str(converted), options)
         )
         process.submit(_generate, [[0]], 1).result()  # the files are read before they are deleted
 
-        def run(prompts: list[list[int]], count: int) -> list[list[int]]:
+        def run(prompts: list[list[int]], count: int) -> Written:
             return process.submit(_generate, prompts, count).result()
 
         label = compute_type.partition("_")[0]
         return Program(f"ctranslate2 {label}", run, types[compute_type])
 
     yield from (program(name) for name in types if name in supported)
+
+
+def convert_for_ctranslate2(folder: Path, target: Path) -> None:
+    """Write a checkpoint in CTranslate2's form; its own folder gets another tokenizer."""
+    converters: Any = import_module("ctranslate2.converters")
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    # It takes tokens as strings, so they get names: "0", "1", ...
+    names = {str(token): token for token in range(size)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, unk_token="0"))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = {"bos_token": "0", "eos_token": "0", "unk_token": "0"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with quiet_transformers():
+        converters.TransformersConverter(str(folder)).convert(str(target))
 
 
 def end_with_parent() -> None:
@@ -201,14 +248,23 @@ def _load_generator(folder: str, options: dict[str, Any]) -> None:
     _generator = ctranslate2.Generator(folder, **options)
 
 
-def _generate(prompts: list[list[int]], count: int) -> list[list[int]]:
+def _generate(prompts: list[list[int]], count: int) -> Written:
+    begin, first = time.perf_counter(), 0.0
+
+    def seen(result: Any) -> bool:
+        nonlocal first
+        if result.step == 0:
+            first = time.perf_counter() - begin
+        return False  # go on
+
     results = _generator.generate_batch(
         [[str(token) for token in prompt] for prompt in prompts],
         max_length=count,
         end_token=[],
         include_prompt_in_result=False,
+        callback=seen,
     )
-    return [result.sequences_ids[0] for result in results]
+    return Written([result.sequences_ids[0] for result in results], first)
 
 
 PEERS = {

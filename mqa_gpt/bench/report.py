@@ -80,7 +80,7 @@ class BenchReport:
     environment: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON types; figures may be NaN."""
+        """The report as JSON types."""
         return asdict(self)
 
     def to_csv(self) -> str:

@@ -6,7 +6,7 @@ program calls it, in tokens per second of all rows together:
     pp512           a prompt of 512 tokens up to its first new token (prefill)
     tg128           128 new tokens after a prompt of one: 128 passes of a token each (decode)
     pp512+tg128     both in one generation
-    tg127 @ d512    its decode steps: its time minus that of pp512 in the same round
+    tg127 @ d512    its decode steps: its time from the first token on
 
 Two ceilings give these rates a scale. A decode step has to read the weights and the cache: GB/s,
 and as a share of what this machine reads, MBU (model bandwidth utilisation). A prefill has to
@@ -18,9 +18,9 @@ measured in turn, so that a busy machine slows all of them alike.
 from __future__ import annotations
 
 import itertools
-import math
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -66,7 +66,7 @@ class Test(NamedTuple):
     Attributes:
         workload: the generation whose time counts.
         tokens: per row, which the rate counts.
-        minus: a generation whose time is subtracted, or None.
+        after_first: whether only the time after the first token counts.
         decode: if it is decoding alone, the positions each step attends to, its own included.
         is_prefill: whether it is a prefill alone.
     """
@@ -74,7 +74,7 @@ class Test(NamedTuple):
     name: str
     workload: Workload
     tokens: int
-    minus: Workload | None = None
+    after_first: bool = False
     decode: range = range(0)
     is_prefill: bool = False
 
@@ -144,7 +144,7 @@ def benchmark(
             programs.append(program)
             for workload, ids in prompts.items():
                 say(f"warming up: {program.name} {workload}")
-                written[program.name, workload] = program.generate(ids, workload.new)
+                written[program.name, workload] = program.generate(ids, workload.new).tokens
 
         add(ours(gpt))
         peak = peak_memory(gpt.device)
@@ -157,9 +157,15 @@ def benchmark(
         limits = probes(gpt.device, gpt.dtype, in_8_bits)
         for probe in limits.values():
             probe.run()
+    firsts: dict[Any, list[float]] = defaultdict(list)  # seconds until the first token
+
+    def generate(program: Program, workload: Workload) -> None:
+        result = program.generate(prompts[workload], workload.new)
+        firsts[program.name, workload].append(result.first_seconds)
+
     actions: dict[Any, Callable[[], object]] = {
-        (program.name, workload): partial(program.generate, ids, workload.new)
-        for workload, ids in prompts.items()
+        (program.name, workload): partial(generate, program, workload)
+        for workload in prompts
         for program in programs
     }
     actions |= {name: probe.run for name, probe in limits.items()}
@@ -182,7 +188,7 @@ def benchmark(
         peak_memory_bytes=peak,
         ceilings=ceilings,
         results=[
-            _result(test, program, gpt, seconds, written, ceilings)
+            _result(test, program, gpt, seconds, firsts, written, ceilings)
             for test in tests
             for program in programs
         ],
@@ -218,11 +224,11 @@ def plan(
         for N in writes:
             tests.append(Test(f"tg{N}", Workload(batch, 1, N), N, decode=range(1, N + 1)))
         for P, N in itertools.product(reads, writes):
-            both, prefill = Workload(batch, P, N), Workload(batch, P, 1)
+            both = Workload(batch, P, N)
             tests.append(Test(f"pp{P}+tg{N}", both, P + N))
             if N > 1:
                 name, steps = f"tg{N - 1} @ d{P}", range(P + 1, P + N)
-                tests.append(Test(name, both, N - 1, prefill, decode=steps))
+                tests.append(Test(name, both, N - 1, after_first=True, decode=steps))
     if not tests:
         raise InputError("there is nothing to measure: ask for prompt tokens or new tokens")
     return tests
@@ -342,6 +348,7 @@ def _result(
     program: Program,
     model: GPT,
     seconds: Mapping[Any, list[float]],
+    firsts: Mapping[Any, list[float]],
     written: Mapping[Any, list[list[int]]],
     ceilings: Ceilings,
 ) -> Result:
@@ -349,24 +356,24 @@ def _result(
 
     def times(name: str) -> list[float]:
         whole = seconds[name, test.workload]
-        minus = [0.0] * len(whole) if test.minus is None else seconds[name, test.minus]
-        return [a - b for a, b in zip(whole, minus, strict=True)]
+        if not test.after_first:
+            return whole
+        return [a - b for a, b in zip(whole, firsts[name, test.workload], strict=True)]
 
     batch, own = test.workload.batch, times(program.name)
     tokens = batch * test.tokens
-    rates = [_ratio(tokens, time) for time in own]
+    rates = [tokens / time for time in own]
     median = statistics.median(own)
     gb_per_s = tflops = None
     if test.decode:
         read = decode_bytes(model.config, batch, test.decode, program.itemsize, model.dtype)
-        gb_per_s = _ratio(read / 1e9, median)
+        gb_per_s = read / 1e9 / median
     if test.is_prefill:
-        tflops = _ratio(prefill_flops(model.config, batch, test.tokens) / 1e12, median)
+        tflops = prefill_flops(model.config, batch, test.tokens) / 1e12 / median
     ours_faster = same_tokens = None
     if program.name != OURS:
         rounds = zip(own, times(OURS), strict=True)
-        ratios = [theirs / mine for theirs, mine in rounds if min(theirs, mine) > 0]
-        ours_faster = statistics.median(ratios or [math.nan])
+        ours_faster = statistics.median(theirs / mine for theirs, mine in rounds)
         same_tokens = written[program.name, test.workload] == written[OURS, test.workload]
     return Result(
         test=test.name,
@@ -374,8 +381,8 @@ def _result(
         contender=program.name,
         tokens=tokens,
         mean=statistics.fmean(rates),
-        stdev=_stdev(rates),
-        median=_ratio(tokens, median),
+        stdev=statistics.stdev(rates) if len(rates) > 1 else 0.0,
+        median=tokens / median,
         gb_per_s=gb_per_s,
         mbu=None if gb_per_s is None else gb_per_s / ceilings.gb_per_s,
         tflops=tflops,
@@ -384,14 +391,3 @@ def _result(
         same_tokens=same_tokens,
         seconds=own,
     )
-
-
-def _stdev(values: list[float]) -> float:
-    if any(map(math.isnan, values)):  # `statistics` fails on them
-        return math.nan
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _ratio(a: float, b: float) -> float:
-    """a / b, but NaN where noise makes a difference of two times zero or negative."""
-    return a / b if b > 0 else math.nan

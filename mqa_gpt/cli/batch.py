@@ -84,9 +84,10 @@ def batch(
     half-written line is replaced, and new results are added at the end. Results of other prompts
     are refused, and so are other options unless --force is given.
 
-    A completion is the one that `generate` gives for its prompt alone, up to rounding: rows that
-    are computed together may round differently, and where two tokens are almost equally likely,
-    the other one may be chosen. So a continued run may differ from an uninterrupted one there.
+    A completion is the one that `generate` gives for its prompt alone: exactly on a CPU with numba.
+    Elsewhere rows that are computed together may round differently, and where two tokens are almost
+    equally likely, the other one may be chosen; so a continued run may differ from an uninterrupted
+    one there.
 
     \b
     Example:

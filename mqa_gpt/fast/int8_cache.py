@@ -16,8 +16,8 @@ class Int8KVCache(KVCache):
     """A `KVCache` that keeps each K and each V of a head as integers and a float32 scale.
 
     The integers are from -127 to 127, the scale is max |.| / 127. `append` makes floats of one
-    layer at a time. Rounding jumps where the last bit of a number differs, so a row in a batch may
-    differ from its solo run by more than the rounding of floats.
+    layer at a time. Rounding jumps where the last bit of a number differs, so where a batch changes
+    the order of sums, a row may differ from its solo run by more than the rounding of floats.
 
     Attributes:
         kv: (L, B, max_length, G, 2D) int8.

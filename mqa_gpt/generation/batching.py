@@ -3,8 +3,8 @@
 Rows finish at different times, and a static batch would idle until its slowest row ends. So a row
 occupies a slot of the cache only while it runs, and the next waiting prompt is read into a slot
 that became free (Yu et al. 2022, "Orca", iteration-level scheduling). Rows of different lengths
-share a step without influencing each other: each row's tokens are those of its solo run, up to the
-rounding of sums that run in another order.
+share a step without influencing each other: each row's tokens are those of its solo run. The
+compiled forward pass makes that exact; elsewhere sums may run in another order, and round so.
 
     engine = Engine(model, slots=16, length=1024)
     engine.add(request)                     # at any time, also between steps

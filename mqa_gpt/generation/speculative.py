@@ -8,8 +8,8 @@ et al. 2023; Chen et al. 2023).
 
 What the model would have chosen is defined when sampling too: a draw is a function of the logits
 and of one random number per position (`sampling.draw`). So the output is the plain loop's token for
-token, and with that its distribution. What is left is rounding: a step over several tokens sums in
-another order than a step over one, which can tip a choice between near equals.
+token, and with that its distribution. The compiled forward pass makes that exact. Elsewhere a step
+over several tokens may sum in another order than a step over one, which can tip a near tie.
 
 A drafter is handed to `generate` or `LLM.generate` as `draft`.
 """

@@ -17,22 +17,15 @@ from benchmarks import measure
 from mqa_gpt.errors import InputError
 
 SCRIPTS = [
-    *("cpu.decode", "cpu.memory", "cpu.products", "cpu.speculation"),
+    *("cpu.products", "cpu.speculation", "cpu.start"),
     *("mqa_vs_mha", "step_profile", "gpu.attention"),
 ]
-FILE = str(measure.ROOT / "benchmarks/cpu/decode.py")
+FILE = str(measure.ROOT / "benchmarks/cpu/start.py")
 
 NONSENSE = """
-cpu.decode --new 1
-cpu.decode --new 9000
-cpu.decode --batch 0
-cpu.decode --batch 99999999
-cpu.decode --prompt 0
-cpu.decode --repeats 0
-cpu.decode --cold-repeats 0
-cpu.decode --shape nonsense
-cpu.memory --shape nonsense
-cpu.memory --folder /nonexistent
+cpu.start --folder /nonexistent
+cpu.start --repeats 0
+cpu.start --shape nonsense
 cpu.products --sizes foo
 cpu.products --sizes 0x64
 cpu.products --sizes 64x-4
@@ -167,7 +160,7 @@ def test_a_result_says_what_was_asked_and_what_came_out(tmp_path):
     assert measure.write_result(path, FILE, "question\n\nmore", options, {"a": 1}) == 0
     written = json.loads(path.read_text())
     assert written["question"] == "question"
-    assert written["command"] == "python -m benchmarks.cpu.decode --repeats 3"
+    assert written["command"] == "python -m benchmarks.cpu.start --repeats 3"
     assert written["settings"] == {"repeats": 3}
     assert written["figures"] == {"a": 1}
 
@@ -175,10 +168,10 @@ def test_a_result_says_what_was_asked_and_what_came_out(tmp_path):
 def test_products_that_all_fail_are_no_success(tmp_path, monkeypatch, capsys):
     module = benchmark("cpu.products")
 
-    def absent(weight):
+    def absent(weight, copies):
         raise RuntimeError("not in this PyTorch")
 
-    monkeypatch.setattr(module, "PRODUCTS", {"absent": absent})
+    monkeypatch.setattr(module, "PRODUCTS", {"absent": module.Product(4, absent)})
     assert module.main(["--sizes", "32x16", "--rows", "1", "--repeats", "1"]) == 1
     assert "32 x 16, absent: not in this PyTorch" in capsys.readouterr().out
     assert not list(tmp_path.rglob("*.json"))

@@ -11,27 +11,16 @@ import torch
 
 from benchmarks import step_profile
 from benchmarks.clock import Clock
-from benchmarks.measure import ROOT
 from mqa_gpt import GPT, KVCache
 from mqa_gpt.bench.ceilings import Ceilings
 from mqa_gpt.bench.counts import Work, work_by_part
 from mqa_gpt.bench.run import random_model
 from mqa_gpt.bench.timing import take_turns
-from mqa_gpt.fast.flat import is_plain
+from mqa_gpt.fast import compiled
+from mqa_gpt.fast.plain import is_plain
 from tests.helpers import random_ids, tiny_config
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
-
-
-def test_a_part_takes_its_time_less_that_of_the_parts_inside():
-    times = iter([0, 1, 2, 3, 5, 9])
-    timer = step_profile.PartTimer(lambda: next(times))
-    with timer.part("outer"):
-        with timer.part("inner"):  # 1 to 2
-            pass
-        with timer.part("inner"):  # 3 to 5
-            pass
-    assert timer.seconds == {"inner": 3, "outer": 6}
 
 
 def test_a_part_is_limited_by_what_takes_longer():
@@ -50,70 +39,68 @@ def test_only_products_with_8_bit_weights_are_measured_by_the_rate_of_8_bit_prod
     assert [row["least_seconds"] for row in rows] == [1, 1]
 
 
+def random_tiny() -> tuple[GPT, KVCache]:
+    model = random_model(tiny_config(), torch.float32, torch.device("cpu"))
+    return model, KVCache(model.config, 2, 20, dtype=torch.float32)
+
+
+def work(model: GPT, is_prefill: bool) -> dict[str, Work]:
+    return work_by_part(model.config, 2, 20, torch.float32, itemsize=4, is_prefill=is_prefill)
+
+
 @pytest.mark.parametrize("prefill", [False, True])
-@pytest.mark.parametrize("measure", ["timer", "profiler"])
-def test_every_part_of_the_model_is_measured_and_the_logits_stay_the_same(measure, prefill):
-    config = tiny_config()
-    model = random_model(config, torch.float32, torch.device("cpu"))
-    ids = random_ids(config, 2, 9)
+def test_every_module_is_recorded_and_the_logits_stay_the_same(prefill):
+    model, cache = random_tiny()
+    ids = random_ids(model.config, 2, 9)
     with torch.inference_mode():
-        before = model(ids)
-    cache, append = KVCache(config, 2, 20, dtype=torch.float32), KVCache.append
-    if measure == "timer":
-        timer = step_profile.PartTimer(lambda: 0.0)
-        with step_profile.step_of_parts(model, cache, prefill, timer.part) as step:
-            names = step_profile.timed_parts(step, timer, 2).keys()
-    else:
-        clock = Clock(torch.device("cpu"))
-        with step_profile.step_of_parts(model, cache, prefill, step_profile.profiler_part) as step:
-            found = step_profile.profiled(step, clock, 2)
-        names = {part for part, _ in found}
-        assert {name for part, name in found if part == "mlp.c_fc"} >= {"aten::addmm", "Python"}
-        assert all(seconds >= 0 for seconds in found.values())
-    assert (
-        names == work_by_part(config, 2, 20, torch.float32, itemsize=4, is_prefill=prefill).keys()
-    )
+        before, append = model(ids), KVCache.append
+    with step_profile.step_of_parts(model, cache, prefill) as step:
+        found = step_profile.profiled(step, Clock(torch.device("cpu")), 2)
+    assert {name for part, name in found if part == "mlp.c_fc"} >= {"aten::addmm", "Python"}
+    assert all(seconds >= 0 for seconds in found.values())
+    assert {part for part, _ in found} == work(model, prefill).keys()
     assert is_plain(model)  # nothing is left of the names
     assert KVCache.append is append
     with torch.inference_mode():
         assert torch.equal(model(ids), before)
 
 
-@pytest.mark.parametrize("in_parts", [False, True])
-def test_a_decode_step_is_that_of_the_plain_loop_and_a_prefill_reads_the_whole_context(
-    in_parts, monkeypatch
-):
-    model = random_model(tiny_config(), torch.float32, torch.device("cpu"))
-    cache = KVCache(model.config, 2, 20, dtype=torch.float32)
-    calls = []  # of the model itself, by numbers of tokens
-    call = GPT.__call__
+@pytest.mark.slow
+def test_every_phase_of_the_compiled_pass_is_timed_while_it_runs(monkeypatch):
+    pytest.importorskip("numba")
+    model, cache = random_tiny()
+    cache.kv.normal_()
+    for is_prefill in (False, True):
+        seconds = step_profile.compiled_parts(model, cache, is_prefill, 3)
+        # The products' phases include these two, and the others have theirs.
+        assert seconds.keys() == work(model, is_prefill).keys() - {"GELU", "split"}
+        assert all(each > 0 for each in seconds.values())
+        step = step_profile.make_step(model, cache, is_prefill)
+        times = take_turns({"step": step}, 9, "")["step"]
+        assert sum(seconds.values()) < 100 * min(times)
+
+
+def test_a_decode_step_is_that_of_the_plain_loop_and_a_prefill_reads_the_whole_context(monkeypatch):
+    model, cache = random_tiny()
+    monkeypatch.setattr(compiled, "HAS_NUMBA", False)
+    calls, seen = [], []  # of the model, by tokens; keys in the first layer
+    call, append = GPT.__call__, KVCache.append
     monkeypatch.setattr(
         GPT,
         "__call__",
         lambda self, ids, **rest: calls.append(ids.shape) or call(self, ids, **rest),
     )
-    seen = []  # numbers of keys in the first layer
-    append = KVCache.append
     monkeypatch.setattr(
         KVCache,
         "append",
         lambda self, layer, kv: seen.append(self.end + kv.shape[1]) or append(self, layer, kv),
     )
-
-    def run(is_prefill: bool) -> None:
-        if in_parts:
-            part = step_profile.profiler_part
-            with step_profile.step_of_parts(model, cache, is_prefill, part) as step:
-                step()
-        else:
-            step_profile.make_step(model, cache, is_prefill)()
-
-    for _ in range(2):
-        run(False)
-    assert (calls, seen) == ([], [20] * 2 * 2)
-    for _ in range(2):
-        run(True)
-    assert (calls, seen) == ([(2, 20)] * 2, [20] * 4 * 2)
+    for is_prefill in (False, True):
+        step = step_profile.make_step(model, cache, is_prefill)
+        step()
+        step()
+    assert calls == [(2, 1)] * 2 + [(2, 20)] * 2
+    assert seen == [20] * 4 * 2
 
 
 def test_what_runs_several_times_in_a_step_is_added_up():
@@ -130,13 +117,11 @@ def test_what_runs_several_times_in_a_step_is_added_up():
     assert found["a", "aten::mm"] > 0.2 * min(times)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
         [],
-        ["--one-thread"],
-        ["--quantize", "int8"],
-        ["--prefill"],
         ["--one-thread", "--prefill", "--quantize", "int8"],
     ],
 )
@@ -147,7 +132,7 @@ def test_a_profile_is_written_as_json_and_drawn(tiny_shape, tmp_path: Path, chan
     found = json.loads(output.read_text())
     figures = found["figures"]
     assert sum(part["share"] for part in figures["parts"]) == pytest.approx(1)
-    assert bool(figures["operators"]) != ("--one-thread" in changes)
+    assert figures["operators"] == []  # all of it is one function
     assert (figures["ceilings"]["int8_matmul_tflops"] is not None) == ("int8" in changes)
     assert all(option in found["command"] for option in changes)
     assert output.with_suffix(".png").exists() == HAS_MATPLOTLIB
@@ -158,17 +143,28 @@ def test_without_matplotlib_there_are_results_and_no_plot(
     tiny_shape, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(compiled, "HAS_NUMBA", False)
     output = tmp_path / "result.json"
     options = ["--shape", tiny_shape, "--device", "cpu", "--context", "20", "--repeats", "2"]
     step_profile.main([*options, "--output", str(output)])
     assert list(tmp_path.iterdir()) == [output]
+    assert json.loads(output.read_text())["figures"]["operators"]
     assert "no plot: matplotlib is not installed" in capsys.readouterr().err
+
+
+def test_one_thread_without_the_compiled_pass_is_refused(tiny_shape, monkeypatch, capsys):
+    monkeypatch.setattr(compiled, "HAS_NUMBA", False)
+    options = ["--shape", tiny_shape, "--device", "cpu", "--context", "20", "--one-thread"]
+    assert step_profile.main(options) == 2
+    assert "--one-thread needs numba" in capsys.readouterr().err
 
 
 def test_the_plot_is_a_png_file(tmp_path):
     pytest.importorskip("matplotlib")
-    file = ROOT / "benchmarks/results/step_profile_tiny_starcoder_py_cpu.json"
-    step_profile.plot(json.loads(file.read_text())["figures"]["parts"], "title", tmp_path / "a.png")
+    limits = Ceilings(read_gb_per_s=2, copy_gb_per_s=1, matmul_tflops=0.001)
+    work = {"a": Work(2_000_000_000, 5), "b": Work(8, 3_000_000_000)}
+    rows = step_profile.table({"b": 6.0, "a": 2.0}, work, limits)
+    step_profile.plot(rows, "title", tmp_path / "a.png")
     drawn = (tmp_path / "a.png").read_bytes()
     assert drawn.startswith(b"\x89PNG")
     assert len(drawn) > 10_000

@@ -34,21 +34,6 @@ def test_a_speed_that_noise_has_made_negative_is_null(model, monkeypatch, capsys
     assert "-  yes  not measurable: more --new or --repeats" in capsys.readouterr().out
 
 
-def test_the_drafter_that_knows_follows_what_speculation_writes(model, monkeypatch):
-    """As 8-bit products do: a step over several tokens may choose otherwise than the plain loop."""
-    prompt = [1, 2, 3]
-    plain = [*prompt, 4, 5, 6, 7]
-
-    def generate(model, prompts, count, *, draft):
-        known = draft.start(1).propose([0], prompts, count)[0]
-        agreeing = next((i for i in range(count) if known[i] != 50 + i), count)
-        written = [50 + i for i in range(agreeing + 1)] + [9] * count
-        return [written[:count]]
-
-    monkeypatch.setattr(speculation, "generate", generate)
-    assert speculation.written_with(model, prompt, plain, 1.0) == [*prompt, 50, 51, 52, 53]
-
-
 @pytest.mark.slow
 def test_speculation_prints_every_line_as_soon_as_it_is_known(
     tiny_shape, monkeypatch, tmp_path: Path, capsys

@@ -1,0 +1,117 @@
+"""benchmarks/tables.py: the tables hold what the files do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import tables
+
+NAMES = {
+    "float32": ("mqa-gpt", "ctranslate2 float32", "transformers"),
+    "int8": ("mqa-gpt", "ctranslate2 int8", "transformers"),
+}
+
+
+def bench(rates: dict[str, float]) -> dict[str, Any]:
+    """What `mqa-gpt bench` writes, as far as the tables read it: every test at the same rate."""
+    results = [
+        {
+            "test": test,
+            "batch": batch,
+            "contender": name,
+            "median": rate,
+            "seconds": [0.97, 1.0, 1.01],
+            "ours_faster": None if name == "mqa-gpt" else rates["mqa-gpt"] / rate,
+            "gb_per_s": 18.0 if test == tables.DECODE else None,
+            "mbu": 0.8 if test == tables.DECODE else None,
+            "mfu": 0.5 if test == tables.PREFILL else None,
+        }
+        for test in (tables.DECODE, tables.PREFILL)
+        for batch in tables.BATCHES
+        for name, rate in rates.items()
+    ]
+    versions = dict.fromkeys(("torch", "numba", "transformers", "ctranslate2"), "1.2")
+    cpu = {"name": "Some CPU", "capability": "AVX2", "threads": 2}
+    return {
+        "results": results,
+        "ceilings": {"read_gb_per_s": 20.0},
+        "environment": {"cpu": cpu, "versions": versions},
+        "date": "2026-01-02 03:04 UTC",
+    }
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A repository with results of one shape, in float32 and 8 bits."""
+    folder = tmp_path / "benchmarks/results"
+    folder.mkdir(parents=True)
+    for kind, names in NAMES.items():
+        rates = dict(zip(names, (30.0, 20.0, 10.0), strict=True))
+        (folder / f"bench_tiny_starcoder_py_{kind}.json").write_text(json.dumps(bench(rates)))
+    seconds = {"mqa-gpt": 2.0, "mqa-gpt, nothing compiled": 14.0, "transformers": 3.0}
+    programs = {
+        name: {"seconds": value, "peak_bytes": 1_250_000_000} for name, value in seconds.items()
+    }
+    start = {"figures": {"checkpoint_bytes": 700_000_000, "programs": programs}}
+    (folder / "cpu_start_tiny_starcoder_py.json").write_text(json.dumps(start))
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    tables.result.cache_clear()
+    yield tmp_path
+    tables.result.cache_clear()
+
+
+def cells(table: str) -> list[list[str]]:
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    return [line.strip("| ").split(" | ") for line in lines[2:]]
+
+
+def test_the_table_of_speeds_has_every_program_and_the_limit(files):
+    text = tables.speeds()
+    rows = cells(text)
+    assert len(rows) == 2 * (2 * 3 + 2)
+    assert rows[0] == [
+        "tiny_starcoder_py", "decode, 1 prompt, tokens/s",
+        "30.0", "20.0", "10.0", "37.5", "–", "30.0", "20.0", "37.5",
+    ]  # fmt: skip
+    assert rows[4][2:6] == ["30.0", "20.0", "10.0", "60.0"]  # prefill: of the rate of products
+    assert rows[6][2:5] == ["2.00", "–", "3.00"]
+    assert rows[7][2:5] == ["1.25", "–", "1.25"]
+    assert {cell for row in rows[8:] for cell in row[2:]} == {"–"}
+    assert "Some CPU, AVX2, 2 threads; PyTorch 1.2" in text
+    assert "at most 2% away" in text
+
+
+def test_goals_that_are_not_reached_are_said_to_be_missed(files):
+    found = {row[0]: row[1:] for row in cells(tables.goals())}
+    assert found["float32, 1 prompt: of the bandwidth"] == ["at least 0.92", "0.90, missed", "–"]
+    assert found["the same : CTranslate2"] == ["at least 1.00", "1.50", "–"]
+    assert found["the same : transformers float32"] == ["at least 6.00", "3.00, missed", "–"]
+    assert found["first token of a new process : transformers"][1] == "1.50"
+    assert found["the same, nothing compiled yet: seconds more"][1] == "12.00, missed"
+    beyond = found["memory in float32 beyond 1.06 times the weights, GB"]
+    assert beyond == ["at most 0.40", "0.51, missed", "–"]
+
+
+def test_the_fastest_of_each_kind_is_bold_in_the_short_table(files):
+    assert cells(tables.short_speeds())[0] == [
+        "decode, 1 prompt", "**30.0**", "20.0", "10.0", "**30.0**", "20.0",
+    ]  # fmt: skip
+
+
+def test_what_no_file_holds_is_not_made_up(files):
+    for block in (tables.products, tables.profiles, tables.speculation):
+        assert block() == "Not measured yet."
+
+
+def test_only_what_stands_between_the_marks_is_written(files, monkeypatch):
+    (files / "a.md").write_text("1\n\n<!-- x -->\n\nold\n\n<!-- end -->\n\n2\n")
+    monkeypatch.setattr(tables, "BLOCKS", {"a.md": {"x": lambda: r"new \1"}})
+    assert tables.main() == 0
+    expected = "1\n\n<!-- x -->\n\nnew \\1\n\n<!-- end -->\n\n2\n"
+    assert (files / "a.md").read_text() == expected
+    assert tables.filled("a.md") == expected
