@@ -202,4 +202,6 @@ def _linear(layer: nn.Module, rows: int, columns: int) -> list[Tensor | None]:
     scale, bias = getattr(layer, "weight_scale", None), getattr(layer, "bias", None)
     if weight is None or weight.shape != (rows, columns) or not weight.is_contiguous():
         raise _ChangedError
+    if bias is not None and (bias.shape != (rows,) or not bias.is_contiguous()):
+        raise _ChangedError
     return [weight, scale, bias]

@@ -236,6 +236,20 @@ def test_tensors_that_were_replaced_are_used_by_the_next_generation(model):
 
 
 @torch.inference_mode()
+def test_it_does_not_depend_on_torchs_defaults(model):
+    ids = torch.tensor([[1, 2, 3]])
+    expected = of(model)(ids, model.new_cache(1, 3))
+    cache = model.new_cache(1, 3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            logits = of(model)(ids, cache)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(logits, expected)
+
+
+@torch.inference_mode()
 def test_layers_may_be_left_out_and_change_places(model):
     blocks = model.transformer.h
     blocks[0], blocks[1] = blocks[1], blocks[0]

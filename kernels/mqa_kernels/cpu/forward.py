@@ -3,7 +3,7 @@
 A decode step reads every weight once and computes little with it, so it can be as fast as memory
 is read, if nothing stands between the products. Here nothing does: all threads run through the
 phases of all layers and share out the items of each (`team`). Weights are read as they are, in the
-checkpoint's layout [out, in]; int8 and bfloat16 become float32 in registers.
+checkpoint's layout [out, in]; 8 and 16 bits become float32 in registers.
 
 Each token is a row: it has a slot (a row of the cache) and a position, and attends to the keys of
 its slot up to its position. So decoding many rows, reading prompts of unequal lengths and checking

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from mqa_kernels.cpu import attention, linear, rows
 from mqa_kernels.cpu.forward import PHASES, Scratch, Shape, forward
-from mqa_kernels.cpu.simd import HAS_VNNI, LANES
+from mqa_kernels.cpu.simd import HAS_VNNI
 from mqa_kernels.cpu.team import Team, new_counters
 
 CODES = {"gelu": rows.GELU, "gelu_tanh": rows.GELU_TANH, "relu": rows.RELU}
 SHARED_TOKENS = 16  # with more, a token's blocks of keys are not shared out among threads
 
-# numba knows no bfloat16; uint16 holds its bits.
+# numba knows no 16-bit floats: see `simd`.
 _DTYPES = {
     torch.float32: np.float32,
     torch.int8: np.int8,
@@ -116,12 +116,13 @@ class Program:
             "own": threads * own,
             "rounded": N * (max(s.C, s.F) + linear.ROW_END) // 4 if rounds else 0,
         }
-        memory = torch.empty(sum(map(_aligned, sizes.values())) + LANES)
+        floats = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+        memory = torch.empty(sum(map(_aligned, sizes.values())) + 16, **floats)
         places, begin = {}, -(-memory.data_ptr() // 64) * 64
         for name, size in sizes.items():
             places[name] = begin if size else 0
             begin += 4 * _aligned(size)
-        logits = torch.empty(M, s.V)
+        logits = torch.empty(M, s.V, **floats)
         _TEAM.run(
             _compiled(),
             (
