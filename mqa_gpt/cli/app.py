@@ -29,6 +29,7 @@ from mqa_gpt.cli.infill import infill
 from mqa_gpt.cli.inspect import inspect
 from mqa_gpt.cli.options import with_groups
 from mqa_gpt.cli.output import BAD_INPUT, INTERRUPTED, READER_GONE, note
+from mqa_gpt.cli.train import train
 from mqa_gpt.cli.verify import verify
 from mqa_gpt.errors import InputError
 from mqa_gpt.machine import is_out_of_memory
@@ -115,6 +116,7 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(with_groups(command))
+app.add_typer(train, name="train")
 
 
 def main() -> None:

@@ -1,0 +1,127 @@
+"""`mqa-gpt train`: train a model as a file says, plot a run, export its model."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mqa_gpt.cli.options import Json
+from mqa_gpt.cli.output import note, write
+from mqa_gpt.errors import InputError
+from mqa_gpt.training.config import read_run_config, to_toml
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+
+
+class DefaultCommand(TyperGroup):
+    """A group in which `train CONFIG` means `train run CONFIG`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the command line, with "run" put in front where no command is named."""
+        if not args or args[0] not in self.commands:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+train = typer.Typer(
+    cls=DefaultCommand,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@train.callback()
+def _train() -> None:
+    """Train a model, plot a run, export its model."""
+
+
+@train.command()
+def run(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's TOML file.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="RUN", help="Folder of the run.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            "-s",
+            metavar="KEY=VALUE",
+            help="Replace a setting of the file, as in optimizer.lr=1e-3; may be given often.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Take a few steps; print parameters, memory, tokens and the time to expect.",
+        ),
+    ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="cpu, cuda, cuda:1, ... Default: the GPU if there is one."
+        ),
+    ] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Also write TensorBoard's files.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model as CONFIG says.
+
+    The run's folder gets config.toml, log.jsonl, checkpoints and, at the end, the model in a form
+    that transformers loads. Ctrl-C and SIGTERM write a checkpoint first; --resume continues from
+    the last one and computes what an uninterrupted run would have. Under torchrun the ranks share
+    the work. See also `mqa-gpt train plot --help` and `mqa-gpt train export --help`.
+
+    \b
+    Examples:
+      mqa-gpt train configs/overfit.toml --dry-run
+      mqa-gpt train configs/overfit.toml --out run --set run.steps=100
+      mqa-gpt train configs/overfit.toml --out run --set run.steps=100 --resume
+    """
+    from mqa_gpt.training.run import train as start
+    from mqa_gpt.training.signals import RunInterruptedError
+
+    read = read_run_config(config, settings or [])
+    if dry_run:
+        raise NotImplementedError
+    if out is None:
+        raise InputError("--out is missing: name a folder for the run")
+    note(to_toml(read))
+    try:
+        start(read, out, resume=resume, device=device, tensorboard=tensorboard, say=note)
+    except RunInterruptedError as interruption:
+        if interruption.number == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise typer.Exit(128 + interruption.number) from None
+
+
+@train.command()
+def plot(
+    run: RunFolder,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Default: RUN/plot.png."),
+    ] = None,
+) -> None:
+    """Plot losses, learning rate, gradient norm and speed of a run.
+
+    Needs matplotlib.
+
+    \b
+    Examples:
+      mqa-gpt train plot run
+      mqa-gpt train plot run --output curves.svg
+    """
+    from mqa_gpt.training.plot import plot_run
+
+    write(f"{plot_run(run, output)}\n")

@@ -1,0 +1,239 @@
+"""A run from its config to a model that transformers loads: `train`, read from top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mqa_gpt.checkpoints.load import load_model
+from mqa_gpt.errors import InputError
+from mqa_gpt.model import GPT
+from mqa_gpt.progress import progress
+from mqa_gpt.tokenizer import Tokenizer
+from mqa_gpt.training import checkpoints
+from mqa_gpt.training.config import RunConfig, differences, read_run_config, to_toml
+from mqa_gpt.training.data import load_data
+from mqa_gpt.training.export import export, gathered, written_texts
+from mqa_gpt.training.log import RunLog
+from mqa_gpt.training.loop import Step, Trainer
+from mqa_gpt.training.parallel import world
+from mqa_gpt.training.signals import RunInterruptedError, Signals, caught_signals
+from mqa_gpt.training.speed import Speed, speed_of
+
+CONFIG_FILE, MODEL_FOLDER = "config.toml", "model"
+
+
+def train(
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    device: str | None = None,
+    tensorboard: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Train as a config says; every rank calls this.
+
+    Args:
+        out: the run's folder, made if it does not exist. It gets `config.toml`, `log.jsonl`,
+            `tokenizer`, `checkpoints`, and at the end `model`, a checkpoint for transformers.
+        resume: continue from the last checkpoint in `out`; what follows is what an uninterrupted
+            run would have computed, bit for bit, on the same machine and number of ranks.
+        device: None takes CUDA where there is one, else the CPU.
+        tensorboard: also write TensorBoard's files.
+        say: gets a line for each thing worth a line, on the first rank.
+
+    Raises:
+        InputError: `out` holds a run and `resume` is false, or the other way round; or the config
+            differs from that of the run, whose settings are named.
+        FloatingPointError: a bad step that the config wants to stop at; a checkpoint is written.
+        RunInterruptedError: SIGINT or SIGTERM arrived; a checkpoint is written.
+    """
+    with world(device) as ranks, caught_signals() as signals:
+        tell = say if ranks.is_first else _say_nothing
+        require_folder(out, config, resume)
+        if ranks.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
+            checkpoints.tidy(out)
+        data = load_data(config, out, tell)
+        model = make_model(config, data.tokenizer).to(ranks.device)
+        model.set_backend(config.model.backend)
+        trainer = Trainer(config, model, data.training, data.held_out, ranks)
+        if resume and (found := checkpoints.complete(out)):
+            trainer.load(found[-1])
+        tell(
+            f"{model.config.parameters:,} parameters on {ranks.size} x {ranks.device}, "
+            f"step {trainer.state.step:,} of {config.run.steps:,}"
+        )
+        speed = speed_of(model.config, config.data.length, ranks.device, config.run.dtype)
+        log = RunLog(out if ranks.is_first else None, trainer.state.step, tensorboard)
+        with closing(log):
+            Run(trainer, data.tokenizer, out, log, speed, signals, tell).steps()
+        with trainer.averaged():
+            final = gathered(trainer.model, ranks)
+        if final is not None:
+            export(final, data.tokenizer, out / MODEL_FOLDER, config.run.export_dtype)
+            tell(f"the model is in {out / MODEL_FOLDER}")
+
+
+@dataclass
+class Run:
+    """What is done between steps: records, held-out losses, texts, checkpoints.
+
+    Attributes:
+        saved: the step of the last checkpoint.
+    """
+
+    trainer: Trainer
+    tokenizer: Tokenizer
+    out: Path
+    log: RunLog
+    speed: Speed
+    signals: Signals
+    say: Callable[[str], None]
+    saved: int = field(init=False)
+
+    def steps(self) -> None:
+        """Take the steps that are left."""
+        trainer, run = self.trainer, self.trainer.config.run
+        self.saved = trainer.state.step
+        with progress(run.steps, "step") as show:
+            for batches in trainer.batches():
+                try:
+                    step = trainer.step(batches)
+                except FloatingPointError as error:
+                    self.log.write("event", trainer.state.step, message=str(error))
+                    self.save()
+                    raise
+                self.record(step, show)
+                done = trainer.state.step
+                if _is_due(done, run.evaluate_every, run.steps) and trainer.held_out is not None:
+                    self.evaluate()
+                if _is_due(done, run.sample_every, run.steps):
+                    self.write_texts()
+                if _is_due(done, run.save_every, run.steps):
+                    self.save()
+                received = trainer.world.any(self.signals.received)
+                if received and done < run.steps:
+                    self.log.write("event", done, message=signal.Signals(received).name)
+                    self.save()
+                    raise RunInterruptedError(received)
+
+    def record(self, step: Step, show: Callable[[int, str], None]) -> None:
+        """One line of the log, and the progress bar."""
+        done, rate = self.trainer.state.step, step.tokens / step.seconds
+        used = self.speed.utilisation(rate / self.trainer.world.size)
+        self.log.write(
+            "train",
+            done,
+            loss=step.loss,
+            grad_norm=step.grad_norm,
+            lr=step.lr,
+            tokens=self.trainer.state.tokens,
+            tokens_per_second=rate,
+            **used,
+        )
+        if step.problem:
+            self.log.write("event", done, message=f"skipped: {step.problem}")
+            self.say(f"step {done:,} is skipped: {step.problem}")
+        show(done, f"loss {step.loss:.3f}, {rate:,.0f} tok/s, MFU {used['mfu']:.0%}")
+
+    def evaluate(self) -> None:
+        """Compute and record the held-out losses."""
+        losses = self.trainer.evaluate()
+        done = self.trainer.state.step
+        self.log.write("held_out", done, **losses)
+        found = [f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None]
+        self.say(f"step {done:,}: held out: {', '.join(found).replace('_', ' ')}")
+
+    def write_texts(self) -> None:
+        """Let the model write what the config asks it to."""
+        run, done = self.trainer.config.run, self.trainer.state.step
+        with self.trainer.averaged():
+            model = gathered(self.trainer.model, self.trainer.world)
+        if model is not None:
+            for text in written_texts(model, self.tokenizer, run):
+                self.log.write("sample", done, text=text)
+                self.say(f"step {done:,}: {text!r}")
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this step has one."""
+        if self.saved != self.trainer.state.step:
+            self.trainer.save(self.out)
+            self.saved = self.trainer.state.step
+
+
+def require_folder(out: Path, config: RunConfig, resume: bool) -> None:
+    """Raise InputError unless a run of this config can begin or be resumed in a folder."""
+    has_run = (out / CONFIG_FILE).exists()
+    if has_run and not resume:
+        raise InputError(
+            f"{out} holds a run: pass --resume to continue it, or choose another --out"
+        )
+    if resume and not has_run:
+        raise InputError(f"{out} holds no run to resume: leave --resume out")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is not a folder: choose another --out")
+    if resume:
+        changed = differences(read_run_config(out / CONFIG_FILE), config)
+        if changed:
+            raise InputError(
+                f"the run in {out} cannot be resumed with other settings: {'; '.join(changed)}"
+            )
+
+
+def make_model(config: RunConfig, tokenizer: Tokenizer) -> GPT:
+    """The weights that training starts from: random ones from the seed, or a checkpoint's.
+
+    Raises:
+        InputError: a tokenizer with more entries than the model's vocabulary, or sequences longer
+            than its context.
+    """
+    if config.model.pretrained is not None:
+        model = load_model(config.model.pretrained, dtype=torch.float32, device="cpu")
+        model = with_dropout(model, config.model.sizes)
+    else:
+        torch.manual_seed(config.run.seed)
+        end = tokenizer.end_of_text_id
+        model = GPT(
+            config.model.gpt_config(
+                vocab_size=tokenizer.vocab_size, bos_token_id=end, eos_token_id=end
+            )
+        )
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size:,} entries and model.vocab_size is "
+            f"{model.config.vocab_size:,}: it must be at least as many"
+        )
+    if config.data.length > model.config.n_positions:
+        raise InputError(
+            f"data.length is {config.data.length:,} and the model's context "
+            f"{model.config.n_positions:,}: a sequence must fit into it"
+        )
+    return model
+
+
+def with_dropout(model: GPT, rates: dict[str, Any]) -> GPT:
+    """The model with other dropout rates, which its modules took over when they were made."""
+    if not rates:
+        return model
+    changed = GPT(dataclasses.replace(model.config, **rates))
+    changed.load_state_dict(model.state_dict())
+    return changed
+
+
+def _is_due(done: int, every: int, steps: int) -> bool:
+    """Whether something is done after this step: each so many steps, and after the last one."""
+    return done == steps or (every > 0 and done % every == 0)
+
+
+def _say_nothing(text: str) -> None:
+    """What ranks other than the first say."""
