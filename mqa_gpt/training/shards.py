@@ -26,6 +26,7 @@ import sys
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from os import PathLike
@@ -133,47 +134,62 @@ def write_corpus(
     *,
     shard_tokens: int = SHARD_TOKENS,
 ) -> None:
-    """Write documents as shards; an existing corpus of that name is replaced at the end.
+    """Write documents as shards.
 
     Args:
-        folder: of the corpus.
+        folder: of the corpus, which must not exist or be empty.
         documents: those without tokens are left out.
         tokenizer: whose ids they are.
         shard_tokens: about how many a file holds.
 
     Raises:
-        OSError: it cannot be written; `folder` is as it was.
+        InputError: `folder` exists and is not empty.
+        OSError: it cannot be written; nothing is left of it.
     """
-    folder = Path(folder)
-    temporary = folder.with_name(f".unfinished-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     type_name = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     records = array("I")
     shards: list[dict[str, Any]] = []
-    for batch in _batches(documents, shard_tokens):
-        tokens = array(WIDTHS[type_name])
-        for document in batch:
-            part = array(WIDTHS[type_name], document.ids)
-            records.extend((len(part), document.prompt, zlib.crc32(part)))
-            tokens.extend(part)
-        name = shard_name(len(shards))
-        _write(temporary / name, tokens.tobytes())
-        shards.append({"file": name, "documents": len(batch), "tokens": len(tokens)})
-    _write(temporary / DOCUMENTS_FILE, records.tobytes())
-    index = {
-        "format": FORMAT,
-        "version": VERSION,
-        "byteorder": sys.byteorder,
-        "tokenizer": fingerprint(tokenizer),
-        "dtype": type_name,
-        "documents": sum(shard["documents"] for shard in shards),
-        "tokens": sum(shard["tokens"] for shard in shards),
-        "shards": shards,
-    }
-    _write(temporary / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with written_at_once(Path(folder)) as temporary:
+        for batch in _batches(documents, shard_tokens):
+            tokens = array(WIDTHS[type_name])
+            for document in batch:
+                part = array(WIDTHS[type_name], document.ids)
+                records.extend((len(part), document.prompt, zlib.crc32(part)))
+                tokens.extend(part)
+            name = shard_name(len(shards))
+            _write(temporary / name, tokens.tobytes())
+            shards.append({"file": name, "documents": len(batch), "tokens": len(tokens)})
+        _write(temporary / DOCUMENTS_FILE, records.tobytes())
+        index = {
+            "format": FORMAT,
+            "version": VERSION,
+            "byteorder": sys.byteorder,
+            "tokenizer": fingerprint(tokenizer),
+            "dtype": type_name,
+            "documents": sum(shard["documents"] for shard in shards),
+            "tokens": sum(shard["tokens"] for shard in shards),
+            "shards": shards,
+        }
+        _write(temporary / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
+
+
+@contextmanager
+def written_at_once(folder: Path) -> Iterator[Path]:
+    """A new folder to write to, which takes the name of `folder` if the block succeeds.
+
+    Raises:
+        InputError: `folder` exists and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists already: remove it, or name another folder")
+    temporary = folder.with_name(f".unfinished-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def open_corpus(folder: str | PathLike[str], tokenizer: Tokenizer | None = None) -> Corpus:

@@ -1,0 +1,162 @@
+"""From sources to corpora: what is held out, what repeats it, and tokenizing."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+from mqa_gpt.errors import InputError, PromptError
+from mqa_gpt.progress import status
+from mqa_gpt.tokenizer import Tokenizer
+from mqa_gpt.training.documents import Document, Report, SourceConfig, fits, read_documents
+from mqa_gpt.training.shards import (
+    Corpus,
+    TokenizedDocument,
+    is_corpus,
+    open_corpus,
+    write_corpus,
+    written_at_once,
+)
+
+LONG_LINE = 20  # characters; shorter lines are common to all files
+TRAINING, HELD_OUT, REPORT_FILE = "training", "held-out", "report.json"
+
+
+class Corpora(NamedTuple):
+    """A run's data.
+
+    Attributes:
+        training: what is learned.
+        held_out: what is kept for measuring, or None if nothing is.
+        report: what was read and left out when they were written.
+    """
+
+    training: Corpus
+    held_out: Corpus | None
+    report: Report
+
+
+def prepare(config: SourceConfig, tokenizer: Tokenizer, folder: str | PathLike[str]) -> Corpora:
+    """Read and tokenize a run's documents, or open what an earlier call has left in `folder`.
+
+    A resumed run reads the same data even if the sources have changed since. If `config.sources` is
+    one folder that this function has written before, it is opened where it is.
+
+    Args:
+        folder: where the corpora go.
+
+    Raises:
+        InputError: a source cannot be used, nothing is left of the sources, or the corpora in
+            `folder` are damaged or of another tokenizer.
+    """
+    folder = Path(folder)
+    if len(config.sources) == 1 and is_corpus(Path(config.sources[0]) / TRAINING):
+        folder = Path(config.sources[0])
+    if not is_corpus(folder / TRAINING):
+        _write(config, tokenizer, folder)
+    held_out = folder / HELD_OUT
+    values = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    return Corpora(
+        training=open_corpus(folder / TRAINING, tokenizer),
+        held_out=open_corpus(held_out, tokenizer) if is_corpus(held_out) else None,
+        report=Report(**values),
+    )
+
+
+def held_out_documents(config: SourceConfig) -> list[Document]:
+    """The documents that are kept from training."""
+    if not config.held_out and not config.held_out_share:
+        return []
+    return [d for d in read_documents(config, Report()) if is_held_out(d.name, config)]
+
+
+def is_held_out(name: str, config: SourceConfig) -> bool:
+    """Whether a document of this name is kept from training."""
+    digest = hashlib.sha256(name.encode()).digest()
+    drawn = int.from_bytes(digest[:8], "little") / 2**64
+    return fits(name, config.held_out) or drawn < config.held_out_share
+
+
+def training_documents(
+    config: SourceConfig, held_out: Iterable[Document], report: Report
+) -> Iterator[Document]:
+    """The documents to train on: those that are not held out and do not repeat one that is.
+
+    Args:
+        held_out: what `held_out_documents` gives.
+        report: is counted in.
+    """
+    held_out_lines: set[str] = set()
+    seen = set()
+    for document in held_out:
+        held_out_lines |= _long_lines(document.text)
+        seen.add(_digest(document))
+    for document in read_documents(config, report):
+        digest = _digest(document)
+        lines = _long_lines(document.text) if held_out_lines else set()
+        if is_held_out(document.name, config):
+            report.leave_out(document.name, "held out")
+        elif digest in seen and not config.duplicates:
+            report.leave_out(document.name, "read already")
+        elif len(lines & held_out_lines) > config.held_out_overlap * len(lines):
+            report.leave_out(document.name, "repeats held-out documents")
+        else:
+            seen.add(digest)
+            report.documents += 1
+            report.characters += len(document.text)
+            yield document
+
+
+def tokenize(
+    documents: Iterable[Document], tokenizer: Tokenizer, report: Report
+) -> Iterator[TokenizedDocument]:
+    """The ids of documents. Texts are plain text; prompts may hold control tokens, as those of
+    `mqa-gpt generate` may.
+
+    Args:
+        report: counts those that the tokenizer cannot express.
+    """
+    for document in documents:
+        try:
+            prompt = tokenizer.encode(document.prompt)
+            ids = prompt + tokenizer.encode(document.text, special_tokens=False)
+        except PromptError:
+            report.leave_out(document.name, "cannot be tokenized")
+            continue
+        yield TokenizedDocument(ids, len(prompt))
+
+
+def _write(config: SourceConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    """Both corpora and the report."""
+    report = Report()
+    with status() as say, written_at_once(folder) as temporary:
+        say("looking for held-out documents")
+        held_out = held_out_documents(config)
+        if held_out:
+            write_corpus(temporary / HELD_OUT, tokenize(held_out, tokenizer, report), tokenizer)
+
+        def counted() -> Iterator[Document]:
+            for document in training_documents(config, held_out, report):
+                say(f"tokenizing: {report.documents:,} documents")
+                yield document
+
+        write_corpus(temporary / TRAINING, tokenize(counted(), tokenizer, report), tokenizer)
+        if not report.documents:
+            what = "; ".join(report.lines()[1:]) or "data.sources is empty"
+            raise InputError(f"there are no documents to train on: {what}")
+        values = json.dumps(dataclasses.asdict(report), indent=2)
+        (temporary / REPORT_FILE).write_text(values + "\n", encoding="utf-8")
+
+
+def _long_lines(text: str) -> set[str]:
+    return {line for line in map(str.strip, text.splitlines()) if len(line) >= LONG_LINE}
+
+
+def _digest(document: Document) -> bytes:
+    text = f"{document.prompt}\0{document.text}"
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
