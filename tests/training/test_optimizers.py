@@ -138,7 +138,8 @@ def test_the_update_of_every_part_is_of_adamws_size() -> None:
         if ".h." in name and parameter.ndim == 2:
             is_fused = ".c_attn." in name
             for part in split_qkv(change, model.config) if is_fused else [change]:
-                assert 0.17 < part.square().mean().sqrt() / MUON.lr < 0.21, name
+                rms = part.square().mean().sqrt() / MUON.lr  # of singular values 0.7 to 1.2
+                assert 0.7 * 0.2 < rms < 1.2 * 0.2, name
         else:
             assert torch.all(change == 0), name
 
