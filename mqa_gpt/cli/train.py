@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from mqa_gpt.cli.options import Json
 from mqa_gpt.cli.output import note, write
 from mqa_gpt.errors import InputError
-from mqa_gpt.training.config import read_run_config, to_toml
+from mqa_gpt.training.config import read_run_config, settings_text
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
@@ -96,7 +96,7 @@ def run(
         raise NotImplementedError
     if out is None:
         raise InputError("--out is missing: name a folder for the run")
-    note(to_toml(read))
+    note(settings_text(read))
     try:
         start(read, out, resume=resume, device=device, tensorboard=tensorboard, say=note)
     except RunInterruptedError as interruption:

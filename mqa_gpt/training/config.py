@@ -34,6 +34,7 @@ class ModelConfig:
     Attributes:
         pretrained: a hub name or folder whose weights training starts from; its sizes are used.
         preset: a published checkpoint whose sizes are used, with random weights.
+        induction: begin with an induction circuit (see `mqa_gpt.training.induction`).
         backend: attention (see `mqa_gpt.attention`).
         sizes: keys of `GPTConfig` that differ from those of `preset` or, with `pretrained`, the
             dropout rates. The vocabulary's size defaults to the tokenizer's.
@@ -41,19 +42,22 @@ class ModelConfig:
 
     pretrained: str | None = None
     preset: str | None = None
+    induction: bool = False
     backend: Literal["auto", "sdpa", "reference", "triton"] = "auto"
     sizes: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.pretrained is not None and self.preset is not None:
             raise ConfigError("pretrained and preset are both given: choose one")
+        if self.pretrained is not None and self.induction:
+            raise ConfigError("pretrained and induction are both given: choose one")
         known = [f.name for f in dataclasses.fields(GPTConfig) if f.name != "extra"]
         if self.pretrained is not None:
             known = [name for name in known if name.endswith("_pdrop")]
         for key in self.sizes:
             if key not in known:
                 raise ConfigError(
-                    f"{key} is not a setting: expected pretrained, preset, backend, "
+                    f"{key} is not a setting: expected pretrained, preset, induction, backend, "
                     f"{', '.join(known)}"
                 )
         if self.pretrained is None:
@@ -226,6 +230,16 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
         for key in sorted(was.keys() | now.keys())
         if was.get(key) != now.get(key) and key not in FREE_ON_RESUME
     ]
+
+
+def settings_text(config: RunConfig) -> str:
+    """The settings that are not the defaults, one a line; `to_toml` has all."""
+    defaults = _flat(RunConfig(ModelConfig(), DataConfig()).to_dict())
+    return "\n".join(
+        f"{key.replace('model.sizes.', 'model.')} = {_toml_value(value)}"
+        for key, value in _flat(config.to_dict()).items()
+        if value != defaults.get(key)
+    )
 
 
 def to_toml(config: RunConfig) -> str:

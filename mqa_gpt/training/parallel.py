@@ -48,6 +48,11 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def wait(self) -> None:
+        """Return when all ranks are here."""
+        if self.mesh is not None:
+            dist.barrier()
+
     def any(self, value: int) -> int:
         """The largest value of all ranks, on each of them."""
         if self.mesh is None:

@@ -21,6 +21,7 @@ from mqa_gpt.training import checkpoints
 from mqa_gpt.training.config import RunConfig, differences, read_run_config, to_toml
 from mqa_gpt.training.data import load_data
 from mqa_gpt.training.export import export, gathered, written_texts
+from mqa_gpt.training.induction import start_from_induction
 from mqa_gpt.training.log import RunLog
 from mqa_gpt.training.loop import Step, Trainer
 from mqa_gpt.training.parallel import world
@@ -63,7 +64,7 @@ def train(
             out.mkdir(parents=True, exist_ok=True)
             (out / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
             checkpoints.tidy(out)
-        data = load_data(config, out, tell)
+        data = load_data(config, out, ranks, tell)
         model = make_model(config, data.tokenizer).to(ranks.device)
         model.set_backend(config.model.backend)
         trainer = Trainer(config, model, data.training, data.held_out, ranks)
@@ -208,6 +209,8 @@ def make_model(config: RunConfig, tokenizer: Tokenizer) -> GPT:
                 vocab_size=tokenizer.vocab_size, bos_token_id=end, eos_token_id=end
             )
         )
+        if config.model.induction:
+            start_from_induction(model)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
             f"the tokenizer has {tokenizer.vocab_size:,} entries and model.vocab_size is "

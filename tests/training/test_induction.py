@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from induction import start_from_induction
+from mqa_gpt.training.induction import start_from_induction
 from torch import Tensor
 
 from mqa_gpt import GPT, GPTConfig
