@@ -177,7 +177,9 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every setting, as JSON and TOML can express it; None where there is none."""
-        return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(self))))
+        values = json.loads(json.dumps(dataclasses.asdict(self)))
+        values["model"] = {**values["model"].pop("sizes"), **values["model"]}
+        return typing.cast(dict[str, Any], values)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
@@ -188,10 +190,10 @@ class RunConfig:
         """
         values = dict(values)
         if isinstance(model := values.get("model"), dict):
-            own = {f.name for f in dataclasses.fields(ModelConfig)}
+            own = {f.name for f in dataclasses.fields(ModelConfig)} - {"sizes"}
             sizes = {key: value for key, value in model.items() if key not in own}
             values["model"] = {key: value for key, value in model.items() if key in own}
-            values["model"]["sizes"] = {**model.get("sizes", {}), **sizes}
+            values["model"]["sizes"] = sizes
         return typing.cast(RunConfig, _build(cls, values, ""))
 
 
@@ -236,7 +238,7 @@ def settings_text(config: RunConfig) -> str:
     """The settings that are not the defaults, one a line; `to_toml` has all."""
     defaults = _flat(RunConfig(ModelConfig(), DataConfig()).to_dict())
     return "\n".join(
-        f"{key.replace('model.sizes.', 'model.')} = {_toml_value(value)}"
+        f"{key} = {_toml_value(value)}"
         for key, value in _flat(config.to_dict()).items()
         if value != defaults.get(key)
     )
@@ -247,9 +249,8 @@ def to_toml(config: RunConfig) -> str:
     lines = []
     for section, values in config.to_dict().items():
         lines.append(f"[{section}]")
-        flat = {**values.pop("sizes", {}), **values} if section == "model" else values
         lines += [
-            f"{key} = {_toml_value(value)}" for key, value in flat.items() if value is not None
+            f"{key} = {_toml_value(value)}" for key, value in values.items() if value is not None
         ]
         lines.append("")
     return "\n".join(lines)

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from corpus import batches, read_corpus, train_tokenizer
-from induction import start_from_induction
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -37,6 +36,7 @@ from mqa_gpt.generation.loop import generate
 from mqa_gpt.machine import is_out_of_memory
 from mqa_gpt.model import GPT
 from mqa_gpt.tokenizer import Tokenizer
+from mqa_gpt.training.induction import start_from_induction
 
 CONFIG = GPTConfig(
     vocab_size=4096,

@@ -1,0 +1,306 @@
+"""Whole runs of a tiny model: exact resume, faults, refusals, and what is left in the folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, GPTBigCodeForCausalLM
+
+from mqa_gpt import GPT, LLM
+from mqa_gpt.errors import InputError
+from mqa_gpt.training import checkpoints
+from mqa_gpt.training.config import RunConfig
+from mqa_gpt.training.log import read_log
+from mqa_gpt.training.loop import Trainer
+from mqa_gpt.training.run import train
+from mqa_gpt.training.signals import RunInterruptedError
+from tests.helpers import random_ids, relative_error
+from tests.training.runs import (
+    assert_same_run,
+    last_tensors,
+    results,
+    say_nothing,
+    tiny_run,
+    write_sources,
+)
+
+KILLS = int(os.environ.get("MQA_GPT_KILLS", "8"))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sources(tmp_path_factory.mktemp("sources"))
+
+
+def start(config: RunConfig, out: Path, resume: bool = False) -> None:
+    train(config, out, resume=resume, device="cpu", say=say_nothing)
+
+
+@pytest.fixture
+def before_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None]], None]:
+    """Have something happen once, when a number of steps is done."""
+
+    def arrange(done: int, action: Callable[[], None]) -> None:
+        original = Trainer.step
+        actions = [action]
+
+        def step(self: Trainer, batches: Any) -> Any:
+            if self.state.step == done and actions:
+                actions.pop()()
+            return original(self, batches)
+
+        monkeypatch.setattr(Trainer, "step", step)
+
+    return arrange
+
+
+def fail() -> None:
+    raise RuntimeError("as if the process had died")
+
+
+RECIPES = {
+    "adamw": {},
+    "muon, averaged": {"optimizer_name": "muon", "averaging_decay": 0.9},
+    "no dropout, within documents": {
+        "model_resid_pdrop": 0.0,
+        "model_embd_pdrop": 0.0,
+        "model_attn_pdrop": 0.0,
+        "data_within_documents": True,
+    },
+    "bfloat16, recomputed": {"run_dtype": "bfloat16", "run_recompute": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_resumed_run_has_the_same_bits_as_an_uninterrupted_one(
+    recipe: str, sources: Path, tmp_path: Path, before_step: Any
+) -> None:
+    config = tiny_run(sources, **RECIPES[recipe])
+    start(config, tmp_path / "whole")
+    before_step(6, fail)  # two steps after a checkpoint
+    with pytest.raises(RuntimeError, match="had died"):
+        start(config, tmp_path / "broken")
+    assert [folder.name for folder in checkpoints.complete(tmp_path / "broken")] == [
+        "step-00000004"
+    ]
+    start(config, tmp_path / "broken", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.slow
+def test_a_finished_run_can_be_resumed_and_stays_as_it_is(sources: Path, tmp_path: Path) -> None:
+    start(tiny_run(sources), tmp_path / "run")
+    tensors, log = last_tensors(tmp_path / "run"), results(tmp_path / "run")
+    start(tiny_run(sources), tmp_path / "run", resume=True)
+    assert results(tmp_path / "run") == log
+    assert all(torch.equal(tensors[k], v) for k, v in last_tensors(tmp_path / "run").items())
+
+
+@pytest.mark.slow
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(
+    sources: Path, tmp_path: Path, before_step: Any
+) -> None:
+    start(tiny_run(sources), tmp_path / "whole")
+    before_step(2, fail)
+    with pytest.raises(RuntimeError):
+        start(tiny_run(sources), tmp_path / "broken")
+    start(tiny_run(sources), tmp_path / "broken", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_run_ends_with_the_same_bits(
+    sources: Path, tmp_path: Path
+) -> None:
+    """`kill -9` again and again, until so many have hit the run; MQA_GPT_KILLS says how many."""
+    config = tiny_run(
+        sources, run_steps=max(40, 4 * KILLS), run_save_every=2, optimizer_name="muon"
+    )
+    begin = time.perf_counter()
+    start(config, tmp_path / "whole")
+    seconds = time.perf_counter() - begin
+    rng, run = random.Random(0), tmp_path / "killed"
+    context = multiprocessing.get_context("fork")  # no import of torch in each
+    kills = 0
+    while True:
+        resume = (run / "config.toml").exists()
+        child = context.Process(target=start, args=(config, run, resume))
+        child.start()
+        child.join(None if kills == KILLS else rng.uniform(0, 3 * seconds / KILLS))
+        if child.exitcode is not None:
+            break
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        kills += 1
+    assert child.exitcode == 0
+    assert kills >= min(KILLS, 5)
+    assert_same_run(tmp_path / "whole", run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
+    number: signal.Signals, sources: Path, tmp_path: Path, before_step: Any
+) -> None:
+    start(tiny_run(sources), tmp_path / "whole")
+    before_step(6, lambda: os.kill(os.getpid(), number))
+    handler = signal.getsignal(number)
+    with pytest.raises(RunInterruptedError) as caught:
+        start(tiny_run(sources), tmp_path / "run")
+    assert caught.value.number == number
+    assert signal.getsignal(number) is handler
+    assert checkpoints.complete(tmp_path / "run")[-1].name == "step-00000007"
+    assert read_log(tmp_path / "run")[-1]["message"] == number.name
+    start(tiny_run(sources), tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def spoil_gradients(monkeypatch: pytest.MonkeyPatch, step: int, factor: float) -> None:
+    """Multiply the gradients of one step."""
+    from mqa_gpt.training import loop
+
+    original = loop.add_gradients
+    calls = [0]
+
+    def add_gradients(objective: torch.nn.Module, *arguments: Any) -> tuple[float, int]:
+        found = original(objective, *arguments)
+        calls[0] += 1
+        if calls[0] == step:
+            for parameter in objective.parameters():
+                assert parameter.grad is not None
+                parameter.grad *= factor
+        return found
+
+    monkeypatch.setattr(loop, "add_gradients", add_gradients)
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_stops_the_run_before_the_weights_change(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_run(sources)
+    start(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        spoil_gradients(patch, 7, math.nan)
+        with pytest.raises(FloatingPointError, match=r"step 7: .*norm nan; lower optimizer\.lr"):
+            start(config, tmp_path / "run")
+    assert checkpoints.complete(tmp_path / "run")[-1].name == "step-00000006"
+    start(config, tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize(("factor", "spike_factor"), [(math.inf, 0.0), (1e4, 20.0)])
+def test_a_bad_step_is_skipped_and_said_where_the_config_wants_that(
+    factor: float,
+    spike_factor: float,
+    sources: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("mqa_gpt.training.loop.SPIKE_WINDOW", 4)
+    spoil_gradients(monkeypatch, 7, factor)
+    config = tiny_run(sources, run_on_bad_step="skip", run_spike_factor=spike_factor)
+    said: list[str] = []
+    train(config, tmp_path / "run", device="cpu", say=said.append)
+    assert checkpoints.read_state(checkpoints.complete(tmp_path / "run")[-1]).skipped == 1
+    (line,) = [line for line in said if line.startswith("step 7 is skipped: the ")]
+    assert ("times the median" in line) == bool(spike_factor)
+    assert all(tensor.isfinite().all() for tensor in last_tensors(tmp_path / "run").values())
+
+
+def test_another_config_is_refused_with_the_settings_that_differ(
+    sources: Path, tmp_path: Path
+) -> None:
+    start(tiny_run(sources), tmp_path / "run")
+    other = tiny_run(sources, optimizer_lr=0.02, model_n_layer=3, run_keep=1)
+    with pytest.raises(InputError) as caught:
+        start(other, tmp_path / "run", resume=True)
+    message = str(caught.value)
+    assert "optimizer.lr was 0.01 and is 0.02" in message
+    assert "model.n_layer was 2 and is 3" in message
+    assert "keep" not in message
+
+
+def test_a_folder_with_a_run_is_not_begun_again_and_one_without_not_resumed(
+    sources: Path, tmp_path: Path
+) -> None:
+    config = tiny_run(sources, run_steps=1)
+    with pytest.raises(InputError, match="holds no run to resume"):
+        start(config, tmp_path / "run", resume=True)
+    assert not (tmp_path / "run").exists()
+    start(config, tmp_path / "run")
+    with pytest.raises(InputError, match="holds a run: pass --resume"):
+        start(config, tmp_path / "run")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is not a folder"):
+        start(config, tmp_path / "file")
+
+
+def test_the_last_checkpoints_and_the_best_one_are_kept(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([3.0, 1.0, 2.0, 2.5, 2.2, 2.1])
+    monkeypatch.setattr(
+        "mqa_gpt.training.loop.mean_losses", lambda *_: {"loss": next(losses), "infilling": None}
+    )
+    config = tiny_run(sources, run_evaluate_every=2, run_save_every=2, run_keep=2)
+    start(config, tmp_path / "run")
+    kept = [folder.name for folder in checkpoints.complete(tmp_path / "run")]
+    assert kept == ["step-00000004", "step-00000010", "step-00000012"]
+    best = checkpoints.best(tmp_path / "run")
+    assert best is not None
+    assert best.name == "step-00000004"
+
+
+def test_the_model_of_a_run_loads_here_and_in_transformers_with_its_tokenizer(
+    sources: Path, tmp_path: Path
+) -> None:
+    start(tiny_run(sources, averaging_decay=0.8), tmp_path / "run")
+    folder = tmp_path / "run/model"
+    model = GPT.from_pretrained(folder, device="cpu")
+    ids = random_ids(model.config, 2, 20)
+    reference = GPTBigCodeForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert relative_error(model(ids), reference(ids).logits) < 5e-6
+    average = last_tensors(tmp_path / "run")["average.transformer.h.0.attn.c_attn.weight"]
+    assert torch.equal(model.transformer.h[0].attn.c_attn.weight, average)
+    llm = LLM.load(folder, device="cpu")
+    assert llm.infill("def f(x):", "\n", max_new_tokens=3).prompt_tokens > 3
+    text = "def alpha_1(x, y):"
+    assert AutoTokenizer.from_pretrained(folder)(text).input_ids == llm.tokenizer.encode(text)
+    assert model.config.eos_token_id == llm.tokenizer.end_of_text_id == 0
+
+
+def test_a_run_may_start_from_the_weights_of_a_checkpoint(sources: Path, tmp_path: Path) -> None:
+    start(tiny_run(sources), tmp_path / "first")
+    config = tiny_run(sources, optimizer_lr=1e-12, run_steps=2)
+    model = dataclasses.replace(
+        config.model, pretrained=str(tmp_path / "first/model"), sizes={"resid_pdrop": 0.25}
+    )
+    start(dataclasses.replace(config, model=model), tmp_path / "second")
+    first, second = (
+        GPT.from_pretrained(tmp_path / f"{name}/model") for name in ("first", "second")
+    )
+    assert second.config.resid_pdrop == 0.25
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_the_loss_falls_from_that_of_guessing(sources: Path, tmp_path: Path) -> None:
+    start(tiny_run(sources, model_initializer_range=0.02, run_steps=40), tmp_path / "run")
+    losses = [record["loss"] for record in read_log(tmp_path / "run") if record["kind"] == "train"]
+    assert abs(losses[0] - math.log(290)) < 0.1
+    assert losses[-1] < 0.7 * losses[0]
