@@ -185,27 +185,30 @@ def _records(source: str, config: SourceConfig, report: Report) -> Iterator[Reco
 def _records_of_file(
     path: Path, name: str, config: SourceConfig, report: Report
 ) -> Iterator[Record]:
-    """The records of one file, whose own name is taken for its one document if it is text."""
-    if name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        read = _read_parquet if name.endswith(".parquet") else _read_json_lines
-        if not fits(name, config.exclude):
-            yield from read(path, name, report)
-    elif not fits(name, config.include) or fits(name, config.exclude):
+    """The records of one file, or itself if it is text; `name` is its path in the source."""
+    is_table = name.endswith((".jsonl", ".jsonl.gz", ".parquet"))
+    if fits(name, config.exclude) or not (is_table or fits(name, config.include)):
         report.leave_out(name, "by name")
+    elif not path.is_file():
+        report.leave_out(name, "not a file")  # a pipe would never end
+    elif name.endswith(".parquet"):
+        yield from _read_parquet(path, name, report)
+    elif is_table:
+        yield from _read_json_lines(path, name, report)
     else:
-        try:
-            size = path.stat().st_size if path.is_file() else -1  # a pipe would never end
-            data = path.read_bytes() if 0 <= size <= config.max_bytes else b""
-        except OSError as error:
-            report.leave_out(name, f"cannot be read ({error.strerror})")
-            return
-        if size > config.max_bytes:
+        yield from _read_text(path, name, config, report)
+
+
+def _read_text(path: Path, name: str, config: SourceConfig, report: Report) -> Iterator[Record]:
+    try:
+        if path.stat().st_size > config.max_bytes:
             report.leave_out(name, TOO_LARGE)
-        elif size >= 0:
-            try:
-                yield name, {"content": data.decode()}
-            except UnicodeDecodeError:
-                report.leave_out(name, NOT_UTF8)
+        else:
+            yield name, {"content": path.read_bytes().decode()}
+    except UnicodeDecodeError:
+        report.leave_out(name, NOT_UTF8)
+    except OSError as error:
+        report.leave_out(name, f"cannot be read ({error.strerror})")
 
 
 def _read_json_lines(path: Path, name: str, report: Report) -> Iterator[Record]:

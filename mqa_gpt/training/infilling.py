@@ -30,8 +30,13 @@ Hole = tuple[int, int]  # first character, and the one after the last
 HOLE_LINES = (1, 1, 1, 2, 3)  # a hole of whole lines has one of these lengths
 KINDS = ("characters", "lines", "nodes")
 
-LINE = re.compile(r"\s*\S.*")  # with the line breaks and the indentation before it
+LINE = re.compile(r"\s*\S(?:.*\S)?")  # with the white space before it, without that after it
+VISIBLE = re.compile(r"\S")
 WORD = re.compile(r"(?<=\S)(?= \S)|(?<=[(\[{.])(?=\S)")  # where a word begins, its space included
+# The parser warns of unknown escapes in strings, which are no concern here.
+FILE = "<infilling>"
+warnings.filterwarnings("ignore", module=FILE)
+
 # What continues the statement before it at the same indentation.
 CONTINUES = re.compile(r"(?:else|elif|except|finally)\b|[)\]}]")
 
@@ -138,20 +143,19 @@ def node_hole(text: str, rng: random.Random) -> Hole | None:
 
     Only the statement that begins in the character's line is parsed, with the lines that belong to
     it. So the rest of the text need not be Python that parses, and the time does not grow with it.
-    The character is drawn uniformly and then one of the nodes around it, so large and small nodes
-    both occur.
+    The character is drawn uniformly (white space stands for what follows it) and then one of the
+    nodes around it, so large and small nodes both occur.
     """
-    if not text:
+    found = VISIBLE.search(text, rng.randint(0, len(text)))
+    if found is None:
         return None
-    position = rng.randrange(len(text))
+    position = found.start()
     begin = text.rfind("\n", 0, position) + 1
     statement = _statement(text[begin:])
     indentation = len(statement) - len(statement.lstrip())
     header = "if 1:\n" if indentation else ""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)
-            tree = ast.parse(header + statement)
+        tree = ast.parse(header + statement, FILE)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # as `ast.parse` documents
         return None
     lines = statement.split("\n")
@@ -177,7 +181,7 @@ def node_hole(text: str, rng: random.Random) -> Hole | None:
         hole = offset(node.lineno, node.col_offset), offset(node.end_lineno, node.end_col_offset)
         if hole[0] <= position < hole[1]:
             holes.add(hole)
-    if not holes:  # white space or a comment
+    if not holes:  # a comment
         return None
     start, end = rng.choice(sorted(holes))
     return len(text[:start].rstrip()), end
@@ -188,9 +192,10 @@ def _statement(text: str) -> str:
     lines = text.split("\n")
     indentation = len(lines[0]) - len(lines[0].lstrip())
     for i, line in enumerate(lines[1:], 1):
-        stripped = line.lstrip()
-        if not stripped or len(line) - len(stripped) > indentation:
-            continue
-        if len(line) - len(stripped) < indentation or not CONTINUES.match(stripped):
-            return "\n".join(lines[:i])
+        code = line.lstrip()
+        is_deeper = len(line) - len(code) > indentation
+        if code and not is_deeper and not lines[i - 1].lstrip().startswith("@"):
+            is_part = len(line) - len(code) == indentation and CONTINUES.match(code)
+            if not is_part:
+                return "\n".join(lines[:i])
     return text

@@ -34,6 +34,25 @@ SLACK = 8  # tokens by which a text grows, as a rule, when it is cut into three
 PROMPT_TOKENS = 3  # <prefix>, <suffix>, <middle>
 
 
+def middle_left(kinds: Tensor) -> Tensor:
+    """How much of its middle is left at each label, its `<|endoftext|>` included: the target of
+    Horizon-Length Prediction (Ding et al. 2024).
+
+    Args:
+        kinds: (B, T) of labels.
+
+    Returns:
+        (B, T) float32: from 1 at the first label of a middle of n down to 1/n at its last, and 0
+        at labels that are of no middle.
+    """
+    T = kinds.shape[1]
+    position = torch.arange(T, device=kinds.device).expand_as(kinds)  # (B, T)
+    is_middle = kinds == MIDDLE
+    before = position.masked_fill(is_middle, -1).cummax(1).values  # last label of none
+    after = position.masked_fill(is_middle, T).flip(1).cummin(1).values.flip(1)
+    return ((after - position) / (after - before - 1)).masked_fill(~is_middle, 0.0)
+
+
 @dataclass
 class Part:
     """A document, or what of it lies in one block.
