@@ -5,19 +5,25 @@ The stream of a block of n windows of T tokens is
     <|endoftext|> document <|endoftext|> document ... <|endoftext|>        n T + 1 tokens
 
 and window i is the tokens from i T to (i + 1) T inclusive: its last token, the label of the last
-position, is the next one's first. So nothing is lost and nothing is padded. A document that is read
-left to right runs on over the ends of windows. One that is rearranged for infilling is cut into
-pieces each of which ends in its window, its `<|endoftext|>` included: a middle is never cut off
-from its prefix and suffix, nor from its end (Bavarian et al. 2022 call this context-level).
+position, is the next one's first. So nothing is lost. Documents are of three sorts:
+
+    left to right   runs on over the ends of windows
+    infilling       is cut into pieces, each of which lies in one window, its `<|endoftext|>`
+                    included: a middle is never cut off from its prefix and suffix, nor from its
+                    end (Bavarian et al. 2022 call this context-level). Often a piece begins its
+                    window, with nothing before `<fim_prefix>`, as prompts do
+    with a prompt   lies in one window too; what is left of a window is filled with the next one
+                    that fits, and padded if none does
 """
 
 from __future__ import annotations
 
 import bisect
 import random
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, cycle
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -59,15 +65,15 @@ class Part:
 
     Attributes:
         ids: its tokens, at least one.
-        prompt: how many of them are a prompt, whose tokens are not learned.
+        prompt: how many of them are a prompt, which is not learned.
         is_continued: whether its beginning lies in the block before.
-        seed: of all that is drawn for it.
+        holes: what draws its holes; None leaves it left to right.
     """
 
     ids: list[int]
-    prompt: int
-    is_continued: bool
-    seed: str
+    prompt: int = 0
+    is_continued: bool = False
+    holes: random.Random | None = None
 
 
 class Packer:
@@ -90,49 +96,65 @@ class Packer:
         ]
         self._least = min(LEAST_TOKENS, length // 2)
 
-    def pack(self, parts: Sequence[Part], windows: int, rate: float) -> tuple[Tensor, Tensor]:
+    def pack(self, parts: Sequence[Part], windows: int) -> tuple[Tensor, Tensor]:
         """The stream of a block.
 
         Args:
-            parts: what it is made of, with about as many tokens as there is room for. What
-                infilling adds displaces the last of them; if they are too short after all, the
-                stream begins anew with the first.
+            parts: what it is made of, at least one, with about as many tokens as there is room for.
+                What infilling and padding add displaces the last of them; if they are too short
+                after all, the stream begins anew with the first.
             windows: n, at least 1.
-            rate: share of documents that are rearranged for infilling.
 
         Returns:
             ids (nT + 1,) int32, and what each is as a label, (nT + 1,) uint8.
         """
+        size = windows * self.length + 1
         self._ids: list[int] = []
         self._kinds = bytearray()
-        size = windows * self.length + 1
-        for part in cycle(parts):
-            if len(self._ids) >= size:
-                break
-            rng = random.Random(part.seed)
-            infill = not part.prompt and rng.random() < rate
-            ids = part.ids
-            if not self._ids and part.is_continued and not infill:
-                self._add(ids[:1], MASKED)  # the last label of the block before
-                ids = ids[1:]
-            elif not self._ids:
-                self._add([self.end], MASKED)
-            if infill:
-                self._add_infilling(ids, rng)
+        self._add([self.end], MASKED)
+        waiting: deque[Part] = deque()
+        while len(self._ids) < size:
+            if not waiting:
+                waiting.extend(parts)
+            part = self._next(waiting)
+            if part is None:
+                self._add([self.end] * (self._room - 1), MASKED)
+            elif part.holes is not None:
+                self._add_infilling(part.ids, part.holes)
             else:
-                self._add(ids[: part.prompt], MASKED)
-                self._add([*ids[part.prompt :], self.end], LEFT_TO_RIGHT)
-        ids_of_block = torch.tensor(self._ids[:size], dtype=torch.int32)
-        return ids_of_block, torch.frombuffer(self._kinds[:size], dtype=torch.uint8)
+                if len(self._ids) == 1 and part.is_continued:  # no end of text before it
+                    self._ids.clear()
+                    self._kinds.clear()
+                self._add(part.ids[: part.prompt], MASKED)
+                self._add([*part.ids[part.prompt :], self.end], LEFT_TO_RIGHT)
+        ids = torch.tensor(self._ids[:size], dtype=torch.int32)
+        return ids, torch.frombuffer(self._kinds[:size], dtype=torch.uint8)
+
+    def is_whole(self, tokens: int, prompt: int) -> bool:
+        """Whether a document of so many tokens, some of them a prompt, lies in one window."""
+        return prompt > 0 and tokens < self.length
+
+    @property
+    def _room(self) -> int:
+        """Tokens that fit into the window that the next one begins or continues, at least 2.
+
+        What follows the last input of a window is its last label and begins the next window.
+        """
+        room = self.length - (len(self._ids) - 1) % self.length
+        return room if room > 1 else self.length + 1
 
     def _add(self, ids: list[int], kind: int) -> None:
         self._ids += ids
         self._kinds += bytes([kind]) * len(ids)
 
-    @property
-    def _room(self) -> int:
-        """Tokens that fit into the window of the last one written."""
-        return self.length - (len(self._ids) - 1) % self.length
+    def _next(self, waiting: deque[Part]) -> Part | None:
+        """Take out the first part that may begin here: all but those with prompts may."""
+        for i, part in enumerate(waiting):
+            tokens = len(part.ids)
+            if not self.is_whole(tokens, part.prompt) or tokens < self._room:
+                del waiting[i]
+                return part
+        return None
 
     def _add_infilling(self, ids: list[int], rng: random.Random) -> None:
         """A document in pieces, each rearranged for infilling."""
@@ -165,7 +187,7 @@ class Packer:
 
         Where the window ends first, the `<|endoftext|>` after it is not learned.
         """
-        room = self._room - 1
+        room = self._room - 2  # so that what follows `<|endoftext|>` begins the next window
         following = text.part(begin, text.cut(begin, room + SLACK))
         ids = self.tokenizer.encode(following, special_tokens=False)[:room]
         end = begin + sum(len(self._bytes[id_]) for id_ in ids)

@@ -199,8 +199,7 @@ class Blocks(Dataset[Block]):
         first = block * self.block_samples
         count = min(self.block_samples, self.samples - first)
         parts = self._parts(epoch, first * self.config.length, count * self.config.length + 1)
-        rate = self.config.infilling.rate_in(epoch)
-        ids, kinds = self.packer.pack(parts, count, rate)  # (nT + 1,) each
+        ids, kinds = self.packer.pack(parts, count)  # (nT + 1,) each
         T = self.config.length
         order = list(range(count))
         random.Random(f"{self.seed} {epoch} block {block}").shuffle(order)
@@ -209,21 +208,29 @@ class Blocks(Dataset[Block]):
     def _parts(self, epoch: int, first: int, count: int) -> list[Part]:
         """The documents, whole or in part, of some tokens of an epoch read left to right."""
         self._read_order(epoch)
+        rate = self.config.infilling.rate_in(epoch)
         parts = []
-        i = int(torch.searchsorted(self._ends, first, right=True))
-        position = first
-        while position < first + count and i < len(self._order):
+        end = first  # of the document before
+        for i in range(int(torch.searchsorted(self._ends, first, right=True)), len(self._order)):
+            if end >= first + count:
+                break
             document = int(self._order[i])
-            begin = int(self._ends[i]) - int(self.corpus.lengths[document])  # of its first id
+            end = int(self._ends[i])
+            begin = end - int(self.corpus.lengths[document])  # of its first token
+            prompt = int(self.corpus.prompts[document])
             ids = self.corpus.ids(document)
-            skipped = max(0, position - begin)
-            kept = ids[skipped : max(0, first + count - begin)]
-            if kept:
-                prompt = max(0, int(self.corpus.prompts[document]) - skipped)
-                seed = f"{self.seed} {epoch} document {document}"
-                parts.append(Part(kept, prompt, position >= begin, seed))
-            position = int(self._ends[i])
-            i += 1
+            if self.packer.is_whole(len(ids), prompt):  # it is of the block that it begins in
+                if first <= begin < first + count - 1:
+                    parts.append(Part(ids, prompt))
+                continue
+            cut = max(0, first - begin)
+            ids = ids[cut : max(0, first + count - begin)]
+            if not ids:  # only its end, or only what comes before it
+                continue
+            rng = random.Random(f"{self.seed} {epoch} document {document}")
+            is_rearranged = not prompt and rng.random() < rate
+            holes = rng if is_rearranged else None
+            parts.append(Part(ids, max(0, prompt - cut), begin <= first, holes))
         return parts
 
     def _read_order(self, epoch: int) -> None:

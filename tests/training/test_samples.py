@@ -136,12 +136,19 @@ def test_labels_are_the_next_tokens_and_have_their_kinds() -> None:
     assert set(batch.kinds.unique().tolist()) == {LEFT_TO_RIGHT, CONTEXT, MIDDLE, MASKED}
 
 
-def test_prompts_have_no_labels() -> None:
-    documents = [TokenizedDocument([40] * 5 + [50] * 7, 5) for _ in range(20)]
-    config = DataConfig(length=24)
-    batch = Samples(corpus_in_memory(documents), TOKENIZER, config).rows(range(10))
-    assert set(batch.labels.unique().tolist()) == {IGNORED, END, 50}
-    assert (batch.ids == 40).any()
+def test_examples_with_prompts_are_whole_and_their_prompts_have_no_labels() -> None:
+    lengths = [10 + i % 30 for i in range(90)]
+    documents = [
+        TokenizedDocument([100 + i] * 4 + [10 + i] * (n - 4), 4) for i, n in enumerate(lengths)
+    ]
+    config = DataConfig(length=48, shuffle_tokens=500)
+    data = Samples(corpus_in_memory(documents), TOKENIZER, config)
+    batch = data.rows(range(len(data)))
+    answers = Counter(batch.labels[batch.labels >= 10].tolist())
+    whole = {10 + i: n - 4 for i, n in enumerate(lengths)}
+    assert all(whole[answer] == count for answer, count in answers.items())
+    assert len(answers) > 70  # padding displaces the last ones of each block
+    assert set(batch.labels[batch.labels < 10].tolist()) == {IGNORED, END}
 
 
 def test_documents_are_numbered_where_they_do_not_see_each_other() -> None:
