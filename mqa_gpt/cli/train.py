@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from mqa_gpt.cli.options import Json
-from mqa_gpt.cli.output import note, write
+from mqa_gpt.cli.output import note, print_json, write
 from mqa_gpt.errors import InputError
 from mqa_gpt.training.config import read_run_config, settings_text
 
@@ -88,12 +88,18 @@ def run(
       mqa-gpt train configs/overfit.toml --out run --set run.steps=100
       mqa-gpt train configs/overfit.toml --out run --set run.steps=100 --resume
     """
+    from mqa_gpt.training.plan import plan_run
     from mqa_gpt.training.run import train as start
     from mqa_gpt.training.signals import RunInterruptedError
 
     read = read_run_config(config, settings or [])
     if dry_run:
-        raise NotImplementedError
+        found = plan_run(read, device=device, say=note)
+        if as_json:
+            print_json(found.to_dict())
+        else:
+            write(f"{found.to_text()}\n")
+        return
     if out is None:
         raise InputError("--out is missing: name a folder for the run")
     note(settings_text(read))

@@ -174,15 +174,15 @@ class Trainer:
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of the run in `folder`; see `checkpoints.save`."""
-        return checkpoints.save(folder, self.state, self._tensors(), self.config.run.keep)
+        return checkpoints.save(folder, self.state, self.tensors(), self.config.run.keep)
 
     def load(self, checkpoint: Path) -> None:
         """Continue from a checkpoint; see `checkpoints.load`."""
-        self.state = checkpoints.load(checkpoint, self._tensors())
+        self.state = checkpoints.load(checkpoint, self.tensors())
         if self.average is not None:
             self.average.updates = self.state.step - self.state.skipped
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """All tensors of the run by name: weights, moments, the average; each is the live one."""
         names: dict[Tensor, str] = {p: name for name, p in self.model.named_parameters()}
         tensors = {f"model.{name}": parameter.detach() for parameter, name in names.items()}

@@ -12,7 +12,7 @@ from mqa_gpt.model import GPT
 from mqa_gpt.training.attention import attend_inside_documents
 from mqa_gpt.training.loss import IGNORED, TokenLoss, next_token_loss
 from mqa_gpt.training.packing import LEFT_TO_RIGHT, MIDDLE
-from mqa_gpt.training.parallel import World, sum_gradients_after_next
+from mqa_gpt.training.parallel import World, reshard, sum_gradients_after_next
 from mqa_gpt.training.samples import Batch
 
 
@@ -91,6 +91,7 @@ def mean_losses(
         for i, kind in enumerate((None, LEFT_TO_RIGHT, MIDDLE)):
             chosen = counts if kind is None else counts & (batch.kinds == kind)
             sums[i] += torch.stack([nats[chosen].sum(), chosen.sum().double()])
+    reshard(objective)
     world.sum(sums)
     rows = zip(names, sums.tolist(), strict=True)
     return {name: nats / tokens if tokens else None for name, (nats, tokens) in rows}

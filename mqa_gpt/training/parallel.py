@@ -99,12 +99,20 @@ def shard(objective: nn.Module, world: World) -> None:
     for module in objective.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
 
 def sum_gradients_after_next(objective: nn.Module, is_last: bool) -> None:
     """Have the next backward pass sum gradients over the ranks only if it is the last of a step."""
     if isinstance(objective, FSDPModule):
         objective.set_requires_gradient_sync(is_last)
+
+
+def reshard(objective: nn.Module) -> None:
+    """Free the gathered parameters that a forward pass without a backward pass leaves."""
+    for module in objective.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from mqa_gpt.checkpoints.load import load_model
 from mqa_gpt.errors import InputError
-from mqa_gpt.model import GPT
 from mqa_gpt.progress import progress
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training import checkpoints
 from mqa_gpt.training.config import RunConfig, differences, read_run_config, to_toml
 from mqa_gpt.training.data import load_data
 from mqa_gpt.training.export import export, gathered, written_texts
-from mqa_gpt.training.induction import start_from_induction
 from mqa_gpt.training.log import RunLog
 from mqa_gpt.training.loop import Step, Trainer
+from mqa_gpt.training.model import make_model
 from mqa_gpt.training.parallel import world
 from mqa_gpt.training.signals import RunInterruptedError, Signals, caught_signals
 from mqa_gpt.training.speed import Speed, speed_of
@@ -60,13 +54,13 @@ def train(
     with world(device) as ranks, caught_signals() as signals:
         tell = say if ranks.is_first else _say_nothing
         require_folder(out, config, resume)
+        ranks.wait()  # before one of them makes it
         if ranks.is_first:
             out.mkdir(parents=True, exist_ok=True)
             (out / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
             checkpoints.tidy(out)
         data = load_data(config, out, ranks, tell)
-        model = make_model(config, data.tokenizer).to(ranks.device)
-        model.set_backend(config.model.backend)
+        model = make_model(config, data.tokenizer, ranks.device)
         trainer = Trainer(config, model, data.training, data.held_out, ranks)
         if resume and (found := checkpoints.complete(out)):
             trainer.load(found[-1])
@@ -189,48 +183,6 @@ def require_folder(out: Path, config: RunConfig, resume: bool) -> None:
             raise InputError(
                 f"the run in {out} cannot be resumed with other settings: {'; '.join(changed)}"
             )
-
-
-def make_model(config: RunConfig, tokenizer: Tokenizer) -> GPT:
-    """The weights that training starts from: random ones from the seed, or a checkpoint's.
-
-    Raises:
-        InputError: a tokenizer with more entries than the model's vocabulary, or sequences longer
-            than its context.
-    """
-    if config.model.pretrained is not None:
-        model = load_model(config.model.pretrained, dtype=torch.float32, device="cpu")
-        model = with_dropout(model, config.model.sizes)
-    else:
-        torch.manual_seed(config.run.seed)
-        end = tokenizer.end_of_text_id
-        model = GPT(
-            config.model.gpt_config(
-                vocab_size=tokenizer.vocab_size, bos_token_id=end, eos_token_id=end
-            )
-        )
-        if config.model.induction:
-            start_from_induction(model)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size:,} entries and model.vocab_size is "
-            f"{model.config.vocab_size:,}: it must be at least as many"
-        )
-    if config.data.length > model.config.n_positions:
-        raise InputError(
-            f"data.length is {config.data.length:,} and the model's context "
-            f"{model.config.n_positions:,}: a sequence must fit into it"
-        )
-    return model
-
-
-def with_dropout(model: GPT, rates: dict[str, Any]) -> GPT:
-    """The model with other dropout rates, which its modules took over when they were made."""
-    if not rates:
-        return model
-    changed = GPT(dataclasses.replace(model.config, **rates))
-    changed.load_state_dict(model.state_dict())
-    return changed
 
 
 def _is_due(done: int, every: int, steps: int) -> bool:
