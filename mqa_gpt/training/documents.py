@@ -31,7 +31,6 @@ STANDARD_LIBRARY = "python-standard-library"  # a source that every machine with
 KEYS = {
     "text": ("content", "text"),
     "name": ("max_stars_repo_path", "path", "file_path", "name"),
-    "repo": ("max_stars_repo_name", "repository_name", "repo_name", "repo"),
     "language": ("lang", "language"),
     "licenses": ("max_stars_repo_licenses", "licenses", "license", "detected_licenses"),
     "prompt": ("prompt",),
@@ -92,13 +91,11 @@ class Document:
     Attributes:
         name: such as its path.
         text: what is to be learned.
-        repo: such as "bigcode/starcoder".
         prompt: what comes before `text` and is not to be learned.
     """
 
     name: str
     text: str
-    repo: str | None = None
     prompt: str = ""
 
 
@@ -262,7 +259,6 @@ def _accept(
         for part, keys in KEYS.items()
     }
     name = found["name"] if isinstance(found["name"], str) else place
-    repo = found["repo"] if isinstance(found["repo"], str) else None
     text, prompt = found["text"], ""
     if found["completion"] is not None:
         text, prompt = found["completion"], found["prompt"] or ""
@@ -278,7 +274,7 @@ def _accept(
         text = text.removeprefix("\ufeff").replace("\r\n", "\n")
         reason = _unusable(text, prompt, config.max_bytes)
         if not reason:
-            return Document(name, text, repo, prompt)
+            return Document(name, text, prompt)
     report.leave_out(name, reason)
     return None
 

@@ -24,6 +24,7 @@ from mqa_gpt.training.shards import (
 )
 
 LONG_LINE = 20  # characters; shorter lines are common to all files
+BATCH_CHARACTERS = 2**22  # that are tokenized at a time
 TRAINING, HELD_OUT, REPORT_FILE = "training", "held-out", "report.json"
 
 
@@ -121,14 +122,33 @@ def tokenize(
     Args:
         report: counts those that the tokenizer cannot express.
     """
-    for document in documents:
+    for batch in _batches(documents):
         try:
-            prompt = tokenizer.encode(document.prompt)
-            ids = prompt + tokenizer.encode(document.text, special_tokens=False)
-        except PromptError:
-            report.leave_out(document.name, "cannot be tokenized")
+            ids_of_texts = tokenizer.encode_batch(document.text for document in batch)
+            prompts = [tokenizer.encode(document.prompt) for document in batch]
+        except PromptError:  # of one of them
+            if len(batch) > 1:
+                for document in batch:
+                    yield from tokenize([document], tokenizer, report)
+            else:
+                report.leave_out(batch[0].name, "cannot be tokenized")
             continue
-        yield TokenizedDocument(ids, len(prompt))
+        for prompt, ids in zip(prompts, ids_of_texts, strict=True):
+            yield TokenizedDocument(prompt + ids, len(prompt))
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in groups that keep all cores busy."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _write(config: SourceConfig, tokenizer: Tokenizer, folder: Path) -> None:

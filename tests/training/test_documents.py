@@ -86,7 +86,7 @@ def test_what_is_no_file_or_cannot_be_read_is_left_out(folder: Path) -> None:
 
 LINES = [
     {"content": "one", "lang": "Python", "max_stars_repo_path": "p/one.py", "licenses": ["MIT"]},
-    {"text": "two", "language": "C", "license": "mit", "repo_name": "x/y"},
+    {"text": "two", "language": "C", "license": "mit"},
     {"content": "three", "lang": "python", "max_stars_repo_licenses": ["MIT", "GPL-3.0"]},
     {"content": "four", "licenses": []},
     {"prompt": "2 + 2 =", "completion": " 4"},
@@ -102,10 +102,10 @@ def test_json_lines_are_records(tmp_path: Path) -> None:
     documents, report = read(tmp_path)
     assert documents == [
         Document("p/one.py", "one"),
-        Document("data.jsonl:2", "two", "x/y"),
+        Document("data.jsonl:2", "two"),
         Document("data.jsonl:3", "three"),
         Document("data.jsonl:4", "four"),
-        Document("data.jsonl:5", " 4", None, "2 + 2 ="),
+        Document("data.jsonl:5", " 4", "2 + 2 ="),
         Document("data.jsonl:11", "last"),
     ]
     assert report.left_out == {
@@ -150,7 +150,7 @@ def test_a_parquet_file_has_the_columns_of_the_stack(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "data" / "part.parquet")
     (tmp_path / "data" / "torn.parquet").write_bytes(b"PAR1 and no more")
     documents, report = read(tmp_path, languages=("C",), licenses=("MIT",))
-    assert documents == [Document(f"{i}.py", f"text {i}", "a/b") for i in range(1, rows, 2)]
+    assert documents == [Document(f"{i}.py", f"text {i}") for i in range(1, rows, 2)]
     assert report.left_out["by language"] == rows // 2
     assert sum(report.left_out.values()) == rows // 2 + 1
 
