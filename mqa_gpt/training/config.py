@@ -82,6 +82,7 @@ class LoopConfig:
         steps: optimizer steps in all.
         batch_size: sequences per step, over all ranks.
         micro_batch_size: sequences per forward pass on one rank; divides `batch_size`.
+        repeat_batch: read the first batch in every step: a run that must learn it by heart.
         seed: of weights, data order and dropout.
         clip: the largest norm of the gradient; 0 does not clip.
         dtype: of matrix products. "bfloat16" is autocast: weights and moments stay float32.
@@ -106,6 +107,7 @@ class LoopConfig:
     steps: int = 1000
     batch_size: int = 8
     micro_batch_size: int = 8
+    repeat_batch: bool = False
     seed: int = 0
     clip: float = 1.0
     dtype: Literal["float32", "bfloat16"] = "float32"

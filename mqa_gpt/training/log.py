@@ -46,7 +46,7 @@ class RunLog:
         """Add a record. Numbers that are not finite are written as null.
 
         Args:
-            kind: "train", "held_out", "sample" or "event".
+            kind: "start", "train", "held_out", "sample" or "event".
             step: steps that are done.
             values: numbers, texts, or lists of them.
         """

@@ -114,6 +114,8 @@ class Trainer:
         So what a step reads depends on neither ranks nor micro-batches.
         """
         size, per_rank = self.config.run.micro_batch_size, self.per_rank
+        if samples is self.training and self.config.run.repeat_batch:
+            step = 0
         first = step * self.config.run.batch_size + self.world.rank * per_rank * size
         starts = range(first, first + per_rank * size, size)
         return [samples.rows(range(start, start + size)) for start in starts]

@@ -8,7 +8,10 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from mqa_gpt.errors import InputError
+from mqa_gpt.machine import cpu_name
 from mqa_gpt.progress import progress
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training import checkpoints
@@ -18,7 +21,7 @@ from mqa_gpt.training.export import export, gathered, written_texts
 from mqa_gpt.training.log import RunLog
 from mqa_gpt.training.loop import Step, Trainer
 from mqa_gpt.training.model import make_model
-from mqa_gpt.training.parallel import world
+from mqa_gpt.training.parallel import World, world
 from mqa_gpt.training.signals import RunInterruptedError, Signals, caught_signals
 from mqa_gpt.training.speed import Speed, speed_of
 
@@ -71,6 +74,7 @@ def train(
         speed = speed_of(model.config, config.data.length, ranks.device, config.run.dtype)
         log = RunLog(out if ranks.is_first else None, trainer.state.step, tensorboard)
         with closing(log):
+            log.write("start", trainer.state.step, **machine_facts(ranks, speed))
             Run(trainer, data.tokenizer, out, log, speed, signals, tell).steps()
         with trainer.averaged():
             final = gathered(trainer.model, ranks)
@@ -183,6 +187,19 @@ def require_folder(out: Path, config: RunConfig, resume: bool) -> None:
             raise InputError(
                 f"the run in {out} cannot be resumed with other settings: {'; '.join(changed)}"
             )
+
+
+def machine_facts(ranks: World, speed: Speed) -> dict[str, str | int | float]:
+    """Where a run is computed: what may change the last bits of its numbers, or its speed."""
+    is_gpu = ranks.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(ranks.device) if is_gpu else cpu_name(),
+        "ranks": ranks.size,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "peak_flops": speed.peak,
+        "peak_source": speed.source,
+    }
 
 
 def _is_due(done: int, every: int, steps: int) -> bool:

@@ -49,7 +49,7 @@ class TokenizerConfig:
     vocab_size: int = 4096
 
     def __post_init__(self) -> None:
-        require_int(ConfigError, "tokenizer.vocab_size", self.vocab_size, LEAST_SIZE)
+        require_int(ConfigError, "vocab_size", self.vocab_size, LEAST_SIZE)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:

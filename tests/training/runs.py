@@ -88,12 +88,12 @@ def last_tensors(run: Path) -> dict[str, Tensor]:
 
 
 def results(run: Path) -> list[dict[str, Any]]:
-    """The log of a run without what depends on the clock or on interruptions."""
+    """The log of a run without what depends on the clock and on interruptions."""
     timed = ("tokens_per_second", "mfu", "mfu_causal")
     return [
         {key: value for key, value in record.items() if key not in timed}
         for record in read_log(run)
-        if record["kind"] != "event"
+        if record["kind"] not in ("start", "event")
     ]
 
 
