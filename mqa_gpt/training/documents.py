@@ -165,11 +165,16 @@ def _records(source: str, config: SourceConfig, report: Report) -> Iterator[Reco
     root = Path(sysconfig.get_paths()["stdlib"] if is_library else source).expanduser()
     if root.is_file():
         yield from _records_of_file(root, root.name, config, report)
-    elif not root.is_dir():
+        return
+    if not root.is_dir():
         raise InputError(
             f"{root}, of data.sources, does not exist: name folders, .jsonl or .parquet files"
         )
-    for folder, folders, files in os.walk(root):
+
+    def skip(error: OSError) -> None:
+        report.leave_out(str(error.filename), f"cannot be read ({error.strerror})")
+
+    for folder, folders, files in os.walk(root, onerror=skip):
         folders.sort()
         if is_library:  # what is installed is not part of it
             folders[:] = [f for f in folders if f not in ("site-packages", "dist-packages")]

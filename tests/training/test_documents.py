@@ -76,6 +76,22 @@ def test_a_star_matches_slashes_and_a_slash_stands_before_every_name() -> None:
     assert not fits("x/json/decoder.py", ["json/decoder.py"])
 
 
+def test_a_folder_that_cannot_be_listed_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    documents, report = read(folder, include=("sub/*", "a.py"))
+    assert names(documents) == ["a.py"]
+    assert report.names["cannot be read (Permission denied)"] == [str(folder / "sub")]
+
+
 def test_what_is_no_file_or_cannot_be_read_is_left_out(folder: Path) -> None:
     os.mkfifo(folder / "pipe.py")
     (folder / "broken.py").symlink_to("nowhere")
@@ -116,7 +132,9 @@ def test_json_lines_are_records(tmp_path: Path) -> None:
     }
     with gzip.open(tmp_path / "data.jsonl.gz", "wt") as file:
         file.write(text)
-    assert [d.text for d in read(tmp_path / "data.jsonl.gz")[0]] == [d.text for d in documents]
+    again, report_again = read(tmp_path / "data.jsonl.gz")
+    assert [d.text for d in again] == [d.text for d in documents]
+    assert report_again.left_out == report.left_out
 
 
 def test_records_are_chosen_by_language_and_licence(tmp_path: Path) -> None:
