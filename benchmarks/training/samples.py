@@ -33,13 +33,13 @@ from mqa_gpt.training.shards import Corpus
 
 LENGTH, SEQUENCES = 1024, 512
 SETTINGS = {
-    "left to right": InfillingConfig(rate=(0.0,)),
+    "left to right": InfillingConfig(rate=0.0),
     "StarCoder's: half is infilled": InfillingConfig(),
-    "all is infilled": InfillingConfig(rate=(1.0,)),
-    "all, lines": InfillingConfig(rate=(1.0,), characters=0.0, lines=1.0),
-    "all, nodes": InfillingConfig(rate=(1.0,), characters=0.0, nodes=1.0),
+    "all is infilled": InfillingConfig(rate=1.0),
+    "all, lines": InfillingConfig(rate=1.0, characters=0.0, lines=1.0),
+    "all, nodes": InfillingConfig(rate=1.0, characters=0.0, nodes=1.0),
     "all, nodes, short pieces": InfillingConfig(
-        rate=(1.0,), characters=0.0, nodes=1.0, shortest_piece=64
+        rate=1.0, characters=0.0, nodes=1.0, piece_tokens=(64, 1024)
     ),
 }
 

@@ -368,7 +368,7 @@ def _flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, dict):
-        inside = ", ".join(f"{key} = {_toml_value(v)}" for key, v in value.items())
+        inside = ", ".join(f"{key} = {_toml_value(v)}" for key, v in value.items() if v is not None)
         return f"{{ {inside} }}" if inside else "{}"
     if isinstance(value, list):
         return f"[{', '.join(map(_toml_value, value))}]"

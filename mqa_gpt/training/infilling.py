@@ -46,32 +46,34 @@ class InfillingConfig:
     """The table `[data.infilling]`. The defaults are StarCoder's.
 
     Attributes:
-        rate: share of documents that are rearranged for infilling, one number for each epoch; the
-            last one holds from there on. `[0.5, 0.5, 0.9]` infills more from the third epoch on.
+        rate: share of documents that are rearranged for infilling, drawn anew in each epoch.
+        late_rate, late_epoch: the share from an epoch on, counted from 0; None keeps `rate`.
         spm_rate: share of rearranged pieces in SPM order; the others are in PSM order.
         characters, lines, nodes: shares of the kinds of holes; only their ratios matter.
-        shortest_piece: 0 cuts a document into pieces as long as their windows have room for. Above
-            0, lengths vary: each is drawn log-uniformly from so many tokens to a whole window.
+        piece_tokens: two numbers between which the length of each piece is drawn log-uniformly. By
+            default pieces are as long as their windows have room for.
     """
 
-    rate: tuple[float, ...] = (0.5,)
+    rate: float = 0.5
+    late_rate: float | None = None
+    late_epoch: int = 0
     spm_rate: float = 0.5
     characters: float = 1.0
     lines: float = 0.0
     nodes: float = 0.0
-    shortest_piece: int = 0
+    piece_tokens: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if not self.rate:
-            raise ConfigError("data.infilling.rate is empty: give at least one number")
-        for i, rate in enumerate(self.rate):
-            _require_share(f"rate[{i}]", rate)
-        _require_share("spm_rate", self.spm_rate)
-        for kind in KINDS:
-            _require_share(kind, getattr(self, kind))
+        for key in ("rate", "spm_rate", *KINDS):
+            _require_share(key, getattr(self, key))
+        if self.late_rate is not None:
+            _require_share("late_rate", self.late_rate)
+        require_int(ConfigError, "data.infilling.late_epoch", self.late_epoch, 0)
         if not any(self.shares):
             raise ConfigError("data.infilling: characters, lines and nodes are all 0: raise one")
-        require_int(ConfigError, "data.infilling.shortest_piece", self.shortest_piece, 0)
+        least = 1
+        for i, tokens in enumerate(self.piece_tokens or ()):
+            least = require_int(ConfigError, f"data.infilling.piece_tokens[{i}]", tokens, least)
 
     @property
     def shares(self) -> tuple[float, float, float]:
@@ -80,7 +82,9 @@ class InfillingConfig:
 
     def rate_in(self, epoch: int) -> float:
         """The share of documents that an epoch rearranges."""
-        return self.rate[min(epoch, len(self.rate) - 1)]
+        if self.late_rate is None or epoch < self.late_epoch:
+            return self.rate
+        return self.late_rate
 
 
 def _require_share(name: str, value: float) -> None:

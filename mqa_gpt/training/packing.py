@@ -171,8 +171,9 @@ class Packer:
         """The next piece, no longer than its window has room for; returns where it ends."""
         room = self._room - 1  # its <|endoftext|> is in the window too
         tokens = room - PROMPT_TOKENS - SLACK
-        if shortest := min(self.infilling.shortest_piece, self.length):
-            tokens = min(tokens, int(shortest * (self.length / shortest) ** rng.random()))
+        if self.infilling.piece_tokens is not None:
+            low, high = self.infilling.piece_tokens
+            tokens = min(tokens, int(low * (high / low) ** rng.random()))
         while tokens > 0 and (end := text.cut_at_line(begin, tokens)) > begin:
             ids, middle = rearrange(text.part(begin, end), self.tokenizer, self.infilling, rng)
             if len(ids) <= room:

@@ -176,10 +176,10 @@ class Blocks(Dataset[Block]):
     """The blocks of all epochs, each made from its number alone."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, config: DataConfig, seed: int) -> None:
-        if any(config.infilling.rate) and tokenizer.fim is None:
+        if (config.infilling.rate or config.infilling.late_rate) and tokenizer.fim is None:
             raise CheckpointError(
                 "this tokenizer cannot infill: it has no fill-in-the-middle tokens such as "
-                "<fim_prefix>; use another one, or set data.infilling.rate to [0]"
+                "<fim_prefix>; use another one, or set data.infilling.rate to 0"
             )
         self.corpus, self.config, self.seed = corpus, config, seed
         self.packer = Packer(tokenizer, config.infilling, config.length)

@@ -141,7 +141,9 @@ def card_texts(llm: LLM, config: RunConfig, training: dict[str, Any]) -> dict[st
         holes.shares, ("lie anywhere", "are one to three lines", "are nodes of the syntax tree"),
         strict=True,
     ) if share)  # fmt: skip
-    rates = " to ".join(f"{rate:.0%}" for rate in sorted({holes.rate[0], holes.rate[-1]}))
+    rates = f"{holes.rate:.0%}"
+    if holes.late_rate is not None:
+        rates += f" (from epoch {holes.late_epoch + 1} on {holes.late_rate:.0%})"
     infilling = (
         f"The documents are shuffled anew in each epoch, and {rates} of them are rearranged for "
         f"infilling ({holes.spm_rate:.0%} of these in SPM order): {', '.join(kinds)}."

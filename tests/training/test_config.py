@@ -27,7 +27,7 @@ n_head = 4
 sources = ["a folder"]
 length = 64
 [data.infilling]
-rate = [0.5, 0.9]
+piece_tokens = [64, 384]
 [run]
 steps = 7
 holes = [["before\\n", "\\n\\u00e9"]]
@@ -53,7 +53,7 @@ def test_sections_become_the_settings_of_their_parts(file: Path) -> None:
     config = read_run_config(file)
     assert config.model.sizes == {"n_layer": 3, "n_embd": 32, "n_head": 4}
     assert config.data.sources == ("a folder",)
-    assert config.data.infilling.rate == (0.5, 0.9)
+    assert config.data.infilling.piece_tokens == (64, 384)
     assert config.run.steps == 7
     assert config.run.holes == (("before\n", "\né"),)
     assert config.optimizer.name == "adamw"
@@ -88,7 +88,7 @@ def test_starcoderbase_1b_is_the_published_recipe() -> None:
     assert (optimizer.weight_decay, run.clip, run.dtype) == (0.1, 1.0, "bfloat16")
     assert (schedule.name, schedule.warmup_steps, schedule.final) == ("cosine", 2000, 0.1)
     assert (run.batch_size, run.steps, config.data.length) == (128, 1_000_000, 8192)
-    assert (config.data.infilling.rate, config.data.infilling.spm_rate) == ((0.5,), 0.5)
+    assert (config.data.infilling.rate, config.data.infilling.spm_rate) == (0.5, 0.5)
 
 
 def test_overrides_replace_settings_and_text_needs_no_quotes(file: Path) -> None:

@@ -178,19 +178,22 @@ def test_shares_of_holes_are_ratios() -> None:
     assert 25 < names < 125
 
 
-def test_the_rate_of_the_last_epoch_holds_from_there_on() -> None:
-    config = InfillingConfig(rate=(0.1, 0.9))
-    assert [config.rate_in(epoch) for epoch in range(4)] == [0.1, 0.9, 0.9, 0.9]
+def test_another_rate_may_hold_from_an_epoch_on() -> None:
+    config = InfillingConfig(rate=0.1, late_rate=0.9, late_epoch=2)
+    assert [config.rate_in(epoch) for epoch in range(4)] == [0.1, 0.1, 0.9, 0.9]
+    assert InfillingConfig(rate=0.1, late_epoch=2).rate_in(3) == 0.1
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rate": ()}, "rate is empty"),
-        ({"rate": (0.5, 1.5)}, r"rate\[1\] is 1.5"),
+        ({"rate": 1.5}, "rate is 1.5"),
+        ({"late_rate": 1.5}, "late_rate is 1.5"),
+        ({"late_epoch": -1}, "late_epoch is -1"),
         ({"spm_rate": -1.0}, "spm_rate is -1.0"),
         ({"characters": 0.0}, "are all 0"),
-        ({"shortest_piece": -1}, "shortest_piece is -1"),
+        ({"piece_tokens": (0, 5)}, r"piece_tokens\[0\] is 0"),
+        ({"piece_tokens": (5, 4)}, r"piece_tokens\[1\] is 4"),
     ],
 )
 def test_unusable_settings_are_refused(changes: dict[str, object], message: str) -> None:

@@ -128,13 +128,13 @@ def test_a_window_is_filled_with_the_next_example_that_fits_and_else_padded() ->
 @given(
     texts=documents,
     length=st.integers(16, 200),
-    shortest=st.sampled_from([0, 20]),
+    between=st.sampled_from([None, (20, 100)]),
     seed=st.integers(0, 9),
 )
 def test_every_piece_ends_in_its_window_and_the_pieces_are_the_documents(
-    tokenizer: Tokenizer, texts: list[str], length: int, shortest: int, seed: int
+    tokenizer: Tokenizer, texts: list[str], length: int, between: tuple[int, int] | None, seed: int
 ) -> None:
-    infilling = InfillingConfig(lines=0.5, nodes=0.5, shortest_piece=shortest)
+    infilling = InfillingConfig(lines=0.5, nodes=0.5, piece_tokens=between)
     packer = Packer(tokenizer, infilling, length)
     of = parts(texts, tokenizer, seed=seed)
     windows = -(-3 * sum(len(part.ids) + 9 for part in of) // length)  # more than enough
@@ -172,16 +172,17 @@ def test_hardly_anything_stays_left_to_right_when_everything_is_infilled() -> No
     assert (kinds == MASKED).float().mean() < 0.01
 
 
-def test_pieces_vary_in_length_if_a_shortest_one_is_given() -> None:
-    def lengths(shortest: int) -> list[int]:
-        packer = Packer(TOKENIZER, InfillingConfig(shortest_piece=shortest), 1000)
+def test_lengths_of_pieces_vary_between_two_numbers_if_given() -> None:
+    def lengths(between: tuple[int, int] | None) -> list[int]:
+        packer = Packer(TOKENIZER, InfillingConfig(piece_tokens=between), 1000)
         ids, _ = pack(packer, parts([40 * CODE], TOKENIZER), 15)
-        return [len(piece) for piece in pieces(ids)[:-1] if piece[0] == 1]  # <fim_prefix>
+        return [len(piece) - 3 for piece in pieces(ids)[:-1] if piece[:1] == [1]]  # <fim_prefix>
 
-    assert min(lengths(0)) > 500
-    varied = lengths(64)
-    assert sum(length < 300 for length in varied) > 5
-    assert sum(length > 300 for length in varied) > 5
+    assert min(lengths(None)) > 400
+    varied = lengths((64, 640))
+    assert max(varied) <= 640
+    assert sum(length < 200 for length in varied) > 10
+    assert sum(length > 200 for length in varied) > 10
 
 
 def test_a_part_may_begin_and_end_inside_a_character() -> None:

@@ -20,7 +20,7 @@ from tests.training.test_infilling import CODE
 
 TOKENIZER = Tokenizer(byte_tokenizer(*SPECIALS))
 END = 0
-LEFT = InfillingConfig(rate=(0.0,))
+LEFT = InfillingConfig(rate=0.0)
 HALF = InfillingConfig(lines=1.0)
 
 
@@ -129,7 +129,7 @@ def test_making_samples_draws_nothing_from_the_global_generators() -> None:
 
 
 def test_labels_are_the_next_tokens_and_have_their_kinds() -> None:
-    batch = samples(InfillingConfig(rate=(1.0,))).rows(range(40))
+    batch = samples(InfillingConfig(rate=1.0)).rows(range(40))
     counted = batch.labels[:, :-1] != IGNORED
     assert torch.equal(batch.labels[:, :-1][counted], batch.ids[:, 1:][counted])
     assert torch.equal(batch.labels == IGNORED, batch.kinds == MASKED)
@@ -162,7 +162,7 @@ def test_documents_are_numbered_where_they_do_not_see_each_other() -> None:
 
 
 def test_the_rate_may_rise_with_the_epochs() -> None:
-    data = samples(InfillingConfig(rate=(0.0, 1.0)))
+    data = samples(InfillingConfig(rate=0.0, late_rate=1.0, late_epoch=1))
 
     def share(epoch: int) -> float:
         kinds = data.rows(range(epoch * len(data), (epoch + 1) * len(data))).kinds
@@ -176,7 +176,7 @@ def test_the_rate_may_rise_with_the_epochs() -> None:
 def test_what_infilling_adds_displaces_little() -> None:
     text = TOKENIZER.encode(30 * CODE, special_tokens=False)
     one = corpus_in_memory([TokenizedDocument(text) for _ in range(10)])
-    config = DataConfig(length=512, infilling=InfillingConfig(rate=(1.0,)))
+    config = DataConfig(length=512, infilling=InfillingConfig(rate=1.0))
     data = Samples(one, TOKENIZER, config)
     ids = data.rows(range(len(data))).ids
     assert (ids > 4).sum() > 0.97 * one.tokens
