@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mqa_gpt.errors import ConfigError, InputError, require_int, require_number
+from mqa_gpt.training.shards import is_prepared
 
 STANDARD_LIBRARY = "python-standard-library"  # a source that every machine with Python has
 
@@ -166,6 +167,11 @@ def _records(source: str, config: SourceConfig, report: Report) -> Iterator[Reco
     if root.is_file():
         yield from _records_of_file(root, root.name, config, report)
         return
+    if is_prepared(root):
+        raise InputError(
+            f"{root} holds tokenized documents: make it the only one of data.sources, and name its "
+            "tokenizer in tokenizer.source"
+        )
     if not root.is_dir():
         raise InputError(
             f"{root}, of data.sources, does not exist: name folders, .jsonl or .parquet files"

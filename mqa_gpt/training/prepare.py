@@ -10,14 +10,18 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
+from mqa_gpt.checkpoints.files import read_json
 from mqa_gpt.errors import InputError, PromptError
 from mqa_gpt.progress import status
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training.documents import Document, Report, SourceConfig, fits, read_documents
 from mqa_gpt.training.shards import (
+    HELD_OUT,
+    TRAINING,
     Corpus,
     TokenizedDocument,
     is_corpus,
+    is_prepared,
     open_corpus,
     write_corpus,
     written_at_once,
@@ -25,7 +29,7 @@ from mqa_gpt.training.shards import (
 
 LONG_LINE = 20  # characters; shorter lines are common to all files
 BATCH_CHARACTERS = 2**22  # that are tokenized at a time
-TRAINING, HELD_OUT, REPORT_FILE = "training", "held-out", "report.json"
+REPORT_FILE = "report.json"
 
 
 class Corpora(NamedTuple):
@@ -46,7 +50,8 @@ def prepare(config: SourceConfig, tokenizer: Tokenizer, folder: str | PathLike[s
     """Read and tokenize a run's documents, or open what an earlier call has left in `folder`.
 
     A resumed run reads the same data even if the sources have changed since. If `config.sources` is
-    one folder that this function has written before, it is opened where it is.
+    one folder that this function has written before, it is opened where it is, whatever the other
+    settings are.
 
     Args:
         folder: where the corpora go.
@@ -56,16 +61,19 @@ def prepare(config: SourceConfig, tokenizer: Tokenizer, folder: str | PathLike[s
             `folder` are damaged or of another tokenizer.
     """
     folder = Path(folder)
-    if len(config.sources) == 1 and is_corpus(Path(config.sources[0]) / TRAINING):
+    if len(config.sources) == 1 and is_prepared(Path(config.sources[0])):
         folder = Path(config.sources[0])
-    if not is_corpus(folder / TRAINING):
+    if not is_prepared(folder):
         _write(config, tokenizer, folder)
-    held_out = folder / HELD_OUT
-    values = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    held_out, report = folder / HELD_OUT, folder / REPORT_FILE
+    try:
+        read = Report(**read_json(report, InputError))
+    except TypeError as error:
+        raise InputError(f"{report} is damaged ({error}): prepare the data again") from None
     return Corpora(
         training=open_corpus(folder / TRAINING, tokenizer),
         held_out=open_corpus(held_out, tokenizer) if is_corpus(held_out) else None,
-        report=Report(**values),
+        report=read,
     )
 
 

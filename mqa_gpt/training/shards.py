@@ -40,6 +40,7 @@ from mqa_gpt.errors import InputError, shown
 from mqa_gpt.tokenizer import Tokenizer
 
 FORMAT, VERSION = "mqa-gpt token shards", 1
+TRAINING, HELD_OUT = "training", "held-out"  # a run's corpora
 INDEX_FILE, DOCUMENTS_FILE = "index.json", "documents.bin"
 SHARD_TOKENS = 2**27  # 256 MiB at two bytes a token
 WIDTHS: dict[str, Literal["H", "I"]] = {"uint16": "H", "uint32": "I"}  # of `array` and `memoryview`
@@ -232,6 +233,11 @@ def is_corpus(folder: Path) -> bool:
     return (folder / INDEX_FILE).is_file() and (folder / DOCUMENTS_FILE).is_file()
 
 
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder looks like one that `mqa_gpt.training.prepare.prepare` made."""
+    return is_corpus(folder / TRAINING)
+
+
 def shard_name(number: int) -> str:
     """The file of a shard."""
     return f"tokens-{number:05d}.bin"
@@ -262,8 +268,10 @@ def _batches(
 
 def _columns(records: array[int]) -> tuple[Tensor, Tensor, array[int]]:
     """Lengths and prompts, int64, and checksums of the documents."""
-    lengths, prompts = (torch.tensor(records[i::3].tolist(), dtype=torch.int64) for i in range(2))
-    return lengths, prompts, records[2::3]
+    if not records:
+        return torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), records
+    table = torch.frombuffer(records, dtype=torch.int32).view(-1, 3)  # (documents, 3)
+    return table[:, 0].long(), table[:, 1].long(), records[2::3]
 
 
 def _read_index(file: Path) -> dict[str, Any]:

@@ -94,6 +94,20 @@ def test_a_prepared_folder_is_a_source_itself(folder: Path, tmp_path: Path) -> N
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_tokenized_documents_are_not_read_as_text(folder: Path, tmp_path: Path) -> None:
+    prepare(config(folder), TOKENIZER, tmp_path / "data")
+    both = SourceConfig(sources=(str(folder), str(tmp_path / "data")))
+    with pytest.raises(InputError, match="data holds tokenized documents"):
+        prepare(both, TOKENIZER, tmp_path / "more")
+
+
+def test_a_damaged_report_is_named(folder: Path, tmp_path: Path) -> None:
+    prepare(config(folder), TOKENIZER, tmp_path / "data")
+    (tmp_path / "data" / "report.json").write_text("[]")
+    with pytest.raises(InputError, match=r"report.json is damaged"):
+        prepare(config(folder), TOKENIZER, tmp_path / "data")
+
+
 def test_data_of_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
     prepare(config(folder), TOKENIZER, tmp_path / "data")
     with pytest.raises(InputError, match="tokenized with another tokenizer"):
