@@ -55,16 +55,9 @@ class Experiment:
         settings = {**VARIANTS[variant], "lr": lr, "weight_decay": self.options.weight_decay}
         if settings["name"] == "muon":
             settings |= {"lr": self.rates["AdamW"], "muon_lr": lr}
-        config = run_config(
-            self.options,
-            optimizer=settings,
-            run={**self._run_section(), "seed": seed, "steps": steps},
-        )
+        config = run_config(self.options, optimizer=settings, run={"seed": seed, "steps": steps})
         short = variant.replace(",", "").replace(" ", "-")
         return train(f"{short}_{lr:g}_{seed}_{steps}", config, self.data, self.options)[1]
-
-    def _run_section(self) -> dict[str, Any]:
-        return dataclasses.asdict(run_config(self.options).run)
 
     def tune(self, variant: str) -> dict[str, float]:
         """The final loss by learning rate, with the first seed; keeps the best rate."""

@@ -88,6 +88,7 @@ def run_config(options: argparse.Namespace, **sections: dict[str, Any]) -> RunCo
         },
         "data": {
             "sources": ["python-standard-library"],
+            "include": ["*.py"],
             "exclude": NOT_THE_LIBRARY,
             "held_out": HELD_OUT,
             "length": options.length,
