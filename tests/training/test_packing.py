@@ -15,6 +15,7 @@ from mqa_gpt.training.packing import (
     LEFT_TO_RIGHT,
     MASKED,
     MIDDLE,
+    SLACK,
     Packer,
     Part,
     middle_left,
@@ -129,16 +130,24 @@ def test_a_window_is_filled_with_the_next_example_that_fits_and_else_padded() ->
     texts=documents,
     length=st.integers(16, 200),
     between=st.sampled_from([None, (20, 100)]),
+    slack=st.sampled_from([0, SLACK]),  # without it pieces end where their windows do
     seed=st.integers(0, 9),
 )
 def test_every_piece_ends_in_its_window_and_the_pieces_are_the_documents(
-    tokenizer: Tokenizer, texts: list[str], length: int, between: tuple[int, int] | None, seed: int
+    tokenizer: Tokenizer,
+    texts: list[str],
+    length: int,
+    between: tuple[int, int] | None,
+    slack: int,
+    seed: int,
 ) -> None:
     infilling = InfillingConfig(lines=0.5, nodes=0.5, piece_tokens=between)
     packer = Packer(tokenizer, infilling, length)
     of = parts(texts, tokenizer, seed=seed)
     windows = -(-3 * sum(len(part.ids) + 9 for part in of) // length)  # more than enough
-    ids, kinds = pack(packer, of, windows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mqa_gpt.training.packing.SLACK", slack)
+        ids, kinds = pack(packer, of, windows)
     fim = tokenizer.fim
     assert fim is not None
 
