@@ -70,6 +70,12 @@ def run(
             metavar="NAME", help="cpu, cuda, cuda:1, ... Default: the GPU if there is one."
         ),
     ] = None,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            metavar="N", help="Ranks that share each layer; the batch is shared by the others."
+        ),
+    ] = 1,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Also write TensorBoard's files.")
     ] = False,
@@ -80,7 +86,8 @@ def run(
     The run's folder gets config.toml, log.jsonl, checkpoints and, at the end, the model in a form
     that transformers loads. Ctrl-C and SIGTERM write a checkpoint first; --resume continues from
     the last one and computes what an uninterrupted run would have. Under torchrun the ranks share
-    the work. See also `mqa-gpt train plot --help` and `mqa-gpt train export --help`.
+    the work. More
+    commands: train plot, train export.
 
     \b
     Examples:
@@ -104,11 +111,46 @@ def run(
         raise InputError("--out is missing: name a folder for the run")
     note(settings_text(read))
     try:
-        start(read, out, resume=resume, device=device, tensorboard=tensorboard, say=note)
+        start(
+            read,
+            out,
+            resume=resume,
+            device=device,
+            tensor_parallel=tensor_parallel,
+            tensorboard=tensorboard,
+            say=note,
+        )
     except RunInterruptedError as interruption:
         if interruption.number == signal.SIGINT:
             raise KeyboardInterrupt from None
         raise typer.Exit(128 + interruption.number) from None
+
+
+@train.command()
+def export(
+    run: RunFolder,
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder to write.")],
+    step: Annotated[
+        int | None, typer.Option(metavar="N", help="Of which checkpoint. Default: the last.")
+    ] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="The checkpoint with the least held-out loss.")
+    ] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The weights of the step, even if a run averages them.")
+    ] = False,
+) -> None:
+    """Write the model of a run's checkpoint, with its tokenizer, for mqa-gpt and transformers.
+
+    \b
+    Examples:
+      mqa-gpt train export run model
+      mqa-gpt train export run model --best
+      mqa-gpt train export run model --step 400
+    """
+    from mqa_gpt.training.export import export_checkpoint
+
+    write(f"{export_checkpoint(run, model, step=step, best=best, raw=raw)}\n")
 
 
 @train.command()

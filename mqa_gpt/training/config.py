@@ -151,6 +151,8 @@ _LEAST = {
     "sample_tokens": 1,
 }
 
+CONFIG_FILE = "config.toml"  # in a run's folder, with every setting
+
 # What may differ when a run is resumed: it has no influence on the steps that are done.
 FREE_ON_RESUME = tuple(
     f"run.{key}"

@@ -26,6 +26,7 @@ from mqa_gpt.training.objective import Objective, add_gradients, mean_losses
 from mqa_gpt.training.optimizers import make_optimizers, set_rates
 from mqa_gpt.training.parallel import World, clip_gradients, shard
 from mqa_gpt.training.samples import Batch, Samples
+from mqa_gpt.training.tensor_parallel import divide, fused, tensor_parallel
 
 SPIKE_WINDOW = 64  # good steps whose gradient norms say what is usual
 
@@ -87,6 +88,8 @@ class Trainer:
                 "one of the three"
             )
         self.per_rank = count // world.size  # micro-batches in a step
+        if world.tensor_mesh is not None:
+            tensor_parallel(model, world.tensor_mesh)
         prepare_blocks(model, run)
         self.objective = Objective(model, run.dtype, config.data.within_documents)
         shard(self.objective, world)
@@ -176,11 +179,15 @@ class Trainer:
 
     def save(self, folder: Path) -> Path:
         """Write a checkpoint of the run in `folder`; see `checkpoints.save`."""
-        return checkpoints.save(folder, self.state, self.tensors(), self.config.run.keep)
+        tensors = fused(self.tensors(), self.model.config)
+        return checkpoints.save(folder, self.state, tensors, self.config.run.keep)
 
     def load(self, checkpoint: Path) -> None:
         """Continue from a checkpoint; see `checkpoints.load`."""
-        self.state = checkpoints.load(checkpoint, self.tensors())
+        tensors = self.tensors()
+        joined = fused(tensors, self.model.config)
+        self.state = checkpoints.load(checkpoint, joined)
+        divide(joined, tensors, self.model.config)
         if self.average is not None:
             self.average.updates = self.state.step - self.state.skipped
 

@@ -79,7 +79,7 @@ def make_optimizers(model: GPT, config: OptimizerConfig) -> list[torch.optim.Opt
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_hidden = config.name == "muon" and ".h." in name and parameter.ndim == 2
-            is_fused = is_hidden and ".c_attn." in name and config.split_qkv
+            is_fused = is_hidden and name.endswith("c_attn.weight") and config.split_qkv
             (fused if is_fused else hidden if is_hidden else rest).append(parameter)
 
     optimizers: list[torch.optim.Optimizer] = []

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from mqa_gpt.checkpoints.placement import as_device
+from mqa_gpt.errors import InputError
 from mqa_gpt.model import Block
 
 
@@ -27,35 +28,39 @@ class World:
     """The ranks of a run, seen from one of them.
 
     Attributes:
-        rank, size: which of how many processes.
-        device: where this rank computes.
-        mesh: of all ranks; None if there is only one.
+        rank, size: which share of a batch this rank computes, of how many.
+        device: where.
+        mesh: of the ranks with different shares, maybe of one; None if there is only this process.
+        tensor_mesh: of the ranks that compute the same share together; None if each is alone.
+        is_first: whether this is the rank that writes what is written once.
     """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None
+    tensor_mesh: DeviceMesh | None = None
+    is_first: bool = True
 
     @property
-    def is_first(self) -> bool:
-        """Whether this rank writes what is written once."""
-        return self.rank == 0
+    def ranks(self) -> int:
+        """Of all kinds."""
+        return self.size * (1 if self.tensor_mesh is None else self.tensor_mesh.size())
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks, on each of them; in place."""
+        """The sum over the shares of a batch, on each rank; in place."""
         if self.mesh is not None:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.mesh.get_group())
         return tensor
 
     def wait(self) -> None:
         """Return when all ranks are here."""
-        if self.mesh is not None:
+        if self.ranks > 1:
             dist.barrier()
 
-    def any(self, value: int) -> int:
+    def largest(self, value: int) -> int:
         """The largest value of all ranks, on each of them."""
-        if self.mesh is None:
+        if self.ranks == 1:
             return value
         tensor = torch.tensor(value, device=self.device)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
@@ -63,15 +68,24 @@ class World:
 
 
 @contextmanager
-def world(device: str | None = None) -> Iterator[World]:
+def world(device: str | None = None, tensor_parallel: int = 1) -> Iterator[World]:
     """The ranks that torchrun has started, or this process alone.
 
     Args:
         device: as in `as_device`; with several ranks each takes the GPU of its local rank.
+        tensor_parallel: how many neighbouring ranks compute a share of the batch together.
+
+    Raises:
+        InputError: that many do not divide the ranks.
     """
     chosen = as_device(device)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if "RANK" not in os.environ or size == 1:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if tensor_parallel < 1 or ranks % tensor_parallel:
+        raise InputError(
+            f"tensor_parallel is {tensor_parallel} and there are {ranks} ranks: it must divide "
+            "them; torchrun --nproc-per-node N starts N ranks"
+        )
+    if ranks == 1:
         yield World(0, 1, chosen)
         return
     if chosen.type == "cuda":
@@ -79,13 +93,23 @@ def world(device: str | None = None) -> Iterator[World]:
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield World(dist.get_rank(), size, chosen, init_device_mesh(chosen.type, (size,)))
+        shares = ranks // tensor_parallel
+        names = ("share", "tensor")
+        mesh = init_device_mesh(chosen.type, (shares, tensor_parallel), mesh_dim_names=names)
+        yield World(
+            rank=dist.get_rank() // tensor_parallel,
+            size=shares,
+            device=chosen,
+            mesh=mesh["share"],
+            tensor_mesh=mesh["tensor"] if tensor_parallel > 1 else None,
+            is_first=dist.get_rank() == 0,
+        )
     finally:
         dist.destroy_process_group()
 
 
 def shard(objective: nn.Module, world: World) -> None:
-    """Spread parameters, gradients and moments over the ranks (FSDP2), block by block.
+    """Spread parameters, gradients and moments over the shares of a batch (FSDP2), block by block.
 
     What is not in a block is one group: the tied `wte` and `lm_head` are one parameter, which two
     groups cannot both hold. Gradients are summed, not averaged: the loss is divided already.
@@ -121,8 +145,21 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def clip_gradients(model: nn.Module, largest: float) -> float:
-    """Scale the gradient down to a norm of `largest`, unless that is 0; returns its norm before."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    """Scale the gradient down to a norm of `largest`, unless that is 0; returns its norm before.
+
+    The norm is that of all parameters on all ranks. PyTorch's functions take only gradients that
+    are spread over the same ranks, so it is put together from one norm for each way of spreading.
+    """
+    groups: dict[object, list[Tensor]] = {}
+    for parameter in model.parameters():
+        grad = parameter.grad
+        if grad is not None:
+            key = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
+            groups.setdefault(key, []).append(grad)
+    norms = [whole(torch.nn.utils.get_total_norm(grads)) for grads in groups.values()]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     if largest:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm)
-    return float(whole(norm))
+        factor = float((largest / (norm + 1e-6)).clamp(max=1.0))  # as clip_grad_norm_
+        for grads in groups.values():
+            torch._foreach_mul_(grads, factor)
+    return float(norm)

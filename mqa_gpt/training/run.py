@@ -15,7 +15,7 @@ from mqa_gpt.machine import cpu_name
 from mqa_gpt.progress import progress
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training import checkpoints
-from mqa_gpt.training.config import RunConfig, differences, read_run_config, to_toml
+from mqa_gpt.training.config import CONFIG_FILE, RunConfig, differences, read_run_config, to_toml
 from mqa_gpt.training.data import load_data
 from mqa_gpt.training.export import export, gathered, written_texts
 from mqa_gpt.training.log import RunLog
@@ -25,7 +25,7 @@ from mqa_gpt.training.parallel import World, world
 from mqa_gpt.training.signals import RunInterruptedError, Signals, caught_signals
 from mqa_gpt.training.speed import Speed, speed_of
 
-CONFIG_FILE, MODEL_FOLDER = "config.toml", "model"
+MODEL_FOLDER = "model"
 
 
 def train(
@@ -34,6 +34,7 @@ def train(
     *,
     resume: bool = False,
     device: str | None = None,
+    tensor_parallel: int = 1,
     tensorboard: bool = False,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -45,6 +46,7 @@ def train(
         resume: continue from the last checkpoint in `out`; what follows is what an uninterrupted
             run would have computed, bit for bit, on the same machine and number of ranks.
         device: None takes CUDA where there is one, else the CPU.
+        tensor_parallel: how many neighbouring ranks share each layer (see `tensor_parallel.py`).
         tensorboard: also write TensorBoard's files.
         say: gets a line for each thing worth a line, on the first rank.
 
@@ -54,7 +56,7 @@ def train(
         FloatingPointError: a bad step that the config wants to stop at; a checkpoint is written.
         RunInterruptedError: SIGINT or SIGTERM arrived; a checkpoint is written.
     """
-    with world(device) as ranks, caught_signals() as signals:
+    with world(device, tensor_parallel) as ranks, caught_signals() as signals:
         tell = say if ranks.is_first else _say_nothing
         require_folder(out, config, resume)
         ranks.wait()  # before one of them makes it
@@ -68,7 +70,7 @@ def train(
         if resume and (found := checkpoints.complete(out)):
             trainer.load(found[-1])
         tell(
-            f"{model.config.parameters:,} parameters on {ranks.size} x {ranks.device}, "
+            f"{model.config.parameters:,} parameters on {ranks.ranks} x {ranks.device.type}, "
             f"step {trainer.state.step:,} of {config.run.steps:,}"
         )
         speed = speed_of(model.config, config.data.length, ranks.device, config.run.dtype)
@@ -120,7 +122,7 @@ class Run:
                     self.write_texts()
                 if _is_due(done, run.save_every, run.steps):
                     self.save()
-                received = trainer.world.any(self.signals.received)
+                received = trainer.world.largest(self.signals.received)
                 if received and done < run.steps:
                     self.log.write("event", done, message=signal.Signals(received).name)
                     self.save()
@@ -129,7 +131,7 @@ class Run:
     def record(self, step: Step, show: Callable[[int, str], None]) -> None:
         """One line of the log, and the progress bar."""
         done, rate = self.trainer.state.step, step.tokens / step.seconds
-        used = self.speed.utilisation(rate / self.trainer.world.size)
+        used = self.speed.utilisation(rate / self.trainer.world.ranks)
         self.log.write(
             "train",
             done,
@@ -195,6 +197,7 @@ def machine_facts(ranks: World, speed: Speed) -> dict[str, str | int | float]:
     return {
         "device": torch.cuda.get_device_name(ranks.device) if is_gpu else cpu_name(),
         "ranks": ranks.size,
+        "tensor_parallel": ranks.ranks // ranks.size,
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "peak_flops": speed.peak,

@@ -73,8 +73,15 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> None:
     assert [child.exitcode for child in children] == [0] * size
 
 
-def start(config: RunConfig, out: Path, resume: bool = False) -> None:
-    train(config, out, resume=resume, device="cpu", say=say_nothing)
+def start(config: RunConfig, out: Path, resume: bool = False, tensor_parallel: int = 1) -> None:
+    train(
+        config,
+        out,
+        resume=resume,
+        device="cpu",
+        tensor_parallel=tensor_parallel,
+        say=say_nothing,
+    )
 
 
 SHORT = {"run_steps": 5, "run_evaluate_every": 3, "run_save_every": 2}
@@ -139,7 +146,7 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(sources: Path, tmp_path
     assert checkpoints.complete(tmp_path / "run")[-1].name == "step-00000007"
 
 
-def interrupted(config: RunConfig, out: Path, done: int) -> None:
+def interrupted(config: RunConfig, out: Path, done: int, tensor_parallel: int = 1) -> None:
     """A run that ends as a crash would, when so many steps are done."""
     original = Trainer.step
 
@@ -151,7 +158,7 @@ def interrupted(config: RunConfig, out: Path, done: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "step", step)
         with pytest.raises(RuntimeError, match="had died"):
-            start(config, out)
+            start(config, out, tensor_parallel=tensor_parallel)
 
 
 def signalled(config: RunConfig, out: Path) -> None:
