@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mqa_gpt.errors import ConfigError
+from mqa_gpt.fim import fim_transform
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training.infilling import (
     KINDS,
@@ -20,51 +21,13 @@ from mqa_gpt.training.infilling import (
     node_hole,
     rearrange,
 )
-from tests.helpers import SPECIALS, byte_tokenizer
+from tests.training.texts import CODE, DEMO, TOKENIZER, original
 
-CODE = '''import os
-
-
-class Café:
-    """Über all."""
-
-    @property
-    def name(self, *, größe: int = 3) -> str:
-        # a comment
-        if self.open and größe > 2:
-            return f"{self.x!r} \\\\d {größe:>{3}}"
-        elif None:
-            return [y for y in (1, 2,
-                                3)]
-        else:
-            del self.x[0], os.environ["ä"]
-        try:
-            pass
-        except (OSError, ValueError) as error:
-            raise RuntimeError from error
-
-
-print(Café().name(größe=4))
-'''
-
-TOKENIZER = Tokenizer(byte_tokenizer(*SPECIALS))
-DEMO = Tokenizer.from_pretrained("mqa_gpt/demo")
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=80) | st.text(
     " \n\tab(.:é", max_size=80
 )
 configs = st.sampled_from([InfillingConfig(spm_rate=r, **{"characters": 0.0, kind: 1.0})
                            for kind in KINDS for r in (0.0, 1.0)])  # fmt: skip
-
-
-def original(ids: list[int], tokenizer: Tokenizer) -> str:
-    """The text that was rearranged: in both orders, what stands before the suffix comes first, then
-    what follows `<fim_middle>`, then the suffix."""
-    fim = tokenizer.fim
-    assert fim is not None
-    assert ids[0] == fim.prefix
-    suffix, middle = ids.index(fim.suffix), ids.index(fim.middle)
-    before, after, rest = ids[1:suffix], ids[suffix + 1 : middle], ids[middle + 1 :]
-    return tokenizer.decode([*before, *rest, *after], skip_special_tokens=False)
 
 
 @pytest.mark.parametrize("tokenizer", [TOKENIZER, DEMO], ids=["bytes", "demo"])
@@ -76,6 +39,16 @@ def test_prefix_middle_and_suffix_are_the_text(
     assert original(ids, tokenizer) == text
     start, end = draw_hole(text, config, random.Random(seed))
     assert tokenizer.decode(ids[middle:]) == text[start:end]
+
+
+@given(text=texts, seed=st.integers(0, 100), spm_rate=st.sampled_from([0.0, 0.5, 1.0]))
+def test_by_default_a_text_is_rearranged_as_the_book_does_it(
+    text: str, seed: int, spm_rate: float
+) -> None:
+    config = InfillingConfig(spm_rate=spm_rate)
+    ids, _ = rearrange(text, DEMO, config, random.Random(seed))
+    expected = fim_transform(text, DEMO, random.Random(seed), rate=1.0, spm_rate=spm_rate)
+    assert ids == expected
 
 
 def test_spm_rate_is_the_share_of_spm() -> None:

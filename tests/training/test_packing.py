@@ -21,7 +21,7 @@ from mqa_gpt.training.packing import (
     middle_left,
 )
 from tests.helpers import SPECIALS, byte_tokenizer
-from tests.training.test_infilling import CODE, DEMO, TOKENIZER, original
+from tests.training.texts import CODE, DEMO, TOKENIZER, original
 
 END = 0
 ALL = (1.0,)

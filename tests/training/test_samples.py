@@ -16,7 +16,7 @@ from mqa_gpt.training.packing import CONTEXT, LEFT_TO_RIGHT, MASKED, MIDDLE
 from mqa_gpt.training.samples import IGNORED, Batch, DataConfig, Samples
 from mqa_gpt.training.shards import Corpus, TokenizedDocument, corpus_in_memory
 from tests.helpers import SPECIALS, byte_tokenizer
-from tests.training.test_infilling import CODE
+from tests.training.texts import CODE
 
 TOKENIZER = Tokenizer(byte_tokenizer(*SPECIALS))
 END = 0
