@@ -85,7 +85,8 @@ def save(run: Path, state: RunState, tensors: Mapping[str, Tensor], keep: int) -
         _barrier()
     except (OSError, CheckpointException) as error:
         raise CheckpointError(
-            f"the checkpoint of step {state.step} cannot be written to {folder.parent} ({error}): "
+            f"the checkpoint of step {state.step} cannot be written to {folder.parent} "
+            f"({_reason(error)}): "
             "make room there and resume the run"
         ) from None
     return folder
@@ -106,7 +107,7 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> RunState:
         return read_state(folder)
     except (OSError, ValueError, KeyError, RuntimeError, CheckpointException) as error:
         raise CheckpointError(
-            f"{folder} cannot be loaded ({error}): remove it to resume from the one before"
+            f"{folder} cannot be loaded ({_reason(error)}): remove it to resume from the one before"
         ) from None
 
 
@@ -158,6 +159,11 @@ def _rank() -> int:
 def _barrier() -> None:
     if dist.is_initialized():
         dist.barrier()
+
+
+def _reason(error: Exception) -> str:
+    """In one line: that of a rank's exception ends with its message, after a traceback."""
+    return str(error).strip().splitlines()[-1]
 
 
 def _sync(path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from mqa_gpt.errors import InputError
 from mqa_gpt.tokenizer import TOKENIZER_FILE, Tokenizer
 from mqa_gpt.training.config import RunConfig
 from mqa_gpt.training.documents import Report
@@ -50,11 +51,13 @@ def load_data(config: RunConfig, out: Path, world: World, say: Callable[[str], N
     corpora = prepare(config.data, tokenizer, out / DATA_FOLDER)
     for line in corpora.report.lines():
         say(line)
-    training, held_out = (
-        Samples(corpus, tokenizer, config.data, seed=config.run.seed) if corpus else None
-        for corpus in (corpora.training, corpora.held_out)
-    )
-    assert training is not None
+    training = Samples(corpora.training, tokenizer, config.data, seed=config.run.seed)
+    held_out = None
+    if corpora.held_out is not None:
+        try:
+            held_out = Samples(corpora.held_out, tokenizer, config.data, seed=config.run.seed)
+        except InputError as error:
+            raise InputError(f"held-out documents: {error}") from None
     say(f"{len(training):,} sequences of {config.data.length:,} tokens per epoch")
     return Data(tokenizer, training, held_out, corpora.report)
 
