@@ -80,6 +80,14 @@ def test_each_epoch_has_an_order_and_holes_of_its_own() -> None:
     assert_same(epochs[0], samples(HALF).rows(range(n)))
 
 
+def test_a_document_is_infilled_anew_in_each_epoch() -> None:
+    one = corpus_in_memory([TokenizedDocument(TOKENIZER.encode(9 * CODE, special_tokens=False))])
+    data = Samples(one, TOKENIZER, DataConfig(length=500, infilling=InfillingConfig(rate=1.0)))
+    n = len(data)
+    epochs = [sorted(data.rows(range(i * n, i * n + n)).ids.tolist()) for i in range(2)]
+    assert epochs[0] != epochs[1]
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_any_number_of_ranks_reads_the_same_samples_in_the_same_order(ranks: int) -> None:
     alone = samples(HALF)
