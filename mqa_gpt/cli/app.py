@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 
 from mqa_gpt.cli.batch import batch
 from mqa_gpt.cli.bench import bench
+from mqa_gpt.cli.convert import convert
 from mqa_gpt.cli.env import env
 from mqa_gpt.cli.generate import generate
 from mqa_gpt.cli.infill import infill
@@ -34,7 +35,7 @@ from mqa_gpt.cli.verify import verify
 from mqa_gpt.errors import InputError
 from mqa_gpt.machine import is_out_of_memory
 
-COMMANDS = (generate, infill, batch, verify, inspect, bench, env)
+COMMANDS = (generate, infill, batch, verify, inspect, bench, convert, env)
 
 
 @contextmanager

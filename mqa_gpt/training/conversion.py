@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,12 @@ from mqa_gpt.errors import InputError
 from mqa_gpt.fast.int8 import is_quantized, tie_head
 from mqa_gpt.fast.packing import is_packed
 from mqa_gpt.model import GPT, MultiQueryAttention
+from mqa_gpt.tokenizer import Tokenizer
+from mqa_gpt.training.loss import next_token_loss
 from mqa_gpt.training.qkv import join_qkv, split_qkv
 
 Method = Literal["aligned", "mean", "first"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 RIDGE = 1e-3  # added to the diagonal of covariances, as a share of its mean
 
@@ -131,7 +134,9 @@ def _converted(model: GPT, convert: Callable[[Heads, int], Heads], *, multi_quer
     for layer, attention in enumerate(attention_layers(model)):
         weights = write_heads(convert(read_heads(attention, model.config), layer), config)
         for name, tensor in weights.items():
-            state[f"transformer.h.{layer}.attn.{name}"] = tensor.to(model.device, model.dtype, copy=True)
+            state[f"transformer.h.{layer}.attn.{name}"] = tensor.to(
+                model.device, model.dtype, copy=True
+            )
     converted = empty_model(config)
     converted.load_state_dict(state, assign=True, strict=False)  # a tied head has no entry
     if config.tie_word_embeddings:
@@ -275,6 +280,25 @@ def fit_outputs(converted: GPT, original: GPT, batches: Iterable[Tensor]) -> Non
         fitted = torch.linalg.solve(a + ridge, b + ridge @ now)  # drawn to what it is now
         linear.weight.copy_(fitted[:-1].T)
         linear.bias.copy_(fitted[-1])
+
+
+def text_batches(texts: Iterable[str], tokenizer: Tokenizer, config: GPTConfig) -> list[Tensor]:
+    """Texts as ids for `to_mqa`: each one's windows of at most 512 tokens, (1, T) int64 each."""
+    length = min(512, config.n_positions)
+    ids = [torch.tensor(tokenizer.encode(text)) for text in texts]
+    return [window[None] for row in ids for window in torch.split(row, length) if len(window) > 1]
+
+
+@torch.no_grad()
+def mean_loss(model: GPT, batches: Iterable[Tensor]) -> float:
+    """The mean next-token loss over batches of ids, nats per token."""
+    total, tokens = 0.0, 0
+    for ids in batches:
+        hidden = model.transformer(ids[:, :-1].to(model.device))
+        loss = next_token_loss(hidden, model.lm_head.weight, ids[:, 1:].to(model.device))
+        total += loss.sum.item()
+        tokens += ids[:, 1:].numel()
+    return total / tokens
 
 
 def _gram(a: Tensor, b: Tensor) -> Tensor:

@@ -130,6 +130,11 @@ def test_a_missing_tensor_and_a_wrong_shape_are_errors_that_name_it(tmp_path: Pa
         load_gpt2(tmp_path)
 
 
+def test_loading_it_as_it_is_names_the_command_that_converts_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected 'gpt_bigcode'; `mqa-gpt convert` turns GPT-2"):
+        GPT.from_pretrained(saved(reference(), tmp_path))
+
+
 def test_gpt2_is_told_from_this_architecture(tmp_path: Path) -> None:
     assert is_gpt2(saved(reference(), tmp_path))
     edit_config(tmp_path, model_type="gpt_bigcode")
