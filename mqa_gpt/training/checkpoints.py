@@ -86,8 +86,7 @@ def save(run: Path, state: RunState, tensors: Mapping[str, Tensor], keep: int) -
     except (OSError, CheckpointException) as error:
         raise CheckpointError(
             f"the checkpoint of step {state.step} cannot be written to {folder.parent} "
-            f"({_reason(error)}): "
-            "make room there and resume the run"
+            f"({_reason(error)}): make room there and resume the run"
         ) from None
     return folder
 
@@ -161,7 +160,7 @@ def _barrier() -> None:
         dist.barrier()
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """In one line: that of a rank's exception ends with its message, after a traceback."""
     return str(error).strip().splitlines()[-1]
 

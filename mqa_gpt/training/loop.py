@@ -87,13 +87,19 @@ class Trainer:
                 f"{run.micro_batch_size}, which {world.size} ranks cannot share equally: change "
                 "one of the three"
             )
+        if run.reduce == "ordered" and (world.size & (world.size - 1) or world.tensor_mesh):
+            raise InputError(
+                f'run.reduce is "ordered" and there are {world.ranks} ranks: it takes 1, 2, 4, 8, '
+                "..., without tensor parallelism"
+            )
+        self.ordered = run.reduce == "ordered"
         self.per_rank = count // world.size  # micro-batches in a step
         if world.tensor_mesh is not None:
             tensor_parallel(model, world.tensor_mesh)
         prepare_blocks(model, run)
         self.objective = Objective(model, run.dtype, config.data.within_documents)
-        shard(self.objective, world)
-        self.optimizers = make_optimizers(model, config.optimizer)
+        shard(self.objective, world, self.ordered)
+        self.optimizers = make_optimizers(model, config.optimizer, not self.ordered)
         initialise(self.optimizers)
         decay = config.averaging.decay
         self.average = WeightAverage(model, decay) if decay else None
@@ -113,14 +119,14 @@ class Trainer:
     def _read(self, samples: Samples, step: int) -> list[Batch]:
         """This rank's micro-batches of a step.
 
-        Step s reads the samples s B to (s + 1) B - 1, of which each rank takes a contiguous part.
-        So what a step reads depends on neither ranks nor micro-batches.
+        Step s reads the samples s B to (s + 1) B - 1, whatever ranks and micro-batches there are.
+        The ranks take turns: micro-batch i is that of rank i modulo their number.
         """
-        size, per_rank = self.config.run.micro_batch_size, self.per_rank
+        size, batch_size = self.config.run.micro_batch_size, self.config.run.batch_size
         if samples is self.training and self.config.run.repeat_batch:
             step = 0
-        first = step * self.config.run.batch_size + self.world.rank * per_rank * size
-        starts = range(first, first + per_rank * size, size)
+        first, turn = step * batch_size, size * self.world.size
+        starts = range(first + self.world.rank * size, first + batch_size, turn)
         return [samples.rows(range(start, start + size)) for start in starts]
 
     def step(self, batches: list[Batch]) -> Step:
@@ -135,8 +141,8 @@ class Trainer:
         factor = set_rates(self.optimizers, config.schedule, state.step, run.steps)
         self.objective.train()
         seeds = [self._dropout_seed(i) for i in range(len(batches))]
-        loss, tokens = add_gradients(self.objective, batches, seeds, self.world)
-        grad_norm = clip_gradients(self.model, run.clip)
+        loss, tokens = add_gradients(self.objective, batches, seeds, self.world, self.ordered)
+        grad_norm = clip_gradients(self.model, run.clip, self.ordered)
         problem = self._problem(loss, grad_norm)
         if not problem:
             for optimizer in self.optimizers:
@@ -206,7 +212,7 @@ class Trainer:
 
     def _dropout_seed(self, micro_batch: int) -> int:
         """Another one for each micro-batch of the run, whichever rank has it."""
-        run, own = self.config.run, self.world.rank * self.per_rank + micro_batch
+        run, own = self.config.run, micro_batch * self.world.size + self.world.rank
         return ((run.seed << 40) + (self.state.step << 16) + own) % 2**63
 
     def _problem(self, loss: float, grad_norm: float) -> str:

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mqa_gpt.model import GPT
 from mqa_gpt.training.attention import attend_inside_documents
 from mqa_gpt.training.loss import IGNORED, TokenLoss, next_token_loss
+from mqa_gpt.training.ordered import TreeSum
 from mqa_gpt.training.packing import LEFT_TO_RIGHT, MIDDLE
 from mqa_gpt.training.parallel import World, reshard, sum_gradients_after_next
 from mqa_gpt.training.samples import Batch
@@ -47,27 +48,45 @@ class Objective(nn.Module):
 
 
 def add_gradients(
-    objective: nn.Module, batches: Sequence[Batch], seeds: Sequence[int], world: World
+    objective: nn.Module,
+    batches: Sequence[Batch],
+    seeds: Sequence[int],
+    world: World,
+    ordered: bool = False,
 ) -> tuple[float, int]:
-    """Add the gradient of a step's mean loss to that of the parameters.
+    """Make the gradient of a step's mean loss that of the parameters, which have none.
 
     Args:
         batches: this rank's micro-batches.
         seeds: of each one's dropout, so that it depends on neither ranks nor earlier steps.
+        ordered: add up in the order of the micro-batches (see `mqa_gpt.training.ordered`).
 
     Returns:
         The mean loss over all ranks, in nats per token, and how many tokens it is of.
     """
     counted = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
     tokens = int(world.sum(counted))
-    loss = torch.zeros((), device=world.device)
+    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    losses, gradients = [], TreeSum()
     for i, (batch, seed) in enumerate(zip(batches, seeds, strict=True)):
-        sum_gradients_after_next(objective, i == len(batches) - 1)
+        sum_gradients_after_next(objective, ordered or i == len(batches) - 1)
         torch.manual_seed(seed)
         share = objective(batch).sum / max(tokens, 1)  # of the mean
         share.backward()
-        loss += share.detach()
-    return float(world.sum(loss)), tokens
+        losses.append(share.detach())
+        if ordered:
+            gradients.add([_taken_gradient(parameter) for parameter in parameters])
+    if ordered:
+        for parameter, gradient in zip(parameters, gradients.total(), strict=True):
+            parameter.grad = gradient
+    # In the order of the micro-batches, on any number of ranks.
+    return float(world.gather(torch.stack(losses)).T.reshape(-1).sum()), tokens
+
+
+def _taken_gradient(parameter: Tensor) -> Tensor:
+    """The gradient, which the parameter has no longer."""
+    gradient, parameter.grad = parameter.grad, None
+    return torch.zeros_like(parameter) if gradient is None else gradient
 
 
 @torch.no_grad()
@@ -83,15 +102,15 @@ def mean_losses(
         "loss", "left_to_right" and "infilling" in nats per token; None where there is no token.
     """
     names = ("loss", "left_to_right", "infilling")
-    sums = torch.zeros(3, 2, dtype=torch.float64, device=world.device)  # of each: nats, tokens
+    sums = []  # of each batch, by name: nats and tokens
     for batch in batches:
         batch = batch.to(world.device)
         nats = objective(batch).per_token.double()  # (B, T)
         counts = batch.labels != IGNORED  # (B, T)
-        for i, kind in enumerate((None, LEFT_TO_RIGHT, MIDDLE)):
-            chosen = counts if kind is None else counts & (batch.kinds == kind)
-            sums[i] += torch.stack([nats[chosen].sum(), chosen.sum().double()])
+        chosen = [counts, *(counts & (batch.kinds == kind) for kind in (LEFT_TO_RIGHT, MIDDLE))]
+        sums.append(torch.stack([torch.stack([nats[c].sum(), c.sum().double()]) for c in chosen]))
     reshard(objective)
-    world.sum(sums)
-    rows = zip(names, sums.tolist(), strict=True)
+    # (ranks, batches, 3, 2), added up in the order of the batches on any number of ranks.
+    everything = world.gather(torch.stack(sums)).transpose(0, 1).flatten(0, 1).sum(0)  # (3, 2)
+    rows = zip(names, everything.tolist(), strict=True)
     return {name: nats / tokens if tokens else None for name, (nats, tokens) in rows}

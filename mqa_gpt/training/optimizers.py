@@ -66,12 +66,19 @@ class OptimizerConfig:
         )
 
 
-def make_optimizers(model: GPT, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: GPT, config: OptimizerConfig, fused_adamw: bool = True
+) -> list[torch.optim.Optimizer]:
     """The optimizers of a model: each parameter that requires a gradient is in one of them.
 
     `torch.distributed.checkpoint.state_dict.get_optimizer_state_dict` saves the list as one. Each
     group keeps its rates of the peak as "peak_lr" and "peak_weight_decay"; `set_rates` makes "lr"
     and "weight_decay" of them before a step. For a sharded model, call this after sharding.
+
+    Args:
+        fused_adamw: update each parameter in one pass, which is faster. On a CPU this rounds the
+            last few elements of a tensor otherwise than the rest, so the bits of a sharded
+            parameter depend on the number of ranks.
     """
     hidden: list[Tensor] = []
     fused: list[Tensor] = []
@@ -95,7 +102,7 @@ def make_optimizers(model: GPT, config: OptimizerConfig) -> list[torch.optim.Opt
         *_group([p for p in rest if p.ndim < 2], config.lr, 0.0),
     ]
     if groups:
-        adamw = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+        adamw = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=fused_adamw)
         optimizers.append(adamw)
     return optimizers
 

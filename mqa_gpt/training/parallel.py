@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from mqa_gpt.checkpoints.placement import as_device
 from mqa_gpt.errors import InputError
 from mqa_gpt.model import Block
+from mqa_gpt.training.ordered import OrderedReduceScatter
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,14 @@ class World:
         if self.mesh is not None:
             dist.all_reduce(tensor, group=self.mesh.get_group())
         return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all shares of a batch, (size, ...), on each rank."""
+        if self.mesh is None:
+            return tensor[None]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor, group=self.mesh.get_group())
+        return torch.stack(parts)
 
     def wait(self) -> None:
         """Return when all ranks are here."""
@@ -108,11 +117,14 @@ def world(device: str | None = None, tensor_parallel: int = 1) -> Iterator[World
         dist.destroy_process_group()
 
 
-def shard(objective: nn.Module, world: World) -> None:
+def shard(objective: nn.Module, world: World, ordered: bool = False) -> None:
     """Spread parameters, gradients and moments over the shares of a batch (FSDP2), block by block.
 
     What is not in a block is one group: the tied `wte` and `lm_head` are one parameter, which two
     groups cannot both hold. Gradients are summed, not averaged: the loss is divided already.
+
+    Args:
+        ordered: sum in the order of the ranks (see `mqa_gpt.training.ordered`).
     """
     if world.mesh is None:
         return
@@ -124,6 +136,8 @@ def shard(objective: nn.Module, world: World) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+            if ordered:
+                module.set_custom_reduce_scatter(OrderedReduceScatter())  # type: ignore[arg-type]
 
 
 def sum_gradients_after_next(objective: nn.Module, is_last: bool) -> None:
@@ -144,22 +158,32 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def clip_gradients(model: nn.Module, largest: float) -> float:
+def clip_gradients(model: nn.Module, largest: float, ordered: bool = False) -> float:
     """Scale the gradient down to a norm of `largest`, unless that is 0; returns its norm before.
 
     The norm is that of all parameters on all ranks. PyTorch's functions take only gradients that
     are spread over the same ranks, so it is put together from one norm for each way of spreading.
+
+    Args:
+        ordered: compute it from whole gradients: the same bits on any number of ranks.
     """
-    groups: dict[object, list[Tensor]] = {}
-    for parameter in model.parameters():
-        grad = parameter.grad
-        if grad is not None:
-            key = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
-            groups.setdefault(key, []).append(grad)
-    norms = [whole(torch.nn.utils.get_total_norm(grads)) for grads in groups.values()]
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if ordered:
+        norms = [torch.linalg.vector_norm(whole(grad)) for grad in grads]
+    else:
+        norms = [whole(torch.nn.utils.get_total_norm(group)) for group in _alike(grads)]
     norm = torch.linalg.vector_norm(torch.stack(norms))
     if largest:
         factor = float((largest / (norm + 1e-6)).clamp(max=1.0))  # as clip_grad_norm_
-        for grads in groups.values():
-            torch._foreach_mul_(grads, factor)
+        for group in _alike(grads):
+            torch._foreach_mul_(group, factor)
     return float(norm)
+
+
+def _alike(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """The tensors, in groups that are spread over the same ranks in the same way."""
+    groups: dict[object, list[Tensor]] = {}
+    for tensor in tensors:
+        key = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
+        groups.setdefault(key, []).append(tensor)
+    return list(groups.values())
