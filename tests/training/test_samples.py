@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from functools import cache
+from itertools import combinations
 
 import pytest
 import torch
@@ -62,6 +63,18 @@ def test_an_epoch_is_every_document_once_left_to_right() -> None:
     assert (batch.kinds[batch.labels != IGNORED] == LEFT_TO_RIGHT).all()
 
 
+def test_blocks_fit_together_without_a_gap() -> None:
+    data = samples(shuffle_tokens=1)  # a window each, so that they stay in order
+    batch = data.rows(range(len(data)))
+    assert torch.equal(batch.labels[:-1, -1], batch.ids[1:, 0])
+    stream = bytes(batch.ids.flatten().tolist())
+    *whole, _ = stream.removeprefix(bytes([END])).split(bytes([END]))
+    documents = {bytes(corpus().ids(i)) for i in range(len(corpus()))}
+    assert len(whole) >= len(documents) - 2
+    assert documents.issuperset(whole)
+    assert len(set(whole)) == len(whole)
+
+
 def test_windows_are_shuffled_in_their_block() -> None:
     data = samples(shuffle_tokens=10**9)
     ids = data.rows(range(len(data))).ids
@@ -78,6 +91,19 @@ def test_each_epoch_has_an_order_and_holes_of_its_own() -> None:
     assert not torch.equal(epochs[0].ids, epochs[1].ids)
     assert not torch.equal(epochs[0].ids, other.rows(range(n)).ids)
     assert_same(epochs[0], samples(HALF).rows(range(n)))
+
+
+def test_documents_have_other_neighbours_in_each_epoch_and_with_each_seed() -> None:
+    def neighbours(data: Samples, epoch: int) -> set[tuple[int, ...]]:
+        ids = data.rows(range(epoch * len(data), (epoch + 1) * len(data))).ids
+        found = (ids[:, 1:-2] == END).nonzero().tolist()
+        return {tuple(ids[row, i : i + 4].tolist()) for row, i in found}
+
+    data, other = samples(), samples(seed=1)
+    each = [neighbours(data, 0), neighbours(data, 1), neighbours(other, 0)]
+    assert min(map(len, each)) > 30
+    for one, another in combinations(each, 2):
+        assert len(one & another) < 10
 
 
 def test_a_document_is_infilled_anew_in_each_epoch() -> None:
@@ -157,6 +183,15 @@ def test_examples_with_prompts_are_whole_and_their_prompts_have_no_labels() -> N
     assert all(whole[answer] == count for answer, count in answers.items())
     assert len(answers) > 70  # padding displaces the last ones of each block
     assert set(batch.labels[batch.labels < 10].tolist()) == {IGNORED, END}
+
+
+def test_no_example_is_read_twice_in_an_epoch() -> None:
+    examples = [TokenizedDocument([1000 + i] * 6, 2) for i in range(600)]
+    data = Samples(corpus_in_memory(examples), TOKENIZER, DataConfig(length=48, shuffle_tokens=480))
+    labels = data.rows(range(len(data))).labels
+    counts = Counter(labels[labels >= 1000].tolist())
+    assert set(counts.values()) == {4}
+    assert len(counts) > 540
 
 
 def test_documents_are_numbered_where_they_do_not_see_each_other() -> None:
