@@ -171,7 +171,7 @@ def node_hole(text: str, rng: random.Random) -> Hole | None:
     def offset(row: int, column: int) -> int:
         """The character of a node's end, which the tree gives as line and byte."""
         line = lines[row - first]
-        width = column if line.isascii() else len(line.encode()[:column].decode())
+        width = column if line.isascii() else len(line.encode()[:column].decode(errors="ignore"))
         return starts[row - first] + width
 
     holes = set()
@@ -180,7 +180,7 @@ def node_hole(text: str, rng: random.Random) -> Hole | None:
             continue
         if node.lineno < first or node.end_lineno is None or node.end_col_offset is None:
             continue
-        if node.end_lineno - first >= len(lines):  # a lone "\r" counts as a line break in Python
+        if node.end_lineno - first >= len(lines):  # Python counts a lone "\r" as a line break
             return None
         hole = offset(node.lineno, node.col_offset), offset(node.end_lineno, node.end_col_offset)
         if hole[0] <= position < hole[1]:

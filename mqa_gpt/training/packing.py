@@ -108,6 +108,7 @@ class Packer:
         Returns:
             ids (nT + 1,) int32, and what each is as a label, (nT + 1,) uint8.
         """
+        assert parts
         size = windows * self.length + 1
         self._ids: list[int] = []
         self._kinds = bytearray()

@@ -134,7 +134,17 @@ def test_a_statement_is_found_in_text_that_does_not_parse_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "   \n", "# no node\n", "else\n", "x = \x00\n", "'''" + 99 * "\n", "a\rb\rc"]
+    "text",
+    [
+        "",
+        "   \n",
+        "# no node\n",
+        "else\n",
+        "x = \x00\n",
+        "'''" + 99 * "\n",
+        "a\rb\rc",
+        "é\r(\n é)\n",
+    ],
 )
 def test_where_no_node_is_found_lines_or_characters_are_taken(text: str) -> None:
     config = InfillingConfig(characters=0.0, nodes=1.0)
