@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     experiment = Experiment(options)
     tuning = {variant: experiment.tune(variant) for variant in VARIANTS}
     seeds, full = range(options.seeds), options.steps
-    shares = sorted({*options.shares, 1.0})
+    shares = sorted(set(options.shares))
     variants = {}
     for variant in VARIANTS:
         lengths = [round(share * full) for share in shares] if variant != "AdamW" else [full]
@@ -109,13 +109,14 @@ def plot(figures: dict[str, Any], full: int, title: str, path: Path) -> None:
     with open_plot(path, 3, title) as (curves, lengths, tuning):
         for variant, found in figures["variants"].items():
             colour = COLOURS[variant]
-            for i, run in enumerate(found["runs"][str(full)]):
+            longest = max(found["runs"], key=int)
+            for i, run in enumerate(found["runs"][longest]):
                 steps, losses = zip(*run["held_out"], strict=True)
                 curves.plot(
                     steps, losses, color=colour, alpha=0.8, label=variant if not i else None
                 )
             xs = sorted(map(int, found["runs"]))
-            for i in range(len(found["runs"][str(full)])):
+            for i in range(len(found["runs"][longest])):
                 ys = [final_by_steps(found, i)[x] for x in xs]
                 lengths.plot(
                     [x / full for x in xs], ys, "o-", color=colour, label=variant if not i else None
@@ -128,9 +129,7 @@ def plot(figures: dict[str, Any], full: int, title: str, path: Path) -> None:
         lengths.axhline(goal, color="C0", linewidth=0.8)
         lengths.axvline(0.75, color="grey", linewidth=0.8)
         bottom = min(
-            run["held_out"][-1][1]
-            for f in figures["variants"].values()
-            for run in f["runs"][str(full)]
+            min(finals(f, int(n))) for f in figures["variants"].values() for n in f["runs"]
         )
         curves.set(xlabel="step", ylim=(bottom - 0.1, bottom + 1.5))
         lengths.set(xlabel="length of the run / length of AdamW's")
@@ -159,8 +158,11 @@ def main(arguments: list[str] | None = None) -> int:
     output = result_path(options.output, f"training_optimizers_{device_name(device)}.json")
     figures = measure(options)
     for variant, found in figures["variants"].items():
-        losses = ", ".join(f"{loss:.4f}" for loss in finals(found, options.steps))
-        print(f"{variant}: lr {found['lr']:g}, final {losses}, {found.get('share_of_steps', '')}")
+        for steps in map(int, found["runs"]):
+            losses = ", ".join(f"{loss:.4f}" for loss in finals(found, steps))
+            print(f"{variant}, lr {found['lr']:g}, {steps} steps: {losses}")
+        if variant != "AdamW":
+            print(f"{variant}: needs {found['share_of_steps']} of AdamW's steps")
     status = write_result(output, __file__, __doc__, options, figures)
     if can_plot():
         title = f"Held-out loss by optimizer: {options.layers} layers, width {options.width}, "
