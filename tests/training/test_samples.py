@@ -149,10 +149,9 @@ def test_numbers_may_be_read_in_any_order() -> None:
 
 
 @pytest.mark.slow
-def test_workers_make_the_same_blocks() -> None:
-    data = samples(HALF, workers=2)
-    assert_same(data.rows(range(300)), everything(0, 300))
-    assert_same(data.rows(range(7, 20)), everything(7, 13))
+def test_a_worker_makes_the_same_blocks() -> None:
+    data = samples(HALF, workers=1)
+    assert_same(data.rows(range(7, 307)), everything(7, 300))
 
 
 def test_making_samples_draws_nothing_from_the_global_generators() -> None:
