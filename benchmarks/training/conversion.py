@@ -60,7 +60,7 @@ def configs(options: argparse.Namespace) -> dict[str, RunConfig]:
     return {
         MHA: config(False, options.steps, options.lr, 50),
         SCRATCH: config(True, options.steps + more, options.lr, 50),
-        "uptraining": config(True, more, options.lr / 2, max(1, more // 10)),
+        "uptraining": config(True, more, options.uptraining_lr, max(1, more // 10)),
     }
 
 
@@ -93,7 +93,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             method, _, with_text = name.partition(", ")
             model = to_mqa(mha, method, text if with_text else ())  # type: ignore[arg-type]
         at_first = held_out_loss(kinds["uptraining"], model, data)
-        run = "uptrained-" + name.replace(", ", "-").replace(" ", "-")
+        run = f"uptrained-{options.uptraining_lr:g}-" + name.replace(", ", "-").replace(" ", "-")
         start = GPT(model.config)
         start.load_state_dict(model.state_dict())
         _, uptrained = train(run, kinds["uptraining"], data, options, start)
@@ -164,6 +164,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lr", type=within(1e-6, 1.0), default=4e-3, help="peak, of Muon")
     parser.add_argument(
         "--uptraining", type=within(0.0, 1.0), default=0.05, help="share of the steps"
+    )
+    parser.add_argument(
+        "--uptraining-lr", type=within(1e-6, 1.0), default=4e-4, help="peak, in uptraining"
     )
     parser.add_argument("--decode-rows", type=several, default=8)
     parser.add_argument("--repeats", type=several, default=50, help="decode steps timed")

@@ -36,8 +36,8 @@ from mqa_gpt.training.data import Data
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "AdamW": {"name": "adamw"},
-    "Muon, c_attn whole": {"name": "muon", "split_qkv": False},
     "Muon, c_attn split": {"name": "muon", "split_qkv": True},
+    "Muon, c_attn whole": {"name": "muon", "split_qkv": False},
 }
 COLOURS = dict(zip(VARIANTS, ("C0", "C1", "C2"), strict=True))
 

@@ -24,6 +24,7 @@ from mqa_gpt.training.data import Data, load_data
 from mqa_gpt.training.loop import Trainer
 from mqa_gpt.training.parallel import World, world
 
+SOURCES = ("python-standard-library",)
 # The modules that are held out of the demo checkpoint's training too.
 HELD_OUT = (
     "argparse.py", "asyncio/streams.py", "calendar.py", "configparser.py", "csv.py", "fractions.py",
@@ -87,12 +88,12 @@ def run_config(options: argparse.Namespace, **sections: dict[str, Any]) -> RunCo
             "attn_pdrop": 0.0,
         },
         "data": {
-            "sources": ["python-standard-library"],
+            "sources": SOURCES,
             "include": ["*.py"],
             "exclude": NOT_THE_LIBRARY,
             "held_out": HELD_OUT,
             "length": options.length,
-            "infilling": {"rate": [0.0]},
+            "infilling": {"rate": 0.0},
         },
         "tokenizer": {"vocab_size": options.vocabulary},
         "schedule": {"name": "linear", "warmup_steps": 50, "final": 0.0},

@@ -250,7 +250,7 @@ def measure_moments(model: GPT, batches: Iterable[Tensor]) -> list[Moments]:
         sums[layer] += _gram(ones, ones)
 
     _watch_attention(model, batches, see)
-    sums /= sums[:, -1:, -1:]
+    sums = sums / sums[:, -1:, -1:]  # by the number of tokens
     return [Moments(s[-1, :-1], s[:-1, :-1] - torch.outer(s[-1, :-1], s[-1, :-1])) for s in sums]
 
 

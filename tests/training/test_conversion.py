@@ -221,3 +221,11 @@ def test_what_cannot_be_converted_is_refused() -> None:
     quantize(model)
     with pytest.raises(InputError, match="quantized or packed"):
         to_mqa(model)
+
+
+@torch.no_grad()
+def test_a_model_of_one_layer_is_converted_with_text() -> None:
+    original = tiny_model(n_layer=1).double()
+    ids = random_ids(original.config, 2, 30)
+    converted = to_mqa(to_mha(original), batches=batches(1))
+    assert relative_error(converted(ids), original(ids)) < 1e-8
