@@ -53,7 +53,7 @@ def indented(text: str) -> str:
 
 
 def help_texts() -> str:
-    names = ["generate", "infill", "batch", "verify", "inspect", "bench", "env", "train"]
+    names = ["generate", "infill", "batch", "verify", "inspect", "bench", "env", "train", "convert"]
     runs = [[], *([name] for name in names), ["train", "plot"], ["train", "export"]]
     return "".join(CliRunner().invoke(app, [*run, "--help"]).stdout for run in runs)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from tqdm import tqdm  # type: ignore[import-untyped]
 from typer.core import TyperGroup
 
 from mqa_gpt.cli.options import Json
@@ -96,34 +99,51 @@ def run(
       mqa-gpt train configs/overfit.toml --out run --set run.steps=100 --resume
     """
     from mqa_gpt.training.plan import plan_run
+    from mqa_gpt.training.run import MODEL_FOLDER
     from mqa_gpt.training.run import train as start
     from mqa_gpt.training.signals import RunInterruptedError
 
     read = read_run_config(config, settings or [])
     if dry_run:
-        found = plan_run(read, device=device, say=note)
+        plan = plan_run(read, device=device, say=note)
         if as_json:
-            print_json(found.to_dict())
+            print_json(plan.to_dict())
         else:
-            write(f"{found.to_text()}\n")
+            write(f"{plan.to_text()}\n")
         return
     if out is None:
         raise InputError("--out is missing: name a folder for the run")
-    note(settings_text(read))
+    is_first = os.environ.get("RANK", "0") == "0"  # under torchrun every rank is here
+    if is_first:
+        note(settings_text(read))
     try:
-        start(
+        state = start(
             read,
             out,
             resume=resume,
             device=device,
             tensor_parallel=tensor_parallel,
             tensorboard=tensorboard,
-            say=note,
+            say=_say,
         )
     except RunInterruptedError as interruption:
         if interruption.number == signal.SIGINT:
             raise KeyboardInterrupt from None
         raise typer.Exit(128 + interruption.number) from None
+    if as_json and is_first:
+        found: dict[str, Any] = {
+            "steps": state.step,
+            "tokens": state.tokens,
+            "seconds": state.seconds,
+        }
+        found |= {"skipped_steps": state.skipped, "held_out_loss": (state.held_out or (0, None))[1]}
+        print_json({"run": str(out), "model": str(out / MODEL_FOLDER), **found})
+
+
+def _say(text: str) -> None:
+    """A line on standard error, above the progress bar."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        note(text)
 
 
 @train.command()
@@ -140,7 +160,7 @@ def export(
         bool, typer.Option("--raw", help="The weights of the step, even if a run averages them.")
     ] = False,
 ) -> None:
-    """Write the model of a run's checkpoint, with its tokenizer, for mqa-gpt and transformers.
+    """Write a checkpoint of a run as a model that this project and transformers load.
 
     \b
     Examples:

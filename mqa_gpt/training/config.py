@@ -94,7 +94,7 @@ class LoopConfig:
         spike_factor: a gradient norm so many times the median of the last 64 is a spike; 0: none
             is.
         evaluate_every: steps between held-out losses; 0 means only at the end.
-        evaluate_samples: held-out sequences that are read for one.
+        evaluate_samples: held-out sequences that are read for one, or a few more: whole batches.
         save_every: steps between checkpoints; 0 means only at the end.
         keep: checkpoints that stay: the last so many, and the best by held-out loss.
         sample_every: steps between texts that the model writes for `prompts` and `holes`; 0: never.

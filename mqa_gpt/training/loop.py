@@ -93,7 +93,6 @@ class Trainer:
                 "..., without tensor parallelism"
             )
         self.ordered = run.reduce == "ordered"
-        self.per_rank = count // world.size  # micro-batches in a step
         if world.tensor_mesh is not None:
             tensor_parallel(model, world.tensor_mesh)
         prepare_blocks(model, run)
@@ -108,6 +107,8 @@ class Trainer:
     def batches(self) -> Iterator[list[Batch]]:
         """This rank's micro-batches of each step that is left; the next is made meanwhile."""
         steps = range(self.state.step, self.config.run.steps)
+        if not steps:
+            return
         with ThreadPoolExecutor(1) as worker:
             ahead = worker.submit(self._read, self.training, steps.start)
             for step in steps:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable
 from contextlib import closing
@@ -15,10 +16,11 @@ from mqa_gpt.machine import cpu_name
 from mqa_gpt.progress import progress
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training import checkpoints
+from mqa_gpt.training.checkpoints import RunState
 from mqa_gpt.training.config import CONFIG_FILE, RunConfig, differences, read_run_config, to_toml
-from mqa_gpt.training.data import load_data
+from mqa_gpt.training.data import DATA_FOLDER, TOKENIZER_FOLDER, load_data
 from mqa_gpt.training.export import export, gathered, written_texts
-from mqa_gpt.training.log import RunLog
+from mqa_gpt.training.log import LOG_FILE, RunLog
 from mqa_gpt.training.loop import Step, Trainer
 from mqa_gpt.training.model import make_model
 from mqa_gpt.training.parallel import World, world
@@ -37,7 +39,7 @@ def train(
     tensor_parallel: int = 1,
     tensorboard: bool = False,
     say: Callable[[str], None] = print,
-) -> None:
+) -> RunState:
     """Train as a config says; every rank calls this.
 
     Args:
@@ -50,20 +52,21 @@ def train(
         tensorboard: also write TensorBoard's files.
         say: gets a line for each thing worth a line, on the first rank.
 
+    Returns:
+        The state at the end.
+
     Raises:
         InputError: `out` holds a run and `resume` is false, or the other way round; or the config
             differs from that of the run, whose settings are named.
         FloatingPointError: a bad step that the config wants to stop at; a checkpoint is written.
         RunInterruptedError: SIGINT or SIGTERM arrived; a checkpoint is written.
     """
-    with world(device, tensor_parallel) as ranks, caught_signals() as signals:
+    with world(device, tensor_parallel) as ranks:
         tell = say if ranks.is_first else _say_nothing
         require_folder(out, config, resume)
         ranks.wait()  # before one of them makes it
         if ranks.is_first:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
-            checkpoints.tidy(out)
+            prepare_folder(out, config)
         data = load_data(config, out, ranks, tell)
         model = make_model(config, data.tokenizer, ranks.device)
         trainer = Trainer(config, model, data.training, data.held_out, ranks)
@@ -75,7 +78,7 @@ def train(
         )
         speed = speed_of(model.config, config.data.length, ranks.device, config.run.dtype)
         log = RunLog(out if ranks.is_first else None, trainer.state.step, tensorboard)
-        with closing(log):
+        with closing(log), caught_signals() as signals:
             log.write("start", trainer.state.step, **machine_facts(ranks, speed))
             Run(trainer, data.tokenizer, out, log, speed, signals, tell).steps()
         with trainer.averaged():
@@ -83,6 +86,7 @@ def train(
         if final is not None:
             export(final, data.tokenizer, out / MODEL_FOLDER, config.run.export_dtype)
             tell(f"the model is in {out / MODEL_FOLDER}")
+        return trainer.state
 
 
 @dataclass
@@ -175,20 +179,32 @@ class Run:
 def require_folder(out: Path, config: RunConfig, resume: bool) -> None:
     """Raise InputError unless a run of this config can begin or be resumed in a folder."""
     has_run = (out / CONFIG_FILE).exists()
-    if has_run and not resume:
-        raise InputError(
-            f"{out} holds a run: pass --resume to continue it, or choose another --out"
-        )
-    if resume and not has_run:
-        raise InputError(f"{out} holds no run to resume: leave --resume out")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is not a folder: choose another --out")
+    if resume and not has_run:
+        raise InputError(f"{out} holds no run to resume: leave --resume out")
+    if not resume and (out / LOG_FILE).exists():
+        raise InputError(f"{out} holds a run: pass --resume, or choose another --out")
+    if not has_run and out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} holds something else than a run: choose another --out")
     if resume:
         changed = differences(read_run_config(out / CONFIG_FILE), config)
         if changed:
             raise InputError(
                 f"the run in {out} cannot be resumed with other settings: {'; '.join(changed)}"
             )
+
+
+def prepare_folder(out: Path, config: RunConfig) -> None:
+    """Make a run's folder and write the config. What is left of a run that did not come to its
+    first step, maybe with other settings, is removed.
+    """
+    if not (out / LOG_FILE).exists():
+        for name in (TOKENIZER_FOLDER, DATA_FOLDER):
+            shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
+    checkpoints.tidy(out)
 
 
 def machine_facts(ranks: World, speed: Speed) -> dict[str, str | int | float]:

@@ -257,6 +257,19 @@ def test_a_folder_with_a_run_is_not_begun_again_and_one_without_not_resumed(
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is not a folder"):
         start(config, tmp_path / "file")
+    with pytest.raises(InputError, match="holds something else than a run"):
+        start(config, tmp_path)
+
+
+def test_a_run_that_could_not_begin_may_begin_with_other_settings(
+    sources: Path, tmp_path: Path
+) -> None:
+    wrong = tiny_run(sources, run_steps=1, data_length=47, model_n_positions=46)
+    with pytest.raises(InputError, match="must fit into the context"):
+        start(wrong, tmp_path / "run")
+    assert (tmp_path / "run/tokenizer/tokenizer.json").exists()
+    start(tiny_run(sources, run_steps=1, tokenizer_vocab_size=300), tmp_path / "run")
+    assert LLM.load(tmp_path / "run/model", device="cpu").tokenizer.vocab_size == 300
 
 
 def test_the_last_checkpoints_and_the_best_one_are_kept(
