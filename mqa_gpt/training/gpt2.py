@@ -92,8 +92,8 @@ def gpt2_config(folder: Path) -> GPTConfig:
     values: dict[str, Any] = read_json(file, ConfigError)
     if values.get("scale_attn_by_inverse_layer_idx"):
         raise ConfigError(
-            f"{file}: scale_attn_by_inverse_layer_idx is true, which divides each layer's scores by "
-            "its number: this architecture cannot express it"
+            f"{file}: scale_attn_by_inverse_layer_idx is true, which divides each layer's scores "
+            "by its number: this architecture cannot express it"
         )
     # The classes of the other architecture, and switches that change rounding or summaries only.
     dropped = ("architectures", "auto_map", "scale_attn_by_inverse_layer_idx", "n_ctx")
