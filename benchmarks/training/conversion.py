@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 nice python -m benchmarks.training.conversion --work RUNS
 
 A small multi-head model of the standard library's sources is trained, converted by each method of
-`mqa_gpt.training.conversion`, and trained on for `--uptraining` of its steps (Ainslie et al. 2023),
-as is the multi-head model itself. A multi-query model is trained from scratch for as many steps as
-both together. Then decoding with one key/value head is timed against one for each query head.
+`mqa_gpt.training.conversion`, and trained on for `--uptraining` of its steps (Ainslie et al. 2023)
+with the best of the learning rates `--uptraining-lr`, as is the multi-head model itself. A
+multi-query model is trained from scratch for as many steps as both together. Then decoding with one
+key/value head is timed against one for each query head.
 """
 
 from __future__ import annotations
@@ -44,24 +45,17 @@ FAR = 1_000_000  # a sample number beyond those that any run here reads
 TEXT_SEQUENCES, TEXT_BATCH = 256, 32
 
 
-def configs(options: argparse.Namespace) -> dict[str, RunConfig]:
-    """The three kinds of runs: MHA, MQA from scratch, and the uptraining of either."""
-    more = max(1, round(options.uptraining * options.steps))
-
-    def config(multi_query: bool, steps: int, lr: float, warmup: int) -> RunConfig:
-        return run_config(
-            options,
-            model={"multi_query": multi_query},
-            optimizer={"name": "muon", "lr": lr},
-            schedule={"warmup_steps": warmup},
-            run={"steps": steps},
-        )
-
-    return {
-        MHA: config(False, options.steps, options.lr, 50),
-        SCRATCH: config(True, options.steps + more, options.lr, 50),
-        "uptraining": config(True, more, options.uptraining_lr, max(1, more // 10)),
-    }
+def config(
+    options: argparse.Namespace, multi_query: bool, steps: int, lr: float, warmup: int = 50
+) -> RunConfig:
+    """A run of one kind of model."""
+    return run_config(
+        options,
+        model={"multi_query": multi_query},
+        optimizer={"name": "muon", "lr": lr},
+        schedule={"warmup_steps": warmup},
+        run={"steps": steps},
+    )
 
 
 def held_out_loss(config: RunConfig, model: GPT, data: Data) -> float:
@@ -74,10 +68,12 @@ def held_out_loss(config: RunConfig, model: GPT, data: Data) -> float:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All losses and times."""
-    kinds = configs(options)
-    data = load(options, kinds[MHA])
-    mha, curve = train("mha", kinds[MHA], data, options)
-    scratch, scratch_curve = train("mqa", kinds[SCRATCH], data, options)
+    more = max(1, round(options.uptraining * options.steps))
+    of_mha = config(options, False, options.steps, options.lr)
+    of_scratch = config(options, True, options.steps + more, options.lr)
+    data = load(options, of_mha)
+    mha, curve = train("mha", of_mha, data, options)
+    scratch, scratch_curve = train("mqa", of_scratch, data, options)
     figures: dict[str, Any] = {
         MHA: figures_of(curve), SCRATCH: figures_of(scratch_curve), "converted": {}
     }  # fmt: skip
@@ -92,13 +88,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         else:
             method, _, with_text = name.partition(", ")
             model = to_mqa(mha, method, text if with_text else ())  # type: ignore[arg-type]
-        at_first = held_out_loss(kinds["uptraining"], model, data)
-        run = f"uptrained-{options.uptraining_lr:g}-" + name.replace(", ", "-").replace(" ", "-")
-        start = GPT(model.config)
-        start.load_state_dict(model.state_dict())
-        _, uptrained = train(run, kinds["uptraining"], data, options, start)
-        figures["converted"][name] = {"at_first": at_first, **figures_of(uptrained)}
-        print(f"{name}: {at_first:.4f}, uptrained {uptrained.final:.4f}", flush=True)
+        at_first = held_out_loss(of_scratch, model, data)
+        curves = {}
+        for lr in options.uptraining_lr:
+            start = GPT(model.config)
+            start.load_state_dict(model.state_dict())
+            run = f"uptrained-{lr:g}-{name.replace(', ', '-').replace(' ', '-')}"
+            of_run = config(options, True, more, lr, warmup=max(1, more // 10))
+            curves[f"{lr:g}"] = train(run, of_run, data, options, start)[1]
+        best = min(curves, key=lambda lr: curves[lr].final)
+        figures["converted"][name] = {
+            "at_first": at_first,
+            "uptraining_lr": float(best),
+            **figures_of(curves[best]),
+            "final_by_lr": {lr: found.final for lr, found in curves.items()},
+        }
+        print(f"{name}: {at_first:.4f}, uptrained {curves[best].final:.4f}, lr {best}", flush=True)
     gap = {n: found["at_first"] - curve.final for n, found in figures["converted"].items()}
     figures["gap_of_mean_pooling"] = {n: gap[n] / gap["mean"] for n in CONVERTED}
     figures["decoding"] = decoding(mha.eval(), scratch.eval(), options)
@@ -166,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--uptraining", type=within(0.0, 1.0), default=0.05, help="share of the steps"
     )
     parser.add_argument(
-        "--uptraining-lr", type=within(1e-6, 1.0), default=4e-4, help="peak, in uptraining"
+        "--uptraining-lr", type=within(1e-6, 1.0), nargs="+", default=[4e-4, 2e-3], help="tried"
     )
     parser.add_argument("--decode-rows", type=several, default=8)
     parser.add_argument("--repeats", type=several, default=50, help="decode steps timed")
