@@ -58,6 +58,8 @@ def load_data(config: RunConfig, out: Path, world: World, say: Callable[[str], N
             held_out = Samples(corpora.held_out, tokenizer, config.data, seed=config.run.seed)
         except InputError as error:
             raise InputError(f"held-out documents: {error}") from None
+    if held_out is None:
+        say("nothing is held out, so there is no held-out loss: see data.held_out_share")
     say(f"{len(training):,} sequences of {config.data.length:,} tokens per epoch")
     return Data(tokenizer, training, held_out, corpora.report)
 

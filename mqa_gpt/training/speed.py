@@ -77,7 +77,7 @@ def _peak(device: torch.device, dtype: str) -> tuple[float, str]:
     kind = getattr(torch, dtype)
     rows = torch.ones(PROBE_SIZE, PROBE_SIZE, device=device, dtype=kind)
     seconds = []
-    for _ in range(4):  # the first warms up
+    for _ in range(10):  # the first warms up
         begin = time.perf_counter()
         F.linear(rows, rows).sum().item()
         seconds.append(time.perf_counter() - begin)

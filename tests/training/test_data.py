@@ -53,3 +53,11 @@ def test_too_few_held_out_documents_for_a_sequence_are_said_to_be_those(tmp_path
     config = tiny_run(sources, data_held_out=["held.py"])
     with pytest.raises(InputError, match="held-out documents: the documents have"):
         load_data(config, tmp_path / "run", ALONE, say_nothing)
+
+
+def test_that_nothing_is_held_out_is_said(tmp_path: Path) -> None:
+    sources = write_sources(tmp_path / "sources", 4)
+    said: list[str] = []
+    config = tiny_run(sources, data_held_out=[])
+    assert load_data(config, tmp_path / "run", ALONE, said.append).held_out is None
+    assert any(line.startswith("nothing is held out") for line in said)
