@@ -77,7 +77,7 @@ def measure(name: str, options: argparse.Namespace, answer: Any) -> None:
     weight = torch.randn(options.vocabulary, options.width, generator=generator)
     labels = torch.randint(options.vocabulary, (options.tokens,), generator=generator).to(device)
     hidden = hidden.to(device, dtype).requires_grad_()
-    weight = (weight * options.width**-0.5).to(device, dtype).requires_grad_()
+    weight = weight.mul_(options.width**-0.5).to(device, dtype).requires_grad_()
     before = peak_bytes(device)
     seconds = []
     for _ in range(options.repeats):

@@ -8,9 +8,26 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.measure import ROOT
 from benchmarks.training import conversion
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+
+
+def test_the_losses_in_the_docs_are_those_of_the_result() -> None:
+    result = ROOT / "benchmarks/results/training_conversion_cpu.json"
+    figures = json.loads(result.read_text())["figures"]
+    docs = (ROOT / "docs/conversion.md").read_text()
+    names = {"aligned, with text": "`aligned` with text (33,000 tokens)"}
+    for name in conversion.CONVERTED:
+        found, gap = figures["converted"][name], figures["gap_of_mean_pooling"][name]
+        gap_text = "1" if gap == 1 else f"{gap:.2f}"
+        row = f"{names.get(name, f'`{name}`')} | {found['at_first']:.3f} | {gap_text} | "
+        assert f"| {row}{found['final']:.3f} |" in docs
+    assert (
+        f"| {figures['MHA']['final']:.3f} | | {figures['converted']['MHA']['final']:.3f} |" in docs
+    )
+    assert f"| | {figures['MQA from scratch']['final']:.3f} |" in docs
 
 
 @pytest.mark.slow
