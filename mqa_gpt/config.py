@@ -175,7 +175,8 @@ class GPTConfig:
         if model_type == "gpt2" and "attention_head_type" in values:
             _convert_santacoder(values)
         elif model_type != MODEL_TYPE:
-            raise ConfigError(f"model_type is {shown(model_type)}: expected {MODEL_TYPE!r}")
+            hint = "; `mqa-gpt convert` turns GPT-2 into that" if model_type == "gpt2" else ""
+            raise ConfigError(f"model_type is {shown(model_type)}: expected {MODEL_TYPE!r}{hint}")
         if values.get("add_cross_attention"):
             raise ConfigError(
                 f"add_cross_attention is {shown(values['add_cross_attention'])}: this model has no "

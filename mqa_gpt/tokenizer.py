@@ -139,15 +139,20 @@ class Tokenizer:
         if special_tokens:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
             return ids
-        ids = self._plain.encode(text, add_special_tokens=False).ids
-        if not self.special_ids.isdisjoint(ids):
-            id_ = next(id_ for id_ in ids if id_ in self.special_ids)
-            raise CheckpointError(
-                f"this tokenizer makes the control token {shown(self.id_to_token(id_))} out of "
-                "plain text: its merges are damaged; use the tokenizer.json of the original "
-                "checkpoint"
-            )
-        return ids
+        return self._require_plain(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """The ids of several texts, all of them plain text, tokenized on all cores.
+
+        Raises:
+            PromptError, CheckpointError: as `encode`, for any of them.
+        """
+        texts = list(texts)
+        for text in texts:
+            require_text("text", text)
+            self._require_bytes(text)
+        encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        return [self._require_plain(encoding.ids) for encoding in encodings]
 
     def min_tokens(self, text: str) -> int:
         """A lower bound on the number of tokens in a text, without tokenizing it.
@@ -225,6 +230,17 @@ class Tokenizer:
             self.special_ids == other.special_ids
             and self._tokenizer.get_vocab() == other._tokenizer.get_vocab()
         )
+
+    def _require_plain(self, ids: list[int]) -> list[int]:
+        """The ids of plain text, or CheckpointError if one of them is a control token."""
+        if not self.special_ids.isdisjoint(ids):
+            id_ = next(id_ for id_ in ids if id_ in self.special_ids)
+            raise CheckpointError(
+                f"this tokenizer makes the control token {shown(self.id_to_token(id_))} out of "
+                "plain text: its merges are damaged; use the tokenizer.json of the original "
+                "checkpoint"
+            )
+        return ids
 
     def _require_bytes(self, text: str) -> None:
         """Raise PromptError if a byte of the text has no entry: it would be left out silently."""

@@ -19,8 +19,9 @@ LAYERS = [
     {"checkpoints"},
     {"generation"},
     {"llm"},
-    {"verify", "training", "research", "evaluation", "server", "integrations"},
+    {"verify", "integrations"},
     {"bench"},
+    {"training", "research", "evaluation", "server"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -29,7 +29,7 @@ GUIDES = {
 }
 PAGES = {"README.md": README, **{f"docs/{name}": text for name, text in GUIDES.items()}}
 ALL = "\n".join(PAGES.values())
-FOLDERS = ("mqa_gpt", "kernels", "scripts", "benchmarks", "docs", "tests")
+FOLDERS = ("mqa_gpt", "kernels", "scripts", "benchmarks", "configs", "docs", "tests")
 
 
 def commands(text: str) -> list[str]:
@@ -49,8 +49,8 @@ def indented(text: str) -> str:
 
 
 def help_texts() -> str:
-    names = ["generate", "infill", "batch", "verify", "inspect", "bench", "env"]
-    runs = [[], *([name] for name in names)]
+    names = ["generate", "infill", "batch", "verify", "inspect", "bench", "env", "train", "convert"]
+    runs = [[], *([name] for name in names), ["train", "plot"], ["train", "export"]]
     return "".join(CliRunner().invoke(app, [*run, "--help"]).stdout for run in runs)
 
 

@@ -89,6 +89,18 @@ def test_plain_text_never_becomes_a_control_token(tokenizer, text):
     assert tokenizer.special_ids.isdisjoint(ids)
 
 
+@given(st.lists(HOSTILE, max_size=5))
+@pytest.mark.parametrize("tokenizer", [STARCODER_LIKE, SANTACODER_LIKE])
+def test_a_batch_of_plain_texts_has_the_ids_of_each(tokenizer, texts):
+    each = [tokenizer.encode(text, special_tokens=False) for text in texts]
+    assert tokenizer.encode_batch(texts) == each
+
+
+def test_a_batch_with_a_text_that_cannot_be_encoded_is_refused():
+    with pytest.raises(PromptError, match="lone surrogate"):
+        STARCODER_LIKE.encode_batch(["a", "\ud800"])
+
+
 @pytest.mark.parametrize("tokenizer", [STARCODER_LIKE, SANTACODER_LIKE])
 def test_every_control_token_is_read_in_a_prompt_and_left_out_of_text(tokenizer):
     assert len(tokenizer.special_ids) == 5
@@ -170,6 +182,8 @@ def test_merges_that_spell_a_control_token_are_refused():
     inner.add_special_tokens(["<fim>"])
     with pytest.raises(CheckpointError, match="'<fim>' out of plain text"):
         Tokenizer(inner).encode("<fim>", special_tokens=False)
+    with pytest.raises(CheckpointError, match="'<fim>' out of plain text"):
+        Tokenizer(inner).encode_batch(["<fim>"])
 
 
 def test_truncation_and_padding_stored_with_a_tokenizer_are_switched_off():

@@ -22,7 +22,6 @@ import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -51,10 +50,10 @@ from mqa_gpt.generation.batching import Engine
 from mqa_gpt.generation.request import make_requests
 from mqa_gpt.generation.speculative import Drafter, PromptLookup, Proposer
 from mqa_gpt.sampling import GREEDY
+from mqa_gpt.training.config import read_run_config
+from mqa_gpt.training.prepare import held_out_documents
 
-sys.path.insert(0, str(ROOT / "scripts/demo"))
-from corpus import HELD_OUT, read_corpus
-
+DEMO = read_run_config(ROOT / "configs/demo.toml").data  # the demo checkpoint's
 PIECE = slice(100, 400)  # the tokens of a held-out module to continue
 BEGINNING = 48  # how many of them an edit repeats
 BETWEEN = "\n\n"  # the piece and the repeated beginning: at most a token per character
@@ -142,7 +141,8 @@ def of_the_prompt(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, 
     llm = LLM.load(dtype="float32")
     for task in ("continue", "edit"):
         results = {}
-        for name, text in islice(sorted(read_corpus().held_out.items()), options.modules):
+        modules = sorted(held_out_documents(DEMO), key=lambda document: document.name)
+        for name, text in [(d.name, d.text) for d in modules[: options.modules]]:
             ids = llm.tokenizer.encode(text, special_tokens=False)[PIECE]
             again = [*ids, *llm.tokenizer.encode(BETWEEN), *ids[:BEGINNING]]
             prompt = ids if task == "continue" else again
@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="how often a guess is right",
     )
     parser.add_argument(
-        "--modules", type=within(1, len(HELD_OUT)), default=8, help="held-out modules"
+        "--modules", type=within(1, len(DEMO.held_out)), default=8, help="held-out modules"
     )
     parser.add_argument("--prompt", type=positive, default=128, help="prompt tokens, by agreement")
     parser.add_argument("--new", type=several, default=96, help="new tokens")

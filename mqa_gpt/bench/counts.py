@@ -1,4 +1,4 @@
-"""The operations and bytes that a forward pass needs: the only place that counts them.
+"""The operations and bytes that a pass through the model needs: the only place that counts them.
 
 Operations are the multiplications and additions of matrix products. Of attention only the scores
 that causality leaves are counted. Bytes are those that have to be read or written once.
@@ -40,6 +40,25 @@ def prefill_flops(config: GPTConfig, batch: int, T: int) -> int:
     attention = attention_flops(1, T, T, config.n_head, config.head_dim)
     head = 2 * config.n_embd * config.vocab_size
     return batch * (config.n_layer * (2 * T * weights + attention) + head)
+
+
+def training_flops(config: GPTConfig, T: int, *, causal: bool) -> float:
+    """Operations per token of a training step, forward and backward, in sequences of T tokens.
+
+    The backward pass makes two products for each of the forward pass. With N weights in matrix
+    products, the head included, that is 6 N + 12 L C T, as PaLM counts (Chowdhery et al. 2022,
+    appendix B); what is computed again to save memory does not count.
+
+    Args:
+        causal: count of attention only the scores that causality leaves, 6 N + 6 L C (T + 1).
+    """
+    weights = sum(inputs * outputs for inputs, outputs in linear_sizes(config).values())
+    products = config.n_layer * weights + config.n_embd * config.vocab_size
+    if causal:
+        attention = attention_flops(1, T, T, config.n_head, config.head_dim) / T
+    else:
+        attention = 4 * config.n_embd * T
+    return 3 * (2 * products + config.n_layer * attention)
 
 
 def weight_bytes(config: GPTConfig, itemsize: int) -> int:

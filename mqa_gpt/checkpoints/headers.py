@@ -140,9 +140,11 @@ def _no_config(folder: Path) -> str:
         )
     values = read_json(folder / ADAPTER_FILE, CheckpointError)
     base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    of = "a model that it does not name" if base is None else shown(base)
     return (
-        f"{folder} holds a peft adapter for {shown(base)}, not a model: load the model and merge "
-        "the adapter into it with peft's merge_and_unload, then save it and load that"
+        f"{folder} holds a peft adapter for {of}, not a model: load the model, merge the adapter "
+        "into it with peft's PeftModel.from_pretrained(model, folder).merge_and_unload(), save the "
+        "result with its save_pretrained, and load that"
     )
 
 

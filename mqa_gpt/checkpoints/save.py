@@ -54,13 +54,18 @@ def save_model(
     Raises:
         CheckpointError: the files cannot be written, and the old ones are untouched; or they cannot
             be moved into place, and the message says where they are.
-        InputError: an invalid size, or a tied model whose head is a weight of its own. Nothing is
-            written.
+        InputError: an invalid size, a model with a peft adapter, or a tied model whose head is a
+            weight of its own. Nothing is written.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
     folder, max_bytes = _as_path(folder), _as_bytes(max_shard_size)
     tensors = model.state_dict()
+    if any(".base_layer." in name for name in tensors):
+        raise InputError(
+            "the model has a peft adapter: merge it with peft's merge_and_unload and save the "
+            "result, or save the adapter alone with the PeftModel's save_pretrained"
+        )
     if model.config.tie_word_embeddings:
         if model.lm_head.weight is not model.transformer.wte.weight:
             raise InputError(

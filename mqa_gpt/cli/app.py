@@ -23,17 +23,19 @@ from typer.core import TyperGroup
 
 from mqa_gpt.cli.batch import batch
 from mqa_gpt.cli.bench import bench
+from mqa_gpt.cli.convert import convert
 from mqa_gpt.cli.env import env
 from mqa_gpt.cli.generate import generate
 from mqa_gpt.cli.infill import infill
 from mqa_gpt.cli.inspect import inspect
 from mqa_gpt.cli.options import with_groups
 from mqa_gpt.cli.output import BAD_INPUT, INTERRUPTED, READER_GONE, note
+from mqa_gpt.cli.train import train
 from mqa_gpt.cli.verify import verify
 from mqa_gpt.errors import InputError
 from mqa_gpt.machine import is_out_of_memory
 
-COMMANDS = (generate, infill, batch, verify, inspect, bench, env)
+COMMANDS = (generate, infill, batch, verify, inspect, bench, convert, env)
 
 
 @contextmanager
@@ -115,6 +117,7 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(with_groups(command))
+app.add_typer(train, name="train")
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
 """Measure the demo checkpoint on the held-out modules and write its model card.
 
+    mqa-gpt train configs/demo.toml --out demo-run
     python scripts/demo/evaluate_demo.py demo-run
 
-Reads the checkpoint and `training.json` of a run of train_demo.py; writes `figures.json` and
-`README.md` (from `card.md`) to the same folder. Computes in float32.
+Reads the model, config and log of a run; writes `figures.json` and `README.md` (from `card.md`)
+next to the model. Computes in float32.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import platform
 import random
 import sys
+import textwrap
 import tokenize
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -25,9 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from corpus import PIECE_CHARACTERS, PIECE_CHARACTERS_PER_TOKEN, Corpus, read_corpus
 from tqdm import tqdm  # type: ignore[import-untyped]
-from train_demo import LONG_BATCH, SHORT_BATCH, bits_per_byte
 
 from mqa_gpt import LLM
 from mqa_gpt.checkpoints.inspect import inspect_checkpoint
@@ -35,6 +35,13 @@ from mqa_gpt.errors import InputError
 from mqa_gpt.fim import MODES, truncated_infill_prompt
 from mqa_gpt.generation.loop import generate
 from mqa_gpt.machine import describe
+from mqa_gpt.model import GPT
+from mqa_gpt.tokenizer import Tokenizer
+from mqa_gpt.training import checkpoints
+from mqa_gpt.training.config import RunConfig, read_run_config
+from mqa_gpt.training.documents import Report
+from mqa_gpt.training.log import read_log
+from mqa_gpt.training.prepare import held_out_documents, training_documents
 
 CARD = Path(__file__).with_name("card.md")  # with the names of the figures in braces
 
@@ -43,7 +50,7 @@ FUNCTIONS = 50
 FUNCTION_TOKENS = 200
 SAMPLING = {"temperature": 0.2, "top_p": 0.95}  # customary for code models
 HOLES = 200
-HOLE_PROMPT_TOKENS = 256  # about the length of most infilling pieces in training
+HOLE_PROMPT_TOKENS = 256
 HOLE_TOKENS = 48
 BATCH = 10
 
@@ -57,43 +64,139 @@ class Signature(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="the --out of train_demo.py")
+    parser.add_argument("run", type=Path, help="the --out of mqa-gpt train")
     parser.add_argument("--device", help="default: the GPU if there is one")
     options = parser.parse_args(arguments)
     try:
-        evaluate(options.folder, options.device)
+        evaluate(options.run, options.device)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def evaluate(folder: Path, device: str | None) -> None:
-    """Measure a run's checkpoint and write the figures and the card to its folder."""
+def evaluate(run: Path, device: str | None) -> None:
+    """Measure a run's model and write the figures and the card to its folder."""
+    folder = run / "model"
+    config = read_run_config(run / "config.toml")
     llm = LLM.load(folder, device=device, dtype="float32")
-    try:
-        training = json.loads((folder / "training.json").read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{folder / 'training.json'} is not JSON: {error}") from error
-    corpus = read_corpus()
+    held_out = {d.name: d.text for d in held_out_documents(config.data)}
+    report = Report()
+    for _ in training_documents(config.data, held_out_documents(config.data), report):
+        pass
+    training = training_facts(run, config)
     figures = {
-        "command": "python scripts/demo/train_demo.py --out RUN; "
+        "command": "mqa-gpt train configs/demo.toml --out RUN; "
         "python scripts/demo/evaluate_demo.py RUN",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": describe(),
         "python": platform.python_version(),
-        "training_modules": len(corpus.training),
-        "training_characters": sum(map(len, corpus.training.values())),
+        "training_modules": report.documents,
+        "training_characters": report.characters,
         "parameters": inspect_checkpoint(folder).config.parameters,
         "training": training,
-        "compression": compare_with_xz(llm, corpus.held_out),
-        "completion": complete_functions(llm, corpus.held_out),
-        "infilling": fill_holes(llm, corpus.held_out),
+        "compression": compare_with_xz(llm, held_out),
+        "completion": complete_functions(llm, held_out),
+        "infilling": fill_holes(llm, held_out),
+        "card": card_texts(llm, config, training),
     }
-    figures_path = folder / "figures.json"
-    figures_path.write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
-    (folder / "README.md").write_text(card(llm, corpus, figures), "utf-8")
+    (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+    (folder / "README.md").write_text(card(llm, figures), "utf-8")
     print(json.dumps(figures, indent=2))
+
+
+def training_facts(run: Path, config: RunConfig) -> dict[str, Any]:
+    """What the log and the last checkpoint say about the training."""
+    records = read_log(run)
+    starts = [record for record in records if record["kind"] == "start"]
+    done = checkpoints.complete(run)
+    if not done or not starts:
+        raise InputError(f"{run} holds no checkpoint of a run: train it first")
+    state = checkpoints.read_state(done[-1])
+    kinds = ("loss", "left_to_right", "infilling")
+    return {
+        "config": config.to_dict(),
+        "steps": state.step,
+        "tokens": state.tokens,
+        "seconds": state.seconds,
+        "started": [{k: v for k, v in record.items() if k != "kind"} for record in starts],
+        "held_out": [
+            {key: record[key] for key in ("step", *kinds)}
+            for record in records
+            if record["kind"] == "held_out"
+        ],
+    }
+
+
+def card_texts(llm: LLM, config: RunConfig, training: dict[str, Any]) -> dict[str, str]:
+    """The paragraphs of the card that depend on how this model was trained."""
+    model, data, holes, optimizer = (
+        llm.model.config,
+        config.data,
+        config.data.infilling,
+        config.optimizer,
+    )
+    total = sum(holes.shares)
+    kinds = (f"{share / total:.0%} of the holes {what}" for share, what in zip(
+        holes.shares, ("lie anywhere", "are one to three lines", "are nodes of the syntax tree"),
+        strict=True,
+    ) if share)  # fmt: skip
+    rates = f"{holes.rate:.0%}"
+    if holes.late_rate is not None:
+        rates += f" (from epoch {holes.late_epoch + 1} on {holes.late_rate:.0%})"
+    infilling = (
+        f"The documents are shuffled anew in each epoch, and {rates} of them are rearranged for "
+        f"infilling ({holes.spm_rate:.0%} of these in SPM order): {', '.join(kinds)}."
+    )
+    name = {"muon": "Muon for the hidden matrices, AdamW for the rest", "adamw": "AdamW"}
+    decay = f"weight decay {optimizer.weight_decay:g}"
+    if config.schedule.weight_decay_final != 1:
+        decay += f" falling to {config.schedule.weight_decay_final:g} of that"
+    last = training["started"][-1]
+    settings = (
+        f"{model.n_layer} layers, {model.n_head} query heads and one key/value head of width "
+        f"{model.head_dim}, width {model.n_embd}, MLP width {model.inner_size}, context "
+        f"{model.n_positions}, vocabulary {model.vocab_size}, tied embeddings, dropout "
+        f"{model.resid_pdrop:g}. "
+        + "The initial weights hold an induction circuit (`mqa_gpt/training/induction.py`). "
+        * config.model.induction
+        + f"{name[optimizer.name]}; {config.schedule.warmup_steps} warm-up steps to "
+        f"{optimizer.lr:g}, then a {config.schedule.name} schedule; {decay}; the exported weights "
+        f"are an average (decay {config.averaging.decay:g}). {training['steps']:,} steps, "
+        f"{training['tokens'] / 1e6:,.1f} million tokens in sequences of {data.length}; "
+        f"{config.run.dtype} on {last['device']} ({last['threads']} threads), "
+        f"{training['seconds'] / 60:,.0f} minutes. Stored in {config.run.export_dtype}."
+    )
+    commands = (
+        "    mqa-gpt train configs/demo.toml --out demo-run\n"
+        "    python scripts/demo/evaluate_demo.py demo-run"
+    )
+    return {
+        "infilling": infilling,
+        "settings": f"{textwrap.fill(settings, 100, break_on_hyphens=False)}\n\n{commands}",
+    }
+
+
+@torch.no_grad()
+def bits_per_byte(model: GPT, tokenizer: Tokenizer, texts: list[str]) -> float:
+    """Bits per byte of the texts, each from a new `<|endoftext|>`.
+
+    The window slides by half a context, so every token after the first half context is predicted
+    from at least that many tokens.
+    """
+    context = model.config.n_positions
+    nats = 0.0
+    for text in texts:
+        ids = [tokenizer.end_of_text_id, *tokenizer.encode(text, special_tokens=False)]
+        done = 0  # tokens predicted so far
+        while done < len(ids) - 1:
+            start = max(0, done - context // 2)
+            window = torch.tensor([ids[start : start + context + 1]], device=model.device)
+            logits = model(window[:, :-1])[0, done - start :]  # (new, V)
+            labels = window[0, 1 + done - start :]
+            nats += F.cross_entropy(logits.float(), labels, reduction="sum").item()
+            done += len(labels)
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
 def compare_with_xz(llm: LLM, modules: dict[str, str]) -> dict[str, object]:
@@ -294,18 +397,18 @@ def write(
     return results
 
 
-def card(llm: LLM, corpus: Corpus, figures: dict[str, Any]) -> str:
+def card(llm: LLM, figures: dict[str, Any]) -> str:
     """The model card; every number is from the figures or from the code that made them."""
     config = llm.model.config
     compression, completion = figures["compression"], figures["completion"]
-    infilling, training = figures["infilling"], figures["training"]
+    infilling = figures["infilling"]
     rows = (
         f"| `{name}` | {row['bytes']:,} | {row['model']:.3f} | {row['xz']:.3f} |"
         for name, row in compression["modules"].items()
     )
     return CARD.read_text("utf-8").format(
         millions=figures["parameters"] / 1e6,
-        held_out=len(corpus.held_out),
+        held_out=len(compression["modules"]),
         held_out_bytes=compression["bytes"],
         model=compression["model"],
         xz_all=compression["xz_of_all_in_one"],
@@ -330,26 +433,7 @@ def card(llm: LLM, corpus: Corpus, figures: dict[str, Any]) -> str:
         python=figures["python"],
         training_modules=figures["training_modules"],
         characters=figures["training_characters"] / 1e6,
-        shortest=PIECE_CHARACTERS,
-        longest=PIECE_CHARACTERS_PER_TOKEN * LONG_BATCH[1],
-        layers=config.n_layer,
-        heads=config.n_head,
-        head_dim=config.head_dim,
-        width=config.n_embd,
-        inner=config.inner_size,
-        vocab=config.vocab_size,
-        warmup=training["warmup_steps"],
-        peak_lr=training["peak_lr"],
-        steps=training["steps"],
-        tokens_per_step=training["tokens_per_step"],
-        tokens=training["steps"] * training["tokens_per_step"] / 1e6,
-        short_rows=SHORT_BATCH[0],
-        short_length=SHORT_BATCH[1],
-        long_rows=LONG_BATCH[0],
-        long_length=LONG_BATCH[1],
-        device=training["device"],
-        cpu_minutes=training["cpu_seconds"] / 60,
-        threads=training["threads"],
+        card=figures["card"],
     )
 
 

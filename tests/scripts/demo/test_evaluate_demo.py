@@ -11,8 +11,8 @@ from typing import Any
 import evaluate_demo
 import pytest
 import torch
-from corpus import HELD_OUT, Corpus
 from evaluate_demo import (
+    bits_per_byte,
     complete_functions,
     fill_holes,
     function_body,
@@ -21,8 +21,12 @@ from evaluate_demo import (
     signatures,
 )
 
-from mqa_gpt import LLM
+from mqa_gpt import LLM, Tokenizer
 from mqa_gpt.checkpoints.load import DEMO_DIR
+from mqa_gpt.training.config import read_run_config
+from mqa_gpt.training.run import train
+from mqa_gpt.training.vocabulary import train_tokenizer
+from tests.helpers import our_model, reference_model, tiny_config
 
 SOURCE = '''\
 """A module whose text says def: def no_function():
@@ -295,6 +299,68 @@ def test_generated_text_comes_with_whether_it_reached_the_end_token(
 
 def test_the_bundled_card_is_made_from_the_recorded_figures(llm: LLM) -> None:
     results = Path(__file__).parents[3] / "benchmarks/results/demo_checkpoint.json"
-    corpus = Corpus({}, dict.fromkeys(HELD_OUT, ""))
-    text = evaluate_demo.card(llm, corpus, json.loads(results.read_text("utf-8")))
+    text = evaluate_demo.card(llm, json.loads(results.read_text("utf-8")))
     assert text == (DEMO_DIR / "README.md").read_text("utf-8")
+
+
+def module(name: str) -> str:
+    return "".join(f"def {name}_{i}(x):\n    y = x + {i}\n    return y\n\n\n" for i in range(20))
+
+
+def test_a_folder_without_a_run_is_not_evaluated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate_demo.main([str(tmp_path)]) == 2
+    assert "config.toml cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_of_the_demo_gets_figures_and_a_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = tmp_path / "library"
+    sources.mkdir()
+    for name in ("a", "b", "c", "heapq"):
+        (sources / f"{name}.py").write_text(module(name))
+    overrides = (
+        f'data.sources=["{sources}"]', "tokenizer.vocab_size=300", "model.n_positions=128",
+        "data.length=128", "model.n_embd=32", "model.n_layer=2", "run.steps=2",
+        "run.evaluate_samples=4", "run.batch_size=2", "run.micro_batch_size=2",
+    )  # fmt: skip
+    config = read_run_config(Path(__file__).parents[3] / "configs/demo.toml", overrides)
+    train(config, tmp_path / "run", device="cpu", say=lambda _: None)
+
+    for name in ("FUNCTIONS", "HOLES", "FUNCTION_TOKENS", "HOLE_TOKENS"):
+        monkeypatch.setattr(evaluate_demo, name, 4)
+    monkeypatch.setattr(evaluate_demo, "HOLE_PROMPT_TOKENS", 64)
+    assert evaluate_demo.main([str(tmp_path / "run"), "--device", "cpu"]) == 0
+    figures = json.loads((tmp_path / "run/model/figures.json").read_text())
+    size = len(module("heapq").encode())
+    assert figures["training_characters"] == 3 * len(module("a"))
+    assert figures["training"]["steps"] == figures["training"]["held_out"][-1]["step"] == 2
+    assert figures["completion"]["functions"] == figures["infilling"]["holes"] == 4
+    assert figures["compression"]["bytes"] == size
+    row = figures["compression"]["modules"]["heapq.py"]
+    assert figures["compression"]["model"] == pytest.approx(row["model"])
+    card = (tmp_path / "run/model/README.md").read_text()
+    assert f"| `heapq.py` | {size:,} | {row['model']:.3f} | {row['xz']:.3f} |" in card
+    assert "Muon for the hidden matrices" in " ".join(card.split())
+
+
+def test_bits_per_byte_equal_those_of_one_token_at_a_time() -> None:
+    texts = ["a few words of 猫 and é " * 8, "short"]
+    tokenizer = Tokenizer(train_tokenizer(texts, 280))
+    config = tiny_config(vocab_size=280, n_positions=24)
+    model = our_model(reference_model(config), config)
+    bits = 0.0
+    for text in texts:
+        ids = [tokenizer.end_of_text_id, *tokenizer.encode(text)]
+        for i in range(1, len(ids)):
+            # The window begins at 0, 12, 24, ...: the first from which 24 tokens reach up to i.
+            start = max(0, math.ceil((i - 24) / 12) * 12)
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[start:i]]))[0, -1]
+            bits -= logits.log_softmax(-1)[ids[i]].item() / math.log(2)
+    assert len(ids) < 24 < 100 < len(tokenizer.encode(texts[0]))
+    expected = bits / sum(len(text.encode()) for text in texts)
+    assert bits_per_byte(model, tokenizer, texts) == pytest.approx(expected, rel=1e-5)

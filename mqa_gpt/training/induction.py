@@ -1,11 +1,11 @@
-"""The demo checkpoint's initial weights: an induction circuit, built by hand.
+"""Initial weights that hold an induction circuit, built by hand.
 
 Programs repeat themselves: what followed a token once is likely to follow it again. Transformers
 learn to copy with two heads in two successive layers (Olsson et al. 2022, "In-context Learning and
 Induction Heads"). The first writes to every position which token came before it; the second attends
 to positions whose previous token is the current one, and copies the token there. Training discovers
-this after hundreds of millions of tokens. The demo sees some ten million, so it starts with the two
-heads, which are then trained like all other parameters.
+this after hundreds of millions of tokens. A run that sees fewer may start with the two heads, which
+are then trained like all other parameters.
 
 The circuit divides the channels of the residual stream (C wide, D per head):
 
@@ -20,6 +20,7 @@ import math
 
 import torch
 
+from mqa_gpt.errors import ConfigError
 from mqa_gpt.model import GPT, MLP, MultiQueryAttention
 
 POSITION_SHARPNESS = 1.8  # scales layer 0's queries and keys
@@ -35,12 +36,12 @@ def start_from_induction(model: GPT) -> None:
     circuit.
 
     Raises:
-        ValueError: the model is not multi-query with two layers, D even and C >= 4D.
+        ConfigError: the model is not multi-query with two layers, D even and C >= 4D.
     """
     config = model.config
     C, D = config.n_embd, config.head_dim
     if not config.multi_query or config.n_layer < 2 or D % 2 or C < 4 * D or C % 4:
-        raise ValueError("an induction circuit needs multi_query, two layers, D even and C >= 4D")
+        raise ConfigError("an induction circuit needs multi_query, two layers, D even and C >= 4D")
     std = config.initializer_range
     for module in model.modules():
         if isinstance(module, MultiQueryAttention | MLP):

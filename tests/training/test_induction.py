@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from induction import start_from_induction
 from torch import Tensor
 
 from mqa_gpt import GPT, GPTConfig
+from mqa_gpt.training.induction import start_from_induction
 from tests.helpers import random_ids
 
 SIZES = {

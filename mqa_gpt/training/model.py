@@ -1,0 +1,61 @@
+"""The model that a run starts from: random weights from the seed, or those of a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from mqa_gpt.checkpoints.headers import read_config
+from mqa_gpt.checkpoints.hub import resolve
+from mqa_gpt.checkpoints.load import load_model
+from mqa_gpt.config import GPTConfig
+from mqa_gpt.errors import InputError
+from mqa_gpt.model import GPT
+from mqa_gpt.tokenizer import Tokenizer
+from mqa_gpt.training.config import RunConfig
+from mqa_gpt.training.induction import start_from_induction
+
+
+def model_config(config: RunConfig, tokenizer: Tokenizer) -> GPTConfig:
+    """The sizes of a run's model.
+
+    Raises:
+        InputError: its vocabulary is smaller than the tokenizer's, or its context than a sequence.
+    """
+    end = tokenizer.end_of_text_id
+    if config.model.pretrained is not None:
+        stored = read_config(resolve(config.model.pretrained))
+        sizes = dataclasses.replace(stored, **config.model.sizes)
+    else:
+        sizes = config.model.gpt_config(
+            vocab_size=tokenizer.vocab_size, bos_token_id=end, eos_token_id=end
+        )
+    if tokenizer.vocab_size > sizes.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size:,} entries and model.vocab_size is "
+            f"{sizes.vocab_size:,}: it must be at least as many"
+        )
+    if config.data.length > sizes.n_positions:
+        raise InputError(
+            f"data.length is {config.data.length:,} and model.n_positions is "
+            f"{sizes.n_positions:,}: a sequence must fit into the context"
+        )
+    return sizes
+
+
+def make_model(config: RunConfig, tokenizer: Tokenizer, device: torch.device) -> GPT:
+    """A run's model with the weights that it starts from, float32.
+
+    Raises:
+        InputError: as `model_config`; or the checkpoint cannot be loaded.
+    """
+    torch.manual_seed(config.run.seed)
+    model = GPT(model_config(config, tokenizer))
+    if config.model.pretrained is not None:
+        stored = load_model(config.model.pretrained, dtype=torch.float32, device="cpu")
+        model.load_state_dict(stored.state_dict())
+    elif config.model.induction:
+        start_from_induction(model)
+    model.to(device).set_backend(config.model.backend)
+    return model

@@ -1,0 +1,230 @@
+"""A run from its config to a model that transformers loads: `train`, read from top to bottom."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mqa_gpt.errors import InputError
+from mqa_gpt.machine import cpu_name
+from mqa_gpt.progress import progress
+from mqa_gpt.tokenizer import Tokenizer
+from mqa_gpt.training import checkpoints
+from mqa_gpt.training.checkpoints import RunState
+from mqa_gpt.training.config import CONFIG_FILE, RunConfig, differences, read_run_config, to_toml
+from mqa_gpt.training.data import DATA_FOLDER, TOKENIZER_FOLDER, load_data
+from mqa_gpt.training.export import export, gathered, written_texts
+from mqa_gpt.training.log import LOG_FILE, RunLog
+from mqa_gpt.training.loop import Step, Trainer
+from mqa_gpt.training.model import make_model
+from mqa_gpt.training.parallel import World, world
+from mqa_gpt.training.signals import RunInterruptedError, Signals, caught_signals
+from mqa_gpt.training.speed import Speed, speed_of
+
+MODEL_FOLDER = "model"
+
+
+def train(
+    config: RunConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    device: str | None = None,
+    tensor_parallel: int = 1,
+    tensorboard: bool = False,
+    say: Callable[[str], None] = print,
+) -> RunState:
+    """Train as a config says; every rank calls this.
+
+    Args:
+        out: the run's folder, made if it does not exist. It gets `config.toml`, `log.jsonl`,
+            `tokenizer`, `checkpoints`, and at the end `model`, a checkpoint for transformers.
+        resume: continue from the last checkpoint in `out`; what follows is what an uninterrupted
+            run would have computed, bit for bit, on the same machine and number of ranks.
+        device: None takes CUDA where there is one, else the CPU.
+        tensor_parallel: how many neighbouring ranks share each layer (see `tensor_parallel.py`).
+        tensorboard: also write TensorBoard's files.
+        say: gets a line for each thing worth a line, on the first rank.
+
+    Returns:
+        The state at the end.
+
+    Raises:
+        InputError: `out` holds a run and `resume` is false, or the other way round; or the config
+            differs from that of the run, whose settings are named.
+        FloatingPointError: a bad step that the config wants to stop at; a checkpoint is written.
+        RunInterruptedError: SIGINT or SIGTERM arrived; a checkpoint is written.
+    """
+    with world(device, tensor_parallel) as ranks:
+        tell = say if ranks.is_first else _say_nothing
+        require_folder(out, config, resume)
+        ranks.wait()  # before one of them makes it
+        if ranks.is_first:
+            prepare_folder(out, config)
+        data = load_data(config, out, ranks, tell)
+        model = make_model(config, data.tokenizer, ranks.device)
+        trainer = Trainer(config, model, data.training, data.held_out, ranks)
+        if resume and (found := checkpoints.complete(out)):
+            trainer.load(found[-1])
+        tell(
+            f"{model.config.parameters:,} parameters on {ranks.ranks} x {ranks.device.type}, "
+            f"step {trainer.state.step:,} of {config.run.steps:,}"
+        )
+        speed = speed_of(model.config, config.data.length, ranks.device, config.run.dtype)
+        log = RunLog(out if ranks.is_first else None, trainer.state.step, tensorboard)
+        with closing(log), caught_signals() as signals:
+            log.write("start", trainer.state.step, **machine_facts(ranks, speed))
+            Run(trainer, data.tokenizer, out, log, speed, signals, tell).steps()
+        with trainer.averaged():
+            final = gathered(trainer.model, ranks)
+        if final is not None:
+            export(final, data.tokenizer, out / MODEL_FOLDER, config.run.export_dtype)
+            tell(f"the model is in {out / MODEL_FOLDER}")
+        return trainer.state
+
+
+@dataclass
+class Run:
+    """What is done between steps: records, held-out losses, texts, checkpoints.
+
+    Attributes:
+        saved: the step of the last checkpoint.
+    """
+
+    trainer: Trainer
+    tokenizer: Tokenizer
+    out: Path
+    log: RunLog
+    speed: Speed
+    signals: Signals
+    say: Callable[[str], None]
+    saved: int = field(init=False)
+
+    def steps(self) -> None:
+        """Take the steps that are left."""
+        trainer, run = self.trainer, self.trainer.config.run
+        self.saved = trainer.state.step
+        with progress(run.steps, "step") as show:
+            for batches in trainer.batches():
+                try:
+                    step = trainer.step(batches)
+                except FloatingPointError as error:
+                    self.log.write("event", trainer.state.step, message=str(error))
+                    self.save()
+                    raise
+                self.record(step, show)
+                done = trainer.state.step
+                if _is_due(done, run.evaluate_every, run.steps) and trainer.held_out is not None:
+                    self.evaluate()
+                if _is_due(done, run.sample_every, run.steps):
+                    self.write_texts()
+                if _is_due(done, run.save_every, run.steps):
+                    self.save()
+                received = trainer.world.largest(self.signals.received)
+                if received and done < run.steps:
+                    self.log.write("event", done, message=signal.Signals(received).name)
+                    self.save()
+                    raise RunInterruptedError(received)
+
+    def record(self, step: Step, show: Callable[[int, str], None]) -> None:
+        """One line of the log, and the progress bar."""
+        done, rate = self.trainer.state.step, step.tokens / step.seconds
+        used = self.speed.utilisation(rate / self.trainer.world.ranks)
+        self.log.write(
+            "train",
+            done,
+            loss=step.loss,
+            grad_norm=step.grad_norm,
+            lr=step.lr,
+            tokens=self.trainer.state.tokens,
+            tokens_per_second=rate,
+            **used,
+        )
+        if step.problem:
+            self.log.write("event", done, message=f"skipped: {step.problem}")
+            self.say(f"step {done:,} is skipped: {step.problem}")
+        show(done, f"loss {step.loss:.3f}, {rate:,.0f} tok/s, MFU {used['mfu']:.0%}")
+
+    def evaluate(self) -> None:
+        """Compute and record the held-out losses."""
+        losses = self.trainer.evaluate()
+        done = self.trainer.state.step
+        self.log.write("held_out", done, **losses)
+        found = [f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None]
+        self.say(f"step {done:,}: held out: {', '.join(found).replace('_', ' ')}")
+
+    def write_texts(self) -> None:
+        """Let the model write what the config asks it to."""
+        run, done = self.trainer.config.run, self.trainer.state.step
+        with self.trainer.averaged():
+            model = gathered(self.trainer.model, self.trainer.world)
+        if model is not None:
+            for text in written_texts(model, self.tokenizer, run):
+                self.log.write("sample", done, text=text)
+                self.say(f"step {done:,}: {text!r}")
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this step has one."""
+        if self.saved != self.trainer.state.step:
+            self.trainer.save(self.out)
+            self.saved = self.trainer.state.step
+
+
+def require_folder(out: Path, config: RunConfig, resume: bool) -> None:
+    """Raise InputError unless a run of this config can begin or be resumed in a folder."""
+    has_run = (out / CONFIG_FILE).exists()
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is not a folder: choose another --out")
+    if resume and not has_run:
+        raise InputError(f"{out} holds no run to resume: leave --resume out")
+    if not resume and (out / LOG_FILE).exists():
+        raise InputError(f"{out} holds a run: pass --resume, or choose another --out")
+    if not has_run and out.exists() and any(out.iterdir()):
+        raise InputError(f"{out} holds something else than a run: choose another --out")
+    if resume:
+        changed = differences(read_run_config(out / CONFIG_FILE), config)
+        if changed:
+            raise InputError(
+                f"the run in {out} cannot be resumed with other settings: {'; '.join(changed)}"
+            )
+
+
+def prepare_folder(out: Path, config: RunConfig) -> None:
+    """Make a run's folder and write the config. What is left of a run that did not come to its
+    first step, maybe with other settings, is removed.
+    """
+    if not (out / LOG_FILE).exists():
+        for name in (TOKENIZER_FOLDER, DATA_FOLDER):
+            shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
+    checkpoints.tidy(out)
+
+
+def machine_facts(ranks: World, speed: Speed) -> dict[str, str | int | float]:
+    """Where a run is computed: what may change the last bits of its numbers, or its speed."""
+    is_gpu = ranks.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(ranks.device) if is_gpu else cpu_name(),
+        "ranks": ranks.size,
+        "tensor_parallel": ranks.ranks // ranks.size,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "peak_flops": speed.peak,
+        "peak_source": speed.source,
+    }
+
+
+def _is_due(done: int, every: int, steps: int) -> bool:
+    """Whether something is done after this step: each so many steps, and after the last one."""
+    return done == steps or (every > 0 and done % every == 0)
+
+
+def _say_nothing(text: str) -> None:
+    """What ranks other than the first say."""

@@ -1,0 +1,95 @@
+"""`mqa-gpt convert`: what it writes, reports and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from mqa_gpt import GPT, Tokenizer
+from mqa_gpt.checkpoints.save import save_model
+from mqa_gpt.cli.app import app
+from tests.helpers import SPECIALS, byte_tokenizer, error, random_ids, tiny_model
+from tests.training.test_gpt2 import reference
+
+TEXT = "def double(x):\n    return 2 * x\n" * 20
+
+
+@pytest.fixture
+def mha(tmp_path: Path) -> Path:
+    """A multi-head checkpoint in float16, with a tokenizer."""
+    folder, tokenizer = tmp_path / "mha", byte_tokenizer(*SPECIALS)
+    model = tiny_model(multi_query=False, vocab_size=tokenizer.get_vocab_size())
+    save_model(model.half(), folder, tokenizer=Tokenizer(tokenizer))
+    return folder
+
+
+def convert(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["convert", *map(str, arguments)])
+
+
+def test_heads_become_one_and_losses_on_the_text_are_reported(mha: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.py").write_text(TEXT)
+    losses = {}
+    for method in ("aligned", "mean"):
+        text = ("--text", tmp_path / "text.py") if method == "aligned" else ()
+        out = tmp_path / method
+        result = convert("--model", mha, "--out", out, "--method", method, *text, "--json")
+        assert result.exit_code == 0, result.output
+        report = json.loads(result.stdout)
+        assert report["method"] == method
+        assert report["before"]["key_value_heads"] == 3
+        assert report["after"]["key_value_heads"] == 1
+        assert (
+            report["after"]["cache_bytes_per_token"] * 3
+            == (report["before"]["cache_bytes_per_token"])
+        )
+        losses[method] = report["after"].get("loss")
+        model = GPT.from_pretrained(out)
+        assert model.config.multi_query
+        assert model.dtype == torch.float16
+        assert Tokenizer.from_pretrained(out).vocab_size == model.config.vocab_size
+    assert losses["aligned"] > 0
+    assert losses["mean"] is None
+
+
+def test_one_head_becomes_many_with_the_same_logits(mha: Path, tmp_path: Path) -> None:
+    convert("--model", mha, "--out", tmp_path / "mqa")
+    result = convert("--model", tmp_path / "mqa", "--to", "mha", "--out", tmp_path / "back")
+    assert result.exit_code == 0, result.output
+    assert "key/value heads" in result.stdout
+    one, many = (GPT.from_pretrained(tmp_path / n, dtype="float32") for n in ("mqa", "back"))
+    ids = random_ids(one.config, 2, 20)
+    assert error(many(ids), one(ids)) < 1e-4
+
+
+def test_a_gpt2_checkpoint_is_read(tmp_path: Path) -> None:
+    model = reference()
+    model.save_pretrained(tmp_path / "gpt2")
+    result = convert("--model", tmp_path / "gpt2", "--to", "mha", "--out", tmp_path / "ours")
+    assert result.exit_code == 0, result.output
+    assert "no tokenizer is written" in result.stderr
+    ids = torch.randint(97, (2, 20))
+    assert error(GPT.from_pretrained(tmp_path / "ours")(ids), model(ids).logits) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "gqa"], "--to is 'gqa': expected mqa or mha"),
+        (["--method", "median"], "--method is 'median': expected one of aligned, mean, first"),
+        (["--method", "mean", "--text", __file__], "--method mean reads no text"),
+        (["--model", "/nowhere"], "there is no folder '/nowhere'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_refused_and_nothing_is_written(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    result = convert("--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()

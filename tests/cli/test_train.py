@@ -1,0 +1,103 @@
+"""`mqa-gpt train`: runs, refusals, exit statuses, plots and exports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mqa_gpt.training.config import to_toml
+from tests.cli.test_app import environment, invoke, refusal
+from tests.training.runs import assert_same_run, tiny_run, write_sources
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("train")
+    run = tiny_run(write_sources(folder / "sources"), run_steps=4, run_evaluate_every=2)
+    (folder / "tiny.toml").write_text(to_toml(run))
+    return str(folder / "tiny.toml")
+
+
+@pytest.mark.slow
+def test_a_run_is_trained_plotted_exported_and_used(config: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    result = invoke("train", config, "--out", out, "--set", "optimizer.lr=2e-3", "--device", "cpu")
+    assert result.exit_code == 0
+    assert result.stdout == ""
+    assert "optimizer.lr = 0.002\n" in result.stderr
+    assert "step 4: held out: loss " in result.stderr
+    assert f"the model is in {out}/model" in result.stderr
+    assert invoke("train", "plot", out).stdout == f"{out}/plot.png\n"
+    exported = invoke("train", "export", out, str(tmp_path / "model"), "--best")
+    assert exported.stdout == f"{out}/checkpoints/step-00000004\n"
+    assert invoke("inspect", "-m", str(tmp_path / "model")).exit_code == 0
+    assert invoke("generate", "-m", f"{out}/model", "def", "--max-new-tokens", "2").exit_code == 0
+    assert "holds a run: pass --resume" in refusal_after_settings("train", config, "--out", out)
+    again = invoke(
+        "train", config, "--out", out, "--set", "optimizer.lr=2e-3", "--resume", "--device", "cpu"
+    )
+    assert again.exit_code == 0
+
+
+def refusal_after_settings(*arguments: str) -> str:
+    """The last line of what is refused once the settings are printed."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    return result.stderr.splitlines()[-1].removeprefix("error: ")
+
+
+def test_a_dry_run_reports_and_leaves_nothing(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = json.loads(invoke("train", config, "--dry-run", "--json", "--device", "cpu").stdout)
+    assert found["steps"] == 4
+    assert found["seconds_per_step"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_input_is_refused_in_one_line(config: str, tmp_path: Path) -> None:
+    assert refusal("train", config) == "--out is missing: name a folder for the run"
+    assert refusal("train", "none.toml").startswith("none.toml cannot be read")
+    assert "run.stepps is not a setting" in refusal("train", config, "--set", "run.stepps=1")
+    assert "holds no steps" in refusal("train", "plot", str(tmp_path))
+    assert "cannot be read" in refusal("train", "export", str(tmp_path), str(tmp_path / "model"))
+    wrong = refusal_after_settings("train", config, "--out", str(tmp_path / "run"), "--resume")
+    assert "holds no run to resume" in wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_with_its_exit_status_and_the_run_can_go_on(
+    number: signal.Signals, status: int, config: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "mqa_gpt", "train", config, "--device", "cpu"]
+    command += [
+        "--set",
+        "run.steps=300",
+        "--set",
+        "run.save_every=0",
+        "--set",
+        "run.evaluate_every=0",
+    ]
+    run = [*command, "--out", str(tmp_path / "run")]
+    variables = environment() | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(run, env=variables, stderr=subprocess.PIPE) as process:
+        log = tmp_path / "run/log.jsonl"
+        deadline = time.monotonic() + 120
+        while not (log.exists() and '"train"' in log.read_text()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(process.pid, number)
+        process.communicate(timeout=120)
+    assert process.returncode == status
+    for out, more in ((tmp_path / "run", ["--resume"]), (tmp_path / "whole", [])):
+        subprocess.run([*command, "--out", str(out), *more], env=variables, check=True)
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
