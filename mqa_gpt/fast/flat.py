@@ -83,12 +83,20 @@ def flat_forward(model: GPT) -> Forward:
     """A function of ids (B, T) and a cache that gives the model's logits (B, T, V).
 
     Where the model `is_plain` and is not compiled, its modules are not called. Their parts are
-    looked up now: get a new function after modules, hooks or attention were replaced.
+    looked up now: get a new function after modules, hooks or attention were replaced. Only what
+    `mqa_gpt.research` records or patches may come later, since each call asks `is_watched`.
     """
     is_compiled = any(module._compiled_call_impl for module in model.modules())
     if type(model) is not GPT or is_compiled or not is_plain(model):
         return lambda ids, cache: model(ids, cache=cache)
-    return without_modules(model)
+    flat = without_modules(model)
+    return lambda ids, cache: (model if is_watched(model) else flat)(ids, cache)
+
+
+def is_watched(model: GPT) -> bool:
+    """Whether the model itself has a hook, as it has while it is recorded or patched: a step that
+    does not call its modules must ask this before each run."""
+    return bool(model._forward_pre_hooks)
 
 
 def without_modules(model: GPT) -> Forward:

@@ -249,7 +249,9 @@ class Engine:
         slot_of |= {request: first + i for i, request in enumerate(new)}
         self._clear_slots(first, first + len(rows))
         if new:
-            cache = self._stepper.cache.rows(first, [0] * len(new))
+            owner = {row.request: row for row in reversed(rows)}  # the first of its samples
+            labels = [owner[request] for request in new]
+            cache = self._stepper.cache.rows(first, [0] * len(new), labels)
             prompts = [request.prompt for request in new]
             logits = prefill(self.model, cache, prompts, self._chunk).float()  # (B, V)
             self._logits |= dict(zip(new, logits, strict=True))
