@@ -29,11 +29,12 @@ from mqa_gpt.cli.infill import infill
 from mqa_gpt.cli.inspect import inspect
 from mqa_gpt.cli.options import with_groups
 from mqa_gpt.cli.output import BAD_INPUT, INTERRUPTED, READER_GONE, note
+from mqa_gpt.cli.score import score
 from mqa_gpt.cli.verify import verify
 from mqa_gpt.errors import InputError
 from mqa_gpt.machine import is_out_of_memory
 
-COMMANDS = (generate, infill, batch, verify, inspect, bench, env)
+COMMANDS = (generate, infill, batch, score, verify, inspect, bench, env)
 
 
 @contextmanager

@@ -239,7 +239,7 @@ def _fitted(values: Any, point: Point, x: Tensor, run: Pass, place: Tensor | Non
     if tensor.ndim == 0:
         return tensor
     if tensor.ndim == dims - 2 and not ("T" in point.axes and "S" in point.axes):
-        tensor = tensor.unsqueeze(axis - 1)  # the same at every position, and in every row
+        tensor = tensor.unsqueeze(axis - 1)[None]  # the same at every position, and in every row
     else:
         tensor = tensor[None] if tensor.ndim == dims - 1 else tensor
         if tensor.ndim == dims:

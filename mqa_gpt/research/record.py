@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -207,7 +208,9 @@ class Activations(Mapping[str, Any]):
                     row = rows.setdefault(b, _Row())
                 else:
                     row = rows.setdefault(label.number, _Row(label))
-                    piece = piece.accepted(fed[b], label.ids)
+                    # The newest token is not fed yet, or only as a draft.
+                    ids = label.ids[:-1] if label.count else label.ids
+                    piece = piece.accepted(fed[b], ids)
                     if piece.start < len(label.request.prompt):
                         prompts.setdefault(id(label.request), []).append(piece)
                         continue
@@ -237,12 +240,9 @@ class _Piece(NamedTuple):
 
     def accepted(self, fed: list[int], ids: list[int]) -> _Piece:
         """Up to the first token that was fed but did not become part of the row."""
-        count = 0
-        while (
-            self.start + count < min(self.end, len(ids)) and fed[count] == ids[self.start + count]
-        ):
-            count += 1
-        return self._replace(end=self.start + count)
+        kept = ids[self.start : self.end]
+        agree = takewhile(lambda pair: pair[0] == pair[1], zip(fed, kept, strict=False))
+        return self._replace(end=self.start + len(list(agree)))
 
 
 class _Row:

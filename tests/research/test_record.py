@@ -151,8 +151,9 @@ def test_afterwards_the_model_is_as_before(model: GPT, ids: torch.Tensor) -> Non
         return [*found, is_plain(model), [b.attn.attend for b in model.transformer.h]]
 
     before = state()
-    with pytest.raises(ZeroDivisionError), record(model, EVERYTHING):
+    with record(model, EVERYTHING):
         assert not is_plain(model)
+    with pytest.raises(ZeroDivisionError), record(model, EVERYTHING):
         raise ZeroDivisionError
     assert state() == before
     with record(model, IN_ATTENTION), patch(model, {"transformer.h.1.attn.probs": zero()}):
@@ -201,9 +202,9 @@ def test_a_wildcard_stacks_gradients(model: GPT, ids: torch.Tensor) -> None:
         loss(model, ids).backward()
     gradient = acts.grad["blocks.*.attn.hook_q"]
     assert gradient.shape == acts["transformer.h.*.attn.q"].shape
-    with record(model, ["transformer.h.1", "transformer.h.0.attn.result"]) as acts:
-        with torch.no_grad():
-            model(ids)
+    names = ["transformer.h.1", "transformer.h.0.attn.result"]
+    with torch.no_grad(), record(model, names) as acts:
+        model(ids)
     for name in acts:
         with pytest.raises(InputError, match="has no gradient"):
             acts.grad[name]
