@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from mqa_gpt.cli import research
 from mqa_gpt.cli.batch import batch
 from mqa_gpt.cli.bench import bench
 from mqa_gpt.cli.env import env
@@ -116,6 +117,7 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(with_groups(command))
+app.add_typer(research.app)
 
 
 def main() -> None:

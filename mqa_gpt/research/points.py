@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import NamedTuple
 
 from torch import nn
@@ -186,12 +187,14 @@ def _in_layer(i: int, block: nn.Module, inner: str) -> list[Point]:
     ]
 
 
+@cache
 def _part_point(i: int, part: str) -> Point:
     below, kind, form, axes = _PARTS[part]
     module = f"{LAYERS}{i}.{below}" if below else f"{LAYERS}{i}"
     return Point(f"{LAYERS}{i}.{part}", Site(module, kind), form, axes, i)
 
 
+@cache
 def _module_point(name: str, layer: int | None = None) -> Point:
     axes = "BT" + _WIDTHS.get(name.rsplit(".", 1)[-1], "C")
     return Point(name, Site(name, "output"), "", axes, layer)
