@@ -94,9 +94,9 @@ def flat_forward(model: GPT) -> Forward:
 
 
 def is_watched(model: GPT) -> bool:
-    """Whether the model itself has a hook, as it has while it is recorded or patched: a step that
-    does not call its modules must ask this before each run."""
-    return bool(model._forward_pre_hooks)
+    """Whether the model's `forward` is wrapped, as it is while it is recorded or patched: a step
+    that does not call its modules must ask this before each run."""
+    return "forward" in vars(model)
 
 
 def without_modules(model: GPT) -> Forward:

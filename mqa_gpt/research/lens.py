@@ -18,8 +18,8 @@ from torch import Tensor
 from mqa_gpt.errors import InputError
 from mqa_gpt.fast.int8 import Int8Linear
 from mqa_gpt.model import GPT
-from mqa_gpt.research.hooks import attention_of
 from mqa_gpt.research.record import record
+from mqa_gpt.research.wraps import attention_of
 
 
 @dataclass(frozen=True)

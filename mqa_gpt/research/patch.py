@@ -23,8 +23,8 @@ from torch import Tensor
 
 from mqa_gpt.errors import InputError, is_int, shown
 from mqa_gpt.model import GPT
-from mqa_gpt.research.hooks import Pass, Probe, attention_of, part_of, watching, with_part
 from mqa_gpt.research.points import Point, points_of
+from mqa_gpt.research.wraps import Pass, Probe, attention_of, part_of, watching, with_part
 
 Indices = int | Sequence[int] | slice
 Values = Tensor | float

@@ -25,7 +25,7 @@ with shapes in the dimensions of `mqa_gpt.model`:
 
 A segment between dots may be a wildcard: `transformer.h.*.attn.probs`, `transformer.h.[0-3].mlp`.
 TransformerLens' names for the same tensors are accepted too: `blocks.3.attn.hook_pattern`,
-`blocks.*.hook_resid_pre`.
+`blocks.*.hook_resid_pre`. (Its `ln1.hook_normalized` is not: it leaves out gain and bias.)
 """
 
 from __future__ import annotations
@@ -103,8 +103,11 @@ _SAME = {"resid_post": "", "mlp.pre": "mlp.c_fc"}  # other names of modules' out
 # TransformerLens' names -> ours.
 _LENS = {
     "hook_embed": "transformer.wte",
+    "embed.hook_out": "transformer.wte",
     "hook_pos_embed": "transformer.wpe",
-    "ln_final.hook_normalized": "transformer.ln_f",
+    "pos_embed.hook_out": "transformer.wpe",
+    "ln_final.hook_out": "transformer.ln_f",
+    "unembed.hook_out": "lm_head",
 }
 _LENS_IN_LAYER = {
     "hook_resid_pre": "resid_pre",
@@ -112,8 +115,12 @@ _LENS_IN_LAYER = {
     "hook_resid_post": "resid_post",
     "hook_attn_out": "attn",
     "hook_mlp_out": "mlp",
-    "ln1.hook_normalized": "ln_1",
-    "ln2.hook_normalized": "ln_2",
+    "hook_in": "resid_pre",
+    "hook_out": "resid_post",
+    "ln1.hook_out": "ln_1",
+    "ln2.hook_out": "ln_2",
+    "attn.hook_out": "attn",
+    "mlp.hook_out": "mlp",
     "attn.hook_q": "attn.q",
     "attn.hook_k": "attn.k",
     "attn.hook_v": "attn.v",

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from mqa_gpt.errors import InputError, shown
 from mqa_gpt.model import GPT, MultiQueryAttention
-from mqa_gpt.research.hooks import Pass, Probe, attention_of, part_of, watching
 from mqa_gpt.research.points import Point, matches, plain_name, points_of
+from mqa_gpt.research.wraps import Pass, Probe, attention_of, part_of, watching
 
 
 @contextmanager

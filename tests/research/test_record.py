@@ -10,9 +10,11 @@ import torch.nn.functional as F
 
 from mqa_gpt import GPT, InputError, KVCache, generate
 from mqa_gpt.attention import is_own
+from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.fast.flat import is_plain
 from mqa_gpt.generation.prefill import prefill
 from mqa_gpt.research import patch, record, replace, zero
+from mqa_gpt.research.points import _LENS, _LENS_IN_LAYER
 from tests.helpers import (
     error,
     our_model,
@@ -94,20 +96,44 @@ def test_the_points_of_a_layer_are_related_as_the_textbook_says(multi_query: boo
 def test_transformer_lens_names_are_aliases(model: GPT, ids: torch.Tensor) -> None:
     pairs = {
         "hook_embed": "transformer.wte",
-        "ln_final.hook_normalized": "transformer.ln_f",
+        "ln_final.hook_out": "transformer.ln_f",
+        "unembed.hook_out": "logits",
         "blocks.1.hook_resid_pre": "transformer.h.1.resid_pre",
         "blocks.1.hook_resid_post": "transformer.h.1",
         "blocks.*.attn.hook_pattern": "transformer.h.*.attn.probs",
         "blocks.0.attn.hook_z": "transformer.h.0.attn.z",
         "blocks.0.mlp.hook_post": "transformer.h.0.mlp.post",
         "blocks.0.mlp.hook_pre": "transformer.h.0.mlp.c_fc",
-        "blocks.0.ln1.hook_normalized": "transformer.h.0.ln_1",
+        "blocks.0.ln1.hook_out": "transformer.h.0.ln_1",
     }
     with record(model, list(pairs)) as acts:
         model(ids)
     for alias, name in pairs.items():
         assert torch.equal(acts[alias], acts[name]), alias
         assert not alias.startswith("blocks") or name.startswith("transformer.h")
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_it_is_what_transformer_lens_gives() -> None:
+    bridge = pytest.importorskip("transformer_lens.model_bridge", reason="not installed")
+    lens = bridge.TransformerBridge.boot_transformers(str(DEMO_DIR), device="cpu")
+    lens.enable_compatibility_mode(no_processing=True)
+    model = GPT.from_pretrained(DEMO_DIR, dtype="float32")
+    ids = random_ids(model.config, 2, 40)
+    logits, cache = lens.run_with_cache(ids)
+    names = [*_LENS, *(f"blocks.*.{name}" for name in _LENS_IN_LAYER)]
+    names.remove("blocks.*.attn.hook_result")  # which it does not have for this architecture
+    with record(model, names) as acts:
+        assert error(model(ids), logits) < 1e-4
+    for name in names:
+        if name in cache:
+            assert error(acts[name], cache[name].expand_as(acts[name])) < 1e-5, name
+        for i in range(model.config.n_layer) if "*" in name else ():
+            ours = acts[name.replace("*", str(i))]
+            theirs = cache[name.replace("*", str(i))].reshape(ours.shape)
+            finite = ours.isfinite()
+            assert error(ours[finite], theirs[finite]) < 1e-5 * ours[finite].abs().max(), name
 
 
 @torch.no_grad()
@@ -339,6 +365,7 @@ def test_two_runs_in_one_context_are_an_error(model: GPT, ids: torch.Tensor) -> 
         ("transformer.h.7", "not in this model of 2 layers"),
         ("transformer.h.0.attn.keys", "not in this model"),
         ("blocks.0.attn.hook_rot_q", "has no equal here"),
+        ("blocks.0.ln1.hook_normalized", "has no equal here"),
         ([], "names are"),
         (3, "names are"),
         ([3], "a name is 3"),
