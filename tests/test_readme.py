@@ -53,8 +53,9 @@ def indented(text: str) -> str:
 
 
 def help_texts() -> str:
-    names = ["generate", "infill", "batch", "verify", "inspect", "bench", "env"]
-    runs = [[], *([name] for name in names)]
+    names = ["generate", "infill", "batch", "score", "verify", "inspect", "bench", "env"]
+    analyses = ["logit-lens", "attribution", "attention", "patch", "loss", "sharing"]
+    runs = [[], *([name] for name in names), *(["research", name] for name in analyses)]
     return "".join(CliRunner().invoke(app, [*run, "--help"]).stdout for run in runs)
 
 

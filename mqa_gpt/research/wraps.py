@@ -4,8 +4,8 @@ What enters and leaves a module is enough for all but four points: q, k and v ar
 `c_attn` gives, a head's output is part of what `c_proj` gets. Scores, probabilities, and keys and
 values as the heads read them exist inside the attention function only, which is wrapped where
 somebody asks for these. A wrap is an attribute of the instance (`forward`, `attend`) that hides the
-class's own: it costs a tenth of PyTorch's hooks, and `mqa_gpt.fast.flat` sees that the model is not
-plain. A model without a context has none.
+class's own: it costs a fraction of what PyTorch's hooks cost, and `mqa_gpt.fast.flat` sees that the
+model is not plain. A model without a context has none.
 
 All contexts on a model share its wraps, and each forward pass serves the contexts of the thread
 (or asynchronous task) that runs it. Patches come first, in the order in which they were entered;

@@ -127,13 +127,15 @@ def test_it_is_what_transformer_lens_gives() -> None:
     with record(model, names) as acts:
         assert error(model(ids), logits) < 1e-4
     for name in names:
-        if name in cache:
-            assert error(acts[name], cache[name].expand_as(acts[name])) < 1e-5, name
-        for i in range(model.config.n_layer) if "*" in name else ():
-            ours = acts[name.replace("*", str(i))]
-            theirs = cache[name.replace("*", str(i))].reshape(ours.shape)
+        layers = range(model.config.n_layer) if "*" in name else [0]
+        for one in (name.replace("*", str(i)) for i in layers):
+            ours, theirs = acts[one], cache[one]
+            ours = ours.expand(len(ids), *ours.shape[1:])  # positions are the same for all rows
+            theirs = theirs.reshape(ours.shape)  # of z with its heads side by side
             finite = ours.isfinite()
-            assert error(ours[finite], theirs[finite]) < 1e-5 * ours[finite].abs().max(), name
+            assert torch.equal(theirs.isfinite(), finite), one
+            scale = max(1.0, ours[finite].abs().max().item())
+            assert error(ours[finite], theirs[finite]) < 1e-5 * scale, one
 
 
 @torch.no_grad()
