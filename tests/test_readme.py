@@ -39,7 +39,8 @@ FOLDERS = ("mqa_gpt", "kernels", "scripts", "benchmarks", "docs", "tests")
 def commands(text: str) -> list[str]:
     """The indented lines that call `mqa-gpt`, from its name to where the shell takes over."""
     lines = re.findall(r"^ +(?![| ]).*?\b(mqa-gpt [a-z].*)$", text, re.MULTILINE)
-    return [re.split(r" [|>] |   +", line)[0] for line in lines]
+    # Three spaces begin a remark, unless they indent a line of a prompt.
+    return [re.split(r" [|>] |(?<!\\n)(?<! )   +", line)[0] for line in lines]
 
 
 def run(command: str) -> str:

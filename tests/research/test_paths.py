@@ -287,6 +287,7 @@ def test_the_patches_of_the_table_are_not_without_effect() -> None:
     assert same == []
 
 
+@pytest.mark.slow
 def test_a_patch_entered_between_steps_applies_from_then_on(path: tuple[GPT, Path, GPT]) -> None:
     """Also where a step does not call the modules by itself: flat, packed or as a graph."""
     model, run, definition = path

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mqa_gpt import GPT, InputError, KVCache, generate
+from mqa_gpt import GPT, DraftModel, InputError, KVCache, generate
 from mqa_gpt.attention import is_own
 from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.fast.flat import is_plain
+from mqa_gpt.fast.int8_cache import Int8KVCache
 from mqa_gpt.generation.prefill import prefill
 from mqa_gpt.research import patch, record, replace, zero
 from mqa_gpt.research.points import _LENS, _LENS_IN_LAYER
@@ -401,3 +402,38 @@ def test_a_compiled_model_is_refused(model: GPT) -> None:
     compiled.compile()
     with pytest.raises(InputError, match="compiled"), record(compiled, "transformer.h.0"):
         pass
+
+
+def test_a_draft_models_own_passes_are_refused(model: GPT) -> None:
+    small = tiny_model(n_layer=1)
+    with record(small, "transformer.h.0") as acts:
+        generate(model, random_prompts(CONFIG, [4, 6]), 5, draft=DraftModel(small))
+    with pytest.raises(InputError, match="a draft model's own passes"):
+        acts["transformer.h.0"]
+
+
+def test_samples_of_a_prompt_share_what_its_prefill_computed(model: GPT) -> None:
+    prompts = random_prompts(CONFIG, [4, 6])
+    names = ["transformer.h.*", "transformer.h.1.attn.k_read", "transformer.h.0.attn.probs"]
+    with record(model, names) as acts:
+        new = generate(model, prompts, 5, n=3, temperature=1.0, seed=0)
+    for row, ids in enumerate(new):
+        with torch.no_grad(), record(model, names) as alone:
+            model(torch.tensor([[*prompts[row // 3], *ids][:-1]]))
+        for name in acts:
+            check_row(name, acts[name][row], alone[name][0])
+
+
+def test_an_8_bit_cache_is_recorded_as_it_is_read(model: GPT) -> None:
+    eight = tiny_model()
+    eight.cache_class = Int8KVCache
+    prompts = random_prompts(CONFIG, [7, 3])
+    plain = generate(eight, prompts, 6)
+    with record(eight, ["transformer.h.1", "transformer.h.0.attn.k_read"]) as acts:
+        assert generate(eight, prompts, 6) == plain
+    with torch.no_grad(), record(model, list(acts)) as exact:
+        model(torch.tensor([[*prompts[1], *plain[1]][:-1]]))
+    for name in acts:
+        ours, theirs = acts[name][1], exact[name][0]
+        assert ours.shape == theirs.shape
+        assert 0 < error(ours, theirs) < 0.2 * theirs.abs().max().item()
