@@ -112,6 +112,10 @@ class Pass:
                 probe.visit(point, x, self)
         return x
 
+    def end(self) -> None:
+        """Forget the probes: records keep their passes, and a cycle would keep the tensors."""
+        self._patches, self._records = [], []
+
     def require_all_visited(self) -> None:
         """InputError if a point was not reached: values would be silently missing or unpatched."""
         if self._missing:
@@ -216,6 +220,7 @@ class Wraps:
                     output = plain(**given)[rows, at]  # (B, V) or (0, V)
             finally:
                 PASS.reset(token)
+                run.end()
             run.require_all_visited()
             return output
 
