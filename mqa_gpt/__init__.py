@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mqa_gpt.generation.completion import Completion
     from mqa_gpt.generation.loop import generate
     from mqa_gpt.generation.prompts import Options
+    from mqa_gpt.generation.score import Score
     from mqa_gpt.generation.speculative import DraftModel, PromptLookup
     from mqa_gpt.llm import LLM
     from mqa_gpt.model import GPT
@@ -32,6 +33,7 @@ __all__ = [
     "Options",
     "PromptError",
     "PromptLookup",
+    "Score",
     "Tokenizer",
     "generate",
 ]
@@ -43,6 +45,7 @@ _MODULES = {
     "generation.completion": ["Completion"],
     "generation.loop": ["generate"],
     "generation.prompts": ["Options"],
+    "generation.score": ["Score"],
     "generation.speculative": ["DraftModel", "PromptLookup"],
     "llm": ["LLM"],
     "model": ["GPT"],

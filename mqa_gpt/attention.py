@@ -48,27 +48,40 @@ def causal_mask(start: int | Tensor, T: int, S: int, device: torch.device) -> Te
     return torch.arange(S, device=device) <= query_positions[..., None]
 
 
-def reference_attention(
-    q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, scale: float, dropout_p: float = 0.0
-) -> Tensor:
-    """softmax(q k^T scale) v, step by step (Vaswani et al. 2017, equation 1; Shazeer 2019 for G=1).
+def attention_scores(q: Tensor, k: Tensor, start: int | Tensor, scale: float) -> Tensor:
+    """q k^T scale, and -inf where a key is not visible: (B, H, T, S).
 
-    The K/V heads are never repeated: queries are grouped as (G, H/G), and each product runs a
-    group's H/G heads over its one K/V head. (`@` would broadcast that head by copying it.) The
-    softmax is float32 in every model dtype.
+    The K heads are never repeated: queries are grouped as (G, H/G), and the product runs a group's
+    H/G heads over its one K head. (`@` would broadcast that head by copying it.)
     """
     B, T, H, D = q.shape
     S, G = k.shape[1], k.shape[2]
     q = q.view(B, T, G, H // G, D)
-
     # b row, t query, s key, g K/V head, h query head of the group, d element of the head
-    scores = torch.einsum("btghd,bsgd->bghts", q, k) * scale  # (B, G, H/G, T, S)
-    visible = causal_mask(start, T, S, q.device)[:, None, None]  # (1 or B, 1, 1, T, S)
-    scores = scores.masked_fill(~visible, float("-inf"))
-    probabilities = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-    probabilities = F.dropout(probabilities, dropout_p)
-    y = torch.einsum("bghts,bsgd->btghd", probabilities, v)  # (B, T, G, H/G, D)
-    return y.reshape(B, T, H, D)
+    scores = torch.einsum("btghd,bsgd->bghts", q, k).flatten(1, 2) * scale  # (B, H, T, S)
+    visible = causal_mask(start, T, S, q.device)[:, None]  # (1 or B, 1, T, S)
+    return scores.masked_fill(~visible, float("-inf"))
+
+
+def attention_probabilities(scores: Tensor) -> Tensor:
+    """softmax over the keys, in float32 in every model dtype: (B, H, T, S) -> (B, H, T, S)."""
+    return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+
+
+def weighted_values(probabilities: Tensor, v: Tensor) -> Tensor:
+    """Each query's sum of the values, weighted by its probabilities: (B, T, H, D)."""
+    B, H, T, S = probabilities.shape
+    G = v.shape[2]
+    probabilities = probabilities.view(B, G, H // G, T, S)
+    return torch.einsum("bghts,bsgd->btghd", probabilities, v).flatten(2, 3)  # (B, T, H, D)
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, start: int | Tensor, scale: float, dropout_p: float = 0.0
+) -> Tensor:
+    """softmax(q k^T scale) v in its three steps (Vaswani et al. 2017; Shazeer 2019 for G=1)."""
+    probabilities = attention_probabilities(attention_scores(q, k, start, scale))  # (B, H, T, S)
+    return weighted_values(F.dropout(probabilities, dropout_p), v)
 
 
 def sdpa_attention(

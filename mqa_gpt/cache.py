@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class KVCache:
         lengths: (B,) int64 on the cache's device: the tokens that each row holds.
         dtype: of the keys and values that `append` takes and returns.
         end: the longest row's length, known on the host without asking the device.
+        labels: what the engine calls each row, for whoever watches the model's passes; else None.
 
     Args:
         config: the model's config; the cache takes its layers, key/value heads and head dim.
@@ -52,6 +53,7 @@ class KVCache:
     """
 
     memory: ClassVar[tuple[str, ...]] = ("kv",)  # the tensors (L, B, ...) that hold the rows
+    labels: Sequence[Any] | None = None
 
     def __init__(
         self,
@@ -91,6 +93,11 @@ class KVCache:
     def start(self) -> int | Tensor:
         """Position of each row's next token: one int while all rows agree, else (B,) int64."""
         return self.lengths if self._ragged else self.end
+
+    @property
+    def limits(self) -> Tensor | None:
+        """Where each row will end, (B,) int64, while a right-padded prefill runs; else None."""
+        return self._limits
 
     def require_room(self, T: int) -> None:
         """Raise ValueError unless T more tokens fit into every row."""
@@ -187,10 +194,11 @@ class KVCache:
 
     # Used by the engine, whose rows join and leave.
 
-    def rows(self, first: int, lengths: Sequence[int]) -> Self:
+    def rows(self, first: int, lengths: Sequence[int], labels: Sequence[Any] | None = None) -> Self:
         """A cache over `len(lengths)` of these rows from `first` on, sharing their memory.
 
-        Row first + i holds `lengths[i]` tokens there. The counts are the new cache's own.
+        Row first + i holds `lengths[i]` tokens there. The counts are the new cache's own, and so
+        are the labels if given.
         """
         end = first + len(lengths)
         other = copy.copy(self)
@@ -198,6 +206,9 @@ class KVCache:
             setattr(other, name, getattr(self, name)[:, first:end])
         other.lengths = torch.tensor(lengths, device=self.kv.device)
         other._limits = None if self._limits is None else self._limits[first:end]
+        if labels is None and self.labels is not None:
+            labels = self.labels[first:end]
+        other.labels = labels
         other._count(lengths)
         return other
 

@@ -21,6 +21,7 @@ from mqa_gpt.fast.int8_cache import cache_class
 from mqa_gpt.generation.batching import EnginePool
 from mqa_gpt.generation.completion import Completion, Generation
 from mqa_gpt.generation.prompts import Options, hole_request, text_requests
+from mqa_gpt.generation.score import Score, score_texts
 from mqa_gpt.machine import INSTALL_NUMBA, threads_for
 from mqa_gpt.model import GPT
 from mqa_gpt.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -283,6 +284,48 @@ class LLM:
             repo_name=repo_name,
             **options,
         ).run()[0]
+
+    @overload
+    def score(
+        self,
+        text: str | tuple[str, str],
+        *,
+        special_tokens: bool = True,
+        window: int | None = None,
+        stride: int | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> Score: ...
+
+    @overload
+    def score(
+        self,
+        text: list[str | tuple[str, str]],
+        *,
+        special_tokens: bool = True,
+        window: int | None = None,
+        stride: int | None = None,
+        batch_size: int = BATCH_SIZE,
+    ) -> list[Score]: ...
+
+    def score(self, text: Any, **options: Any) -> Any:
+        """How likely the model finds a text, token by token.
+
+        Args:
+            text: a text, which is scored as a document of its own, after end-of-text; a pair of a
+                context and the text that is scored after it, each tokenized by itself; or a list.
+            special_tokens: as in `generate`.
+            window, stride: how longer texts are read; see `mqa_gpt.generation.score.windows`.
+            batch_size: windows that are read at a time.
+
+        Returns:
+            A `Score`, with log-probabilities, perplexity and bits per byte; a list for a list.
+
+        Raises:
+            PromptError: an empty or unusable text, or an unusable option.
+        """
+        texts = text if isinstance(text, list) else [text]
+        scores = score_texts(self.model, self.tokenizer, texts, **options)
+        return scores if isinstance(text, list) else scores[0]
 
     def begin(
         self,

@@ -35,7 +35,8 @@ FOLDERS = ("mqa_gpt", "kernels", "scripts", "benchmarks", "configs", "docs", "te
 def commands(text: str) -> list[str]:
     """The indented lines that call `mqa-gpt`, from its name to where the shell takes over."""
     lines = re.findall(r"^ +(?![| ]).*?\b(mqa-gpt [a-z].*)$", text, re.MULTILINE)
-    return [re.split(r" [|>] |   +", line)[0] for line in lines]
+    # Three spaces begin a remark, unless they indent a line of a prompt.
+    return [re.split(r" [|>] |(?<!\\n)(?<! )   +", line)[0] for line in lines]
 
 
 def run(command: str) -> str:
@@ -49,8 +50,11 @@ def indented(text: str) -> str:
 
 
 def help_texts() -> str:
-    names = ["generate", "infill", "batch", "verify", "inspect", "bench", "env", "train", "convert"]
+    names = ["generate", "infill", "batch", "score", "verify", "inspect", "bench", "env"]
+    names += ["train", "convert"]
+    analyses = ["logit-lens", "attribution", "attention", "patch", "loss", "sharing"]
     runs = [[], *([name] for name in names), ["train", "plot"], ["train", "export"]]
+    runs += [["research", name] for name in analyses]
     return "".join(CliRunner().invoke(app, [*run, "--help"]).stdout for run in runs)
 
 

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from mqa_gpt.cli import research
 from mqa_gpt.cli.batch import batch
 from mqa_gpt.cli.bench import bench
 from mqa_gpt.cli.convert import convert
@@ -30,12 +31,13 @@ from mqa_gpt.cli.infill import infill
 from mqa_gpt.cli.inspect import inspect
 from mqa_gpt.cli.options import with_groups
 from mqa_gpt.cli.output import BAD_INPUT, INTERRUPTED, READER_GONE, note
+from mqa_gpt.cli.score import score
 from mqa_gpt.cli.train import train
 from mqa_gpt.cli.verify import verify
 from mqa_gpt.errors import InputError
 from mqa_gpt.machine import is_out_of_memory
 
-COMMANDS = (generate, infill, batch, verify, inspect, bench, convert, env)
+COMMANDS = (generate, infill, batch, score, verify, inspect, bench, convert, env)
 
 
 @contextmanager
@@ -118,6 +120,7 @@ app = typer.Typer(
 for command in COMMANDS:
     app.command()(with_groups(command))
 app.add_typer(train, name="train")
+app.add_typer(research.app)
 
 
 def main() -> None:

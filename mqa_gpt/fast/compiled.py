@@ -14,7 +14,7 @@ from mqa_gpt.cache import KVCache
 from mqa_gpt.config import ACTIVATIONS
 from mqa_gpt.fast.int8 import Int8Embedding, Int8Linear
 from mqa_gpt.fast.int8_cache import Int8KVCache
-from mqa_gpt.fast.plain import is_plain
+from mqa_gpt.fast.plain import is_plain, is_watched
 from mqa_gpt.model import GPT, Block
 from mqa_gpt.progress import status
 
@@ -156,8 +156,19 @@ def compiled_forward(model: GPT) -> CompiledForward | None:
 
 def step_forward(model: GPT) -> Forward:
     """A function of ids (B, T) and a cache that gives the logits (B, T, V): compiled, or the
-    model's modules."""
-    return compiled_forward(model) or (lambda ids, cache: model(ids, cache=cache))
+    model's modules.
+
+    Get a new one after modules, weights, hooks or attention were replaced. Only what
+    `mqa_gpt.research` records or patches may come later.
+    """
+
+    def by_modules(ids: Tensor, cache: KVCache) -> Tensor:
+        return model(ids, cache=cache)
+
+    compiled = compiled_forward(model)
+    if compiled is None:
+        return by_modules
+    return lambda ids, cache: (by_modules if is_watched(model) else compiled)(ids, cache)
 
 
 def _is_compilable(model: GPT) -> bool:

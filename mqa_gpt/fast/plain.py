@@ -65,3 +65,9 @@ def _is_plain(module: nn.Module) -> bool:
     return held.keys() == places.keys() and all(
         type(child) in places[name] for name, child in held.items()
     )
+
+
+def is_watched(model: GPT) -> bool:
+    """Whether the model's `forward` is wrapped, as it is while it is recorded or patched: a step
+    that does not call its modules must ask this before each run."""
+    return "forward" in vars(model)

@@ -285,7 +285,9 @@ class Engine:
             self._stepper.cache.clear(first, min(end, self._used))
         self._used = max(self._used, end)
         if new:
-            cache = self._stepper.cache.rows(first, [0] * len(new))
+            owner = {row.request: row for row in reversed(rows)}  # the first of its samples
+            labels = [owner[request] for request in new]
+            cache = self._stepper.cache.rows(first, [0] * len(new), labels)
             prompts = [request.prompt for request in new]
             logits = prefill(self.model, cache, prompts, self._chunk).float()  # (B, V)
             self._logits |= dict(zip(new, logits, strict=True))

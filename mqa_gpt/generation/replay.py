@@ -28,7 +28,7 @@ from mqa_gpt.fast.decode_step import (
     step_logits,
 )
 from mqa_gpt.fast.graph import Replay, fetch, upload
-from mqa_gpt.fast.plain import is_plain
+from mqa_gpt.fast.plain import is_plain, is_watched
 from mqa_gpt.generation.steps import (
     Choice,
     Results,
@@ -134,14 +134,18 @@ class GraphStepper:
         counts = [row.count + 1 for row in rows]  # the newest is chosen, and not yet counted
         is_free = not any(map(Row.suppresses_end, rows, counts))
         if len(groups) == 1 and is_free:
-            self._graph(count, next(iter(groups)))()
+            self._graph(count, next(iter(groups)), rows)()
         else:
-            self._graph(count, None)()
+            self._graph(count, None, rows)()
             assert self._logits is not None
             self._choose(self._logits[: len(rows)], 0, rows, counts)
 
-    def _graph(self, count: int, options: RowOptions | None) -> Callable[[], None]:
+    def _graph(
+        self, count: int, options: RowOptions | None, rows: Sequence[Row] = ()
+    ) -> Callable[[], None]:
         """The step of the first `count` slots, which share these options; None: logits only."""
+        if is_watched(self._model):  # by Python, which a replay would not call
+            return self._step(count, options, (*rows, *[None] * (count - len(rows))))
         key = (count, options)
         if key not in self._graphs:
             if len(self._graphs) >= MAX_GRAPHS:
@@ -151,20 +155,25 @@ class GraphStepper:
         return self._graphs[key]
 
     def _recorded(self, count: int, options: RowOptions | None) -> Callable[[], None]:
+        step, device = self._step(count, options), self._model.device
+        return Replay(step, device) if device.type == "cuda" else step
+
+    def _step(
+        self, count: int, options: RowOptions | None, labels: Sequence[Row | None] | None = None
+    ) -> Callable[[], None]:
+        """The step itself; `labels` are its cache's."""
         state = self._state.first(count)
         cache = StaticCache(self.cache, state.lengths, state.active)
-        step: Callable[[], None]
+        cache.labels = labels
         if options is None:
             if self._logits is None:
                 shape = (self.cache.batch_size, self._model.config.vocab_size)
                 self._logits = torch.zeros(shape, device=self._model.device)
-            step = partial(step_logits, self._model, cache, state, self._logits[:count])
-        else:
-            report = self._reports_for(options)
-            if report is not None:
-                report = (report[0][:count], report[1][:count], report[2][:count])
-            step = partial(decode_step, self._model, cache, state, options[0], report)
-        return Replay(step, self._model.device) if self._model.device.type == "cuda" else step
+            return partial(step_logits, self._model, cache, state, self._logits[:count])
+        report = self._reports_for(options)
+        if report is not None:
+            report = (report[0][:count], report[1][:count], report[2][:count])
+        return partial(decode_step, self._model, cache, state, options[0], report)
 
     def _choose(
         self, logits: Tensor, first: int, rows: Sequence[Row], counts: Sequence[int]

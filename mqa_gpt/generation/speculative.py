@@ -143,7 +143,8 @@ class _ModelProposer:
         if most < 1:
             return [[] for _ in rows]
         # Read what the cache lacks, padded on the right; the guesses of earlier steps are dropped.
-        cache, device = self._cache.rows(0, self._held), self._model.device
+        cache = self._cache.rows(0, self._held, tuple(self._rows))
+        device = self._model.device
         padded = [
             text[len(text) - n :] + [0] * (width - n)
             for text, n in zip(ordered, missing, strict=True)

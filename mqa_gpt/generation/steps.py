@@ -128,7 +128,7 @@ class ModelStepper:
             first = self._choose(logits, new, range(slot, slot + len(new)), [0] * len(new))
             return [(i, [choice]) for i, choice in enumerate(first, slot)]
         if self._view is None:  # the cache lacks each row's newest token only
-            self._view = self.cache.rows(0, [len(row.ids) - 1 for row in rows])
+            self._view = self.cache.rows(0, [len(row.ids) - 1 for row in rows], tuple(rows))
         cache = self._view
         guesses = self._guess(rows, cache.max_length - cache.end - 1)
         width = max(map(len, guesses))

@@ -73,7 +73,7 @@ def to_mha(model: GPT) -> GPT:
     evaluation mode, as are those of `to_mqa`.
 
     Raises:
-        InputError: the model is quantized or packed.
+        InputError: the model has 8-bit weights.
     """
     copies = model.config.n_head
 
@@ -97,7 +97,7 @@ def to_mqa(model: GPT, method: Method = "aligned", batches: Sequence[Tensor] = (
             fitted to the outputs of the original attention.
 
     Raises:
-        InputError: the model is quantized or packed, or ids are given to another method.
+        InputError: the model has 8-bit weights, or ids are given to another method.
     """
     if method != "aligned" and len(batches):
         raise InputError(f"method is {method!r}, which reads no text: leave the text out")

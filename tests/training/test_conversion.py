@@ -219,7 +219,7 @@ def test_what_cannot_be_converted_is_refused() -> None:
     with pytest.raises(InputError, match="method is 'mean', which reads no text"):
         to_mqa(model, "mean", batches(1))
     quantize(model)
-    with pytest.raises(InputError, match="quantized or packed"):
+    with pytest.raises(InputError, match="8-bit integers"):
         to_mqa(model)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mqa_gpt import GPT, GPTConfig
+from mqa_gpt.research.heads import attention_patterns, induction_scores
 from mqa_gpt.training.induction import start_from_induction
 from tests.helpers import random_ids
 
@@ -40,14 +41,9 @@ def hits(model: GPT) -> tuple[float, float]:
     return right[:, :127].mean().item(), right[:, 128:].mean().item()
 
 
-@torch.no_grad()
 def first_attention(model: GPT) -> Tensor:
     """Attention probabilities (T, S) of layer 0's head 0 on random tokens."""
-    ids, block = random_ids(CONFIG, 1, 256), model.transformer.h[0]
-    x = model.transformer.wte(ids) + model.transformer.wpe.weight
-    q, kv = block.attn.split(block.attn.c_attn(block.ln_1(x)))
-    scores = q[0, :, 0] @ kv[0, :, 0, : CONFIG.head_dim].T * block.attn.scale
-    return scores.masked_fill(torch.ones(256, 256).triu(1).bool(), -torch.inf).softmax(-1)
+    return attention_patterns(model, random_ids(CONFIG, 1, 256)[0].tolist())[0, 0]
 
 
 def test_a_repeated_sequence_is_predicted() -> None:
@@ -64,6 +60,13 @@ def test_the_head_of_the_first_layer_attends_to_the_previous_token() -> None:
     weights = first_attention(started_model())
     assert torch.equal(weights[1:].argmax(-1), torch.arange(255))
     assert weights.diagonal(-1).min() > 0.5
+
+
+def test_the_head_of_the_second_layer_attends_to_what_followed_before() -> None:
+    scores = induction_scores(started_model(), length=100)  # (L, H)
+    assert scores[1, 0] > 0.2
+    assert scores[1, 0] == scores.max()
+    assert induction_scores(new_model(), length=100).max() < 0.02
 
 
 def test_without_the_circuit_its_attention_is_spread_out() -> None:
