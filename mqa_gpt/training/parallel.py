@@ -173,6 +173,8 @@ def clip_gradients(model: nn.Module, largest: float, ordered: bool = False) -> f
     else:
         norms = [whole(torch.nn.utils.get_total_norm(group)) for group in _alike(grads)]
     norm = torch.linalg.vector_norm(torch.stack(norms))
+    if dist.is_initialized():
+        dist.broadcast(norm, 0)  # ranks that differ in its last bit would drift apart
     if largest:
         factor = float((largest / (norm + 1e-6)).clamp(max=1.0))  # as clip_grad_norm_
         for group in _alike(grads):
