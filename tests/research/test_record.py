@@ -305,18 +305,18 @@ def test_threads_do_not_mix(model: GPT, ids: torch.Tensor) -> None:
     inside, patched = threading.Event(), threading.Event()
 
     def other() -> None:
-        inside.wait()
+        inside.wait(60)
         with torch.no_grad():
             results["plain"] = model(ids)
             with patch(model, {"transformer.h.0.attn.z": zero()}):
                 results["patched"] = model(ids)
         patched.set()
 
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=other, daemon=True)
     thread.start()
     with torch.no_grad(), record(model, ["transformer.h.1", *IN_ATTENTION]) as acts:
         inside.set()
-        patched.wait()
+        assert patched.wait(60)
         with pytest.raises(InputError, match="nothing was recorded"):
             acts["transformer.h.1"]
         assert torch.equal(model(ids), plain)
