@@ -134,6 +134,8 @@ def plot(figures: dict[str, Any], full: int, title: str, path: Path) -> None:
         curves.set(xlabel="step", ylim=(bottom - 0.1, bottom + 1.5))
         lengths.set(xlabel="length of the run / length of AdamW's")
         tuning.set(xlabel="peak learning rate (Muon: of its matrices)", xscale="log")
+        tuning.set_xticks([float(lr) for lr in rates], list(rates))
+        tuning.set_xticks([], minor=True)
         for axes in (curves, lengths, tuning):
             axes.set(ylabel="held-out loss, nats per token")
             axes.grid(alpha=0.3)
