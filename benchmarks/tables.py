@@ -25,6 +25,7 @@ SHAPES = ("tiny_starcoder_py", "starcoderbase-1b")
 BATCHES = (1, 8, 16)
 DECODE, PREFILL = "tg31 @ d128", "pp128"
 NONE = "–"
+NAMED = ("torch", "numba", "transformers", "ctranslate2")  # whose versions are shown
 
 # The columns of the table of speeds: heading, the run of `mqa-gpt bench`, the program in it or
 # "limit", and the program in cpu_start_*.json.
@@ -117,10 +118,11 @@ def spread() -> str:
                     away += [abs(quartile / middle - 1) for quartile in quartiles]
             if report:
                 cpu, versions = report["environment"]["cpu"], report["environment"]["versions"]
+                named = ", ".join(
+                    f"{name} {versions[name]}" for name in NAMED if versions.get(name)
+                )
                 where.add(
-                    f"{cpu['name']}, {cpu['capability']}, {cpu['threads']} threads; PyTorch "
-                    f"{versions['torch']}, numba {versions.get('numba')}, transformers "
-                    f"{versions['transformers']}, CTranslate2 {versions['ctranslate2']}; "
+                    f"{cpu['name']}, {cpu['capability']}, {cpu['threads']} threads; {named}; "
                     f"{report['date'][:10]}"
                 )
     if not away:

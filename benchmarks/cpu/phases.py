@@ -83,14 +83,17 @@ def timed_forward(layers: int, *, of_process: bool = False) -> Iterator[dict[str
 def _clock(stamps: np.ndarray, which: int) -> Any:
     """A compiled function of a phase's number that writes the time to its row of `stamps`.
 
-    Every thread does so, some nanoseconds apart; the last one counts.
+    The first thread to leave a phase does so. One that the system started late runs through the
+    phases when they are long finished.
     """
     gettime = ctypes.CDLL(None).clock_gettime
     gettime.argtypes, gettime.restype = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64)], ctypes.c_int
     address = stamps.ctypes.data
 
     def read_clock(phase):  # type: ignore[no-untyped-def]
-        gettime(which, at(pointer(address, INTEGERS), 2 * phase))
+        stamp = at(pointer(address, INTEGERS), 2 * phase)
+        if stamp[1] == 0:
+            gettime(which, stamp)
 
     return kernel(read_clock)
 

@@ -82,7 +82,7 @@ def test_the_table_of_speeds_has_every_program_and_the_limit(files):
     assert rows[6][2:5] == ["2.00", "–", "3.00"]
     assert rows[7][2:5] == ["1.25", "–", "1.25"]
     assert {cell for row in rows[8:] for cell in row[2:]} == {"–"}
-    assert "Some CPU, AVX2, 2 threads; PyTorch 1.2" in text
+    assert "Some CPU, AVX2, 2 threads; torch 1.2, numba 1.2" in text
     assert "at most 2% away" in text
 
 

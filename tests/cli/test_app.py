@@ -73,7 +73,9 @@ def spelling_checkpoint(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(spelling_checkpoint(tmp_path_factory.mktemp("cli") / "checkpoint"))
+    path = spelling_checkpoint(tmp_path_factory.mktemp("cli") / "checkpoint")
+    LLM.load(path).generate("a", 2)  # compiles, once: the commands that are tested do not say so
+    return str(path)
 
 
 def invoke(*arguments: str, stdin: str | bytes | None = None) -> Result:
@@ -95,7 +97,9 @@ def refusal(*arguments: str, stdin: str | bytes | None = None) -> str:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONUNBUFFERED": "1"}
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join((str(root), str(root / "kernels")))
+    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 # ------------------------------------------------------------------------------------- generate
