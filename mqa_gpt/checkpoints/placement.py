@@ -86,11 +86,11 @@ def fast_dtype(
     room = available_memory(device)
     if room is not None and 4 * parameters > room:
         return stored, (
-            f"running in {name}, which is slow on this processor: in float32 the weights would "
-            f"take {4 * parameters / 1e9:.2f} GB, and {room / 1e9:.2f} GB are available"
+            f"running in {name}, though this processor multiplies none: in float32 the weights "
+            f"would take {4 * parameters / 1e9:.2f} GB, and {room / 1e9:.2f} GB are available"
         )
     return torch.float32, (
-        f"running in float32, since this processor is slow in {name}; pass --dtype {name} "
+        f"running in float32, since this processor multiplies no {name}; pass --dtype {name} "
         f"(dtype='{name}') to keep it"
     )
 
