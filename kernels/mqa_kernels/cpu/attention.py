@@ -18,9 +18,9 @@ from mqa_kernels.cpu.simd import (
     splat,
     store,
     total,
-    weighted_tile,
 )
 from mqa_kernels.cpu.team import finish, take, wait
+from mqa_kernels.cpu.tiles import weighted_tile
 
 KEYS = 256  # of a block whose scores are computed together
 

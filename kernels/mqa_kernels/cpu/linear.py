@@ -12,7 +12,6 @@ from mqa_kernels.cpu.simd import (
     at,
     cast,
     clamp,
-    dot_tile,
     fma,
     inlined,
     kernel,
@@ -25,6 +24,7 @@ from mqa_kernels.cpu.simd import (
     total,
 )
 from mqa_kernels.cpu.team import finish, take, wait
+from mqa_kernels.cpu.tiles import dot_tile
 
 # A tile of ROWS x 4 sums stays in registers: of 32 with AVX-512, of 16 elsewhere.
 ROWS = 6 if LANES == 16 else 2
