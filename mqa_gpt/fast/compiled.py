@@ -250,7 +250,8 @@ def _linear(layer: nn.Module, rows: int, columns: int) -> list[Tensor | None]:
 
 def _checked(x: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     """A tensor whose numbers lie in memory one after the other."""
-    is_plain_tensor = type(x) in (Tensor, nn.Parameter) and x is not None
-    if not is_plain_tensor or x.shape != shape or x.device.type != "cpu" or not x.is_contiguous():
+    if x is None or type(x) not in (Tensor, nn.Parameter) or x.shape != shape:
+        raise _ChangedError
+    if x.device.type != "cpu" or not x.is_contiguous():
         raise _ChangedError
     return x
