@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mqa_gpt.attention import auto_attention
 from mqa_gpt.cache import KVCache
-from mqa_gpt.config import ACTIVATIONS
+from mqa_gpt.config import ACTIVATIONS, GPTConfig
 from mqa_gpt.fast.int8 import Int8Embedding, Int8Linear
 from mqa_gpt.fast.int8_cache import Int8KVCache
 from mqa_gpt.fast.plain import is_plain, is_watched
@@ -69,6 +69,7 @@ class CompiledForward:
 
         They are read one after the other, in pieces of `size` tokens wherever a prompt ends.
         """
+        cache.require_room(max(map(len, prompts)))
         size = size or PIECE
         ids = [id_ for prompt in prompts for id_ in prompt]
         slots = [b for b, prompt in enumerate(prompts) for _ in prompt]
@@ -97,6 +98,11 @@ class CompiledForward:
     ) -> Tensor:
         scales = cache.scales if isinstance(cache, Int8KVCache) else None
         kinds = self._program.kinds(cache.kv)
+        if cache.dtype != kinds[1] or cache.kv.device.type != "cpu":
+            raise ValueError(
+                f"the model is of {kinds[1]} on cpu, but the cache is made for {cache.dtype} on "
+                f"{cache.kv.device}"
+            )
         if kinds in _READY:
             return self._program(ids, slots, positions, wanted, cache.kv, scales, rounds=rounds)
         with status() as say:
@@ -114,16 +120,20 @@ def compiled_forward(model: GPT) -> CompiledForward | None:
     """
     if not HAS_NUMBA or not _is_compilable(model):
         return None
+    from numba import config
+
+    if config.DISABLE_JIT:
+        return None
     c, t = model.config, model.transformer
     C, F, V, D = c.n_embd, c.inner_size, c.vocab_size, c.head_dim
     blocks = cast(list[Block], t.h)
     try:
         layers = [
             [
-                *_norm(block.ln_1, C),
+                *_norm(block.ln_1, c),
                 *_linear(block.attn.c_attn, C + 2 * c.n_kv_head * D, C),
                 *_linear(block.attn.c_proj, C, C),
-                *_norm(block.ln_2, C),
+                *_norm(block.ln_2, c),
                 *_linear(block.mlp.c_fc, F, C),
                 *_linear(block.mlp.c_proj, C, F),
             ]
@@ -131,13 +141,16 @@ def compiled_forward(model: GPT) -> CompiledForward | None:
         ]
         head = _linear(model.lm_head, V, C)
         wpe = _linear(t.wpe, c.n_positions, C)[0]
-        ends = [*_linear(t.wte, V, C)[:2], wpe, *_norm(t.ln_f, C), *head[:2]]
+        ends = [*_linear(t.wte, V, C)[:2], wpe, *_norm(t.ln_f, c), *head[:2]]
     except _ChangedError:
         return None
     if head[2] is not None:  # a bias
         return None
     from mqa_kernels.cpu.program import CODES, Program, Shape
+    from mqa_kernels.cpu.simd import HAS_FLOAT16
 
+    if model.dtype == torch.float16 and not HAS_FLOAT16:
+        return None
     shape = Shape(
         L=len(blocks),
         C=C,
@@ -148,7 +161,7 @@ def compiled_forward(model: GPT) -> CompiledForward | None:
         V=V,
         activation=CODES[ACTIVATIONS[c.activation_function]],
         epsilon=c.layer_norm_epsilon,
-        scale=D**-0.5 if c.scale_attn_weights else 1.0,
+        scale=_attention_scale(c),
     )
     numbers = [block.attn.layer for block in blocks]
     return CompiledForward(Program(shape, layers, numbers, ends))
@@ -168,7 +181,17 @@ def step_forward(model: GPT) -> Forward:
     compiled = compiled_forward(model)
     if compiled is None:
         return by_modules
-    return lambda ids, cache: (by_modules if is_watched(model) else compiled)(ids, cache)
+
+    def step(ids: Tensor, cache: KVCache) -> Tensor:
+        runs_modules = is_watched(model) or not is_known(cache)
+        return by_modules(ids, cache) if runs_modules else compiled(ids, cache)
+
+    return step
+
+
+def is_known(cache: KVCache) -> bool:
+    """Whether the compiled pass can write to a cache, which it does without its methods."""
+    return type(cache) in (KVCache, Int8KVCache)
 
 
 def _is_compilable(model: GPT) -> bool:
@@ -188,6 +211,7 @@ def _is_compilable(model: GPT) -> bool:
         and all(
             block.attn.attend is auto_attention
             and (block.attn.n_head, block.attn.n_kv_head) == (c.n_head, c.n_kv_head)
+            and block.attn.scale == _attention_scale(c)
             and block.mlp.activation == c.activation_function
             for block in blocks
         )
@@ -196,23 +220,38 @@ def _is_compilable(model: GPT) -> bool:
     )
 
 
+def _attention_scale(config: GPTConfig) -> float:
+    """By which scores are multiplied."""
+    return config.head_dim**-0.5 if config.scale_attn_weights else 1.0
+
+
 class _ChangedError(Exception):
-    """A layer is not of the config's size."""
+    """A layer is not as the config says."""
 
 
-def _norm(layer: nn.LayerNorm, size: int) -> list[Tensor]:
+def _norm(layer: nn.LayerNorm, config: GPTConfig) -> list[Tensor]:
     """Its weight and bias (C,)."""
-    if layer.weight is None or layer.bias is None or layer.normalized_shape != (size,):
+    size = (config.n_embd,)
+    if layer.normalized_shape != size or layer.eps != config.layer_norm_epsilon:
         raise _ChangedError
-    return [layer.weight, layer.bias]
+    return [_checked(layer.weight, size), _checked(layer.bias, size)]
 
 
 def _linear(layer: nn.Module, rows: int, columns: int) -> list[Tensor | None]:
     """Weight (rows, columns), scale if it is int8, and bias, if there is one."""
     weight = getattr(layer, "weight", None)
     scale, bias = getattr(layer, "weight_scale", None), getattr(layer, "bias", None)
-    if weight is None or weight.shape != (rows, columns) or not weight.is_contiguous():
+    return [
+        _checked(weight, (rows, columns)),
+        None if scale is None else _checked(scale, (rows,)),
+        None if bias is None else _checked(bias, (rows,)),
+    ]
+
+
+def _checked(x: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """A tensor whose numbers lie in memory one after the other."""
+    if x is None or type(x) not in (Tensor, nn.Parameter) or x.shape != shape:
         raise _ChangedError
-    if bias is not None and (bias.shape != (rows,) or not bias.is_contiguous()):
+    if x.device.type != "cpu" or not x.is_contiguous():
         raise _ChangedError
-    return [weight, scale, bias]
+    return x

@@ -58,6 +58,8 @@ def _is_plain(module: nn.Module) -> bool:
         return False
     if module.training or module._forward_hooks or module._forward_pre_hooks:
         return False
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return False
     held = module._modules
     if isinstance(module, nn.ModuleList):
         return all(type(child) is Block for child in held.values())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mqa_gpt.cache import KVCache
-from mqa_gpt.fast.compiled import compiled_forward
+from mqa_gpt.fast.compiled import compiled_forward, is_known
 from mqa_gpt.model import GPT
 
 # Positions of all rows together in one forward pass: enough to keep the arithmetic units busy, few
@@ -38,7 +38,7 @@ def prefill(
         chunk: positions per row and forward pass; None for what is fast on the model's device.
     """
     compiled = compiled_forward(model)
-    if compiled is not None:
+    if compiled is not None and is_known(cache):
         return compiled.read(prompts, cache, None if chunk is None else chunk * len(prompts))
     device = cache.kv.device
     if chunk is None:

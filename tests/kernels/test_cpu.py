@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -256,6 +258,41 @@ def test_an_error_waits_for_the_helpers_too():
     with pytest.raises(KeyboardInterrupt):
         team.run(work, (), 2)
     assert left == [1]
+
+
+def test_an_interrupt_while_helpers_are_asked_leaves_none_without_its_memory(monkeypatch):
+    class Owner:
+        pass
+
+    team, owner, ended, alive = Team(), Owner(), threading.Event(), []
+    watched = weakref.ref(owner)
+
+    def work(number: int) -> None:
+        time.sleep(0.2)
+        alive.append(watched() is not None)
+        ended.set()
+
+    def submit(pool: ThreadPoolExecutor, *arguments: Any) -> None:
+        ask(pool, *arguments)
+        raise KeyboardInterrupt
+
+    ask = ThreadPoolExecutor.submit
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    with pytest.raises(KeyboardInterrupt):
+        team.run(work, (), 2, owners=(owner,))
+    del owner
+    assert ended.wait(10)
+    assert alive == [True]
+
+
+def test_a_caller_that_gets_no_thread_works_alone(monkeypatch):
+    def submit(*arguments: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    numbers: list[int] = []
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    Team().run(numbers.append, (), 4)
+    assert numbers == [0]
 
 
 def test_a_place_may_be_counted_from_another():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from mqa_kernels.cpu.linear import BLOCK, ROWS, dots
-from mqa_kernels.cpu.rows import BIG, exp
+from mqa_kernels.cpu.rows import INFINITY, exp
 from mqa_kernels.cpu.simd import (
     LANES,
     at,
@@ -70,10 +70,10 @@ def attend_block(
             for i in range(n):
                 row[i] *= scales[i * (stride // D)]
         for i in range(n, padded):
-            row[i] = -BIG
+            row[i] = -INFINITY
         top = load(row, 0, padded)
         for i in range(LANES, padded, LANES):
-            top = clamp(load(row, i, padded), top, splat(BIG))
+            top = clamp(load(row, i, padded), top, splat(INFINITY))
         m = largest(top) * scale
         sums = splat(0.0)
         for i in range(0, padded, LANES):

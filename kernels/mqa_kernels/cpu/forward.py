@@ -22,8 +22,20 @@ import numpy as np
 
 from mqa_kernels.cpu.attention import attention
 from mqa_kernels.cpu.linear import Linear, linear
-from mqa_kernels.cpu.rows import BIG, NONE, layer_norm
-from mqa_kernels.cpu.simd import LANES, at, clamp, kernel, largest, load, pointer, splat, store
+from mqa_kernels.cpu.rows import INFINITY, NONE, layer_norm
+from mqa_kernels.cpu.simd import (
+    LANES,
+    at,
+    clamp,
+    fma,
+    kernel,
+    largest,
+    load,
+    pointer,
+    splat,
+    store,
+    total,
+)
 from mqa_kernels.cpu.team import finish, take, wait
 
 PHASES = 13  # of a layer, at most; three more are outside the layers
@@ -192,11 +204,12 @@ def append(
             source = at(qkv, i * (s.C + 2 * s.G * s.D) + part * s.D)
             target, factor = at(kv, place + half * s.D), splat(1.0)
             if cache.scales != 0:
-                top = splat(0.0)
+                top, nothing = splat(0.0), splat(0.0)
                 for d in range(0, s.D, LANES):
                     x = load(source, d, s.D)
-                    top = clamp(top, clamp(x, splat(0.0) - x, splat(BIG)), splat(BIG))
-                scale = largest(top) / np.float32(127)
+                    nothing = fma(x, splat(0.0), nothing)  # NaN if one is not finite
+                    top = clamp(top, clamp(x, splat(0.0) - x, splat(INFINITY)), splat(INFINITY))
+                scale = largest(top) / np.float32(127) + total(nothing)
                 scales[place // s.D + half] = scale
                 factor = splat(scale if scale != 0 else 1.0)
             for d in range(0, s.D, LANES):

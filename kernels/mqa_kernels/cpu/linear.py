@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mqa_kernels.cpu.rows import BIG, NONE, activate
+from mqa_kernels.cpu.rows import INFINITY, NONE, activate
 from mqa_kernels.cpu.simd import (
     LANES,
     at,
@@ -133,8 +133,8 @@ def round_rows(team: Any, phase: int, x: Any, K: int, N: int, out: Any, kinds: A
         top, nothing = splat(0.0), splat(0.0)
         for k in range(0, K, LANES):
             x_k = load(row, k, K)
-            top = clamp(x_k, top, splat(BIG))
-            top = clamp(splat(0.0) - x_k, top, splat(BIG))
+            top = clamp(x_k, top, splat(INFINITY))
+            top = clamp(splat(0.0) - x_k, top, splat(INFINITY))
             nothing = fma(x_k, splat(0.0), nothing)  # NaN if one is not finite
         factor = largest(top) / np.float32(127) + total(nothing)
         inverse = splat(np.float32(1) / factor if factor > 0 else 0.0)

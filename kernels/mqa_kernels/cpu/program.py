@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache as once
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ _DTYPES = {
 }
 
 _TEAM = Team()
+_LOCK = Lock()  # of numba's `config`
 
 Tensors = Sequence[Tensor | None]
 
@@ -60,6 +62,8 @@ class Program:
         self._layers = np.array(rows, dtype=np.int64).reshape(-1, 17)
         self._ends = np.array(list(map(_address, ends)), dtype=np.int64)
         self._dtypes = [x.dtype for x in (ends[0], ends[2]) if x is not None]
+        self._least = max(numbers, default=-1) + 1  # layers that a cache must have
+        self._limit = 0 if ends[2] is None else len(ends[2])  # positions
 
     def kinds(self, kv: Tensor) -> tuple[torch.dtype, ...]:
         """The dtypes of weights, other parameters and cache, for which code is compiled."""
@@ -89,12 +93,18 @@ class Program:
 
         Raises:
             IndexError: a token is not in the vocabulary.
+            ValueError: the cache is not one for this model, or for fewer rows or tokens.
         """
         s, N, M = self.shape, len(ids), len(wanted)
         if min(ids) < 0 or max(ids) >= s.V:
             raise IndexError(f"the tokens are not all from 0 to {s.V - 1}, the vocabulary")
-        assert max(positions) < kv.shape[2]
-        assert max(slots) < kv.shape[1]
+        needed = (self._least, max(slots) + 1, max(positions) + 1)
+        is_fit = kv.shape[3:] == (s.G, 2 * s.D) and needed[2] <= self._limit
+        if not is_fit or any(a > b for a, b in zip(needed, kv.shape, strict=False)):
+            raise ValueError(
+                f"the cache's keys and values are {list(kv.shape)}: these tokens of this model "
+                f"need at least {[*needed, s.G, 2 * s.D]}, and {self._limit} positions at most"
+            )
         threads = torch.get_num_threads()
         can_round = HAS_VNNI and self._dtypes[0] == torch.int8 and s.C % 64 == s.F % 64 == 0
         can_round = can_round and max(s.C, s.F) <= 14 * 4 * linear.BLOCK
@@ -142,6 +152,7 @@ class Program:
                 ),
             ),
             threads,
+            owners=(self, memory, logits, kv, scales),
         )
         return logits
 
@@ -177,13 +188,16 @@ class _Cache(FunctionCache):
 @once
 def _compiled() -> Any:
     dispatcher = njit(nogil=True, error_model="numpy")(forward)
-    folder, config.CACHE_DIR = config.CACHE_DIR, str(cache_folder())
-    try:
-        dispatcher._cache = _Cache(forward)
-    except RuntimeError:  # nowhere to write: compiled again by each process
-        pass
-    finally:
-        config.CACHE_DIR = folder
+    with suppress(RuntimeError), _LOCK:  # no home, nowhere to write: each process compiles again
+        own, theirs = cache_folder(), config.CACHE_DIR
+        config.CACHE_DIR = str(own)
+        try:
+            cache = _Cache(forward)
+        finally:
+            config.CACHE_DIR = theirs
+        # Where numba cannot write to it, it may choose a folder whose name covers less.
+        if Path(cache.cache_path).is_relative_to(own):
+            dispatcher._cache = cache
     return dispatcher
 
 

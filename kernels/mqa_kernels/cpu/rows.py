@@ -18,7 +18,7 @@ from mqa_kernels.cpu.simd import (
     total,
 )
 
-BIG = 3.4e38  # about the largest float32
+INFINITY = float("inf")
 
 NONE, GELU, GELU_TANH, RELU = range(4)  # activations
 
@@ -47,22 +47,22 @@ def exp(x: Any) -> Any:
 def activate(x: Any, activation: int) -> Any:
     """The MLP's nonlinearity of a vector."""
     if activation == RELU:
-        return clamp(x, splat(0.0), splat(BIG))
+        return clamp(x, splat(0.0), splat(INFINITY))
     if activation == GELU_TANH:  # x (1 + tanh u) / 2 = x / (1 + e^-2u), u = sqrt(2/pi) (x + ...)
         u = splat(0.7978845608028654) * fma(splat(0.044715) * x, x * x, x)
         return x / (splat(1.0) + exp(splat(-2.0) * u))
     # x Phi(x); erfc(z) = e^(-z^2) times a polynomial of 1 / (1 + p z) for z >= 0
     # (Abramowitz and Stegun 7.1.26, within 1.5e-7).
     zero = splat(0.0)
-    z = splat(0.7071067811865476) * clamp(x, zero - x, splat(BIG))
+    z = splat(0.7071067811865476) * clamp(x, zero - x, splat(INFINITY))
     t = splat(1.0) / fma(splat(0.3275911), z, splat(1.0))
     y = fma(t, splat(1.061405429), splat(-1.453152027))
     y = fma(t, y, splat(1.421413741))
     y = fma(t, y, splat(-0.284496736))
     y = fma(t, y, splat(0.254829592))
     tail = splat(0.5) * t * y * exp(zero - z * z)  # Phi(-|x|)
-    negative = clamp(x, splat(-BIG), zero)
-    positive = clamp(x, zero, splat(BIG))
+    negative = clamp(x, splat(-INFINITY), zero)
+    positive = clamp(x, zero, splat(INFINITY))
     return fma(negative - positive, tail, positive)
 
 

@@ -18,20 +18,25 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.core.typing.templates import ConcreteTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
-_features = llvm.get_host_cpu_features()
+# What numba compiles for: this processor, or what variables such as NUMBA_CPU_FEATURES say.
+_triple, _, _features = cpu_target.target_context.codegen().magic_tuple()
+_features = set(_features.split(","))
 # Compiles a kernel. Without the lock of the interpreter, and without Python's check for a division
 # by zero, which could raise.
 kernel = njit(nogil=True, error_model="numpy")
 # The same for a part that is copied into the kernels that call it.
 inlined = njit(nogil=True, error_model="numpy", inline="always")
 
-LANES = 16 if _features.get("avx512f") else 8  # float32 numbers of a vector
-has_pause = "sse2" in _features
+LANES = 16 if "+avx512f" in _features else 8  # float32 numbers of a vector
+has_pause = "+sse2" in _features
+# Whether there are instructions that convert float16. LLVM would call functions that are not there.
+HAS_FLOAT16 = "+f16c" in _features or _triple.startswith(("aarch64", "arm64"))
 # Whether there are products of 64 pairs of 8-bit integers in one instruction.
-HAS_VNNI = bool(_features.get("avx512vnni")) and LANES == 16
+HAS_VNNI = "+avx512vnni" in _features and LANES == 16
 
 if HAS_VNNI:
     llvm.initialize_native_asmparser()  # for `dot_tile`

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -110,14 +111,26 @@ class Team:
         self._count = 0
         self._process = 0
 
-    def run(self, function: Callable[..., None], arguments: tuple[Any, ...], threads: int) -> None:
-        """Call `function(*arguments, number)` in this thread, as number 0, and in helpers."""
-        if threads == 1:
-            function(*arguments, 0)
-            return
-        helpers = self._pool(threads - 1)
-        calls = [helpers.submit(function, *arguments, number) for number in range(1, threads)]
+    def run(
+        self,
+        function: Callable[..., None],
+        arguments: tuple[Any, ...],
+        threads: int,
+        owners: Sequence[Any] = (),
+    ) -> None:
+        """Call `function(*arguments, number)` in this thread, as number 0, and in helpers.
+
+        Args:
+            owners: of the memory behind addresses. An interrupt may end this call before a helper
+                that has begun; each helper keeps them as long as it runs.
+        """
+        calls: list[Future[None]] = []
         try:
+            # No more threads to be had, or the interpreter is ending: this one does it all.
+            with suppress(RuntimeError):
+                for number in range(1, threads):
+                    helpers = self._pool(threads - 1)
+                    calls.append(helpers.submit(_help, function, arguments, number, owners))
             function(*arguments, 0)
         finally:
             for call in calls:
@@ -131,6 +144,12 @@ class Team:
                 self._helpers = ThreadPoolExecutor(count, "mqa-gpt")
                 self._count, self._process = count, os.getpid()
             return self._helpers
+
+
+def _help(
+    function: Callable[..., None], arguments: tuple[Any, ...], number: int, owners: Sequence[Any]
+) -> None:
+    function(*arguments, number)
 
 
 def new_counters(phases: int) -> np.ndarray:
