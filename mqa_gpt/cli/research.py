@@ -288,20 +288,21 @@ def sharing(
       mqa-gpt research sharing "$(cat app.py)" --picture sharing.png
     """
     gpt, tokenizer = _load(model)
-    found = heads.kv_sharing(gpt, _ids(tokenizer, text))
-    config = gpt.config
+    ids, config = _ids(tokenizer, text), gpt.config
+    found = heads.kv_sharing(gpt, ids)
+    most = heads.most_rank(config, len(ids))
     if picture is not None:
-        title = f"{config.n_head} query heads, {config.n_kv_head} K/V heads of {config.head_dim}"
-        pictures.save(pictures.sharing_picture(found, config.head_dim, title), picture)
+        kv_heads = f"{config.n_kv_head} K/V head{'s' * (config.n_kv_head > 1)} of {config.head_dim}"
+        title = f"{config.n_head} query heads, {kv_heads}, {len(ids)} tokens"
+        pictures.save(pictures.sharing_picture(found, most, title), picture)
     if as_json:
-        _print(model, {"head_dim": config.head_dim, **_lists(found)})
+        _print(model, {"head_dim": config.head_dim, "most_rank": most, **_lists(found)})
         return
     table = new_table("layer", ">attention in common", ">rank of K", ">rank of V", ">of at most")
     others = ~torch.eye(config.n_head).bool()
     for i, overlap in enumerate(found.overlap.cpu()):
         common = overlap[others].mean().item() if config.n_head > 1 else 1.0
         ranks = (found.all_key_rank[i], found.all_value_rank[i])
-        most = config.n_kv_head * config.head_dim
         table.add_row(str(i), f"{common:.3f}", *(f"{x:.1f}" for x in ranks), str(most))
     print_table(table)
 

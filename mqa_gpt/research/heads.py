@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import InputError
 from mqa_gpt.fim import infill_prompt
 from mqa_gpt.model import GPT
@@ -107,7 +108,7 @@ class Sharing:
             the sum over keys of the smaller of their probabilities; 1 if they look at the same.
         key_rank, value_rank: (L, G), the effective rank of a K/V head's keys and values, from 1 to
             D (Roy and Vetterli 2007): exp of the entropy of the normalised singular values.
-        all_key_rank, all_value_rank: (L,), that of all K/V heads side by side, up to G D.
+        all_key_rank, all_value_rank: (L,), that of all K/V heads side by side, up to `most_rank`.
     """
 
     overlap: Tensor
@@ -138,6 +139,11 @@ def kv_sharing(model: GPT, ids: Sequence[int]) -> Sharing:
     beside = [x.transpose(1, 2).flatten(2) for x in (keys, values)]  # (L, T, G D)
     ranks = map(effective_rank, (keys, values, *beside))
     return Sharing(overlap, *ranks)
+
+
+def most_rank(config: GPTConfig, T: int) -> int:
+    """The largest rank of all K/V heads side by side on T tokens, whose mean is subtracted."""
+    return max(1, min(config.n_kv_head * config.head_dim, T - 1))
 
 
 def effective_rank(x: Tensor) -> Tensor:

@@ -147,7 +147,7 @@ def loss_picture(score: Score, tokens: Sequence[str], title: str) -> Any:
     return figure
 
 
-def sharing_picture(found: Sharing, head_dim: int, title: str) -> Any:
+def sharing_picture(found: Sharing, most: int, title: str) -> Any:
     """How alike the heads of each layer are, and how much of the head dim K and V use."""
     L = len(found.overlap)
     columns = min(L, 6)
@@ -169,7 +169,7 @@ def sharing_picture(found: Sharing, head_dim: int, title: str) -> Any:
         (0.2, found.all_value_rank, "values", "#e69f00"),
     ):
         axes.bar(layers + shift, ranks, width=0.38, label=name, color=color)
-    axes.axhline(head_dim, color="black", linestyle="--", linewidth=1, label="head dim D")
+    axes.axhline(most, color="black", linestyle="--", linewidth=1, label="at most")
     axes.set(xlabel="layer", ylabel="effective rank", xticks=range(L), ylim=(0, None))
     axes.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.22), frameon=False)
     figure.suptitle(title)

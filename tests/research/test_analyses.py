@@ -15,7 +15,7 @@ from mqa_gpt.cli.app import app
 from mqa_gpt.fast.int8 import quantize
 from mqa_gpt.fim import infill_prompt
 from mqa_gpt.generation.score import score_texts
-from mqa_gpt.research import patch, pictures, replace
+from mqa_gpt.research import heads, patch, pictures, replace
 from mqa_gpt.research.heads import (
     attention_patterns,
     effective_rank,
@@ -246,6 +246,8 @@ def test_the_patch_command_says_how_well_the_estimate_agrees() -> None:
     ],
 )
 def test_a_mistake_is_a_message(arguments: list[str], message: str) -> None:
+    if "--picture" in arguments:
+        pytest.importorskip("matplotlib", reason="matplotlib, an extra, draws the pictures")
     result = CliRunner().invoke(app, ["research", *arguments])
     assert result.exit_code == 2
     assert message in result.output
@@ -270,3 +272,13 @@ def test_the_score_of_a_listing_is_that_of_its_tokens(demo) -> None:
     figure = pictures.loss_picture(score, tokens, "a listing")
     letters = [text.get_text() for text in figure.axes[0].texts]
     assert "".join(letters).replace("⏎", "\n") == "x = 1\ny = 2\n"
+
+
+def test_a_rank_is_bounded_by_the_tokens_too() -> None:
+    config = tiny_config(multi_query=True)
+    assert heads.most_rank(config, 5) == 4
+    assert heads.most_rank(config, 1) == 1
+    assert heads.most_rank(config, 10_000) == config.head_dim
+    model = tiny_model()
+    found = heads.kv_sharing(model, [1, 2, 3, 4, 5])
+    assert (found.all_key_rank <= 4 + 1e-4).all()
