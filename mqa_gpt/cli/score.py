@@ -129,7 +129,7 @@ def _cells(one: Score) -> tuple[str, ...]:
 def _print_tokens(llm: LLM, name: str, one: Score) -> None:
     """A row per token: what it is, and how likely it was."""
     write(f"{visible(name)}\n")
-    table = new_table("token", ">log-probability", ">probability", "likeliest")
+    table = new_table("token", ">log-probability", ">probability", "first choice")
     for id_, value, is_greedy in zip(one.token_ids, one.logprobs, one.is_greedy, strict=True):
         text = repr(llm.tokenizer.decode([id_], skip_special_tokens=False))
         cells = ("", "") if value is None else (f"{value:.4f}", f"{math.exp(value):.4f}")

@@ -89,8 +89,7 @@ def run(
     The run's folder gets config.toml, log.jsonl, checkpoints and, at the end, the model in a form
     that transformers loads. Ctrl-C and SIGTERM write a checkpoint first; --resume continues from
     the last one and computes what an uninterrupted run would have. Under torchrun the ranks share
-    the work. More
-    commands: train plot, train export.
+    the work. More commands: train plot, train export.
 
     \b
     Examples:
@@ -129,6 +128,7 @@ def run(
     except RunInterruptedError as interruption:
         if interruption.number == signal.SIGINT:
             raise KeyboardInterrupt from None
+        note(f"{interruption}; --resume continues")
         raise typer.Exit(128 + interruption.number) from None
     if as_json and is_first:
         found: dict[str, Any] = {

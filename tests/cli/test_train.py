@@ -96,8 +96,9 @@ def test_a_signal_ends_a_run_with_its_exit_status_and_the_run_can_go_on(
             assert time.monotonic() < deadline
             time.sleep(0.05)
         os.kill(process.pid, number)
-        process.communicate(timeout=120)
+        _, said = process.communicate(timeout=120)
     assert process.returncode == status
+    assert (b"SIGTERM; --resume continues" in said) == (number == signal.SIGTERM)
     for out, more in ((tmp_path / "run", ["--resume"]), (tmp_path / "whole", [])):
         subprocess.run([*command, "--out", str(out), *more], env=variables, check=True)
     assert_same_run(tmp_path / "run", tmp_path / "whole")
