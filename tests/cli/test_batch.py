@@ -351,7 +351,7 @@ def test_prompts_that_are_too_long_are_left_out_and_named(
         assert (report["prompts"], report["written"], len(report["left_out"])) == (16, 3, 13)
         assert report["left_out"]["line 16 (id 'hole')"] == f"19,989 tokens {why}"
     else:
-        assert told[0].startswith("3 of 16 results")
+        assert any(line.startswith("3 of 16 results") for line in told)
 
 
 def test_a_model_is_not_loaded_where_every_prompt_is_too_long(

@@ -451,8 +451,8 @@ def run_script(**environment: str) -> str:
         env=os.environ | {"PYTHONPATH": f"{root}:{root / 'kernels'}"} | environment,
         capture_output=True,
         text=True,
-        check=True,
     )
+    assert result.returncode == 0, result.stderr
     return result.stdout
 
 

@@ -182,7 +182,13 @@ class _Cache(FunctionCache):
 
     def save_overload(self, sig: Any, data: Any) -> None:
         with suppress(OSError):  # such as a full disk
-            super().save_overload(sig, data)
+            try:
+                super().save_overload(sig, data)
+            except Exception as error:
+                if isinstance(error, OSError):
+                    raise
+                self.flush()  # a damaged index: begin a new one
+                super().save_overload(sig, data)
 
 
 @once
