@@ -97,7 +97,7 @@ def forward(
         ends: (7,) int64 addresses: of wte's weight and scale, wpe, ln_f's weight and bias, and
             lm_head's weight and scale.
         ids, slots, positions: (N,) int64, of each token.
-        every: (N,) int64, 0 to N - 1.
+        every: (N,) int64, 0 to N - 1: all rows, for `norms`.
         wanted: (M,) int64, the tokens whose logits are wanted.
         cache: a `Cache`.
         scratch: a `Scratch`.

@@ -28,7 +28,7 @@ from mqa_kernels.cpu.tiles import dot_tile
 
 # A tile of ROWS x 4 sums stays in registers: of 32 with AVX-512, of 16 elsewhere.
 ROWS = 6 if LANES == 16 else 2
-# A sum is that of its blocks of so many terms, of which a tile's x and w stay in the first-level
+# Terms of a sum that are added before the next: a tile's x and w of a block stay in the first-level
 # cache. In 8 bits there is room for four times as many.
 BLOCK = 1024
 FEW_ROWS = 24  # see `dots`

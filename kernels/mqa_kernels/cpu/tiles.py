@@ -52,7 +52,7 @@ def dot_tile(
 
     Args:
         following: the next tile's w, which is asked for from memory meanwhile.
-        end: from a row's first integer to the int32 that its sum begins with.
+        end: the int32 that corrects a row's integer sum stands so many bytes after x[r, 0].
         adds: whether to add the sums to what `out` holds.
     """
     R, N = rows.literal_value, columns.literal_value
@@ -97,7 +97,7 @@ def dot_tile(
             ]  # fmt: skip
 
         if in_integers:
-            # The first lane begins with what the 128 are too much.
+            # The first lane begins with the correction for the 128 added to each weight.
             begin = []
             for row in x_rows:
                 where = builder.bitcast(builder.gep(row, [end]), I32.as_pointer())
