@@ -1,4 +1,4 @@
-"""Write the tables of the documents anew, from the files in benchmarks/results.
+"""Update the tables of the documents from the files in benchmarks/results.
 
     python -m benchmarks.tables
 

@@ -40,7 +40,7 @@ class KVCache:
         lengths: (B,) int64 on the cache's device: the tokens that each row holds.
         dtype: of the keys and values that `append` takes and returns.
         end: the longest row's length, known on the host without asking the device.
-        labels: what the engine calls each row, for whoever watches the model's passes; else None.
+        labels: what the engine calls each row, for recording during generation; else None.
 
     Args:
         config: the model's config; the cache takes its layers, key/value heads and head dim.

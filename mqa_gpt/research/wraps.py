@@ -102,7 +102,7 @@ class Pass:
         return any(site in probe.at for probe in self._patches)
 
     def visit(self, site: Site, x: Tensor) -> Tensor:
-        """Show x to the probes; what the model goes on with, x itself if nobody patches it."""
+        """Show x to the probes; the model continues with what this returns."""
         self._missing.discard(site)
         for probe in self._patches:
             for point in probe.at.get(site, ()):

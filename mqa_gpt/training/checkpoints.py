@@ -55,7 +55,7 @@ def save(run: Path, state: RunState, tensors: Mapping[str, Tensor], keep: int) -
     Args:
         run: folder of the run, which all ranks see.
         tensors: by name; tensors or DTensors.
-        keep: checkpoints that stay: the last so many, and the best by held-out loss.
+        keep: number of latest checkpoints that stay, besides the best by held-out loss.
 
     Raises:
         CheckpointError: it cannot be written; those that exist are untouched.

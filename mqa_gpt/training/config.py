@@ -91,12 +91,12 @@ class LoopConfig:
         reduce: how gradients are added up. "sum" is fastest; "ordered" adds those of single
             micro-batches in a fixed tree, so that the result has the same bits on 1, 2 or 4 ranks.
         on_bad_step: what a step does whose loss or gradient is not finite, or spikes.
-        spike_factor: a gradient norm so many times the median of the last 64 is a spike; 0: none
-            is.
+        spike_factor: a gradient norm above this multiple of the median of the last 64 is a spike; 0
+            turns this off.
         evaluate_every: steps between held-out losses; 0 means only at the end.
         evaluate_samples: held-out sequences that are read for one, or a few more: whole batches.
         save_every: steps between checkpoints; 0 means only at the end.
-        keep: checkpoints that stay: the last so many, and the best by held-out loss.
+        keep: number of latest checkpoints that stay, besides the best by held-out loss.
         sample_every: steps between texts that the model writes for `prompts` and `holes`; 0: never.
         sample_tokens: new tokens of each.
         prompts: texts to continue.

@@ -46,7 +46,7 @@ class InfillingConfig:
     """The table `[data.infilling]`. The defaults are StarCoder's.
 
     Attributes:
-        rate: share of documents that are rearranged for infilling, drawn anew in each epoch.
+        rate: share of documents that are rearranged for infilling, drawn again in each epoch.
         late_rate, late_epoch: the share from an epoch on, counted from 0; None keeps `rate`.
         spm_rate: share of rearranged pieces in SPM order; the others are in PSM order.
         characters, lines, nodes: shares of the kinds of holes; only their ratios matter.

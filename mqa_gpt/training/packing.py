@@ -102,7 +102,7 @@ class Packer:
         Args:
             parts: what it is made of, at least one, with about as many tokens as there is room for.
                 What infilling and padding add displaces the last of them; if they are too short
-                after all, the stream begins anew with the first.
+                after all, the stream starts again with the first.
             windows: n, at least 1.
 
         Returns:
@@ -132,7 +132,7 @@ class Packer:
         return ids, torch.frombuffer(self._kinds[:size], dtype=torch.uint8)
 
     def is_whole(self, tokens: int, prompt: int) -> bool:
-        """Whether a document of so many tokens, some of them a prompt, lies in one window."""
+        """Whether a document of `tokens` tokens, `prompt` of them a prompt, lies in one window."""
         return prompt > 0 and tokens < self.length
 
     @property

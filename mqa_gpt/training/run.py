@@ -222,7 +222,7 @@ def machine_facts(ranks: World, speed: Speed) -> dict[str, str | int | float]:
 
 
 def _is_due(done: int, every: int, steps: int) -> bool:
-    """Whether something is done after this step: each so many steps, and after the last one."""
+    """Whether something is done after this step: every `every` steps, and after the last one."""
     return done == steps or (every > 0 and done % every == 0)
 
 

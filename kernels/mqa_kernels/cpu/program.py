@@ -167,7 +167,7 @@ def _example(dtype: torch.dtype) -> np.ndarray:
 
 
 def _aligned(size: int) -> int:
-    """At least so many numbers, in whole cache lines."""
+    """At least `size` numbers, in whole cache lines."""
     return -(-size // 16) * 16
 
 

@@ -166,7 +166,7 @@ def emit_load(builder: Any, dtype: Any, where: Any, count: Any = None) -> Any:
 
 
 def emit_load_up_to(builder: Any, dtype: Any, where: Any, count: Any) -> Any:
-    """`emit_load`, of all numbers where there are so many."""
+    """`emit_load`, of `LANES` numbers if there are as many, else of `count`."""
     with builder.if_else(builder.icmp_signed(">=", count, I64(LANES))) as (whole, part):
         with whole:
             a, a_block = emit_load(builder, dtype, where), builder.basic_block

@@ -1,9 +1,8 @@
-"""Several threads on one function, without a lock: they share out the items of one phase after the
-other.
+"""Several threads run one function without a lock and share the items of each of its phases.
 
 Every thread runs the whole function. In each phase it takes items until none is left, then waits
-until all of them are finished, by whoever took them. So no thread is needed for another to get on:
-a helper that the system starts late finds the work done and runs through.
+until all of them are finished, by whoever took them. So no thread waits for one that has not
+started: a helper that the system starts late finds the work done and runs through.
 
     while True:
         item = take(counters, phase)
@@ -121,8 +120,8 @@ class Team:
         """Call `function(*arguments, number)` in this thread, as number 0, and in helpers.
 
         Args:
-            owners: of the memory behind addresses. An interrupt may end this call before a helper
-                that has begun; each helper keeps them as long as it runs.
+            owners: of the memory behind addresses. An interrupt may end this call while a helper
+                still runs, so each helper keeps them until it ends.
         """
         calls: list[Future[None]] = []
         try:

@@ -52,7 +52,7 @@ def dot_tile(
 
     Args:
         following: the next tile's w, which is asked for from memory meanwhile.
-        end: the int32 that corrects a row's integer sum stands so many bytes after x[r, 0].
+        end: offset in bytes from x[r, 0] to the int32 that corrects a row's integer sum.
         adds: whether to add the sums to what `out` holds.
     """
     R, N = rows.literal_value, columns.literal_value
