@@ -148,9 +148,22 @@ def choose(
         but -inf, so that its token means nothing. Single -inf only rule tokens out.
     """
     filtered = filter_logits(logits, sampling, seen)  # (B, V)
-    highest, likeliest = filtered.max(-1)  # (B,), (B,)
-    # max propagates NaN, so checking this one number per row covers the vocabulary.
-    return likeliest if u is None else draw(filtered, u), is_finite(highest)
+    highest, best = likeliest(filtered)  # (B,), (B,)
+    # NaN counts as highest, so checking this one number per row covers the vocabulary.
+    return best if u is None else draw(filtered, u), is_finite(highest)
+
+
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest logit of each row of logits (B, V), and its first token; NaN counts as highest.
+
+    On a CPU by NumPy: PyTorch's takes ten times as long, and its threads then spin for a while on
+    the cores that the next step needs.
+    """
+    if logits.device.type != "cpu":
+        highest, ids = logits.max(-1)
+        return highest, ids
+    ids = torch.from_numpy(logits.detach().numpy().argmax(-1))  # (B,)
+    return logits.gather(1, ids[:, None])[:, 0], ids
 
 
 def is_finite(x: Tensor) -> Tensor:

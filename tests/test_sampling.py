@@ -22,6 +22,7 @@ from mqa_gpt.sampling import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    likeliest,
     log_probabilities,
     penalize_repetition,
     uniforms,
@@ -143,6 +144,13 @@ def test_choosing_takes_the_likeliest_or_draws_and_notices_what_is_not_finite():
     assert choose(logits, sampling, None, u)[0].tolist() == drawn.tolist()
     logits[1, 7], logits[3, 0] = float("nan"), float("inf")
     assert choose(logits, sampling, None, u)[1].tolist() == [True, False, True, False]
+
+
+def test_of_equal_logits_the_first_is_taken_and_nan_counts_as_highest():
+    logits = torch.tensor([[1.0, 3.0, 3.0], [2.0, math.nan, math.inf], [-math.inf] * 3])
+    highest, ids = likeliest(logits)
+    assert ids.tolist() == logits.max(-1).indices.tolist() == [1, 1, 0]
+    assert highest.isnan().tolist() == [False, True, False]
 
 
 def test_log_probabilities_are_those_of_the_chosen_and_of_the_likeliest():
