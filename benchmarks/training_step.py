@@ -41,6 +41,8 @@ from benchmarks.measure import (
 from mqa_gpt import GPT, GPTConfig
 from mqa_gpt.errors import InputError
 from mqa_gpt.machine import peak_memory
+from mqa_gpt.training.config import LoopConfig
+from mqa_gpt.training.loop import prepare_blocks
 from mqa_gpt.training.objective import Objective
 from mqa_gpt.training.packing import LEFT_TO_RIGHT
 from mqa_gpt.training.samples import Batch
@@ -51,17 +53,29 @@ BYTES_PER_PARAMETER = 16  # weight, gradient and two moments in float32
 Step = Callable[[], float]
 
 
-def make_step(name: str, config: GPTConfig, ids: Tensor, dtype: torch.dtype) -> Step:
+def make_step(
+    name: str,
+    config: GPTConfig,
+    ids: Tensor,
+    dtype: torch.dtype,
+    *,
+    backend: str = "auto",
+    recompute: bool = False,
+) -> Step:
     """A contender's training step, which returns its loss.
 
     Args:
         ids: (B, T + 1) int64 tokens.
         dtype: of matrix products; weights are float32.
+        backend: our attention.
+        recompute: compute our activations again in the backward pass.
     """
     torch.manual_seed(0)
     device = ids.device
     model = GPT(config).to(device)
     if name == OURS:
+        model.set_backend(backend)
+        prepare_blocks(model, LoopConfig(recompute=recompute))
         labels = ids[:, 1:].contiguous()
         kinds = torch.full_like(labels, LEFT_TO_RIGHT, dtype=torch.uint8)
         batch = Batch(ids[:, :-1].contiguous(), labels, kinds)

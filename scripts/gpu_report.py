@@ -45,6 +45,7 @@ SECTIONS = {
     "parity": "gpu_models",
     "decode": "gpu_models",
     "prefill": "gpu_models",
+    "training": "gpu_training",
     "profile": "gpu_models",
 }
 # The ceiling that limits a rate.

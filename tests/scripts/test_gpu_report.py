@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ pytest.importorskip("triton", reason="Triton is not available on this platform")
 import gpu_kernels
 import gpu_models
 import gpu_report
+import gpu_training
 from gpu_kernels import CASES, TINY, Case, Twins, check_attention, plain_attention, verdict
 
 from mqa_gpt.config import PRESETS, GPTConfig
@@ -121,6 +123,30 @@ class TestSections:
         for row in rows[:4]:
             assert row["tokens_per_s"] == pytest.approx(1e6 * row["batch"] / row["step_us"])
         assert all(row["first_token_s"] > 0 for row in rows[4:])
+
+    def test_training_compares_losses_and_measures_each_backend(self):
+        rows = list(gpu_training.training(CPU))
+        assert not [row for row in rows if "error" in row], rows
+        check, *steps = rows
+        assert check["passed"], check
+        assert all(a > b for losses in check["losses"].values() for a, b in pairwise(losses))
+        assert [(row["backend"], row["recompute"]) for row in steps] == [
+            ("triton", False), ("sdpa", False), ("triton", True), ("sdpa", True),
+        ]  # fmt: skip
+        for row in steps:
+            assert row["tokens_per_s"] == pytest.approx(1e3 * row["tokens"] / row["step_ms"])
+            assert row["mfu"] > row["mfu_causal"] > 0
+            assert row["loss"] == pytest.approx(check["losses"]["mqa-gpt"][0], rel=0.01)
+
+    def test_a_loss_that_is_not_transformers_fails(self, monkeypatch):
+        honest = gpu_training.make_step
+        monkeypatch.setattr(
+            gpu_training, "make_step",
+            lambda name, *rest: (lambda step: lambda: step() + (name == "mqa-gpt") / 1000)(
+                honest(name, *rest)
+            ),
+        )  # fmt: skip
+        assert next(gpu_training.training(CPU))["passed"] is False
 
     def test_profile_lists_the_longest_kernels_first(self):
         for row in gpu_models.profile(CPU):
