@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +36,11 @@ class Replay:
                     self._graph = self._record(stream)
             self._graph.replay()
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether there is a graph: Python is not called any more."""
+        return self._graph is not None
+
     def _run(self, stream: Any) -> None:
         caller_s = torch.cuda.current_stream()
         stream.wait_stream(caller_s)
@@ -51,6 +57,44 @@ class Replay:
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self._action()
         return graph
+
+
+class Recorder(Protocol):
+    """Somebody who is shown tensors by Python code inside the action of a `Replay`."""
+
+    def take(self) -> Any:
+        """What was recorded in the last call of the action, which is forgotten."""
+
+    def repeat(self, taken: Any, labels: Sequence[Any]) -> None:
+        """Record it again, with what its tensors hold now."""
+
+
+class WatchedReplay:
+    """A replayed action in which somebody records tensors.
+
+    Python is shown the tensors of the call that becomes a graph. They are the graph's own memory,
+    which each replay fills anew, so they are copied after each.
+    """
+
+    def __init__(self, replay: Replay, recorders: Sequence[Recorder]) -> None:
+        self._replay = replay
+        self._recorders = [weakref.ref(recorder) for recorder in recorders]
+        self._taken: list[Any] = []
+
+    def serves(self, recorders: Sequence[Recorder]) -> bool:
+        """Whether it records for these."""
+        return [ref() for ref in self._recorders] == list(recorders)
+
+    def __call__(self, labels: Sequence[Any]) -> None:
+        """Start the action; what it computes is for these rows."""
+        self._replay()
+        if not self._replay.is_recorded:
+            return
+        recorders = [recorder for ref in self._recorders if (recorder := ref()) is not None]
+        if not self._taken:
+            self._taken = [recorder.take() for recorder in recorders]
+        for recorder, taken in zip(recorders, self._taken, strict=True):
+            recorder.repeat(taken, labels)
 
 
 class RecordingStreams(threading.local):

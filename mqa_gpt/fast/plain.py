@@ -36,25 +36,32 @@ _KINDS: Kinds = (*_PLACES, *_LINEAR, *_EMBEDDING, *_NORM, *_DROPOUT, nn.ModuleLi
 _FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in _KINDS}
 
 
-def is_plain(model: GPT) -> bool:
+def is_plain(model: GPT, watched: bool = False) -> bool:
     """Whether its forward pass is what `mqa_gpt.model` says and no more.
 
     It is not where it holds other code: hooks, other modules, another `forward`, `attend` or the
     like; nor in training mode, because of dropout.
+
+    Args:
+        watched: look through the wraps of `mqa_gpt.research`, at the model without them.
     """
     if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
         return False
     modules = list(model.modules())
     attends = {module.attend for module in modules if isinstance(module, MultiQueryAttention)}
-    return all(map(_is_plain, modules)) and all(map(is_own, attends))
+    if watched:
+        attends = {getattr(attend, "watches", attend) for attend in attends}
+    return all(_is_plain(m, watched) for m in modules) and all(map(is_own, attends))
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module, watched: bool) -> bool:
     """Whether a module is as the model made it, in eval mode, with its own children."""
     kind = type(module)
     if kind.forward is not _FORWARDS.get(kind):
         return False
-    if not vars(module).keys().isdisjoint(("forward", "split", "activate")):
+    own = vars(module)
+    is_changed = not own.keys().isdisjoint(("forward", "split", "activate"))
+    if is_changed and not (watched and _is_wrapped_only(module)):
         return False
     if module.training or module._forward_hooks or module._forward_pre_hooks:
         return False
@@ -67,6 +74,14 @@ def _is_plain(module: nn.Module) -> bool:
     return held.keys() == places.keys() and all(
         type(child) in places[name] for name, child in held.items()
     )
+
+
+def _is_wrapped_only(module: nn.Module) -> bool:
+    """Whether all that hides its class's methods is a wrap around its own `forward`."""
+    own = vars(module)
+    inside = getattr(own.get("forward"), "watches", None)
+    is_own_forward = getattr(inside, "__func__", None) is type(module).forward
+    return is_own_forward and own.keys().isdisjoint(("split", "activate"))
 
 
 def is_watched(model: GPT) -> bool:

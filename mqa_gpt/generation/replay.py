@@ -27,7 +27,7 @@ from mqa_gpt.fast.decode_step import (
     decode_step,
     step_logits,
 )
-from mqa_gpt.fast.graph import Replay, fetch, upload
+from mqa_gpt.fast.graph import Replay, WatchedReplay, fetch, upload
 from mqa_gpt.fast.plain import is_plain, is_watched
 from mqa_gpt.generation.steps import (
     Choice,
@@ -50,9 +50,10 @@ def can_replay(model: GPT) -> bool:
 
     On a CUDA device they may, unless its cache is not a plain one, or the model is not plain: a
     replay would leave out Python code that was put into it, and in training mode dropout is to
-    differ at every step.
+    differ at every step. (What `mqa_gpt.research` puts into it is asked at each step.)
     """
-    return model.device.type == "cuda" and model.cache_class is KVCache and is_plain(model)
+    is_usual = model.device.type == "cuda" and model.cache_class is KVCache
+    return is_usual and is_plain(model, watched=True)
 
 
 class GraphStepper:
@@ -70,13 +71,14 @@ class GraphStepper:
         self._reports: dict[int, Reports] = {}  # by the number of likeliest tokens
         self._logits: Tensor | None = None  # (slots, V), where rows differ in their options
         self._graphs: dict[tuple[int, RowOptions | None], Callable[[], None]] = {}
+        self._watched: dict[tuple[int, RowOptions | None], tuple[StaticCache, WatchedReplay]] = {}
         self._recorded_from = _fingerprint(model)
 
     def is_valid(self) -> bool:
         """Whether the graphs compute what the model computes now."""
         is_same_cache = self._model.cache_class is type(self.cache)
         is_same = self._recorded_from == _fingerprint(self._model)
-        return is_same_cache and is_same and is_plain(self._model)
+        return is_same_cache and is_same and is_plain(self._model, watched=True)
 
     def begin(self, slot: int, rows: Sequence[Row], logits: Tensor) -> None:
         """See `Stepper`."""
@@ -144,27 +146,51 @@ class GraphStepper:
         self, count: int, options: RowOptions | None, rows: Sequence[Row] = ()
     ) -> Callable[[], None]:
         """The step of the first `count` slots, which share these options; None: logits only."""
-        if is_watched(self._model):  # by Python, which a replay would not call
-            return self._step(count, options, (*rows, *[None] * (count - len(rows))))
         key = (count, options)
+        if is_watched(self._model):
+            return self._watched_graph(key, (*rows, *[None] * (count - len(rows))))
         if key not in self._graphs:
             if len(self._graphs) >= MAX_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]  # the least recently used
-            self._graphs[key] = self._recorded(count, options)
+            self._graphs[key] = self._recorded(self._step(self._slots(count), options))
         self._graphs[key] = self._graphs.pop(key)
         return self._graphs[key]
 
-    def _recorded(self, count: int, options: RowOptions | None) -> Callable[[], None]:
-        step, device = self._step(count, options), self._model.device
+    def _watched_graph(
+        self, key: tuple[int, RowOptions | None], labels: Sequence[Row | None]
+    ) -> Callable[[], None]:
+        """The step of a model that is recorded or patched; `labels` are its slots' rows."""
+        recorders = vars(self._model)["forward"].recorders()
+        if any(
+            recorders is None or not graph.serves(recorders) for _, graph in self._watched.values()
+        ):
+            self._watched.clear()  # of contexts that have ended
+        cache, watched = self._watched.get(key, (self._slots(key[0]), None))
+        cache.labels = labels
+        if watched is None:
+            step = self._step(cache, key[1])
+            if recorders is None:  # a patch may compute anything
+                return step
+            graph = self._recorded(step)
+            if not isinstance(graph, Replay):
+                return graph
+            watched = WatchedReplay(graph, recorders)
+            self._watched[key] = cache, watched
+        return partial(watched, labels)
+
+    def _recorded(self, step: Callable[[], None]) -> Callable[[], None]:
+        device = self._model.device
         return Replay(step, device) if device.type == "cuda" else step
 
-    def _step(
-        self, count: int, options: RowOptions | None, labels: Sequence[Row | None] | None = None
-    ) -> Callable[[], None]:
-        """The step itself; `labels` are its cache's."""
+    def _slots(self, count: int) -> StaticCache:
+        """The first `count` slots as the cache of a step."""
         state = self._state.first(count)
-        cache = StaticCache(self.cache, state.lengths, state.active)
-        cache.labels = labels
+        return StaticCache(self.cache, state.lengths, state.active)
+
+    def _step(self, cache: StaticCache, options: RowOptions | None) -> Callable[[], None]:
+        """The step itself."""
+        count = cache.batch_size
+        state = self._state.first(count)
         if options is None:
             if self._logits is None:
                 shape = (self.cache.batch_size, self._model.config.vocab_size)
@@ -215,7 +241,7 @@ def _fingerprint(model: GPT) -> list[object]:
     found += [model.dtype]
     for module in model.modules():
         if isinstance(module, MultiQueryAttention):
-            found += [id(module.attend), module.scale]
+            found += [id(getattr(module.attend, "watches", module.attend)), module.scale]
         elif isinstance(module, MLP):
             found.append(module.activation)
         elif isinstance(module, nn.LayerNorm):

@@ -7,14 +7,15 @@
 
 The names are those of `mqa_gpt.research.points`. Recording does not change what the model computes,
 bit for bit. (Where logits are asked for, a prefill computes them at all positions, not only at the
-last; their rounding may differ.) It works on every backend, with a cache and while generating;
-generation then calls the model's modules, without CUDA graphs and compiled steps.
+last; their rounding may differ.) It works on every backend, with a cache and while generating.
+Generation then runs the model's modules, not fused kernels and compiled steps: on a CUDA device as
+graphs all the same.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -89,6 +90,25 @@ class _Recorder(Probe):
             x.retain_grad()
         saved[point.name] = _Saved(x, point.part, attn, x._version)
         return x
+
+    def take(self) -> tuple[Pass, dict[str, _Saved]]:
+        """What was recorded of the last pass, which is forgotten; see `WatchedReplay`."""
+        return self.passes.pop()
+
+    def repeat(self, taken: tuple[Pass, dict[str, _Saved]], labels: Sequence[Any]) -> None:
+        """Record a pass again, of these rows of the engine, by what its tensors hold now."""
+        run, saved = taken
+        self.passes.append(
+            (run.again(labels), dict(zip(saved, _copies(saved.values()), strict=True)))
+        )
+
+
+def _copies(saved: Collection[_Saved]) -> list[_Saved]:
+    """Copies of tensors, by one kernel: a step may have a hundred of them."""
+    tensors = [one.tensor for one in saved]
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return [one._replace(tensor=new) for one, new in zip(saved, copies, strict=True)]
 
 
 def _value(point: Point, saved: _Saved) -> Tensor:

@@ -14,6 +14,7 @@ records see what the model goes on with. After each pass it is checked that all 
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -111,6 +112,14 @@ class Pass:
             for point in probe.at.get(site, ()):
                 probe.visit(point, x, self)
         return x
+
+    def again(self, labels: Sequence[Any]) -> Pass:
+        """The pass as it is repeated in the same memory, of other rows of the engine."""
+        other = copy.copy(self)
+        other.ids, other.labels = self.ids.clone(), labels
+        if isinstance(self.start, Tensor):
+            other.start = self.start.clone()
+        return other
 
     def end(self) -> None:
         """Forget the probes: records keep their passes, and a cycle would keep the tensors."""
@@ -224,7 +233,13 @@ class Wraps:
             run.require_all_visited()
             return output
 
+        forward.recorders = self.recorders  # type: ignore[attr-defined]
         return forward
+
+    def recorders(self) -> list[Probe] | None:
+        """Who records in this thread, for `WatchedReplay`; None if there is a patch."""
+        probes = self._own_probes()
+        return None if any(probe.is_patch for probe in probes) else probes
 
     def _module(self, name: str, module: nn.Module) -> Callable[..., Any]:
         """A module whose input and output are shown."""
@@ -316,6 +331,7 @@ def _cover(owner: nn.Module, name: str, wrap: Callable[..., Any]) -> Callable[[]
     """Hide an attribute of the instance or its class; returns what brings it back."""
     own = vars(owner)  # `nn.Module.__setattr__` would first ask what kind of thing this is
     had, before = name in own, own.get(name)
+    wrap.watches = getattr(owner, name)  # type: ignore[attr-defined]  # for `is_plain`
     own[name] = wrap
 
     def undo() -> None:

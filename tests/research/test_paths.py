@@ -21,6 +21,7 @@ from mqa_gpt.generation import batching
 from mqa_gpt.generation.loop import greedy_steps
 from mqa_gpt.model import MultiQueryAttention
 from mqa_gpt.research import add, edit, patch, record, replace, zero
+from tests.fake_cuda import TapedGraph
 from tests.helpers import engine_tokens, error, random_prompts, tiny_config, tiny_model
 
 CONFIG = tiny_config()
@@ -152,11 +153,11 @@ PATHS: dict[str, tuple[Callable[[], GPT], Path]] = {
 
 
 @pytest.fixture(params=PATHS)
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[GPT, Path, GPT]:
+def path(request: pytest.FixtureRequest) -> tuple[GPT, Path, GPT]:
     """A model, how it generates, and the model of the definition."""
     make, run = PATHS[request.param]
-    if request.param == "graph steps":  # on a CPU they are called, not replayed
-        monkeypatch.setattr(batching, "can_replay", lambda model: True)
+    if request.param == "graph steps":  # while patched they are called, not replayed
+        request.getfixturevalue("replayed")
     model = make()
     definition = in_int8() if request.param == "int8" else tiny_model()
     definition.set_backend("reference")
@@ -236,6 +237,26 @@ def check(name: str, ours: Tensor, reference: Tensor) -> None:
     assert torch.equal(ours.isfinite(), finite), name
     scale = max(1.0, reference[finite].abs().max().item())
     assert error(ours[finite], reference[finite]) < 2e-4 * scale, name
+
+
+@pytest.mark.slow
+def test_steps_that_are_recorded_are_replayed_as_graphs_all_the_same(
+    graphs: list[TapedGraph],
+) -> None:
+    model = tiny_model()
+    names = [*RECORDS, "transformer.h.1.attn.scores"]
+    with record(model, names) as acts:
+        tokens = generate(model, PROMPTS, 12)
+    assert [graph.replays for graph in graphs] == [10]  # of 11 steps; the first compiles kernels
+    with record(model, "logits") as again:  # another context has a graph of its own
+        assert generate(model, PROMPTS, 12) == tokens
+    assert len(graphs) == 2
+    for row, prompt in enumerate(PROMPTS):
+        with torch.no_grad(), record(model, names) as alone:
+            model(torch.tensor([[*prompt, *tokens[row]][:-1]]))
+        for name in names:
+            check(name, of(acts[name], row), of(alone[name], 0))
+        check("logits", again["logits"][row], alone["logits"][0])
 
 
 @pytest.mark.slow
