@@ -6,6 +6,8 @@
 # make lint   style and types
 # make check-kernels   compile the kernels for every supported GPU, with two versions of Triton;
 #                      no GPU is needed. ARGS="--json FILE" also writes the tables to a file
+# make docs   the site, in docs/_build/html; runs the lessons, and fails on a warning
+# make lessons   the lessons as Jupyter notebooks, in docs/_build/lessons
 PYTHON ?= python3
 BIN = .venv/bin
 # Named after the version of Python, so that another PYTHON makes a new .venv.
@@ -21,7 +23,7 @@ FUZZ ?= 6000
 OLD_TRITON = 3.6.0
 OLD_TRITON_PATH = .venv/triton-$(OLD_TRITON)
 
-.PHONY: demo test test-fast fuzz lint check-kernels clean
+.PHONY: demo test test-fast fuzz lint check-kernels docs lessons clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python scripts/demo.py
@@ -44,13 +46,22 @@ check-kernels: $(OLD_TRITON_PATH)/installed
 	$(BIN)/python scripts/check_kernels.py $(ARGS)
 	PYTHONPATH=$(OLD_TRITON_PATH) $(BIN)/python scripts/check_kernels.py $(ARGS)
 
+docs: $(INSTALLED)
+	$(BIN)/python -m sphinx -c docs . docs/_build/html --fresh-env --fail-on-warning --keep-going --quiet
+	@echo "Open docs/_build/html/docs/index.html"
+
+lessons: $(INSTALLED)
+	mkdir -p docs/_build/lessons
+	cp -r docs/lessons/checks docs/_build/lessons
+	cd docs/_build/lessons && ../../../$(BIN)/jupytext --to ipynb --output-dir . ../../lessons/[0-9]*.md
+
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mqa-gpt needs Python 3.11 or later; this is " + sys.version.split()[0])'
 	@echo "Installing into .venv; this takes some minutes, later runs start at once"
 	@command -v nvidia-smi >/dev/null || test -n "$(TORCH_INDEX)" || echo "No GPU here: make TORCH_INDEX=URL takes PyTorch's smaller build for CPUs from the index that its site names"
 	@test -x $(BIN)/python$(VERSION) || $(PYTHON) -m venv --clear .venv
 	$(if $(TORCH_INDEX),$(PIP) install --no-deps -c constraints.txt --index-url $(TORCH_INDEX) torch)
-	$(PIP) install -c constraints.txt -e '.[test]'
+	$(PIP) install -c constraints.txt -e '.[test,docs]'
 	@touch $@
 
 $(OLD_TRITON_PATH)/installed: $(INSTALLED)
@@ -59,4 +70,4 @@ $(OLD_TRITON_PATH)/installed: $(INSTALLED)
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build docs/_build *.egg-info

@@ -1,0 +1,68 @@
+"""How `make docs` builds the site. Its source is the whole repository, so that a link from one file
+to another works on the site as it does in a checkout; the pages are those in `include_patterns`."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# This checkout's packages, for the API reference and for the kernels that execute the lessons.
+PATHS = [str(ROOT), str(ROOT / "kernels")]
+sys.path[:0] = [*PATHS, str(ROOT / "docs/_ext")]
+os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+project = "mqa-gpt"
+author = "the mqa-gpt authors"
+root_doc = "docs/index"
+include_patterns = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/**.md",
+    "kernels/README.md",
+    "benchmarks/README.md",
+    "mqa_gpt/demo/README.md",
+]
+exclude_patterns = ["docs/_build", ".*", "build"]
+suppress_warnings = ["toc.empty_glob"]
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.linkcode",
+    "sphinx_copybutton",
+    "source_links",
+]
+
+# ------------------------------------------------------------------------ pages and lessons
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 4
+# Lessons run in their own folder, where they import `checks`. A lesson that did not change is not
+# run again.
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(ROOT / "docs/_build/.jupyter_cache")
+nb_execution_raise_on_error = True
+nb_execution_timeout = 600
+nb_merge_streams = True
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
+
+# ----------------------------------------------------------------------------- API reference
+
+default_role = "py:obj"  # a name in backticks is a link where the reference has it
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
+add_module_names = False
+napoleon_numpy_docstring = False
+
+# -------------------------------------------------------------------------------------- theme
+
+html_theme = "furo"
+html_title = "mqa-gpt"
+html_copy_source = False
+html_show_sphinx = False
