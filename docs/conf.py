@@ -50,6 +50,8 @@ nb_merge_streams = True
 nb_code_prompt_show = "Show the code"
 nb_code_prompt_hide = "Hide the code"
 
+highlight_language = "none"  # of blocks that are only indented
+
 # ----------------------------------------------------------------------------- API reference
 
 default_role = "py:obj"  # a name in backticks is a link where the reference has it
@@ -59,10 +61,27 @@ autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
 add_module_names = False
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 
 # -------------------------------------------------------------------------------------- theme
 
 html_theme = "furo"
+templates_path = ["_templates"]
+html_additional_pages = {"index": "redirect.html"}  # to the front page, which is in docs/
 html_title = "mqa-gpt"
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
+
+
+def mark_literal_blocks(app, what, name, obj, options, lines):
+    """In a docstring, an indented block after a blank line is code or a table: keep its lines."""
+    for i in range(len(lines) - 1, 1, -1):
+        before = lines[i - 2]
+        if lines[i].startswith("    ") and not lines[i - 1] and before and before[0] != " ":
+            lines[i:i] = ["::", ""]
+
+
+def setup(app):
+    """Registers the hook; called by Sphinx."""
+    app.connect("autodoc-process-docstring", mark_literal_blocks, priority=400)

@@ -24,6 +24,8 @@ from sphinx.application import Sphinx
 SCHEME = "source:"
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(#[\w.]+)?(?=\))")
 
+STYLE = "<style>.content {width: 56em}</style>"  # lines of 100 characters fit
+
 
 def mark_links(app: Sphinx, docname: str, source: list[str]) -> None:
     """In a page's Markdown, give the links to files that are no pages the scheme `source:`."""
@@ -68,7 +70,7 @@ def source_pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
             for name, line in definitions(text).items():
                 lines[line - 1] = f'<span id="{name}"></span>{lines[line - 1]}'
         body = "\n".join(lines)
-        body = f'<h1>{file}</h1><div class="highlight"><pre>{body}</pre></div>'
+        body = f'<h1>{file}</h1><div class="highlight"><pre>{body}</pre></div>{STYLE}'
         yield f"source/{file}", {"title": file, "body": body}, "page.html"
 
 
@@ -96,8 +98,8 @@ def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
     value: Any = sys.modules[info["module"]]
     for part in info["fullname"].split("."):
         value = getattr(value, part, None)
-    value = inspect.unwrap(getattr(value, "fget", value))
     try:
+        value = inspect.unwrap(getattr(value, "fget", value))
         file = Path(inspect.getsourcefile(value) or "").resolve()
         root = Path(__file__).parents[2]
         return f"{SCHEME}{file.relative_to(root).as_posix()}#{value.__qualname__}"
