@@ -6,7 +6,6 @@ definition of the name after `#`. The `[source]` links of the API reference lead
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from definitions import definitions
 from docutils import nodes
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
@@ -72,25 +72,6 @@ def source_pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
         body = "\n".join(lines)
         body = f'<h1>{file}</h1><div class="highlight"><pre>{body}</pre></div>{STYLE}'
         yield f"source/{file}", {"title": file, "body": body}, "page.html"
-
-
-def definitions(text: str) -> dict[str, int]:
-    """The line of each class, function and assignment at the top of a module or a class."""
-    found = {}
-
-    def walk(body: list[ast.stmt], prefix: str) -> None:
-        for node in body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                found[prefix + node.name] = node.lineno
-                if isinstance(node, ast.ClassDef):
-                    walk(node.body, f"{prefix}{node.name}.")
-            elif isinstance(node, ast.Assign | ast.AnnAssign):
-                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                    if isinstance(target, ast.Name):
-                        found[prefix + target.id] = node.lineno
-
-    walk(ast.parse(text).body, "")
-    return found
 
 
 def linkcode_resolve(domain: str, info: dict[str, str]) -> str | None:
