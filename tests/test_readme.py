@@ -145,15 +145,6 @@ def test_what_else_is_needed_is_installed_by_one_command_wherever_it_is_said():
 # -------------------------------------------------------------------------- files, names, links
 
 
-def test_every_file_in_the_tree_exists():
-    (tree,) = re.findall(r"## Layout\n\n(.*?)\n\n", README, re.DOTALL)
-    for line in tree.splitlines():
-        folder = ROOT / "mqa_gpt" if line.startswith("      ") else ROOT
-        names = re.findall(r"(\w+)/", line[:28])
-        assert names
-        assert [name for name in names if not (folder / name).is_dir()] == []
-
-
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_every_path_that_is_named_exists(page: str):
     text = (ROOT / page).read_text(encoding="utf-8")
