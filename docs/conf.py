@@ -34,11 +34,13 @@ extensions = [
     "sphinx.ext.linkcode",
     "sphinx_copybutton",
     "source_links",
+    "mathml",
 ]
 
 # ------------------------------------------------------------------------ pages and lessons
 
 myst_enable_extensions = ["dollarmath"]
+html_math_renderer = "mathml"
 myst_heading_anchors = 4
 # Lessons run in their own folder, where they import `checks`. A lesson that did not change is not
 # run again.

@@ -44,11 +44,11 @@ def exercises(notebook: Any) -> list[tuple[str, Any, Any]]:
 
 
 @each_lesson
-def test_a_lesson_is_a_notebook_with_a_title(file: Path):
+def test_a_lesson_is_a_notebook_with_its_number_in_the_title(file: Path):
     notebook = read(file)
     assert notebook.metadata.kernelspec.name == "python3"
     assert notebook.metadata.jupytext.text_representation.format_name == "myst"
-    assert re.match(r"# \S", notebook.cells[0].source)
+    assert notebook.cells[0].source.startswith(f"# {file.name[0]}. ")
     assert file.read_text(encoding="utf-8").count("```{code-cell} python") == sum(
         cell.cell_type == "code" for cell in notebook.cells
     )
@@ -71,7 +71,7 @@ def test_every_exercise_has_a_stub_and_a_folded_solution(file: Path):
         assert stub.source.rstrip().endswith(f"\ncheck({name})")
         assert not {"hide-input", "solution"} & set(tags(stub))
         assert re.search(rf"^(def|class) {name}\b", solution.source, re.MULTILINE)
-        assert solution.source.rstrip().endswith(f"\nassert check({name})")
+        assert f"\nassert check({name})\n" in solution.source + "\n"  # results may follow
         assert {"hide-input", "solution"} <= set(tags(solution))
 
 
