@@ -7,7 +7,7 @@
 # make check-kernels   compile the kernels for every supported GPU, with two versions of Triton;
 #                      no GPU is needed. ARGS="--json FILE" also writes the tables to a file
 # make docs   the site, in docs/_build/html; runs the lessons, and fails on a warning
-# make lessons   the lessons as Jupyter notebooks, in docs/_build/lessons
+# make lessons   the lessons as Jupyter notebooks, in docs/notebooks
 PYTHON ?= python3
 BIN = .venv/bin
 # Named after the version of Python, so that another PYTHON makes a new .venv.
@@ -48,12 +48,10 @@ check-kernels: $(OLD_TRITON_PATH)/installed
 
 docs: $(INSTALLED)
 	$(BIN)/python -m sphinx -c docs . docs/_build/html --fresh-env --fail-on-warning --keep-going --quiet
-	@echo "Open docs/_build/html/docs/index.html"
+	@echo "Open docs/_build/html/index.html"
 
 lessons: $(INSTALLED)
-	mkdir -p docs/_build/lessons
-	cp -r docs/lessons/checks docs/_build/lessons
-	cd docs/_build/lessons && ../../../$(BIN)/jupytext --to ipynb --output-dir . ../../lessons/[0-9]*.md
+	@$(BIN)/python scripts/notebooks.py docs/notebooks
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mqa-gpt needs Python 3.11 or later; this is " + sys.version.split()[0])'
@@ -70,4 +68,4 @@ $(OLD_TRITON_PATH)/installed: $(INSTALLED)
 	@touch $@
 
 clean:
-	rm -rf .venv build docs/_build *.egg-info
+	rm -rf .venv build docs/_build docs/notebooks *.egg-info

@@ -24,7 +24,7 @@ include_patterns = [
     "benchmarks/README.md",
     "mqa_gpt/demo/README.md",
 ]
-exclude_patterns = ["docs/_build", ".*", "build"]
+exclude_patterns = ["docs/_build", "docs/notebooks", ".*", "build"]
 suppress_warnings = ["toc.empty_glob"]
 
 extensions = [
@@ -68,6 +68,9 @@ napoleon_use_ivar = True
 # -------------------------------------------------------------------------------------- theme
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+pygments_dark_style = "github-dark"
 templates_path = ["_templates"]
 html_additional_pages = {"index": "redirect.html"}  # to the front page, which is in docs/
 html_title = "mqa-gpt"

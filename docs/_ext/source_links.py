@@ -24,8 +24,6 @@ from sphinx.application import Sphinx
 SCHEME = "source:"
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(#[\w.]+)?(?=\))")
 
-STYLE = "<style>.content {width: 56em}</style>"  # lines of 100 characters fit
-
 
 def mark_links(app: Sphinx, docname: str, source: list[str]) -> None:
     """In a page's Markdown, give the links to files that are no pages the scheme `source:`."""
@@ -70,7 +68,7 @@ def source_pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
             for name, line in definitions(text).items():
                 lines[line - 1] = f'<span id="{name}"></span>{lines[line - 1]}'
         body = "\n".join(lines)
-        body = f'<h1>{file}</h1><div class="highlight"><pre>{body}</pre></div>{STYLE}'
+        body = f'<h1>{file}</h1><div class="highlight"><pre>{body}</pre></div>'
         yield f"source/{file}", {"title": file, "body": body}, "page.html"
 
 

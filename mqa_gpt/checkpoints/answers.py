@@ -143,7 +143,7 @@ def one_line(error: BaseException) -> str:
 def masked(text: str) -> str:
     """Text that may come from a hub, in one line of at most 500 printable characters.
 
-    Passwords in addresses and access tokens are replaced by "***".
+    Passwords in addresses and access tokens are replaced by `***`.
     """
     text = re.sub(r"//[^/@\s]*@", "//***@", " ".join(text.split()))
     text = re.sub(r"\bhf_[0-9A-Za-z]{8,}", "***", text)
