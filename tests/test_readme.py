@@ -154,8 +154,9 @@ def test_every_path_that_is_named_exists(page: str):
 
 
 def links(page: str) -> list[tuple[str, str]]:
-    """Path and anchor of each link to a file, except what code blocks contain."""
-    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+    """Path and anchor of each link to a file; code holds none."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```|`[^`\n]+`", "", text, flags=re.MULTILINE | re.DOTALL)
     targets = re.findall(r"\]\(([^)\s]+)\)", text)
     return [target.partition("#")[::2] for target in targets if "://" not in target]
 
