@@ -25,7 +25,6 @@ include_patterns = [
     "mqa_gpt/demo/README.md",
 ]
 exclude_patterns = ["docs/_build", "docs/notebooks", ".*", "build"]
-suppress_warnings = ["toc.empty_glob"]
 
 extensions = [
     "myst_nb",

@@ -23,6 +23,7 @@ from sphinx.application import Sphinx
 
 SCHEME = "source:"
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(#[\w.]+)?(?=\))")
+COPIED = (".svg", ".png", ".html")  # by Sphinx, for the browser to show
 
 
 def mark_links(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -31,15 +32,11 @@ def mark_links(app: Sphinx, docname: str, source: list[str]) -> None:
 
     def marked(match: re.Match[str]) -> str:
         file = (folder / match[1]).resolve()
-        if not file.is_file() or app.env.path2doc(file) or _is_picture(file):
+        if not file.is_file() or app.env.path2doc(file) or file.suffix in COPIED:
             return match[0]
         return SCHEME + file.relative_to(app.srcdir).as_posix() + (match[2] or "")
 
     source[0] = LINK.sub(marked, source[0])
-
-
-def _is_picture(file: Path) -> bool:
-    return file.suffix in (".svg", ".png", ".html")
 
 
 def resolve_links(app: Sphinx, doctree: nodes.document, docname: str) -> None:
@@ -59,11 +56,11 @@ def source_pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
     for file in sorted(app.env.__dict__.get("linked_sources", ())):
         text = (app.srcdir / file).read_text(encoding="utf-8")
         try:
-            lexer = get_lexer_for_filename(file)
+            lexer = get_lexer_for_filename(file, stripnl=False)
         except ClassNotFound:
             lexer = TextLexer()
         formatter = HtmlFormatter(linespans="line", nowrap=True)
-        lines = highlight(text, lexer, formatter).splitlines()
+        lines = highlight(text, lexer, formatter).split("\n")
         if file.endswith(".py"):
             for name, line in definitions(text).items():
                 lines[line - 1] = f'<span id="{name}"></span>{lines[line - 1]}'
