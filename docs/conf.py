@@ -11,6 +11,11 @@ PATHS = [str(ROOT), str(ROOT / "kernels")]
 sys.path[:0] = [*PATHS, str(ROOT / "docs/_ext")]
 os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Kernels with a profile of their own: nobody's startup files, no warnings about their sockets.
+os.environ["IPYTHONDIR"] = str(ROOT / "docs/_build/ipython")
+profile = ROOT / "docs/_build/ipython/profile_default"
+profile.mkdir(parents=True, exist_ok=True)
+(profile / "ipython_kernel_config.py").write_text("get_config().IPKernelApp.log_level = 'ERROR'\n")
 
 project = "mqa-gpt"
 author = "the mqa-gpt authors"
@@ -46,6 +51,7 @@ myst_heading_anchors = 4
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(ROOT / "docs/_build/.jupyter_cache")
 nb_execution_raise_on_error = True
+nb_execution_show_tb = True
 nb_execution_timeout = 600
 nb_merge_streams = True
 nb_code_prompt_show = "Show the code"
