@@ -55,12 +55,14 @@ def _keys_read(f: Callable[..., int]) -> str | None:
             hint = ""
             if got == expected - 1:
                 hint = "; keys count from 0, so a query at position p sees p + 1 of them"
+            elif got == start + (tile + 1) * M:
+                hint = "; H rows are one position"
+            elif got == expected + 1 and tile < len(seen) // M:
+                hint = "; row (tile + 1) * M is the first of the next tile"
             elif got > start + T:
                 hint = "; the last tile may have rows after the last token"
             elif got == expected - start:
                 hint = "; the cached keys are read too"
-            elif got == start + (tile + 1) * M:
-                hint = "; H rows are one position"
             call = f"keys_read(tile={tile}, M={M}, H={H}, T={T}, start={start})"
             return f"{call} gives {got}, expected {expected}{hint}"
     return None
@@ -92,6 +94,8 @@ def _combine(f: Callable[..., Tensor]) -> str | None:
             return "divide by the sum of all weights"
         if torch.allclose(got, (lses.softmax(1)[:, :, None] * outs).sum(0)):
             return "the weights of a head's parts have the sum 1: dimension 0 of lses, not 1"
+        if torch.allclose(got, (lses[:, :, None] * outs).sum(0) / lses.sum(0)[:, None]):
+            return "lse is a logarithm: a part weighs exp(lse)"
         return f"for {len(sizes)} parts it differs by {(got - expected).abs().max():.2g}"
     outs, lses = torch.ones(2, 1, 4), torch.tensor([[1.0], [-torch.inf]])  # (P, H, D), (P, H)
     outs[1] = 0

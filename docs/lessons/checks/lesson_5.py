@@ -15,18 +15,22 @@ from mqa_gpt.sampling import keep_min_p
 
 def _min_p(f: Callable[..., Tensor]) -> str | None:
     generator = torch.Generator().manual_seed(0)
-    for B, V, p in ((1, 50, 0.1), (3, 20, 0.5), (2, 100, 0.01), (2, 10, 0.0), (2, 10, 1.0)):
+    for B, V, p in ((1, 50, 0.1), (3, 20, 0.2), (2, 100, 0.01), (2, 10, 0.0), (2, 10, 1.0)):
         logits = 3 * torch.randn(B, V, generator=generator)  # (B, V)
         got, expected = f(logits.clone(), p), keep_min_p(logits, p)
         if not isinstance(got, Tensor) or got.shape != logits.shape:
             return f"for logits {B} x {V}, expected a tensor of that shape"
         if torch.equal(got, expected):
             continue
-        if torch.equal(got, logits.masked_fill(logits.softmax(-1) < p, -torch.inf)):
-            return "p is a share of the row's highest probability, not a probability"
-        highest = logits.softmax(-1).amax()
-        if torch.equal(got, logits.masked_fill(logits.softmax(-1) < p * highest, -torch.inf)):
+        probabilities = logits.softmax(-1)  # (B, V)
+        if torch.equal(
+            got, logits.masked_fill(probabilities < p * probabilities.amax(), -torch.inf)
+        ):
             return "each row has a highest probability of its own"
+        if torch.equal(got, logits.masked_fill(probabilities < p, -torch.inf)):
+            return "p is a share of the row's highest probability, not a probability"
+        if torch.equal(got, logits.masked_fill(logits < p * logits.amax(-1, True), -torch.inf)):
+            return "compare probabilities, not logits"
         if ((got >= 0) & (got <= 1)).all():
             return "these are probabilities: give logits, with -inf for what is dropped"
         kept, wanted = got.isfinite().sum(1).tolist(), expected.isfinite().sum(1).tolist()
@@ -72,9 +76,13 @@ def _look_up(f: Callable[..., list[int]]) -> str | None:
         if got == [] or (len(ngrams) > 1 and got == _propose(text, count, ngrams[1:])):
             hint = "; the longest n-gram comes first, and the next one only if that is new"
         elif isinstance(got, list) and len(got) > count:
-            hint = f"; at most {count} tokens"
-        elif isinstance(got, list) and got[:1] != expected[:1]:
-            hint = "; the last earlier occurrence counts, not the first"
+            hint = f"; count is {count}, and it gives {len(got)} tokens"
+        elif any(
+            text[at - n : at] == text[-n:] and text[at : at + count] == got
+            for n in ngrams
+            for at in range(n, len(text))
+        ):
+            hint = "; the last earlier occurrence counts"
         return f"look_up({text}, {count}, {ngrams}) gives {got}, expected {expected}{hint}"
     return None
 
