@@ -121,7 +121,7 @@ def _best_count(f: Callable[..., int]) -> str | None:
 
 check = checker(
     min_p=(_min_p, "The bar moves with the likeliest token, so a certain model keeps few."),
-    new_tokens=(_new_tokens, "One token at least, so a step with a draft is never in vain."),
+    new_tokens=(_new_tokens, "At least one token: no step is lost, even if all guesses are wrong."),
     look_up=(_look_up, "It needs no second model, and suits text that repeats itself."),
     best_count=(
         _best_count,
