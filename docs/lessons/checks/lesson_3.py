@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from checks import checker
-from mqa_gpt.attention import causal_mask
+from mqa_gpt.attention import (
+    attention_probabilities,
+    attention_scores,
+    causal_mask,
+    reference_attention,
+    weighted_values,
+)
 
 
 def _softmax(f: Callable[..., Tensor]) -> str | None:
@@ -104,6 +110,47 @@ def _combine(f: Callable[..., Tensor]) -> str | None:
     return None
 
 
+def _windowed(q: Tensor, k: Tensor, v: Tensor, start: int, window: int) -> Tensor:
+    """Attention (1, T, H, D) of q (1, T, H, D) to the last `window` of k and v (1, S, 1, D)."""
+    T, S, scale = q.shape[1], k.shape[1], q.shape[3] ** -0.5
+    scores = attention_scores(q, k, start, scale)  # (1, H, T, S)
+    too_old = causal_mask(start - window, T, S, q.device)[:, None]  # (1, 1, T, S)
+    scores = scores.masked_fill(too_old, -torch.inf)
+    return weighted_values(attention_probabilities(scores), v)
+
+
+def _window_attention(f: Callable[..., Tensor]) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    for T, H, start, window in ((6, 4, 20, 7), (1, 8, 70, 5), (9, 3, 0, 4), (20, 4, 40, 33)):
+        q = torch.randn(1, T, H, 16, generator=generator)  # (1, T, H, D)
+        k, v = torch.randn(2, 1, start + T, 1, 16, generator=generator)  # (1, S, 1, D) each
+        got, expected = f(q, k, v, start, window), _windowed(q, k, v, start, window)
+        at = f"for T = {T}, H = {H}, start = {start} and window = {window}"
+        if not isinstance(got, Tensor) or got.shape != q.shape:
+            return f"{at}, expected a tensor of q's shape"
+        if got.isnan().any():
+            return (
+                f"{at}, there is NaN: while a row has seen no key, m and m_new are -inf, and "
+                "-inf - -inf is NaN; subtract 0 there"
+            )
+        if not torch.allclose(got, expected, atol=1e-5):
+            hint = ""
+            if torch.allclose(got, reference_attention(q, k, v, start, 0.25), atol=1e-5):
+                hint = "; it sees all positions before its own"
+            for wrong in (window - 1, window + 1):
+                if torch.allclose(got, _windowed(q, k, v, start, wrong), atol=1e-5):
+                    hint = f"; it sees {wrong} positions: the query's own is one of the {window}"
+            return f"{at} it differs by {(got - expected).abs().max():.2g}{hint}"
+    q = torch.randn(1, 2, 4, 16, generator=generator)
+    k, v = torch.randn(2, 1, 102, 1, 16, generator=generator)
+    k[:, :64] = v[:, :64] = torch.nan
+    if f(q, k, v, 100, 9).isnan().any():
+        return (
+            "right, but it reads old keys that no row sees: begin at the first block of the window"
+        )
+    return None
+
+
 check = checker(
     softmax=(
         _softmax,
@@ -114,4 +161,5 @@ check = checker(
         "The H rows of a position end at the same key, so a folded tile masks little.",
     ),
     combine=(_combine, "Any number of programs can share the keys of one query."),
+    window_attention=(_window_attention, "You have changed an attention kernel."),
 )
