@@ -14,7 +14,10 @@ from mqa_gpt.generation.score import score_ids
 from mqa_gpt.training.packing import CONTEXT, LEFT_TO_RIGHT, MIDDLE
 from mqa_gpt.training.packing import middle_left as library_middle_left
 
-demo = cache(LLM.load)
+
+@cache
+def _demo() -> LLM:
+    return LLM.load(dtype="float32", backend="sdpa")
 
 
 def _reusable(f: Callable[..., int]) -> str | None:
@@ -37,7 +40,7 @@ def _reusable(f: Callable[..., int]) -> str | None:
 
 
 def _middle_loss(f: Callable[..., float]) -> str | None:
-    llm = demo()
+    llm = _demo()
     encode, end = llm.tokenizer.encode, llm.tokenizer.end_of_text_id
     prompt = infill_prompt(llm.tokenizer, "for i in", ":\n    print(i)\n")
     for middle in (encode(" range(10)"), encode(" names"), []):
@@ -56,7 +59,7 @@ def _middle_loss(f: Callable[..., float]) -> str | None:
             hint = "a loss is the negative log-probability"
         elif abs(got - _whole_loss(llm, [*prompt, *answer])) < 1e-3:
             hint = "leave out the loss of the prompt"
-        return f"for a middle of {len(middle)} tokens it gives {got:.3f} and not {right:.3f}: {hint}"
+        return f"for a middle of {len(middle)} tokens it gives {got:.3f}, not {right:.3f}: {hint}"
     return None
 
 
@@ -72,7 +75,9 @@ def _middle_left(f: Callable[..., torch.Tensor]) -> str | None:
         kinds = torch.tensor(case, dtype=torch.uint8)
         got, right = f(kinds), library_middle_left(kinds)
         if got is None or got.shape != right.shape:
-            return f"for kinds {list(kinds.shape)} give a tensor of the same shape"
+            return (
+                f"for kinds of shape {list(kinds.shape)} it should give a tensor of the same shape"
+            )
         if torch.allclose(got.float(), right, atol=1e-6):
             continue
         hint = "each run of MIDDLE is a middle of its own, and every other label is 0"
@@ -82,7 +87,10 @@ def _middle_left(f: Callable[..., torch.Tensor]) -> str | None:
             hint = "the first label of a middle has 1: all of it is left"
         elif got[kinds == M].eq(0).any():
             hint = "the last label of a middle of n has 1/n: it is still to be predicted"
-        return f"for kinds {case} it gives {got.tolist()}: {hint}"
+        elif got[kinds == M].eq(1).all():
+            hint = "it falls in equal steps, from 1 to 1/n"
+        shown = [[round(x, 3) for x in row] for row in got.tolist()]
+        return f"for kinds {case} it gives {shown}: {hint}"
     return None
 
 

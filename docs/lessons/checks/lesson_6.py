@@ -62,7 +62,7 @@ def _previous_token_scores(f: Callable[[Tensor], Tensor]) -> str | None:
                 return hint
         if _close(got, right * (T - 1) / T):
             return f"divide by the {T - 1} positions that have a token before them, not by {T}"
-        return "the weight of key t - 1 for query t is patterns[..., t, t - 1]; take its mean over t"
+        return "query t gives key t - 1 the weight patterns[..., t, t - 1]; take its mean over t"
     return None
 
 
@@ -112,6 +112,10 @@ def _share_hint(got: Tensor, results: Tensor, stream: Tensor, ln_f: nn.Module, r
         "the weight of ln_f is missing": centred * scale,
         "subtract the mean of each head's part": results * scale * ln_f.weight,
         "ln_f's bias belongs to no head: leave it out": centred * scale * ln_f.weight + ln_f.bias,
+        "call no ln_f on a part: it would divide by the part's own deviation": centred
+        * own
+        * ln_f.weight
+        + ln_f.bias,
         "divide by the square root of the variance, not by the variance": centred
         * scale**2
         * ln_f.weight,
