@@ -11,7 +11,7 @@ Check = Callable[[Callable[..., Any]], str | None]
 NOT_YET = "not yet: it returns None; write its body, and return the result"
 
 
-def checker(**checks: tuple[Check, str]) -> Callable[[Callable[..., Any]], bool]:
+def checker(**checks: tuple[Check, str]) -> Callable[[Callable[..., Any]], bool | None]:
     """`check(f)` for the exercises of a lesson.
 
     Args:
@@ -20,19 +20,19 @@ def checker(**checks: tuple[Check, str]) -> Callable[[Callable[..., Any]], bool]
             a sentence that says what the right answer means.
 
     Returns:
-        A function that finds the check by `f.__name__`, prints one line and returns whether `f` is
-        right. What `f` raises is part of that line.
+        A function that finds the check by `f.__name__`, prints one line and returns True if `f` is
+        right, else None, which a notebook does not show. What `f` raises is part of that line.
     """
 
-    def check(f: Callable[..., Any]) -> bool:
+    def check(f: Callable[..., Any]) -> bool | None:
         name = getattr(f, "__name__", repr(f))
         if name not in checks:
             print(f"{name}: no exercise has this name; there are {', '.join(checks)}")
-            return False
+            return None
         verify, meaning = checks[name]
         hint = _hint(verify, f)
         print(f"{name}: right. {meaning}" if hint is None else f"{name}: {hint}")
-        return hint is None
+        return True if hint is None else None
 
     return check
 
