@@ -22,6 +22,7 @@ LAYERS = [
     {"verify", "integrations"},
     {"bench"},
     {"training", "research", "evaluation", "server"},
+    {"explorer"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -57,7 +57,7 @@ def indented(text: str) -> str:
 
 def help_texts() -> str:
     names = ["generate", "infill", "batch", "score", "verify", "inspect", "bench", "env"]
-    names += ["train", "convert"]
+    names += ["train", "convert", "explore"]
     analyses = ["logit-lens", "attribution", "attention", "patch", "loss", "sharing"]
     runs = [[], *([name] for name in names), ["train", "plot"], ["train", "export"]]
     runs += [["research", name] for name in analyses]

@@ -26,6 +26,7 @@ from mqa_gpt.cli.batch import batch
 from mqa_gpt.cli.bench import bench
 from mqa_gpt.cli.convert import convert
 from mqa_gpt.cli.env import env
+from mqa_gpt.cli.explore import explore
 from mqa_gpt.cli.generate import generate
 from mqa_gpt.cli.infill import infill
 from mqa_gpt.cli.inspect import inspect
@@ -37,7 +38,7 @@ from mqa_gpt.cli.verify import verify
 from mqa_gpt.errors import InputError
 from mqa_gpt.machine import is_out_of_memory
 
-COMMANDS = (generate, infill, batch, score, verify, inspect, bench, convert, env)
+COMMANDS = (generate, infill, batch, score, explore, verify, inspect, bench, convert, env)
 
 
 @contextmanager

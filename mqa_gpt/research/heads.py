@@ -79,14 +79,14 @@ def hole_shares(
     written = tokenizer.encode(middle, special_tokens=False)
     if not written:
         raise InputError("the middle is empty: there is nothing from which to look at the rest")
-    regions = _regions(tokenizer, prompt) + ["middle"] * len(written)
+    parts = regions(tokenizer, prompt) + ["middle"] * len(written)
     patterns = attention_patterns(model, [*prompt, *written])
     queries = patterns[:, :, len(prompt) - 1 : -1].mean(2)  # (L, H, T)
-    is_in = {name: torch.tensor([region == name for region in regions]) for name in REGIONS}
+    is_in = {name: torch.tensor([part == name for part in parts]) for name in REGIONS}
     return {name: queries[..., at.to(queries.device)].sum(-1) for name, at in is_in.items()}
 
 
-def _regions(tokenizer: Tokenizer, prompt: list[int]) -> list[str]:
+def regions(tokenizer: Tokenizer, prompt: list[int]) -> list[str]:
     """Which part of an infilling prompt each token belongs to."""
     fim = tokenizer.fim
     assert fim is not None  # the prompt was made with it

@@ -879,7 +879,8 @@ def test_env_tells_versions_and_backends():
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["generate"], ["infill"], ["batch"], ["verify"], ["inspect"], ["env"]]
+    "command",
+    [[], ["generate"], ["infill"], ["batch"], ["explore"], ["verify"], ["inspect"], ["env"]],
 )
 def test_help_explains_each_command_with_an_example(command: list[str]):
     result = invoke(*command, "--help")
