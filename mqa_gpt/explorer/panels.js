@@ -42,10 +42,13 @@ function drawPattern(canvas, layer, head, pixels) {
       if (weight > largest[at]) largest[at] = weight;
     });
   }
-  const colours = Array.from({ length: 256 }, (_, weight) => mix("attention", weight / 255));
+  const colours = Uint32Array.from({ length: 256 }, (_, weight) => {
+    const [r, g, b] = mix("attention", weight / 255);
+    return r | (g << 8) | (b << 16) | (255 << 24);
+  });
   canvas.width = canvas.height = pixels;
   const image = new ImageData(pixels, pixels);
-  largest.forEach((weight, i) => image.data.set([...colours[weight], 255], 4 * i));
+  new Uint32Array(image.data.buffer).set(Uint32Array.from(largest, (weight) => colours[weight]));
   canvas.getContext("2d").putImageData(image, 0, 0);
 }
 
@@ -95,6 +98,7 @@ function showHead() {
   setStop(heads, i);
   heads.forEach((cell, at) => cell.setAttribute("aria-selected", at === i));
   byId("map-title").textContent = `All of ${headName(state.layer, state.head)}`;
+  drawPattern(byId("map"), state.layer, state.head, T);
 }
 
 const cells = []; // of the lens, from the last layer down to the embedding
@@ -171,8 +175,10 @@ function showNext(i) {
   const rows = next.ids[i].map((id, k) => bar(id, next.probabilities[i][k], id === follows));
   if (i + 1 < T && !next.ids[i].includes(follows)) rows.push(bar(follows, Math.exp(data.logprobs[i + 1]), true));
   byId("next-list").replaceChildren(...rows);
-  byId("own").textContent =
-    i + 1 < T ? `The edge marks what the text goes on with: number ${number.format(data.ranks[i + 1])} of the list.` : "The text ends here.";
+  const rank = data.ranks[i + 1];
+  const choice = rank === 1 ? "the model’s first choice" : `its choice number ${number.format(rank)}`;
+  byId("goes-on").textContent =
+    i + 1 < T ? `The edge marks what the text goes on with: ${choice}.` : "The text ends here.";
 }
 
 function showAttention(i) {
@@ -193,11 +199,8 @@ function showAttention(i) {
     return row;
   });
   byId("attention-list").replaceChildren(...rows);
-  drawPattern(byId("map"), state.layer, state.head, T);
-  const line = byId("map").getContext("2d");
-  line.fillStyle = getComputedStyle(document.documentElement).getPropertyValue("--focus");
-  line.globalAlpha = 0.45;
-  line.fillRect(i + 1, i, T, 1); // beside the row, not over it
+  const row = byId("map-row").style; // beside what the row shows, not over it
+  [row.top, row.left, row.height] = [i / T, (i + 1) / T, 1 / T].map((x) => `${100 * x}%`);
 }
 
 function mark(items, i) {
@@ -307,6 +310,7 @@ function colour() {
   });
   cells.forEach((cell, at) => paint(cell, "probability", lens.probabilities[L - Math.floor(at / T)][at % T]));
   heads.forEach((cell, i) => drawPattern(cell.firstChild, Math.floor(i / H), i % H, Math.min(T, 48)));
+  showHead();
   drawLegend("text-legend", scale);
   drawLegend("attention-legend", "attention");
   drawLegend("lens-legend", "probability");
@@ -323,6 +327,7 @@ function play() {
   }
   byId("play").textContent = isOn ? "Play" : "Pause";
   byId("play").setAttribute("aria-pressed", !isOn);
+  byId("current").ariaLive = isOn ? "off" : "polite"; // else what has the focus speaks for itself
 }
 
 const textItems = textView("text");
@@ -337,5 +342,4 @@ buildHeads();
 buildLens();
 showTexts();
 showTime();
-showHead();
 colour();

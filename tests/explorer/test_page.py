@@ -204,9 +204,37 @@ def test_the_pointer_shows_a_token_and_a_click_keeps_it(
     tab.locator("#text span").nth(3).click()
     tab.locator("h1").hover()
     assert tab.locator("#current").inner_text().startswith("Token 4 of ")
-    shares = tab.locator("#next-list .number").all_inner_texts()
-    numbers = [float(text.replace("<", "").replace("%", "")) / 100 for text in shares]
-    assert numbers[:8] == pytest.approx(data["next"]["probabilities"][3], abs=0.006)
+
+
+@pytest.mark.slow
+def test_the_panels_show_the_data_of_the_token_and_the_head(
+    open_page: Open, data: dict[str, Any]
+) -> None:
+    tab = open_page(render(data))
+    i, T = 17, len(data["ids"])
+    tab.locator("#text span").nth(i).click()
+    listed = tab.locator("#next-list .number").all_inner_texts()
+    expected = data["next"]["probabilities"][i]
+    assert shares(listed)[:8] == pytest.approx(expected, abs=0.006)
+    weights = base64.b64decode(data["attention"])
+    row = (2 * data["model"]["n_head"] + 1) * T * (T + 1) // 2 + i * (i + 1) // 2
+    said = tab.locator("#attention span").evaluate_all("all => all.map((x) => x.ariaLabel)")
+    expected = [weight / 255 for weight in weights[row : row + i + 1]]
+    assert shares(said[: i + 1]) == pytest.approx(expected, abs=0.006)
+    assert sum(expected) == pytest.approx(1, abs=0.05)
+    assert all(text.endswith("not yet read") for text in said[i + 1 :])
+    column = tab.locator(f"#lens tbody td:nth-child({i + 2})").all_inner_texts()
+    tokens = [data["texts"][str(row[i])] for row in reversed(data["lens"]["ids"])]
+    assert [text.split("\n")[0].replace("·", " ") for text in column] == [
+        token.replace("\n", "↵") for token in tokens
+    ]
+    expected = [row[i] for row in reversed(data["lens"]["probabilities"])]
+    assert shares(column) == pytest.approx(expected, abs=0.006)
+
+
+def shares(texts: list[str]) -> list[float]:
+    """The percentage at the end of each."""
+    return [float(re.findall(r"([\d.]+) %$", text)[0]) / 100 for text in texts]
 
 
 @pytest.mark.slow
