@@ -49,10 +49,15 @@ const spoken = (id) =>
     .replaceAll("↵", " line break ")
     .replaceAll("⇥", " tab ");
 
-const percent = (share) => (share > 0 && share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`);
+const percent = (share) =>
+  share > 0 && share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
 const bits = (i) => -data.logprobs[i] / Math.LN2;
 const duration = (seconds) =>
-  seconds >= 1 ? `${seconds.toPrecision(3)} s` : seconds >= 0.1 ? `${Math.round(1000 * seconds)} ms` : `${(1000 * seconds).toPrecision(3)} ms`;
+  seconds >= 1
+    ? `${seconds.toPrecision(3)} s`
+    : seconds >= 0.1
+      ? `${Math.round(1000 * seconds)} ms`
+      : `${(1000 * seconds).toPrecision(3)} ms`;
 const plural = (count, word) => `${number.format(count)} ${word}${count === 1 ? "" : "s"}`;
 
 function size(bytes) {
@@ -117,7 +122,8 @@ function drawLegend(id, scale) {
 function rove(container, items, move, choose) {
   container.addEventListener("keydown", (event) => {
     const i = items.indexOf(event.target);
-    const other = i < 0 || event.altKey || event.ctrlKey || event.metaKey ? null : move(event.key, i);
+    const other =
+      i < 0 || event.altKey || event.ctrlKey || event.metaKey ? null : move(event.key, i);
     if (other === null || !items[other]) return;
     event.preventDefault();
     choose(other);
@@ -149,7 +155,8 @@ function moveInText(items) {
       const box = at(j);
       if (Math.abs(box.top - from.top) < 4) continue;
       if (best !== null && Math.abs(box.top - at(best).top) >= 4) break;
-      if (best === null || Math.abs(box.left - from.left) < Math.abs(at(best).left - from.left)) best = j;
+      if (best === null || Math.abs(box.left - from.left) < Math.abs(at(best).left - from.left))
+        best = j;
     }
     return best;
   };

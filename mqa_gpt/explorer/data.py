@@ -8,6 +8,7 @@ is shown. In float32 they are those of the generation up to rounding.
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain
@@ -133,7 +134,7 @@ def _require_small(config: GPTConfig, T: int) -> None:
     """InputError if the attention of T tokens is more than a page should hold."""
     heads = config.n_layer * config.n_head
     if heads * T * (T + 1) // 2 > MOST_ATTENTION:
-        most = int((2 * MOST_ATTENTION / heads) ** 0.5) - 1
+        most = (math.isqrt(1 + 8 * (MOST_ATTENTION // heads)) - 1) // 2
         raise InputError(
             f"prompt and new tokens are up to {T:,}: a page for {heads:,} heads holds the "
             f"attention of {most:,}; shorten the text or lower max_new_tokens"
@@ -205,8 +206,8 @@ def token_text(tokenizer: Tokenizer, id_: int) -> str:
 
 def _facts(llm: LLM, name: str) -> dict[str, Any]:
     model, config = llm.model, llm.model.config
-    sizes = ("n_layer", "n_head", "n_kv_head", "head_dim", "n_positions", "parameters")
-    keys = (*sizes, "tie_word_embeddings")
+    keys = ["n_layer", "n_head", "n_kv_head", "head_dim", "n_positions", "parameters"]
+    keys += ["tie_word_embeddings"]
     return {
         "name": name,
         "dtype": "int8" if is_quantized(model) else _dtype_name(model.dtype),

@@ -56,7 +56,13 @@ function bar(id, share, chosen) {
   const filled = element("span", { class: "bar", "aria-hidden": "true" });
   filled.style.width = `${100 * share}%`;
   const token = element("span", { class: "token" }, label(id));
-  const row = element("li", {}, token, filled, element("span", { class: "number" }, percent(share)));
+  const row = element(
+    "li",
+    {},
+    token,
+    filled,
+    element("span", { class: "number" }, percent(share)),
+  );
   if (chosen) row.className = "chosen";
   return row;
 }
@@ -133,7 +139,11 @@ function drawStrip(way, rows, read) {
   const isOurs = rows === model.n_kv_head;
   const strip = element("div", { class: "strip" });
   const name = way === "mqa" ? "Multi-query attention" : "Multi-head attention";
-  const title = element("span", {}, `${name}: ${plural(rows, "key/value head")}${isOurs ? " (this model)" : ""}`);
+  const title = element(
+    "span",
+    {},
+    `${name}: ${plural(rows, "key/value head")}${isOurs ? " (this model)" : ""}`,
+  );
   strip.append(element("p", {}, title, element("strong", {}, size(bytes * read))));
   const drawing = document.createElementNS(SVG, "svg");
   const shape = (kind, attributes) => {
@@ -142,7 +152,12 @@ function drawStrip(way, rows, read) {
     drawing.append(made);
   };
   const held = `${name}: ${number.format(read)} of ${T} tokens, ${number.format(bytes * read)} bytes`;
-  for (const [key, value] of Object.entries({ viewBox: `0 0 ${T} ${rows}`, preserveAspectRatio: "none", role: "img", "aria-label": held }))
+  for (const [key, value] of Object.entries({
+    viewBox: `0 0 ${T} ${rows}`,
+    preserveAspectRatio: "none",
+    role: "img",
+    "aria-label": held,
+  }))
     drawing.setAttribute(key, value);
   drawing.style.height = `${rows * Math.min(22, Math.max(3, 160 / H))}px`;
   shape("rect", { class: "prefill", width: Math.min(read, N), height: rows });
@@ -158,7 +173,10 @@ function showCache() {
   // Prefill reads the prompt at once; of the new tokens the last is never read.
   const read = Math.min(Math.max(current() + 1, N), T - 1 || 1);
   const { mqa, mha } = data.cache.bytes_per_token;
-  byId("cache").replaceChildren(drawStrip("mqa", 1, read), ...(H > 1 ? [drawStrip("mha", H, read)] : []));
+  byId("cache").replaceChildren(
+    drawStrip("mqa", 1, read),
+    ...(H > 1 ? [drawStrip("mha", H, read)] : []),
+  );
   const full = number.format(model.n_positions);
   const when = read > N ? `After ${plural(read - N, "step")} of decoding` : "After the prefill";
   byId("cache-sum").textContent =
@@ -171,12 +189,18 @@ function showCache() {
 
 function showNext(i) {
   const follows = data.ids[i + 1];
-  byId("next-title").replaceChildren("After ", element("span", { class: "token" }, label(data.ids[i])), " comes");
+  byId("next-title").replaceChildren(
+    "After ",
+    element("span", { class: "token" }, label(data.ids[i])),
+    " comes",
+  );
   const rows = next.ids[i].map((id, k) => bar(id, next.probabilities[i][k], id === follows));
-  if (i + 1 < T && !next.ids[i].includes(follows)) rows.push(bar(follows, Math.exp(data.logprobs[i + 1]), true));
+  if (i + 1 < T && !next.ids[i].includes(follows))
+    rows.push(bar(follows, Math.exp(data.logprobs[i + 1]), true));
   byId("next-list").replaceChildren(...rows);
   const rank = data.ranks[i + 1];
-  const choice = rank === 1 ? "the model’s first choice" : `its choice number ${number.format(rank)}`;
+  const choice =
+    rank === 1 ? "the model’s first choice" : `its choice number ${number.format(rank)}`;
   byId("goes-on").textContent =
     i + 1 < T ? `The edge marks what the text goes on with: ${choice}.` : "The text ends here.";
 }
@@ -193,11 +217,13 @@ function showAttention(i) {
   const where = element("span", { class: "token" }, label(data.ids[i]));
   byId("looking").replaceChildren(`Where ${headName(state.layer, state.head)} looks from `, where);
   const most = [...share.keys()].sort((a, b) => share[b] - share[a]).slice(0, 5);
-  const rows = most.filter((key) => share[key]).map((key) => {
-    const row = bar(data.ids[key], share[key] / 255, false);
-    row.firstChild.textContent = `${key + 1}: ${label(data.ids[key])}`;
-    return row;
-  });
+  const rows = most
+    .filter((key) => share[key])
+    .map((key) => {
+      const row = bar(data.ids[key], share[key] / 255, false);
+      row.firstChild.textContent = `${key + 1}: ${label(data.ids[key])}`;
+      return row;
+    });
   byId("attention-list").replaceChildren(...rows);
   const row = byId("map-row").style; // beside what the row shows, not over it
   [row.top, row.left, row.height] = [i / T, (i + 1) / T, 1 / T].map((x) => `${100 * x}%`);
@@ -213,7 +239,10 @@ function mark(items, i) {
 /** Scroll a box, not the page, so that an item in it can be seen. */
 function reveal(box, item) {
   const [outer, inner] = [box.getBoundingClientRect(), item.getBoundingClientRect()];
-  const [dx, dy] = [inner.left + inner.width / 2 - outer.left - outer.width / 2, inner.top - outer.top - outer.height / 2];
+  const [dx, dy] = [
+    inner.left + inner.width / 2 - outer.left - outer.width / 2,
+    inner.top - outer.top - outer.height / 2,
+  ];
   if (inner.left < outer.left + 100 || inner.right > outer.right) box.scrollLeft += dx;
   if (inner.top < outer.top || inner.bottom > outer.bottom) box.scrollTop += dy;
 }
@@ -233,11 +262,20 @@ function show() {
   });
   const heading = byId("lens").tFoot.rows[0].cells;
   [...heading].forEach((cell, at) => cell.classList.toggle("current", at === i + 1));
-  const from = { new: "written by the model", control: "a control token" }[data.parts[i]] ?? `of the ${data.parts[i]}`;
+  const from =
+    { new: "written by the model", control: "a control token" }[data.parts[i]] ??
+    `of the ${data.parts[i]}`;
   const likely = i ? `, ${percent(Math.exp(data.logprobs[i]))} likely` : "";
   byId("slider").value = i;
-  byId("slider").setAttribute("aria-valuetext", `${i + 1} of ${T}: ${spoken(data.ids[i])}, ${from}`);
-  byId("current").replaceChildren(`Token ${i + 1} of ${T}: `, element("span", { class: "token" }, label(data.ids[i])), ` ${from}${likely}`);
+  byId("slider").setAttribute(
+    "aria-valuetext",
+    `${i + 1} of ${T}: ${spoken(data.ids[i])}, ${from}`,
+  );
+  byId("current").replaceChildren(
+    `Token ${i + 1} of ${T}: `,
+    element("span", { class: "token" }, label(data.ids[i])),
+    ` ${from}${likely}`,
+  );
   showNext(i);
   showAttention(i);
   showCache();
@@ -252,25 +290,38 @@ function show() {
 
 function showTexts() {
   const facts = [
-    `${model.name || "model"}: ${number.format(model.parameters)} parameters`, plural(L, "layer"),
+    `${model.name || "model"}: ${number.format(model.parameters)} parameters`,
+    plural(L, "layer"),
     `${plural(H, "query head")} per layer on ${plural(model.n_kv_head, "key/value head")}`,
     `${model.dtype} on ${model.device}`,
   ];
   byId("facts").textContent = `${facts.join(" · ")}.`;
   document.title = `mqa-gpt explore: ${visible(model.name || "model")}`;
-  byId("sharing").textContent = model.n_kv_head < H
-    ? `The ${H} heads of a layer ask different questions of the same keys and values: that is multi-query attention.`
-    : `Each of the ${H} heads of a layer has keys and values of its own: this is multi-head attention.`;
+  byId("sharing").textContent =
+    model.n_kv_head < H
+      ? `The ${H} heads of a layer ask different questions of the same keys and values: that is multi-query attention.`
+      : `Each of the ${H} heads of a layer has keys and values of its own: this is multi-head attention.`;
   byId("cache-intro").textContent =
     `In multi-query attention the ${H} heads of a layer share one pair per token, in multi-head ` +
     `attention each has its own. One layer, drawn to scale:`;
   if (model.tie_word_embeddings)
-    byId("tied").textContent = "(The embedding mostly says the token itself, since one table serves to read and to write.)";
-  const ends = { stop: "it ended by itself or at a stop text", length: "the limit" }[data.finish_reason];
+    byId("tied").textContent =
+      "(The embedding mostly says the token itself, since one table serves to read and to write.)";
+  const ends = { stop: "it ended by itself or at a stop text", length: "the limit" }[
+    data.finish_reason
+  ];
   const ways = { psm: "prefix, suffix, then the middle", spm: "suffix, prefix, then the middle" };
-  const key = [element("span", {}, element("i", { class: "swatch new" }), ` written by the model: ${plural(M, "token")} (${ends ?? data.finish_reason})`)];
+  const key = [
+    element(
+      "span",
+      {},
+      element("i", { class: "swatch new" }),
+      ` written by the model: ${plural(M, "token")} (${ends ?? data.finish_reason})`,
+    ),
+  ];
   if (ways[data.mode]) key.push(element("span", {}, `infilling, in the order ${ways[data.mode]}`));
-  if (data.parts.includes("control")) key.push(element("span", {}, element("em", {}, "italic"), ": control tokens"));
+  if (data.parts.includes("control"))
+    key.push(element("span", {}, element("em", {}, "italic"), ": control tokens"));
   byId("parts").replaceChildren(...key);
 }
 
@@ -280,21 +331,41 @@ function showTime() {
   byId("time-intro").textContent =
     `Measured while this text was written (${on}). Prefill reads all tokens of the prompt in one go, ` +
     `so each weight that is fetched serves them all; decoding fetches every weight again for each new token.`;
-  const rows = [["prefill", N, prefill, "--prefill"], ["decode", M - 1, decode, "--decode"]].filter(([, count]) => count);
+  const rows = [
+    ["prefill", N, prefill, "--prefill"],
+    ["decode", M - 1, decode, "--decode"],
+  ].filter(([, count]) => count);
   const longest = Math.max(...rows.map(([, , seconds]) => seconds));
-  const heading = ["", "tokens", "time", "per token", "tokens per second"].map((text) => element("th", { scope: "col" }, text));
+  const heading = ["", "tokens", "time", "per token", "tokens per second"].map((text) =>
+    element("th", { scope: "col" }, text),
+  );
   heading[0] = element("td");
   const body = rows.map(([name, count, seconds, colour]) => {
     const filled = element("div", { class: "bar" });
     filled.style.width = `${(100 * seconds) / longest}%`;
     filled.style.background = `var(${colour})`;
-    const figures = [number.format(count), duration(seconds), duration(seconds / count), number.format(Math.round(count / seconds))];
+    const figures = [
+      number.format(count),
+      duration(seconds),
+      duration(seconds / count),
+      number.format(Math.round(count / seconds)),
+    ];
     const columns = figures.map((text) => element("td", { class: "number" }, text));
-    return element("tr", {}, element("th", { scope: "row" }, name), ...columns, element("td", { class: "wide" }, filled));
+    return element(
+      "tr",
+      {},
+      element("th", { scope: "row" }, name),
+      ...columns,
+      element("td", { class: "wide" }, filled),
+    );
   });
-  byId("time").append(element("thead", {}, element("tr", {}, ...heading, element("td"))), element("tbody", {}, ...body));
+  byId("time").append(
+    element("thead", {}, element("tr", {}, ...heading, element("td"))),
+    element("tbody", {}, ...body),
+  );
   const times = decode / (M - 1) / (prefill / N);
-  byId("time-sum").textContent = M > 1 ? `A new token took ${times.toPrecision(2)} times as long as a token of the prompt.` : "";
+  byId("time-sum").textContent =
+    M > 1 ? `A new token took ${times.toPrecision(2)} times as long as a token of the prompt.` : "";
 }
 
 /** What depends on the theme or on the chosen quantity. */
@@ -302,14 +373,22 @@ function colour() {
   readPalette();
   const scale = document.querySelector("[name=colour]:checked").value;
   textItems.forEach((item, i) => {
-    const values = i ? { probability: Math.exp(data.logprobs[i]), loss: bits(i) } : { probability: 0, loss: 0 };
+    const values = i
+      ? { probability: Math.exp(data.logprobs[i]), loss: bits(i) }
+      : { probability: 0, loss: 0 };
     paint(item, scale, values[scale]);
-    const says = i ? `${percent(values.probability)}, ${bits(i).toFixed(1)} bits` : "first token, not predicted";
+    const says = i
+      ? `${percent(values.probability)}, ${bits(i).toFixed(1)} bits`
+      : "first token, not predicted";
     item.setAttribute("aria-label", `${spoken(data.ids[i])}, ${says}`);
     item.title = says;
   });
-  cells.forEach((cell, at) => paint(cell, "probability", lens.probabilities[L - Math.floor(at / T)][at % T]));
-  heads.forEach((cell, i) => drawPattern(cell.firstChild, Math.floor(i / H), i % H, Math.min(T, 48)));
+  cells.forEach((cell, at) =>
+    paint(cell, "probability", lens.probabilities[L - Math.floor(at / T)][at % T]),
+  );
+  heads.forEach((cell, i) =>
+    drawPattern(cell.firstChild, Math.floor(i / H), i % H, Math.min(T, 48)),
+  );
   showHead();
   drawLegend("text-legend", scale);
   drawLegend("attention-legend", "attention");
@@ -323,7 +402,10 @@ function play() {
   state.playing = null;
   if (!isOn) {
     if (state.token >= T - 1 || state.token < N - 1) choose(Math.max(0, N - 1));
-    state.playing = setInterval(() => (state.token < T - 1 ? choose(state.token + 1) : play()), 700);
+    state.playing = setInterval(
+      () => (state.token < T - 1 ? choose(state.token + 1) : play()),
+      700,
+    );
   }
   byId("play").textContent = isOn ? "Play" : "Pause";
   byId("play").setAttribute("aria-pressed", !isOn);
@@ -336,7 +418,9 @@ byId("slider").max = T - 1;
 byId("slider").addEventListener("input", (event) => choose(Number(event.target.value)));
 byId("play").addEventListener("click", play);
 byId("colouring").addEventListener("change", colour);
-byId("map").addEventListener("click", (event) => choose(Math.min(T - 1, Math.floor((event.offsetY * T) / byId("map").clientHeight))));
+byId("map").addEventListener("click", (event) =>
+  choose(Math.min(T - 1, Math.floor((event.offsetY * T) / byId("map").clientHeight))),
+);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", colour);
 buildHeads();
 buildLens();

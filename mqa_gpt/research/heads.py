@@ -87,16 +87,16 @@ def hole_shares(
 
 
 def regions(tokenizer: Tokenizer, prompt: list[int]) -> list[str]:
-    """Which part of an infilling prompt each token belongs to."""
+    """Which part of an infilling prompt each token belongs to: one of `REGIONS` but "middle"."""
     fim = tokenizer.fim
     assert fim is not None  # the prompt was made with it
     # In SPM both come first, and the prefix follows <middle>.
     after = {fim.prefix: "prefix", fim.suffix: "suffix", fim.middle: "prefix"}
-    regions, current = [], "prefix"
+    parts, current = [], "prefix"
     for id_ in prompt:
         current = after.get(id_, current)
-        regions.append("control" if id_ in after else current)
-    return regions
+        parts.append("control" if id_ in after else current)
+    return parts
 
 
 @dataclass(frozen=True)

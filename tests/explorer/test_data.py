@@ -184,7 +184,7 @@ def test_more_attention_than_a_page_should_hold_is_refused(
 ) -> None:
     monkeypatch.setattr("mqa_gpt.explorer.data.MOST_ATTENTION", 6 * 20 * 21 // 2)
     assert len(collect(llm, "a" * 18, max_new_tokens=2, ignore_eos=True)["ids"]) == 20
-    with pytest.raises(InputError, match="up to 22: a page for 6 heads holds the attention of 19"):
+    with pytest.raises(InputError, match="up to 22: a page for 6 heads holds the attention of 20"):
         collect(llm, "a" * 20, max_new_tokens=2)
 
 
