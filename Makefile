@@ -6,7 +6,8 @@
 # make lint   style and types
 # make check-kernels   compile the kernels for every supported GPU, with two versions of Triton;
 #                      no GPU is needed. ARGS="--json FILE" also writes the tables to a file
-# make docs   the site, in docs/_build/html; runs the lessons, and fails on a warning
+# make docs   the site, in docs/_build/html; runs the lessons, and fails on a warning.
+#             LESSONS=cache runs only those whose text has changed, LESSONS=off none
 # make lessons   the lessons as Jupyter notebooks, in docs/notebooks
 PYTHON ?= python3
 BIN = .venv/bin
@@ -19,6 +20,8 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check
 TORCH_INDEX ?=
 # Inputs of each of the seventeen kinds in `make fuzz`.
 FUZZ ?= 6000
+# Which lessons `make docs` runs.
+LESSONS ?= force
 # The oldest Triton that the kernels support, besides the one that constraints.txt pins.
 OLD_TRITON = 3.6.0
 OLD_TRITON_PATH = .venv/triton-$(OLD_TRITON)
@@ -47,7 +50,8 @@ check-kernels: $(OLD_TRITON_PATH)/installed
 	PYTHONPATH=$(OLD_TRITON_PATH) $(BIN)/python scripts/check_kernels.py $(ARGS)
 
 docs: $(INSTALLED)
-	$(BIN)/python -m sphinx -c docs . docs/_build/html --fresh-env --fail-on-warning --keep-going --quiet
+	$(BIN)/python -m sphinx -c docs . docs/_build/html -D nb_execution_mode=$(LESSONS) \
+		--fresh-env --fail-on-warning --keep-going --quiet
 	@echo "Open docs/_build/html/index.html"
 
 lessons: $(INSTALLED)

@@ -46,9 +46,8 @@ extensions = [
 myst_enable_extensions = ["dollarmath"]
 html_math_renderer = "mathml"
 myst_heading_anchors = 4
-# Lessons run in their own folder, where they import `checks`. A lesson that did not change is not
-# run again.
-nb_execution_mode = "cache"
+# Lessons run in their own folder, where they import `checks`.
+nb_execution_mode = "force"
 nb_execution_cache_path = str(ROOT / "docs/_build/.jupyter_cache")
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
