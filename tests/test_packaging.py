@@ -29,15 +29,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_holds_the_code_its_types_and_the_demo_checkpoint(wheel):
+def test_the_wheel_holds_all_files_of_the_packages_and_the_demo_checkpoint(wheel):
     archive = zipfile.ZipFile(wheel)
     names = set(archive.namelist())
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mqa_gpt").rglob("*.py")}
+    package = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "mqa_gpt").rglob("*.*")
+        if "__pycache__" not in path.parts
+    }
     kernels = {
         path.relative_to(ROOT / "kernels").as_posix()
         for path in (ROOT / "kernels/mqa_kernels").rglob("*.py")
     }
-    assert modules | kernels | {"mqa_gpt/py.typed"} <= names
+    assert package | kernels <= names
     for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
         path = f"mqa_gpt/demo/{name}"
         assert archive.read(path) == (ROOT / path).read_bytes()
