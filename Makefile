@@ -7,7 +7,7 @@
 # make check-kernels   compile the kernels for every supported GPU, with two versions of Triton;
 #                      no GPU is needed. ARGS="--json FILE" also writes the tables to a file
 # make docs   the site, in docs/_build/html; runs the lessons, and fails on a warning.
-#             LESSONS=cache runs only those whose text has changed, LESSONS=off none
+#             LESSONS=cache runs only those whose text has changed
 # make lessons   the lessons as Jupyter notebooks, in docs/notebooks
 PYTHON ?= python3
 BIN = .venv/bin
