@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.measure import (
     can_plot,
@@ -77,17 +78,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {
         MHA: figures_of(curve), SCRATCH: figures_of(scratch_curve), "converted": {}
     }  # fmt: skip
-    numbers = range(FAR, FAR + TEXT_SEQUENCES)
-    text = [
-        data.training.rows(numbers[i : i + TEXT_BATCH]).ids
-        for i in range(0, TEXT_SEQUENCES, TEXT_BATCH)
-    ]
+    text = text_of(data)
     for name in (MHA, *CONVERTED):
-        if name == MHA:
-            model = mha
-        else:
-            method, _, with_text = name.partition(", ")
-            model = to_mqa(mha, method, text if with_text else ())  # type: ignore[arg-type]
+        model = converted_model(mha, name, text)
         at_first = held_out_loss(of_scratch, model, data)
         curves = {}
         for lr in options.uptraining_lr:
@@ -108,6 +101,23 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     figures["gap_of_mean_pooling"] = {n: gap[n] / gap["mean"] for n in CONVERTED}
     figures["decoding"] = decoding(mha.eval(), scratch.eval(), options)
     return figures
+
+
+def text_of(data: Data) -> list[Tensor]:
+    """Training text that no run here reads, for "aligned, with text": (B, T) ids each."""
+    numbers = range(FAR, FAR + TEXT_SEQUENCES)
+    return [
+        data.training.rows(numbers[i : i + TEXT_BATCH]).ids
+        for i in range(0, TEXT_SEQUENCES, TEXT_BATCH)
+    ]
+
+
+def converted_model(mha: GPT, name: str, text: list[Tensor]) -> GPT:
+    """The multi-head model as it is, or converted as one of `CONVERTED` says."""
+    if name == MHA:
+        return mha
+    method, _, with_text = name.partition(", ")
+    return to_mqa(mha, method, text if with_text else ())  # type: ignore[arg-type]
 
 
 def figures_of(curve: Curve) -> dict[str, Any]:

@@ -116,13 +116,19 @@ def load(options: argparse.Namespace, config: RunConfig) -> Data:
 
 
 def train(
-    name: str, config: RunConfig, data: Data, options: argparse.Namespace, start: GPT | None = None
+    name: str,
+    config: RunConfig,
+    data: Data,
+    options: argparse.Namespace,
+    start: GPT | None = None,
+    evaluations: int = 20,
 ) -> tuple[GPT, Curve]:
     """A trained model and its curve: a new run, or that of an earlier call with this name.
 
     Args:
         name: of the run's files in the experiment's folder.
         start: a model to go on from; None for random weights, drawn by the run's seed.
+        evaluations: held-out losses of a run, evenly spaced.
     """
     alone = World(0, 1, torch.device(options.device or "cpu"))
     torch.manual_seed(config.run.seed)
@@ -135,7 +141,7 @@ def train(
         return model, Curve([(step, loss) for step, loss in kept[0]], kept[1])
 
     trainer = Trainer(config, model, data.training, data.held_out, alone)
-    every = max(1, config.run.steps // 20)
+    every = max(1, config.run.steps // evaluations)
     held_out: list[tuple[int, float]] = []
     with progress(config.run.steps, "step") as show:
         for batches in trainer.batches():

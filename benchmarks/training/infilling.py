@@ -1,0 +1,141 @@
+"""What does learning to infill cost a model that reads left to right?
+
+    OMP_NUM_THREADS=1 nice python -m benchmarks.training.infilling --work RUNS
+
+Bavarian et al. (2022) train models with and without documents rearranged for infilling, on equally
+many tokens, and find the same loss on text that is read left to right. Here small multi-query
+models of the standard library's sources are trained for equally many steps, for each rate of
+infilling and each seed. Runs of one seed begin with the same weights and read the documents in the
+same order. All are measured on the same held-out text, read left to right, and at the end on the
+middles of the same holes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import (
+    can_plot,
+    device_name,
+    make_parser,
+    open_plot,
+    positive,
+    refuse_bad_input,
+    result_path,
+    within,
+    write_result,
+)
+from benchmarks.training.small import add_sizes, load, run_config, train
+from mqa_gpt.model import GPT
+from mqa_gpt.training.config import RunConfig
+from mqa_gpt.training.data import Data
+from mqa_gpt.training.loop import Trainer
+from mqa_gpt.training.parallel import World
+
+
+def config(options: argparse.Namespace, rate: float, seed: int = 0) -> RunConfig:
+    """A run with this rate of infilling; holes and orders are StarCoder's."""
+    return run_config(
+        options,
+        data={"infilling": {"rate": rate}},
+        optimizer={"name": "muon", "lr": options.lr},
+        run={"seed": seed, "steps": options.steps},
+    )
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The held-out losses of every rate and seed."""
+    rates = sorted({0.0, *options.rate})
+    read = load(options, config(options, 0.0))  # all left to right
+    holes = load(options, config(options, 1.0))  # all infilled
+    figures: dict[str, Any] = {}
+    for rate in rates:
+        figures[f"{rate:g}"] = runs = []
+        for seed in range(options.seeds):
+            of_run = config(options, rate, seed)
+            data = load(options, of_run)._replace(held_out=read.held_out)
+            model, curve = train(f"rate-{rate:g}-seed-{seed}", of_run, data, options)
+            runs.append(
+                {
+                    "left_to_right": curve.held_out,
+                    "infilling": infilling_loss(of_run, model, holes),
+                    "seconds_per_step": curve.seconds_per_step,
+                }
+            )
+    return figures
+
+
+def infilling_loss(config: RunConfig, model: GPT, holes: Data) -> float:
+    """The held-out loss of middles, nats per token."""
+    alone = World(0, 1, model.device)
+    loss = Trainer(config, model, holes.training, holes.held_out, alone).evaluate()["infilling"]
+    assert loss is not None
+    return loss
+
+
+def final(runs: list[dict[str, Any]]) -> list[float]:
+    """The left-to-right loss of each seed at the end."""
+    return [run["left_to_right"][-1][1] for run in runs]
+
+
+def plot(figures: dict[str, Any], title: str, path: Path) -> None:
+    """Left-to-right loss over the steps, and by how much it differs from that without infilling."""
+    without = figures["0"]
+    styles = ("-", "--", ":", "-.")
+    with open_plot(path, 2, title) as (curves, differences):
+        for i, (rate, runs) in enumerate(figures.items()):
+            for seed, run in enumerate(runs):
+                line = {"color": f"C{i}", "linestyle": styles[seed % len(styles)]}
+                label = f"infilling rate {rate}, seed {seed}"
+                steps, losses = zip(*run["left_to_right"], strict=True)
+                curves.plot(steps, losses, label=label, **line)
+                if rate != "0":
+                    base = [loss for _, loss in without[seed]["left_to_right"]]
+                    gaps = [loss - other for loss, other in zip(losses, base, strict=True)]
+                    differences.plot(steps, gaps, label=label, **line)
+        spread = max(final(without)) - min(final(without))
+        differences.axhspan(-spread, spread, color="0.85", label="between seeds, at the end")
+        differences.axhline(0, color="black", linewidth=0.8)
+        curves.set(ylabel="held-out loss, left to right, nats per token")
+        differences.set(ylabel="difference from rate 0 of the same seed, nats")
+        for axes in (curves, differences):
+            axes.set(xlabel="step")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+
+
+@refuse_bad_input
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser(__doc__, "training_infilling_*.json")
+    add_sizes(parser, steps=1000)
+    parser.add_argument(
+        "--rate", type=within(0.0, 1.0), nargs="+", default=[0.5], help="compared with 0"
+    )
+    parser.add_argument("--seeds", type=positive, default=2)
+    parser.add_argument("--lr", type=within(1e-6, 1.0), default=4e-3, help="peak, of Muon")
+    parser.add_argument("--note", help="kept with the result: what else this machine was doing")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device or "cpu")
+    output = result_path(options.output, f"training_infilling_{device_name(device)}.json")
+    figures = measure(options)
+    for rate, runs in figures.items():
+        left_to_right = statistics.mean(final(runs))
+        infilling = statistics.mean(run["infilling"] for run in runs)
+        print(f"rate {rate}: left to right {left_to_right:.4f}, infilling {infilling:.4f}")
+    status = write_result(output, __file__, __doc__, options, figures)
+    if can_plot():
+        title = f"Infilling and left-to-right loss: {options.layers} layers, width "
+        title += f"{options.width}, {options.steps:,} steps of "
+        title += f"{options.batch * options.length:,} tokens"
+        plot(figures, title, output.with_suffix(".png"))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
