@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.measure import ROOT
 from benchmarks.training import conversion, uptraining
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
@@ -16,6 +17,14 @@ HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 def test_a_curve_begins_with_the_conversion_and_takes_the_best_learning_rate() -> None:
     found = {"converted": 4.0, "uptrained": {"0.05": {"0.1": 3.5, "0.2": 3.4}, "0.1": {"0.1": 3.0}}}
     assert uptraining.best_losses(found) == ([0.0, 0.05, 0.1], [4.0, 3.4, 3.0])
+
+
+def test_the_losses_on_the_page_are_those_of_the_result() -> None:
+    result = ROOT / "benchmarks/results/training_uptraining_cpu.json"
+    page = (ROOT / "docs/experiments/uptraining.md").read_text()
+    for name, found in json.loads(result.read_text())["figures"].items():
+        _, losses = uptraining.best_losses(found)
+        assert f"| {name} | {' | '.join(f'{loss:.3f}' for loss in losses)} |" in page
 
 
 @pytest.mark.slow
