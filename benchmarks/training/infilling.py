@@ -79,35 +79,47 @@ def infilling_loss(config: RunConfig, model: GPT, holes: Data) -> float:
     return loss
 
 
-def final(runs: list[dict[str, Any]]) -> list[float]:
-    """The left-to-right loss of each seed at the end."""
-    return [run["left_to_right"][-1][1] for run in runs]
+def mean_losses(runs: list[dict[str, Any]]) -> tuple[float, float]:
+    """Left to right and of middles at the end, mean of the seeds."""
+    left_to_right = statistics.mean(run["left_to_right"][-1][1] for run in runs)
+    return left_to_right, statistics.mean(run["infilling"] for run in runs)
+
+
+def differences(figures: dict[str, Any], rate: str) -> list[list[float]]:
+    """By how much a rate's left-to-right losses lie above those of rate 0, of each seed."""
+    return [
+        [loss - without for (_, loss), (_, without) in zip(*curves, strict=True)]
+        for curves in zip(
+            [run["left_to_right"] for run in figures[rate]],
+            [run["left_to_right"] for run in figures["0"]],
+            strict=True,
+        )
+    ]
 
 
 def plot(figures: dict[str, Any], title: str, path: Path) -> None:
     """Left-to-right loss over the steps, and by how much it differs from that without infilling."""
-    without = figures["0"]
-    styles = ("-", "--", ":", "-.")
-    with open_plot(path, 2, title) as (curves, differences):
+    with open_plot(path, 2, title) as (curves, gaps):
         for i, (rate, runs) in enumerate(figures.items()):
+            name = f"infilling rate {rate}"
             for seed, run in enumerate(runs):
-                line = {"color": f"C{i}", "linestyle": styles[seed % len(styles)]}
-                label = f"infilling rate {rate}, seed {seed}"
                 steps, losses = zip(*run["left_to_right"], strict=True)
-                curves.plot(steps, losses, label=label, **line)
-                if rate != "0":
-                    base = [loss for _, loss in without[seed]["left_to_right"]]
-                    gaps = [loss - other for loss, other in zip(losses, base, strict=True)]
-                    differences.plot(steps, gaps, label=label, **line)
-        spread = max(final(without)) - min(final(without))
-        differences.axhspan(-spread, spread, color="0.85", label="between seeds, at the end")
-        differences.axhline(0, color="black", linewidth=0.8)
+                curves.plot(steps, losses, f"C{i}", linewidth=1, label=None if seed else name)
+            if rate == "0":
+                continue
+            found = differences(figures, rate)
+            for seed, gap in enumerate(found):
+                label = None if seed else f"{name}, each seed"
+                gaps.plot(steps, gap, f"C{i}", linewidth=1, alpha=0.5, label=label)
+            mean = [statistics.mean(at_step) for at_step in zip(*found, strict=True)]
+            gaps.plot(steps, mean, f"C{i}", linewidth=3, label=f"{name}, mean of the seeds")
+        gaps.axhline(0, color="black", linewidth=0.8)
         curves.set(ylabel="held-out loss, left to right, nats per token")
-        differences.set(ylabel="difference from rate 0 of the same seed, nats")
-        for axes in (curves, differences):
+        gaps.set(ylabel="difference from rate 0 with the same seed, nats")
+        for axes in (curves, gaps):
             axes.set(xlabel="step")
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=8)
+            axes.legend()
 
 
 @refuse_bad_input
@@ -117,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--rate", type=within(0.0, 1.0), nargs="+", default=[0.5], help="compared with 0"
     )
-    parser.add_argument("--seeds", type=positive, default=2)
+    parser.add_argument("--seeds", type=positive, default=4)
     parser.add_argument("--lr", type=within(1e-6, 1.0), default=4e-3, help="peak, of Muon")
     parser.add_argument("--note", help="kept with the result: what else this machine was doing")
     options = parser.parse_args(arguments)
@@ -125,8 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     output = result_path(options.output, f"training_infilling_{device_name(device)}.json")
     figures = measure(options)
     for rate, runs in figures.items():
-        left_to_right = statistics.mean(final(runs))
-        infilling = statistics.mean(run["infilling"] for run in runs)
+        left_to_right, infilling = mean_losses(runs)
         print(f"rate {rate}: left to right {left_to_right:.4f}, infilling {infilling:.4f}")
     status = write_result(output, __file__, __doc__, options, figures)
     if can_plot():

@@ -4,13 +4,35 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import statistics
 from pathlib import Path
 
 import pytest
 
+from benchmarks.measure import ROOT
 from benchmarks.training import infilling, small
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+
+
+def test_the_losses_on_the_page_are_those_of_the_result() -> None:
+    result = ROOT / "benchmarks/results/training_infilling_cpu.json"
+    page = (ROOT / "docs/experiments/infilling.md").read_text()
+    figures = json.loads(result.read_text())["figures"]
+    for rate, runs in figures.items():
+        left_to_right, middles = infilling.mean_losses(runs)
+        assert f"| {rate} | {left_to_right:.3f} | {middles:.3f} |" in page
+    at_end = [gaps[-1] for gaps in infilling.differences(figures, "0.5")]
+    of_middles = [
+        run["infilling"] - without["infilling"]
+        for run, without in zip(figures["0.5"], figures["0"], strict=True)
+    ]
+    cells = [
+        f"{statistics.mean(gaps):+.3f} ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.3f}"
+        for gaps in (at_end, of_middles)
+    ]
+    assert f"| difference | {cells[0]} | {cells[1]} |" in page
 
 
 @pytest.mark.slow
