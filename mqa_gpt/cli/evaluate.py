@@ -125,7 +125,8 @@ def infilling(
     """Fill holes and compare: exact match and edit similarity.
 
     SOURCE is a folder of code, where holes are cut at random, or a file of HumanEval-Infilling.
-    Fillings are greedy. White space at the ends of a filling does not count.
+    Fillings are greedy. White space at the ends of a filling does not count. Bits per byte say how
+    likely the model finds what was taken out.
 
     \b
     Examples:
@@ -167,7 +168,13 @@ def infilling(
         print_json({"model": model.name, **report})
         return
     table = new_table(
-        "holes", "order", ">number", ">exact match", ">edit similarity", ">ended by itself"
+        "holes",
+        "order",
+        ">number",
+        ">exact match",
+        ">edit similarity",
+        ">ended by itself",
+        ">bits per byte",
     )
     for one in results:
         table.add_row(
@@ -177,6 +184,7 @@ def infilling(
             _share(one["exact_match"], one["exact_match_error"]),
             _share(one["edit_similarity"], one["edit_similarity_error"]),
             f"{one['ended']:.1%}",
+            f"{one['bits_per_byte']:.3f}",
         )
     print_table(table)
     if out is not None:
@@ -361,7 +369,7 @@ def _progress(total: int, unit: str, out: str | None) -> Iterator[Callable[[int,
     """A progress bar for `advance`; says after Ctrl-C how to go on."""
     try:
         with progress(total, unit) as show:
-            yield lambda done, total: show(done, "")
+            yield lambda done, total: show(done, f"{done / total:.0%}")
     except KeyboardInterrupt:
         if out is not None:
             note("repeat the command to continue")

@@ -11,7 +11,7 @@ records.py     results with their provenance, continued after a kill
 tasks/         task files for EleutherAI's lm-evaluation-harness
 """
 
-from mqa_gpt.evaluation.completing import complete
+from mqa_gpt.evaluation.completing import complete, solution_bits
 from mqa_gpt.evaluation.execution import Limits, Outcome, run_program
 from mqa_gpt.evaluation.holes import cut_holes, read_files
 from mqa_gpt.evaluation.infilling import evaluate_infilling
@@ -36,6 +36,7 @@ __all__ = [
     "read_tasks",
     "run_program",
     "run_samples",
+    "solution_bits",
     "summarize_passes",
     "write_samples",
 ]

@@ -15,6 +15,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
@@ -30,6 +32,8 @@ from mqa_gpt.machine import threads_for
 # What the harness's tasks call the options of `LLM.generate`.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
 MAX_NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+HARNESS_DEVICE = "cuda:0"  # what the harness asks for where its user has not
 
 
 @register_model("mqa-gpt")
@@ -60,6 +64,8 @@ class MqaGpt(TemplateLM):  # type: ignore[misc]
         if isinstance(pretrained, LLM):
             self.llm = pretrained
         else:
+            if device == HARNESS_DEVICE and not torch.cuda.is_available():
+                device = None
             self.llm = LLM.load(
                 DEMO_DIR if pretrained is None else pretrained,
                 device=device,
@@ -68,8 +74,6 @@ class MqaGpt(TemplateLM):  # type: ignore[misc]
             )
             for note in self.llm.notes:
                 logging.getLogger(__name__).info(note)
-            import torch
-
             torch.set_num_threads(threads_for(self.llm.model.config))
         self.batch_size = BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
         self.max_gen_toks = max_gen_toks
