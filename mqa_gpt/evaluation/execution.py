@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from mqa_gpt.errors import InputError, require_int, require_number
 SANDBOX = Path(__file__).with_name("sandbox.py")
 FILE_BYTES = 16 << 20  # of each file that a program writes
 REPORT_BYTES = 4096
+GRACE = 10.0  # seconds for starting a process, and for one that ignores its clock
 PROTECTIONS = ("memory", "time", "files", "processes", "network")
 
 # What a program sees of the environment. Libraries that start threads as they are imported would
@@ -82,14 +82,14 @@ def run_program(program: str, limits: Limits) -> Outcome:
     Its output is discarded; a program that ends early, by `os._exit` too, has failed.
 
     Raises:
-        InputError: the system has none of the limits (Windows), or no process can be started.
+        InputError: the system has none of the limits (Windows), or no program can be started.
     """
     if os.name != "posix":
         raise InputError("generated code is only run on Linux and macOS: use one of them")
     task = {
         "program": program,
         "memory": limits.memory << 20,
-        "seconds": ceil(limits.timeout),
+        "timeout": limits.timeout,
         "file_bytes": FILE_BYTES,
     }
     with _empty_folder() as folder, tempfile.TemporaryFile() as report:
@@ -109,7 +109,7 @@ def run_program(program: str, limits: Limits) -> Outcome:
         is_late = False
         try:
             # A program is text of a JSON file, which may hold what UTF-8 cannot: JSON escapes it.
-            process.communicate(json.dumps(task).encode(), timeout=limits.timeout)
+            process.communicate(json.dumps(task).encode(), timeout=limits.timeout + GRACE)
         except subprocess.TimeoutExpired:
             is_late = True
         finally:
@@ -117,19 +117,25 @@ def run_program(program: str, limits: Limits) -> Outcome:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         report.seek(0)
-        return _outcome(report.read(REPORT_BYTES), process.returncode, is_late)
+        return _outcome(report.read(REPORT_BYTES), process.returncode, is_late, limits)
 
 
-def _outcome(report: bytes, status: int, is_late: bool) -> Outcome:
+def _outcome(report: bytes, status: int, is_late: bool, limits: Limits) -> Outcome:
     """What a report says, or without one, how the process ended."""
     said: dict[str, Any] = {}
     for line in report.splitlines():
         with suppress(ValueError):  # a program that finds the file can write to it
             said |= json.loads(line)
     protections = tuple(p for p in PROTECTIONS if p in said.get("protections", ()))
+    if "protections" not in said:
+        how = "was not ready in time" if is_late else f"ended with status {status}"
+        raise InputError(
+            f"no program can be run here: its process {how} before it began; the memory of "
+            f"{limits.memory} MB may be too small, or there are too many workers"
+        )
     result = said.get("result")
     if not isinstance(result, str):
-        if is_late or status == -signal.SIGXCPU:
+        if is_late or -status in (signal.SIGALRM, signal.SIGXCPU):
             result = "timed out"
         elif status < 0:
             result = f"failed: ended by {signal.Signals(-status).name}"

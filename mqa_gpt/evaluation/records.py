@@ -52,14 +52,16 @@ class Records:
         """Append records; together, so that a run which is killed leaves all or none of them."""
         self.found += map(dict, records)
         if self._file is not None:
-            self._file.write(b"".join(json.dumps(one).encode() + b"\n" for one in records))
-            self._file.flush()
+            with _errors(self.folder):
+                self._file.write(b"".join(json.dumps(one).encode() + b"\n" for one in records))
+                self._file.flush()
 
     def finish(self, results: Mapping[str, Any]) -> dict[str, Any]:
         """The report with the results, which the folder now holds."""
         self.report |= {"results": results}
         if self.folder is not None:
-            _write(self.folder / REPORT, self.report)
+            with _errors(self.folder):
+                _write(self.folder / REPORT, self.report)
         return self.report
 
 
@@ -85,27 +87,33 @@ def open_records(
         yield Records(None, {"settings": settings, "runs": runs})
         return
     place = Path(folder)
-    try:
+    path = place / f"{name}.jsonl"
+    with _errors(place):
         place.mkdir(parents=True, exist_ok=True)
-        path = place / f"{name}.jsonl"
-        with path.open("ab+") as file:
-            if not _lock(file):
-                raise InputError(f"another run is writing to {place}: wait until it ends")
-            if (place / SETTINGS).exists():
-                earlier = read_json(place / SETTINGS, InputError)
-                _require_same(place, earlier, settings)
-                runs = [*earlier["runs"], *runs]
-            elif file.seek(0, os.SEEK_END):
-                raise InputError(
-                    f"{place} holds {name}.jsonl of something else: name another folder"
-                )
-            report = {"settings": settings, "runs": runs}
-            _write(place / SETTINGS, report)
-            records = Records(place, report, file)
+        file = path.open("ab+")
+    with file:
+        if not _lock(file):
+            raise InputError(f"another run is writing to {place}: wait until it ends")
+        if (place / SETTINGS).exists():
+            earlier = read_json(place / SETTINGS, InputError)
+            _require_same(place, earlier, settings)
+            runs = [*earlier["runs"], *runs]
+        elif file.seek(0, os.SEEK_END):
+            raise InputError(f"{place} holds {name}.jsonl of something else: name another folder")
+        records = Records(place, {"settings": settings, "runs": runs}, file)
+        with _errors(place):
             records.found = _read(file, path, group)
-            yield records
+            _write(place / SETTINGS, records.report)
+        yield records
+
+
+@contextmanager
+def _errors(folder: Path | None) -> Iterator[None]:
+    """An InputError for what the file system refuses, such as a full disk."""
+    try:
+        yield
     except OSError as error:
-        raise InputError(f"cannot write to {place}: {error.strerror}") from error
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def provenance() -> dict[str, Any]:

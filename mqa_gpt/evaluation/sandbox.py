@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
 from typing import Any
@@ -75,8 +77,12 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
-    protections = protect(task["memory"], task["seconds"], task["file_bytes"])
+    protections = protect(task["memory"], task["timeout"], task["file_bytes"])
     _say(report, {"protections": protections})
+    # The clock starts here, so that a busy machine's slow start does not count. Unless the program
+    # changes it, the signal ends the process; the parent waits only a little longer.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, task["timeout"])
     _say(report, {"result": run(task["program"])})
     os._exit(0)  # at once: what the program has registered or left running is not waited for
 
@@ -95,18 +101,26 @@ def run(program: str) -> str:
     return "passed"
 
 
-def protect(memory: int, seconds: int, file_bytes: int) -> list[str]:
-    """Limit this process for good, and name what is limited."""
-    for kind, limit in (
-        (resource.RLIMIT_AS, memory),
-        (resource.RLIMIT_CPU, seconds),
-        (resource.RLIMIT_FSIZE, file_bytes),
-        (resource.RLIMIT_NOFILE, OPEN_FILES),
-        (resource.RLIMIT_CORE, 0),
+def protect(memory: int, timeout: float, file_bytes: int) -> list[str]:
+    """Limit this process for good, and name what is limited.
+
+    Args:
+        memory: bytes of address space.
+        timeout: seconds of CPU time, rounded up.
+        file_bytes: of each file.
+    """
+    seconds = math.ceil(timeout)
+    for kind, soft, hard in (
+        (resource.RLIMIT_AS, memory, memory),
+        (resource.RLIMIT_CPU, seconds, seconds + 1),  # SIGXCPU, then SIGKILL
+        (resource.RLIMIT_FSIZE, file_bytes, file_bytes),
+        (resource.RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES),
+        (resource.RLIMIT_CORE, 0, 0),
     ):
-        hard = resource.getrlimit(kind)[1]
-        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(kind, (limit, limit))
+        most = resource.getrlimit(kind)[1]
+        if most != resource.RLIM_INFINITY:
+            soft, hard = min(soft, most), min(hard, most)
+        resource.setrlimit(kind, (soft, hard))
     active = ["memory", "time"]
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)

@@ -35,6 +35,8 @@ from mqa_gpt.fim import MODES
 from mqa_gpt.generation.loop import generate
 from mqa_gpt.generation.score import score_ids
 from mqa_gpt.machine import describe
+from mqa_gpt.model import GPT
+from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training import checkpoints
 from mqa_gpt.training.config import RunConfig, read_run_config
 from mqa_gpt.training.documents import Report
@@ -175,6 +177,26 @@ def card_texts(llm: LLM, config: RunConfig, training: dict[str, Any]) -> dict[st
     }
 
 
+def bits_per_byte(model: GPT, tokenizer: Tokenizer, texts: list[str]) -> float:
+    """Bits per byte of the texts, each from a new `<|endoftext|>`.
+
+    The window slides by half a context, so every token after the first half context is predicted
+    from at least that many tokens. (`LLM.score` would move a text's last window back.)
+    """
+    context = model.config.n_positions
+    windows = []
+    for text in texts:
+        ids = [tokenizer.end_of_text_id or 0, *tokenizer.encode(text, special_tokens=False)]
+        done = 0  # tokens predicted so far
+        while done < len(ids) - 1:
+            start = max(0, done - context // 2)
+            windows.append((ids[start : done + 1], ids[done + 1 : start + context + 1]))
+            done = min(start + context, len(ids) - 1)
+    rows = score_ids(model, windows, batch_size=1)
+    bits = -sum(logprob for row in rows for logprob, _ in row) / math.log(2)
+    return bits / sum(len(text.encode()) for text in texts)
+
+
 def compare_with_xz(llm: LLM, modules: dict[str, str]) -> dict[str, object]:
     """Bits per byte of the model and of xz, over all modules and module by module."""
     table = {}
@@ -182,8 +204,7 @@ def compare_with_xz(llm: LLM, modules: dict[str, str]) -> dict[str, object]:
     for name, text in tqdm(modules.items(), desc="held-out loss", leave=False):
         size = len(text.encode())
         packed = len(lzma.compress(text.encode(), preset=9))
-        # After half a context, every token is predicted from at least so many before it.
-        bits = llm.score(text, special_tokens=False, batch_size=1).bits_per_byte
+        bits = bits_per_byte(llm.model, llm.tokenizer, [text])
         table[name] = {"bytes": size, "model": bits, "xz": 8 * packed / size}
         model_bits += bits * size
         one_by_one += packed

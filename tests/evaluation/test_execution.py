@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from mqa_gpt.errors import InputError
+from mqa_gpt.evaluation import execution
 from mqa_gpt.evaluation.execution import PROTECTIONS, Limits, run_program, run_programs
 from mqa_gpt.evaluation.sandbox import ARCHITECTURES, CLONE, CLONE3, DENIED, PRLIMIT
 
@@ -79,13 +80,16 @@ def test_a_program_that_does_not_come_to_its_end_has_failed(program: str, expect
         "import time\ntime.sleep(99)",
         "import sys\nwhile True: print('x' * 10**6, file=sys.stderr), print('x' * 10**6)",
         "while True:\n  try:\n    while True: pass\n  except BaseException: pass",
-        "import signal, time\nfor s in (1, 2, 15, 24): signal.signal(s, signal.SIG_IGN)\n"
+        "import signal, time\nfor s in (1, 2, 14, 15, 24): signal.signal(s, signal.SIG_IGN)\n"
         "time.sleep(99)",
         "import os, time\nfor fd in range(3, 64):\n  try:\n    while True: "
         "os.write(fd, b'x' * 10**5)\n  except OSError: pass\ntime.sleep(99)",
     ],
 )
-def test_a_program_that_takes_too_long_is_ended(program: str) -> None:
+def test_a_program_that_takes_too_long_is_ended(
+    program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "GRACE", 4)
     begin = time.monotonic()
     assert result(program, Limits(timeout=0.7)) == "timed out"
     assert time.monotonic() - begin < 20
@@ -161,6 +165,15 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for program in (deep, "import time\nopen('x', 'w')\ntime.sleep(99)"):
         run_program(program, Limits(timeout=3))
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_cannot_begin_is_no_failed_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(execution, "SANDBOX", tmp_path / "broken.py")
+    with pytest.raises(InputError, match="its process ended with status 3 before it began"):
+        run_program("x = 1", QUICK)
 
 
 def test_programs_run_beside_each_other_and_their_outcomes_keep_the_order() -> None:

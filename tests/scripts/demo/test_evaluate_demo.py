@@ -12,6 +12,7 @@ import evaluate_demo
 import pytest
 import torch
 from evaluate_demo import (
+    bits_per_byte,
     complete_functions,
     count_fillings,
     fill_holes,
@@ -21,12 +22,14 @@ from evaluate_demo import (
     signatures,
 )
 
-from mqa_gpt import LLM
+from mqa_gpt import LLM, Tokenizer
 from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.evaluation import Task
 from mqa_gpt.generation.completion import Completion
 from mqa_gpt.training.config import read_run_config
 from mqa_gpt.training.run import train
+from mqa_gpt.training.vocabulary import train_tokenizer
+from tests.helpers import our_model, reference_model, tiny_config
 
 SOURCE = '''\
 """A module whose text says def: def no_function():
@@ -349,3 +352,22 @@ def test_a_run_of_the_demo_gets_figures_and_a_card(
     card = (tmp_path / "run/model/README.md").read_text()
     assert f"| `heapq.py` | {size:,} | {row['model']:.3f} | {row['xz']:.3f} |" in card
     assert "Muon for the hidden matrices" in " ".join(card.split())
+
+
+def test_bits_per_byte_equal_those_of_one_token_at_a_time() -> None:
+    texts = ["a few words of 猫 and é " * 8, "short"]
+    tokenizer = Tokenizer(train_tokenizer(texts, 280))
+    config = tiny_config(vocab_size=280, n_positions=24)
+    model = our_model(reference_model(config), config)
+    bits = 0.0
+    for text in texts:
+        ids = [tokenizer.end_of_text_id, *tokenizer.encode(text)]
+        for i in range(1, len(ids)):
+            # The window begins at 0, 12, 24, ...: the first from which 24 tokens reach up to i.
+            start = max(0, math.ceil((i - 24) / 12) * 12)
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[start:i]]))[0, -1]
+            bits -= logits.log_softmax(-1)[ids[i]].item() / math.log(2)
+    assert len(ids) < 24 < 100 < len(tokenizer.encode(texts[0]))
+    expected = bits / sum(len(text.encode()) for text in texts)
+    assert bits_per_byte(model, tokenizer, texts) == pytest.approx(expected, rel=1e-5)
