@@ -15,7 +15,7 @@ from typing import Any
 
 from mqa_gpt.errors import PromptError, require_int
 from mqa_gpt.evaluation.tasks import Task
-from mqa_gpt.fim import check_mode, truncated_infill_prompt
+from mqa_gpt.fim import COUNTED, check_mode, truncated_infill_prompt
 from mqa_gpt.generation.completion import Completion, Generation
 from mqa_gpt.generation.prompts import request_options
 from mqa_gpt.generation.request import Request
@@ -117,8 +117,8 @@ def _prompt(llm: LLM, task: Task, mode: str, most: int) -> tuple[list[int], tupl
         prompt = truncated_infill_prompt(tokenizer, task.prefix, task.suffix, most, mode=mode)
         return prompt.ids, (prompt.cut_prefix, prompt.cut_suffix)
     text = task.prefix.rstrip()
-    # More characters than `most` tokens can hold would be tokenized needlessly.
-    kept = text[-most * tokenizer.max_token_bytes :]
+    # As in `truncated_infill_prompt`: of a longer text, most would be tokenized needlessly.
+    kept = text[-max(most * tokenizer.max_token_bytes, COUNTED) :]
     ids = tokenizer.encode(kept, special_tokens=False)
     left_out = tokenizer.min_tokens(text[: len(text) - len(kept)]) + max(0, len(ids) - most)
     return ids[-most:], (left_out, 0)
