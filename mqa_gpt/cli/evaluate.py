@@ -206,18 +206,18 @@ def tasks(
     model: CachedModelOptions,
     as_json: Json = False,
 ) -> None:
-    r"""Write samples for the tasks of a file, in the form that the public harnesses score.
+    """Write samples for the tasks of a file, in the form that the public harnesses score.
 
     FILE is JSON Lines as HumanEval and HumanEval-Infilling have them, packed by gzip or not. The
     folder gets samples.jsonl, with a "task_id" and a "completion" per line. No code is run.
 
     A task without a suffix is continued up to the end of its function: without --stop, that is
-    before \nclass, \ndef, \n#, \nif or \nprint. A hole is filled up to where the model ends it.
+    before \\nclass, \\ndef, \\n#, \\nif or \\nprint. A hole is filled up to where the model ends it.
 
     \b
     Examples:
       mqa-gpt evaluate tasks HumanEval.jsonl.gz --out humaneval
-      mqa-gpt evaluate tasks HumanEval.jsonl.gz --out sampled --n 20 --temperature 0.2 --top-p 0.95
+      mqa-gpt evaluate tasks tasks.jsonl --out sampled --n 20 --temperature 0.2
     """
     model.check()
     found = read_tasks(file)
