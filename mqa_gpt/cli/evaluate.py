@@ -212,7 +212,7 @@ def tasks(
     folder gets samples.jsonl, with a "task_id" and a "completion" per line. No code is run.
 
     A task without a suffix is continued up to the end of its function: without --stop, that is
-    before \\nclass, \\ndef, \\n#, \\nif or \\nprint. A hole is filled up to where the model ends it.
+    before \\nclass, \\ndef, \\n#, \\nif or \\nprint. A hole is filled until the model ends it.
 
     \b
     Examples:
