@@ -32,10 +32,11 @@ PACKAGES = (
 # step is less than what it costs to wait for it.
 ONE_THREAD_PARAMETERS = 10_000_000
 
-# Install a checkout with what makes it fast on a CPU, and with the programs it is compared with
-# too, as the README says.
+# Install a checkout with what makes it fast on a CPU, with the programs it is compared with too, as
+# the README says, and with what evaluations need.
 INSTALL_NUMBA = ".venv/bin/pip install -c constraints.txt -e '.[cpu]'"
 INSTALL_PEERS = ".venv/bin/pip install -c constraints.txt -e '.[bench]'"
+INSTALL_EVAL = ".venv/bin/pip install -c constraints.txt -e '.[eval]'"
 
 # The threads of OpenMP (libgomp) do not survive a fork, and the next product would wait for them
 # forever; with one thread a child process needs none of them.

@@ -21,7 +21,7 @@ from benchmarks.tables import filled
 from mqa_gpt import GPTConfig
 from mqa_gpt.cache import cache_bytes
 from mqa_gpt.cli.app import app
-from mqa_gpt.machine import INSTALL_NUMBA, INSTALL_PEERS
+from mqa_gpt.machine import INSTALL_EVAL, INSTALL_NUMBA, INSTALL_PEERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,6 +61,7 @@ def help_texts() -> str:
     analyses = ["logit-lens", "attribution", "attention", "patch", "loss", "sharing"]
     runs = [[], *([name] for name in names), ["train", "plot"], ["train", "export"]]
     runs += [["research", name] for name in analyses]
+    runs += [["evaluate", name] for name in ("infilling", "tasks", "pass-at-k")]
     return "".join(CliRunner().invoke(app, [*run, "--help"]).stdout for run in runs)
 
 
@@ -138,7 +139,7 @@ def test_make_has_the_targets_that_are_named():
 def test_what_else_is_needed_is_installed_by_one_command_wherever_it_is_said():
     for text in (README, ALL, help_texts()):
         text = " ".join(text.split())
-        said = text.count(INSTALL_PEERS) + text.count(INSTALL_NUMBA)
+        said = sum(map(text.count, (INSTALL_PEERS, INSTALL_NUMBA, INSTALL_EVAL)))
         assert text.count("pip install") == said > 0
 
 

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mqa_gpt.cli import research
+from mqa_gpt.cli import evaluate, research
 from mqa_gpt.cli.batch import batch
 from mqa_gpt.cli.bench import bench
 from mqa_gpt.cli.convert import convert
@@ -122,6 +122,7 @@ for command in COMMANDS:
     app.command()(with_groups(command))
 app.add_typer(train, name="train")
 app.add_typer(research.app)
+app.add_typer(evaluate.app)
 
 
 def main() -> None:

@@ -25,15 +25,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mqa_gpt import LLM
 from mqa_gpt.checkpoints.inspect import inspect_checkpoint
 from mqa_gpt.errors import InputError
-from mqa_gpt.fim import MODES, truncated_infill_prompt
+from mqa_gpt.evaluation import Task, complete, solution_bits
+from mqa_gpt.fim import MODES
 from mqa_gpt.generation.loop import generate
+from mqa_gpt.generation.score import score_ids
 from mqa_gpt.machine import describe
 from mqa_gpt.model import GPT
 from mqa_gpt.tokenizer import Tokenizer
@@ -177,26 +177,24 @@ def card_texts(llm: LLM, config: RunConfig, training: dict[str, Any]) -> dict[st
     }
 
 
-@torch.no_grad()
 def bits_per_byte(model: GPT, tokenizer: Tokenizer, texts: list[str]) -> float:
     """Bits per byte of the texts, each from a new `<|endoftext|>`.
 
     The window slides by half a context, so every token after the first half context is predicted
-    from at least that many tokens.
+    from at least that many tokens. (`LLM.score` would move a text's last window back.)
     """
     context = model.config.n_positions
-    nats = 0.0
+    windows = []
     for text in texts:
-        ids = [tokenizer.end_of_text_id, *tokenizer.encode(text, special_tokens=False)]
+        ids = [tokenizer.end_of_text_id or 0, *tokenizer.encode(text, special_tokens=False)]
         done = 0  # tokens predicted so far
         while done < len(ids) - 1:
             start = max(0, done - context // 2)
-            window = torch.tensor([ids[start : start + context + 1]], device=model.device)
-            logits = model(window[:, :-1])[0, done - start :]  # (new, V)
-            labels = window[0, 1 + done - start :]
-            nats += F.cross_entropy(logits.float(), labels, reduction="sum").item()
-            done += len(labels)
-    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+            windows.append((ids[start : done + 1], ids[done + 1 : start + context + 1]))
+            done = min(start + context, len(ids) - 1)
+    rows = score_ids(model, windows, batch_size=1)
+    bits = -sum(logprob for row in rows for logprob, _ in row) / math.log(2)
+    return bits / sum(len(text.encode()) for text in texts)
 
 
 def compare_with_xz(llm: LLM, modules: dict[str, str]) -> dict[str, object]:
@@ -327,48 +325,44 @@ def fill_holes(llm: LLM, modules: dict[str, str]) -> dict[str, Any]:
     start = tokenizer.end_of_text_id
     assert start is not None
     everything = [hole for text in modules.values() for hole in one_line_statements(text)]
-    holes = []
-    for before, statement, after in random.Random(SEED).sample(everything, HOLES):
+    tasks = []
+    for i, (before, statement, after) in enumerate(random.Random(SEED).sample(everything, HOLES)):
         cut = len(before.rstrip())
-        holes.append((before[:cut], before[cut:] + statement, after))
+        tasks.append(Task(i, before[:cut], after, before[cut:] + statement))
+    lines = [str(task.solution) for task in tasks]
     # Infilling gives each side half of the prompt.
-    prompts = {
-        "without_suffix": [
-            [start, *tokenizer.encode(before, special_tokens=False)[-HOLE_PROMPT_TOKENS // 2 :]]
-            for before, _, _ in holes
-        ]
-    }
+    half = HOLE_PROMPT_TOKENS // 2
+    prompts = [
+        [start, *tokenizer.encode(task.prefix, special_tokens=False)[-half:]] for task in tasks
+    ]
+    ids = [tokenizer.encode(line, special_tokens=False) for line in lines]
+    scores = score_ids(llm.model, list(zip(prompts, ids, strict=True)), batch_size=BATCH)
+    bits = [-sum(logprob for logprob, _ in row) / math.log(2) for row in scores]
+    texts = write(llm, prompts, HOLE_TOKENS, "holes (without suffix)")
+    figures = {"holes": HOLES, "without_suffix": count_fillings(lines, bits, texts)}
     for mode in MODES:
-        prompts[mode] = [
-            truncated_infill_prompt(tokenizer, before, after, HOLE_PROMPT_TOKENS, mode=mode).ids
-            for before, _, after in holes
-        ]
-    figures: dict[str, Any] = {"holes": HOLES}
-    for name, of_holes in prompts.items():
-        texts = write(llm, of_holes, HOLE_TOKENS, f"holes ({name})")
-        lines = [line for _, line, _ in holes]
-        figures[name] = {
-            "bits_per_byte": line_bits(llm, of_holes, lines),
-            "restored": sum(
-                (text + "\n" * ended).startswith(f"{line}\n")
-                for (text, ended), line in zip(texts, lines, strict=True)
-            ),
-            "ended": sum(ended for _, ended in texts),
-            "one_line": sum(ended and len(text.split("\n")) == 2 for text, ended in texts),
-        }
+        options: dict[str, Any] = {"mode": mode, "prompt_tokens": HOLE_PROMPT_TOKENS}
+        bits = solution_bits(llm, tasks, HOLE_TOKENS, **options)
+        fillings = complete(llm, tasks, HOLE_TOKENS, **options)
+        bar = tqdm(fillings, desc=f"holes ({mode})", total=HOLES, leave=False)
+        texts = [(filling.text, filling.finish_reason == "stop") for (filling,) in bar]
+        figures[mode] = count_fillings(lines, bits, texts)
     return figures
 
 
-@torch.no_grad()
-def line_bits(llm: LLM, prompts: list[list[int]], lines: list[str]) -> float:
-    """Bits per byte of each line after its prompt."""
-    nats = 0.0
-    for prompt, line in zip(prompts, lines, strict=True):
-        ids = llm.tokenizer.encode(line, special_tokens=False)
-        window = torch.tensor([prompt + ids], device=llm.model.device)
-        logits = llm.model(window[:, :-1])[0, len(prompt) - 1 :]  # (line, V)
-        nats += F.cross_entropy(logits, window[0, len(prompt) :], reduction="sum").item()
-    return nats / math.log(2) / sum(len(line.encode()) for line in lines)
+def count_fillings(
+    lines: list[str], bits: list[float], fillings: list[tuple[str, bool]]
+) -> dict[str, float]:
+    """Bits per byte of the lines, and how many fillings restore one, end, and end after one."""
+    return {
+        "bits_per_byte": sum(bits) / sum(len(line.encode()) for line in lines),
+        "restored": sum(
+            (text + "\n" * ended).startswith(f"{line}\n")
+            for (text, ended), line in zip(fillings, lines, strict=True)
+        ),
+        "ended": sum(ended for _, ended in fillings),
+        "one_line": sum(ended and len(text.split("\n")) == 2 for text, ended in fillings),
+    }
 
 
 def one_line_statements(text: str) -> Iterator[tuple[str, str, str]]:

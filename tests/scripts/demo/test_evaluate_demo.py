@@ -14,6 +14,7 @@ import torch
 from evaluate_demo import (
     bits_per_byte,
     complete_functions,
+    count_fillings,
     fill_holes,
     function_body,
     one_line_statements,
@@ -23,6 +24,8 @@ from evaluate_demo import (
 
 from mqa_gpt import LLM, Tokenizer
 from mqa_gpt.checkpoints.load import DEMO_DIR
+from mqa_gpt.evaluation import Task
+from mqa_gpt.generation.completion import Completion
 from mqa_gpt.training.config import read_run_config
 from mqa_gpt.training.run import train
 from mqa_gpt.training.vocabulary import train_tokenizer
@@ -241,12 +244,18 @@ def test_functions_count_as_parsed_beyond_the_docstring_and_finished(
     ],
 )
 def test_fillings_count_as_restored_ended_and_one_line(
-    llm: LLM,
-    text: str,
-    ended: bool,
-    restored: int,
-    one_line: int,
-    monkeypatch: pytest.MonkeyPatch,
+    text: str, ended: bool, restored: int, one_line: int
+) -> None:
+    assert count_fillings(["\n    x = 1"], [20.0], [(text, ended)]) == {
+        "bits_per_byte": 2.0,
+        "restored": restored,
+        "ended": ended,
+        "one_line": one_line,
+    }
+
+
+def test_holes_are_lines_shown_without_their_suffix_and_in_both_orders(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
 
@@ -254,37 +263,35 @@ def test_fillings_count_as_restored_ended_and_one_line(
         llm: LLM, prompts: list[list[int]], new_tokens: int, what: str, **sampling: Any
     ) -> list[tuple[str, bool]]:
         asked.append(llm.tokenizer.decode(prompts[0], skip_special_tokens=False))
-        return [(text, ended)]
+        return [("\n    x = 1", True)]
+
+    def complete(llm: LLM, tasks: list[Task], *_: int, **options: Any) -> Any:
+        asked.append((tasks, options))
+        return iter([[Completion("\n    x = 1", [], "length", 9)]])
 
     monkeypatch.setattr(evaluate_demo, "HOLES", 1)
     monkeypatch.setattr(evaluate_demo, "write", write)
-    figures = fill_holes(llm, {"a.py": '"""Doc."""\n\nif (\n    a):\n    x = 1\n# end\n'})
-    assert figures.pop("holes") == 1
+    monkeypatch.setattr(evaluate_demo, "complete", complete)
+    before, after = '"""Doc."""\n\nif (\n    a):', "\n# end\n"
+    figures = fill_holes(llm, {"a.py": f"{before}\n    x = 1{after}"})
+    task = Task(0, before, after, "\n    x = 1")
     assert asked == [
-        '<|endoftext|>"""Doc."""\n\nif (\n    a):',
-        '<fim_prefix>"""Doc."""\n\nif (\n    a):<fim_suffix>\n# end\n<fim_middle>',
-        '<fim_prefix><fim_suffix>\n# end\n<fim_middle>"""Doc."""\n\nif (\n    a):',
+        f"<|endoftext|>{before}",
+        ([task], {"mode": "psm", "prompt_tokens": 256}),
+        ([task], {"mode": "spm", "prompt_tokens": 256}),
     ]
+    assert figures.pop("holes") == 1
     assert list(figures) == ["without_suffix", "psm", "spm"]
-    for counts in figures.values():
-        assert counts["restored"] == restored
-        assert counts["ended"] == ended
-        assert counts["one_line"] == one_line
-
-
-@torch.no_grad()
-def test_bits_of_a_line_are_those_of_its_tokens_after_the_prompt(llm: LLM) -> None:
-    encode = llm.tokenizer.encode
-    prompts, lines = [[0, *encode("def f(x):")], [0, *encode("import")]], ["\n    return x", " ä"]
+    assert [counts["restored"] for counts in figures.values()] == [1, 0, 0]
     bits = 0.0
-    for prompt, line in zip(prompts, lines, strict=True):
-        ids = list(prompt)
-        for token in encode(line):
+    ids = [0, *llm.tokenizer.encode(before)]
+    for token in llm.tokenizer.encode("\n    x = 1"):
+        with torch.no_grad():
             probabilities = llm.model(torch.tensor([ids]))[0, -1].softmax(-1)
-            bits -= math.log2(probabilities[token].item())
-            ids.append(token)
-    expected = bits / len("\n    return x ä".encode())
-    assert evaluate_demo.line_bits(llm, prompts, lines) == pytest.approx(expected, rel=1e-4)
+        bits -= math.log2(probabilities[token].item())
+        ids.append(token)
+    expected = bits / len("\n    x = 1")
+    assert figures["without_suffix"]["bits_per_byte"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_generated_text_comes_with_whether_it_reached_the_end_token(
