@@ -203,18 +203,18 @@ def table(
     whole = sum(parts.values())
     rows = []
     for name, seconds in sorted(parts.items(), key=lambda item: -item[1]):
-        moved, flops, itemsize = least[name]
-        to_move = moved / (ceilings.gb_per_s * 1e9)
-        to_compute = flops / (ceilings.tflops(itemsize) * 1e12)
+        work = least[name]
+        to_move = work.bytes / (ceilings.gb_per_s * 1e9)
+        to_compute = work.flops / (ceilings.tflops(work.itemsize) * 1e12)
         rows.append(
             {
                 "part": name,
                 "seconds": seconds,
                 "share": seconds / whole,
-                "bytes": moved,
-                "flops": flops,
-                "gb_per_s": moved / seconds / 1e9,
-                "gflops": flops / seconds / 1e9,
+                "bytes": work.bytes,
+                "flops": work.flops,
+                "gb_per_s": work.bytes / seconds / 1e9,
+                "gflops": work.flops / seconds / 1e9,
                 "least_seconds": max(to_move, to_compute),
                 "limited_by": "memory" if to_move >= to_compute else "arithmetic",
                 "of_roofline": max(to_move, to_compute) / seconds,

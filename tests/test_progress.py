@@ -98,6 +98,42 @@ def test_elsewhere_what_takes_long_writes_a_line_now_and_then(monkeypatch: pytes
         assert log.written.wait(60)
     assert log.getvalue().startswith("12 of 1,000 rows, 3 tok/s\n")
 
+    clock = iter([0.0, 0.0, 60.0])
+    monkeypatch.setattr(mqa_gpt.progress, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(sys, "stderr", log := Log())
+    with progress(1000, "row") as show:
+        show(10, "3 tok/s")
+        show(20, "4 tok/s")  # 10 rows in a minute
+        assert log.written.wait(60)
+    assert log.getvalue().startswith("20 of 1,000 rows, 4 tok/s, 1 h 38 min left\n")
+
+
+def test_lines_come_less_often_as_time_passes(monkeypatch: pytest.MonkeyPatch):
+    waited: list[float] = []
+
+    class Clock:
+        def wait(self, seconds: float) -> bool:
+            waited.append(seconds)
+            return len(waited) > 40
+
+        def set(self) -> None: ...
+
+    monkeypatch.setattr(mqa_gpt.progress, "Event", Clock)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with status() as say:
+        say("computing")
+    assert waited[0] == mqa_gpt.progress.PERIOD
+    assert waited == sorted(waited)
+    assert waited[-1] == mqa_gpt.progress.LONGEST_PERIOD
+    assert sum(waited) / len(waited) > 60
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.4, "4 s"), (70, "1 min"), (3600, "1 h 0 min"), (12_000, "3 h 20 min")]
+)
+def test_durations_are_given_as_people_say_them(seconds: float, text: str):
+    assert mqa_gpt.progress.duration_text(seconds) == text
+
 
 def test_a_closed_or_failing_stream_is_no_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stderr", None)

@@ -69,31 +69,38 @@ def probes(device: torch.device, dtype: torch.dtype, in_8_bits: bool = False) ->
     memory = torch.rand(PROBE_BYTES // 4, device=device)
     half = len(memory) // 2
     size = GPU_PROBE_SIZE if device.type == "cuda" else CPU_PROBE_SIZE
-    rows = torch.rand(size, size, device=device).to(dtype)
-    passes = PASSES.get(device.type, 1)
-
-    def probe(action: Callable[[], Tensor], amount: float) -> Probe:
-        def run() -> None:
-            for _ in range(passes):
-                action()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-        return Probe(run, passes * amount)
-
-    linear = nn.Linear(size, size, bias=False, device=device, dtype=dtype).requires_grad_(False)
-    operations = 2 * size**3 / 1e12
     limits = {
-        "read_gb_per_s": probe(lambda: memory.sum(), PROBE_BYTES / 1e9),
-        "copy_gb_per_s": probe(lambda: memory[:half].copy_(memory[half:]), PROBE_BYTES / 1e9),
-        "matmul_tflops": probe(lambda: linear(rows), operations),
+        "read_gb_per_s": _probe(device, lambda: memory.sum(), PROBE_BYTES / 1e9),
+        "copy_gb_per_s": _probe(
+            device, lambda: memory[:half].copy_(memory[half:]), PROBE_BYTES / 1e9
+        ),
+        "matmul_tflops": product_probe(device, dtype, size),
     }
     if in_8_bits and device.type == "cpu":
-        integers = rows.to(torch.int8)
-        limits["int8_matmul_tflops"] = probe(
-            lambda: torch._int_mm(integers, integers.T), operations
+        integers = torch.rand(size, size).to(torch.int8)
+        limits["int8_matmul_tflops"] = _probe(
+            device, lambda: torch._int_mm(integers, integers.T), 2 * size**3 / 1e12
         )
     return limits
+
+
+def product_probe(device: torch.device, dtype: torch.dtype, size: int) -> Probe:
+    """A product of two matrices of `size` rows and columns, in 10^12 operations."""
+    rows = torch.rand(size, size, device=device).to(dtype)
+    linear = nn.Linear(size, size, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    return _probe(device, lambda: linear(rows), 2 * size**3 / 1e12)
+
+
+def _probe(device: torch.device, action: Callable[[], Tensor], amount: float) -> Probe:
+    passes = PASSES.get(device.type, 1)
+
+    def run() -> None:
+        for _ in range(passes):
+            action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    return Probe(run, passes * amount)
 
 
 def reached(limits: Mapping[str, Probe], seconds: Mapping[Any, list[float]]) -> Ceilings:

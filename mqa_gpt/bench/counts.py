@@ -2,11 +2,12 @@
 
 Operations are the multiplications and additions of matrix products. Of attention only the scores
 that causality leaves are counted. Bytes are those that have to be read or written once.
+`mqa-gpt inspect --explain` shows them by part (`mqa_gpt.bench.anatomy`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,16 +88,50 @@ def decode_bytes(
     return weights + cache_bytes(config, dtype, batch, sum(steps))
 
 
+def model_bytes(config: GPTConfig, dtype: torch.dtype, *, int8: bool = False) -> int:
+    """Bytes of all parameters in memory.
+
+    Args:
+        dtype: of what is not quantized.
+        int8: whether linear layers and the token embedding are 8-bit integers with a float32 scale
+            per row, as `mqa_gpt.fast.int8` keeps them.
+    """
+    if not int8:
+        return config.parameters * dtype.itemsize
+    C, V, L, sizes = config.n_embd, config.vocab_size, config.n_layer, linear_sizes(config)
+    matrices = 1 if config.tie_word_embeddings else 2  # (V, C) each
+    quantized = L * sum(inputs * outputs for inputs, outputs in sizes.values()) + matrices * V * C
+    rows = L * sum(outputs for _, outputs in sizes.values()) + matrices * V
+    return quantized + 4 * rows + (config.parameters - quantized) * dtype.itemsize
+
+
 class Work(NamedTuple):
     """What a part of the model does in a forward pass, all layers together.
 
     Attributes:
         itemsize: bytes of one of its weights.
+        parameters: that belong to it; a tied head's belong to the embedding.
     """
 
     bytes: int
     flops: int
     itemsize: int = 4
+    parameters: int = 0
+
+    @property
+    def intensity(self) -> float:
+        """Arithmetic intensity: operations for each byte that is moved."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+
+def whole(parts: Iterable[Work]) -> Work:
+    """The work of parts together."""
+    all_parts = list(parts)
+    return Work(
+        sum(part.bytes for part in all_parts),
+        sum(part.flops for part in all_parts),
+        parameters=sum(part.parameters for part in all_parts),
+    )
 
 
 def work_by_part(
@@ -111,13 +146,16 @@ def work_by_part(
     """The least work of each part: weights and inputs read once, outputs written once.
 
     Embeddings, residual sums and argmax count as bytes only, the scales of 8-bit weights not at
-    all.
+    all. Every row has positions of its own.
 
     Args:
         context: positions in the cache, the new token's included; in a prefill the prompt's tokens.
         dtype: of everything but the weights of linear layers.
         itemsize: bytes of one of these.
         is_prefill: whether whole prompts are read instead of one token per row.
+
+    Returns:
+        The parts in the order in which a token passes them.
     """
     C, F, V, L = config.n_embd, config.inner_size, config.vocab_size, config.n_layer
     kv = 2 * config.n_kv_head * config.head_dim
@@ -125,28 +163,41 @@ def work_by_part(
     T = context if is_prefill else 1
     rows = batch * T
 
-    def linear(rows: int, inputs: int, outputs: int, layers: int = L, bias: bool = True) -> Work:
-        weights = itemsize * inputs * outputs + size * bias * outputs
-        moved = layers * (weights + size * rows * (inputs + outputs))
-        return Work(moved, layers * 2 * rows * inputs * outputs, itemsize)
+    def linear(name: str) -> Work:
+        inputs, outputs = linear_sizes(config)[name]
+        weights = itemsize * inputs * outputs + size * outputs
+        moved = L * (weights + size * rows * (inputs + outputs))
+        parameters = L * (inputs * outputs + outputs)
+        return Work(moved, L * 2 * rows * inputs * outputs, itemsize, parameters)
 
     def pointwise(numbers: int, layers: int = L) -> Work:
         return Work(layers * rows * numbers * size, 0)
+
+    def norms(count: int) -> Work:
+        parameters = count * 2 * C
+        return Work(size * (count * rows * 2 * C + parameters), 0, parameters=parameters)
 
     attention = Work(
         cache_bytes(config, dtype, batch, context) + pointwise(2 * C).bytes,
         L * attention_flops(batch, T, context, config.n_head, config.head_dim),
     )
     sums = pointwise(3 * C, 1).bytes + pointwise(6 * C).bytes
+    head = itemsize * C * V + size * batch * (C + V)
+    embeddings = (V + config.n_positions) * C
     return {
-        "wte, wpe": pointwise(4 * C, 1),
-        "ln_1, ln_2": pointwise(4 * C),
+        "wte, wpe": Work(pointwise(4 * C, 1).bytes, 0, parameters=embeddings),
+        "ln_1, ln_2": norms(2 * L),
+        "attn.c_attn": linear("attn.c_attn"),
         "split": Work(0, 0),
         "cache": pointwise(2 * kv),
         "attention": attention,
+        "attn.c_proj": linear("attn.c_proj"),
+        "mlp.c_fc": linear("mlp.c_fc"),
         "GELU": pointwise(2 * F),
-        **{name: linear(rows, *sizes) for name, sizes in linear_sizes(config).items()},
-        "ln_f": pointwise(2 * C, 1),
-        "lm_head": linear(batch, C, V, 1, bias=False),
+        "mlp.c_proj": linear("mlp.c_proj"),
+        "ln_f": norms(1),
+        "lm_head": Work(
+            head, 2 * batch * C * V, itemsize, 0 if config.tie_word_embeddings else V * C
+        ),
         "rest": Work(sums + batch * V * size, 0),  # residual and other sums, views, argmax
     }

@@ -32,6 +32,8 @@ FILES = [
     "*.safetensors",
 ]
 
+DEMO, DEMO_DIR = "demo", Path(__file__).parents[1] / "demo"
+
 EXAMPLE = "'bigcode/starcoderbase-1b'"
 
 REVISION = re.compile(r"[\w@+-][\w.@+-]*(/[\w@+-][\w.@+-]*)*")  # none is a path out of its folder
@@ -43,8 +45,8 @@ def resolve(name_or_dir: str | PathLike[str], revision: str | None = None) -> Pa
 
     A folder that exists is used as it is, even if the hub has a model of that name. A path that
     does not exist (a `Path`, or text that begins with "/", "." or "~" or has more than two parts)
-    is an error; anything else is a hub name, whose safetensors and JSON files `huggingface_hub`
-    downloads or finds in its cache.
+    is an error; "demo" is the checkpoint that comes with the package; anything else is a hub name,
+    whose safetensors and JSON files `huggingface_hub` downloads or finds in its cache.
 
     Args:
         name_or_dir: a folder, or a hub name such as "bigcode/starcoderbase-1b".
@@ -65,6 +67,8 @@ def resolve(name_or_dir: str | PathLike[str], revision: str | None = None) -> Pa
                 "leave it out, or give a hub name"
             )
         return Path(path)
+    if name == DEMO and revision is None and not isinstance(name_or_dir, PathLike):
+        return DEMO_DIR
     if os.path.isfile(path):  # noqa: PTH113
         raise CheckpointError(f"{name} is a file: give the folder that holds it and config.json")
     is_path = isinstance(name_or_dir, PathLike) or name.startswith(("/", ".", "~"))

@@ -15,7 +15,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mqa_gpt.cache import cache_bytes
 from mqa_gpt.checkpoints.files import WeightFile, stored_tensors
-from mqa_gpt.checkpoints.headers import read_config
+from mqa_gpt.checkpoints.headers import read_config, widest_dtype
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.load import DEMO_DIR, empty_model
 from mqa_gpt.config import GPTConfig
@@ -50,6 +50,7 @@ class Inspection:
         tensors: what its files store, or for a preset, the parameters it would have.
         file_bytes: size of the weight files; None for a preset.
         hub: hub name and commit of the files; None for a folder or a preset.
+        dtype: of the stored weights (see `widest_dtype`); None for a preset.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Inspection:
     tensors: list[TensorInfo]
     file_bytes: int | None = None
     hub: tuple[str, str] | None = None
+    dtype: torch.dtype | None = None
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the parameters in a dtype."""
@@ -131,14 +133,16 @@ def inspect_checkpoint(
     name = DEMO_DIR if name_or_dir is None else name_or_dir
     folder = resolve(name, revision)
     config = read_config(folder)
-    tensors = [TensorInfo(*tensor) for tensor in stored_tensors(folder)]
-    is_folder = folder == Path(name).expanduser()
+    stored = stored_tensors(folder)
+    tensors = [TensorInfo(*tensor) for tensor in stored]
+    is_folder = folder in (DEMO_DIR, Path(name).expanduser())
     return Inspection(
         name="demo" if name_or_dir is None else str(name),
         config=config,
         tensors=tensors,
         file_bytes=sum(file.stat().st_size for file in _files(tensors)),
         hub=None if is_folder else (str(name), folder.name),
+        dtype=widest_dtype(stored),
     )
 
 

@@ -22,6 +22,7 @@ from mqa_gpt.checkpoints.files import (
     StoredTensor,
 )
 from mqa_gpt.checkpoints.headers import Checkpoint, read_checkpoint
+from mqa_gpt.checkpoints.hub import DEMO_DIR as DEMO_DIR
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.match import (
     LM_HEAD,
@@ -42,8 +43,6 @@ from mqa_gpt.fast.int8 import (
 )
 from mqa_gpt.fast.int8 import quantize as quantize_model
 from mqa_gpt.model import GPT
-
-DEMO_DIR = Path(__file__).parents[1] / "demo"
 
 
 def load_model(

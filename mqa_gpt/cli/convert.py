@@ -61,10 +61,12 @@ def convert(
       mqa-gpt convert --model mha-model --out mqa-model --text a.py --text b.py
       mqa-gpt convert --to mha --out demo-with-all-heads
     """
+    from mqa_gpt.checkpoints.headers import read_config
     from mqa_gpt.checkpoints.hub import resolve
     from mqa_gpt.checkpoints.load import load_model
     from mqa_gpt.checkpoints.save import save_model
     from mqa_gpt.training.conversion import METHODS, mean_loss, text_batches, to_mha, to_mqa
+    from mqa_gpt.training.export import require_empty
     from mqa_gpt.training.gpt2 import is_gpt2, load_gpt2
 
     if to not in ("mqa", "mha"):
@@ -74,7 +76,14 @@ def convert(
     texts = [read_text(file) for file in text or []]
     if texts and method != "aligned":
         raise InputError(f"--method {method} reads no text: leave out --text, or use aligned")
+    require_empty(out)
     folder = resolve(checkpoint.name_or_dir, checkpoint.revision)
+    if not is_gpt2(folder) and read_config(folder).multi_query == (to == "mqa"):
+        heads, other = ("one key/value head", "mha") if to == "mqa" else ("all heads", "mqa")
+        raise InputError(
+            f"{checkpoint.name} has {heads} already, so there is nothing to convert: pass "
+            f"--to {other} for the other way"
+        )
     model = load_gpt2(folder) if is_gpt2(folder) else load_model(folder, device="cpu")
     tokenizer = None
     try:
@@ -115,3 +124,4 @@ def convert(
         if key in report["before"]:
             table.add_row(label, show(report["before"][key]), show(report["after"][key]))
     print_table(table)
+    note(f"the converted model is in {out}")

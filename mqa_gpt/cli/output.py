@@ -329,11 +329,13 @@ def visible(text: str) -> str:
 
 
 def print_json(report: dict[str, Any]) -> None:
-    """The report as strict JSON on standard output.
+    """The report as strict JSON on standard output, a list of numbers in one line.
 
     Characters that could steer a terminal and lone surrogates are escaped.
     """
     text = json.dumps(_without_nan(report), indent=2, ensure_ascii=False)
+    # Inside a string a line break is escaped, so what begins with one is a list.
+    text = re.sub(r"\[\n([^\[\]{}\"]*)\]", lambda items: f"[{' '.join(items[1].split())}]", text)
     print(re.sub(r"[\x7f-\x9f\ud800-\udfff]", lambda c: f"\\u{ord(c[0]):04x}", text))
 
 

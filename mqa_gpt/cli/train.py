@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +16,9 @@ from typer.core import TyperGroup
 
 from mqa_gpt.cli.options import Json
 from mqa_gpt.cli.output import note, print_json, write
-from mqa_gpt.errors import InputError
-from mqa_gpt.training.config import read_run_config, settings_text
+from mqa_gpt.errors import ConfigError, InputError
+from mqa_gpt.training.config import located, read_run_config, settings_text
+from mqa_gpt.training.toml_file import read_toml
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
@@ -60,6 +63,15 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the run's last checkpoint.")
     ] = False,
+    branch_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="Continue from the last checkpoint of another run, with another length or "
+            "schedule; that run stays as it is.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -96,6 +108,7 @@ def run(
       mqa-gpt train configs/overfit.toml --dry-run
       mqa-gpt train configs/overfit.toml --out run --set run.steps=100
       mqa-gpt train configs/overfit.toml --out run --set run.steps=100 --resume
+      mqa-gpt train configs/overfit.toml --out longer --set run.steps=200 --from run
     """
     from mqa_gpt.training.plan import plan_run
     from mqa_gpt.training.run import MODEL_FOLDER
@@ -104,7 +117,8 @@ def run(
 
     read = read_run_config(config, settings or [])
     if dry_run:
-        plan = plan_run(read, device=device, say=note)
+        with _located(config, settings):
+            plan = plan_run(read, device=device, say=note)
         if as_json:
             print_json(plan.to_dict())
         else:
@@ -116,15 +130,17 @@ def run(
     if is_first:
         note(settings_text(read))
     try:
-        state = start(
-            read,
-            out,
-            resume=resume,
-            device=device,
-            tensor_parallel=tensor_parallel,
-            tensorboard=tensorboard,
-            say=_say,
-        )
+        with _located(config, settings):
+            state = start(
+                read,
+                out,
+                resume=resume,
+                branch_from=branch_from,
+                device=device,
+                tensor_parallel=tensor_parallel,
+                tensorboard=tensorboard,
+                say=_say,
+            )
     except RunInterruptedError as interruption:
         if interruption.number == signal.SIGINT:
             raise KeyboardInterrupt from None
@@ -138,6 +154,15 @@ def run(
         }
         found |= {"skipped_steps": state.skipped, "held_out_loss": (state.held_out or (0, None))[1]}
         print_json({"run": str(out), "model": str(out / MODEL_FOLDER), **found})
+
+
+@contextmanager
+def _located(config: Path, settings: list[str] | None) -> Iterator[None]:
+    """An error about a setting names the file and the line of it, or the option."""
+    try:
+        yield
+    except ConfigError as error:
+        raise located(error, read_toml(config), settings or []) from None
 
 
 def _say(text: str) -> None:
@@ -170,7 +195,9 @@ def export(
     """
     from mqa_gpt.training.export import export_checkpoint
 
-    write(f"{export_checkpoint(run, model, step=step, best=best, raw=raw)}\n")
+    chosen = export_checkpoint(run, model, step=step, best=best, raw=raw)
+    write(f"{model}\n")
+    note(f"the model of {chosen}")
 
 
 @train.command()

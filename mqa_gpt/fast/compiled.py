@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, cast
 
@@ -15,6 +17,7 @@ from mqa_gpt.config import ACTIVATIONS, GPTConfig
 from mqa_gpt.fast.int8 import Int8Embedding, Int8Linear
 from mqa_gpt.fast.int8_cache import Int8KVCache
 from mqa_gpt.fast.plain import is_plain, is_watched
+from mqa_gpt.machine import INSTALL_NUMBA
 from mqa_gpt.model import GPT, Block
 from mqa_gpt.progress import status
 
@@ -112,13 +115,33 @@ class CompiledForward:
         return logits
 
 
+@cache
+def numba_works() -> bool:
+    """Whether numba and what is written for it can be imported; if not, a warning says why, once.
+
+    An installation may be broken in many ways: without llvmlite, with another NumPy than numba
+    knows, without a library of the system.
+    """
+    try:
+        import mqa_kernels.cpu.program  # noqa: F401
+    except Exception as error:
+        warnings.warn(
+            f"numba is installed but cannot be used ({type(error).__name__}: {error}), so "
+            f"generation is slower: run {INSTALL_NUMBA} in the checkout, or uninstall numba",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
 def compiled_forward(model: GPT) -> CompiledForward | None:
     """The compiled forward pass of a model; None where there is none and its modules must run.
 
     There is one with numba, on a CPU, for a plain model in at most 32 bits whose attention is left
     to "auto".
     """
-    if not HAS_NUMBA or not _is_compilable(model):
+    if not HAS_NUMBA or not _is_compilable(model) or not numba_works():
         return None
     from numba import config
 

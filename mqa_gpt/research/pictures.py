@@ -127,8 +127,11 @@ def loss_picture(score: Score, tokens: Sequence[str], title: str) -> Any:
     from matplotlib.colors import Normalize
 
     places, lines = _layout(tokens)
-    figure = _figure(0.085 * LINE_WIDTH + 1.6, 0.17 * lines + 0.9)
-    axes = figure.subplots()
+    # In inches: a listing of any length with a scale of one size above it.
+    width, listing, head = 0.085 * LINE_WIDTH + 0.3, 0.17 * lines, 0.85
+    figure = _figure(width, listing + head, arranges=False)
+    axes = figure.add_axes((0.015, 0.1 / (listing + head), 0.97, listing / (listing + head)))
+    scale_axes = figure.add_axes((0.66, 1 - 0.32 / (listing + head), 0.3, 0.13 / (listing + head)))
     scale, colors = Normalize(0, 12), colormaps["cividis"]
     for i, line, column, text in places:
         bits = -(score.logprobs[i] or 0.0) / 0.6931471805599453
@@ -142,8 +145,11 @@ def loss_picture(score: Score, tokens: Sequence[str], title: str) -> Any:
             )  # fmt: skip
     axes.set(xlim=(0, LINE_WIDTH), ylim=(lines, 0))
     axes.set_axis_off()
-    figure.colorbar(ScalarMappable(scale, colors), ax=axes, label="bits per token", extend="max")
-    figure.suptitle(title)
+    figure.colorbar(
+        ScalarMappable(scale, colors), cax=scale_axes, orientation="horizontal",
+        label="bits per token", extend="max",
+    )  # fmt: skip
+    figure.text(0.015, 1 - 0.32 / (listing + head), title, size=11)
     return figure
 
 
@@ -176,14 +182,14 @@ def sharing_picture(found: Sharing, most: int, title: str) -> Any:
     return figure
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float, *, arranges: bool = True) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError(
             "a picture needs matplotlib: pip install matplotlib, or leave out --picture"
         ) from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained" if arranges else None)
 
 
 def _cells(

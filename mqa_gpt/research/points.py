@@ -30,7 +30,9 @@ TransformerLens' names for the same tensors are accepted too: `blocks.3.attn.hoo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import NamedTuple
@@ -142,7 +144,8 @@ def plain_name(name: str) -> str:
         _, layer, inner = name.split(".", 2)
         if inner not in _LENS_IN_LAYER:
             raise InputError(
-                f"{shown(name)} has no equal here: of TransformerLens' names in a layer there are "
+                f"{shown(name)} has no equal here{_meant(get_close_matches(inner, _LENS_IN_LAYER))}"
+                ": of TransformerLens' names in a layer there are "
                 f"{', '.join(_LENS_IN_LAYER)}"
             )
         name = f"{LAYERS}{layer}.{_LENS_IN_LAYER[inner]}"
@@ -174,11 +177,35 @@ def find_points(model: GPT, pattern: str) -> list[Point]:
         ]
     if not found:
         raise InputError(
-            f"{shown(pattern)} is not in this model of {model.config.n_layer} layers: names are "
-            "those of modules, such as transformer.h.3.mlp or lm_head, and in a layer "
+            f"{shown(pattern)} is not in this model of {model.config.n_layer} layers"
+            f"{_meant(nearest_names(model, name))}: names are those of modules, such as "
+            "transformer.h.3.mlp or lm_head, and in a layer "
             f"{', '.join([*_PARTS, *_SAME])}"
         )
     return found
+
+
+def _meant(names: Sequence[str]) -> str:
+    return f" (did you mean {' or '.join(names)}?)" if names else ""
+
+
+def nearest_names(model: GPT, name: str, count: int = 3) -> list[str]:
+    """Names of this model that look like one that it does not have, the nearest first.
+
+    The layer stays the one that was asked for, where there is such a layer.
+    """
+    layer = re.search(r"\d+|\*", name)
+    wanted = layer[0] if layer is not None else "*"
+    if wanted.isdigit() and int(wanted) >= model.config.n_layer:
+        wanted = "*"
+    block = model.transformer.h[0]
+    inside = [*_PARTS, *_SAME, *(n for n, _ in block.named_modules() if n)]
+    known = [n for n, _ in model.named_modules() if n and not n.startswith(LAYERS[:-1])]
+    known += ["logits", LAYERS + wanted, *(f"{LAYERS}{wanted}.{part}" for part in inside)]
+    # Also what lacks "transformer.h", as in "3.mlp" or "attn.prob".
+    short = {known_name.removeprefix(f"{LAYERS}{wanted}."): known_name for known_name in known}
+    near = get_close_matches(name, known, count, cutoff=0.75)
+    return near or [short[n] for n in get_close_matches(name, short, count, cutoff=0.6)]
 
 
 def _in_layer(i: int, block: nn.Module, inner: str) -> list[Point]:

@@ -9,21 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
 from mqa_gpt.config import GPTConfig
-from mqa_gpt.errors import ConfigError, require_int, require_number, shown
+from mqa_gpt.errors import ConfigError, InputError, require_int, require_number, shown
 from mqa_gpt.training.averaging import AveragingConfig
 from mqa_gpt.training.optimizers import OptimizerConfig
 from mqa_gpt.training.samples import DataConfig
 from mqa_gpt.training.schedules import ScheduleConfig
+from mqa_gpt.training.toml_file import TomlFile, read_toml
 from mqa_gpt.training.vocabulary import TokenizerConfig
 
 
@@ -151,7 +153,8 @@ _LEAST = {
     "sample_tokens": 1,
 }
 
-CONFIG_FILE = "config.toml"  # in a run's folder, with every setting
+# In a run's folder: every setting, and what is made of the documents.
+CONFIG_FILE, TOKENIZER_FOLDER, DATA_FOLDER = "config.toml", "tokenizer", "data"
 
 # What may differ when a run is resumed: it has no influence on the steps that are done.
 FREE_ON_RESUME = tuple(
@@ -161,6 +164,16 @@ FREE_ON_RESUME = tuple(
         "export_dtype",
     )
 )  # fmt: skip
+
+# What may differ when a run goes on from another one's checkpoint: what changes no tensor's shape
+# and not which samples a step reads.
+FREE_IN_BRANCH = (
+    *FREE_ON_RESUME,
+    *(f"schedule.{f.name}" for f in dataclasses.fields(ScheduleConfig)),
+    *(f"run.{key}" for key in ("steps", "clip", "spike_factor")),
+    *(f"run.{key}" for key in ("evaluate_every", "evaluate_samples")),
+    *(f"optimizer.{key}" for key in ("lr", "weight_decay")),
+)
 
 
 @dataclass(frozen=True)
@@ -213,28 +226,43 @@ def read_run_config(file: str | PathLike[str], overrides: Iterable[str] = ()) ->
         ConfigError: the file cannot be read or parsed, or a setting is unknown or unusable; names
             the file and the key.
     """
-    path = Path(file)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}): name a TOML file") from None
-    except ValueError as error:  # not UTF-8, or not TOML
-        raise ConfigError(f"{path} is not a TOML file: {error}") from None
+    read = read_toml(Path(file))
+    overrides = list(overrides)
     for override in overrides:
-        _override(values, override)
+        _override(read.values, override)
     try:
-        return RunConfig.from_dict(values)
+        return RunConfig.from_dict(read.values)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise located(error, read, overrides) from None
 
 
-def differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """The settings in which two runs differ and that a resumed run may not change, as text."""
+def located(error: ConfigError, file: TomlFile, overrides: Iterable[str]) -> ConfigError:
+    """An error that begins with a setting, with the place of this setting before it."""
+    message = str(error)
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if re.match(rf"{re.escape(key)}(?!\w)", message):
+            return ConfigError(f"--set {override}: {message}")
+    return file.error(message)
+
+
+def require_run(folder: Path) -> None:
+    """Raise InputError unless a folder holds a run."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise InputError(
+            f"{folder} holds no run: name a folder that `mqa-gpt train CONFIG --out FOLDER` made"
+        )
+
+
+def differences(
+    old: RunConfig, new: RunConfig, free: Collection[str] = FREE_ON_RESUME
+) -> list[str]:
+    """The settings in which two runs differ, as text, without those that are free to."""
     was, now = _flat(old.to_dict()), _flat(new.to_dict())
     return [
         f"{key} was {shown(was.get(key))} and is {shown(now.get(key))}"
         for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key) and key not in FREE_ON_RESUME
+        if was.get(key) != now.get(key) and key not in free
     ]
 
 
@@ -301,8 +329,11 @@ def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
     try:
         return kind(**built)
     except ConfigError as error:
-        is_named = not where or str(error).startswith(where[:-1])
-        raise ConfigError(str(error) if is_named else f"[{where[:-1]}] {error}") from None
+        message = str(error)
+        if where and not message.startswith(where[:-1]):
+            is_key = re.match(r"\w+ (?:is|and) ", message)
+            message = f"{where}{message}" if is_key else f"{where[:-1]}: {message}"
+        raise ConfigError(message) from None
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -8,14 +8,13 @@ from typing import NamedTuple
 
 from mqa_gpt.errors import InputError
 from mqa_gpt.tokenizer import TOKENIZER_FILE, Tokenizer
-from mqa_gpt.training.config import RunConfig
+from mqa_gpt.training.checks import require_tokenizer
+from mqa_gpt.training.config import DATA_FOLDER, TOKENIZER_FOLDER, RunConfig
 from mqa_gpt.training.documents import Report
 from mqa_gpt.training.parallel import World
 from mqa_gpt.training.prepare import held_out_documents, prepare, training_documents
 from mqa_gpt.training.samples import Samples
 from mqa_gpt.training.vocabulary import train_tokenizer
-
-TOKENIZER_FOLDER, DATA_FOLDER = "tokenizer", "data"
 
 
 class Data(NamedTuple):
@@ -45,7 +44,9 @@ def load_data(config: RunConfig, out: Path, world: World, say: Callable[[str], N
     """
     if world.is_first:
         save_tokenizer(config, out / TOKENIZER_FOLDER, say)
-        prepare(config.data, Tokenizer.from_pretrained(out / TOKENIZER_FOLDER), out / DATA_FOLDER)
+        tokenizer = Tokenizer.from_pretrained(out / TOKENIZER_FOLDER)
+        require_tokenizer(config, tokenizer)
+        prepare(config.data, tokenizer, out / DATA_FOLDER)
     world.wait()
     tokenizer = Tokenizer.from_pretrained(out / TOKENIZER_FOLDER)
     corpora = prepare(config.data, tokenizer, out / DATA_FOLDER)

@@ -20,6 +20,7 @@ import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ KEYS = {
     "completion": ("completion",),
 }
 
+NEEDS_PYARROW = "{} needs pyarrow: pip install 'mqa-gpt[train]', or convert it to JSON Lines"
 NAMES = 100  # that a report gives for each reason
 TOO_LARGE, NOT_UTF8 = "larger than data.max_bytes", "not UTF-8"
 
@@ -157,32 +159,66 @@ def fits(name: str, patterns: Iterable[str]) -> bool:
     )
 
 
+def require_sources(config: SourceConfig, *, has_tokenizer: bool) -> None:
+    """Check that the sources are there and of a kind that can be read, without reading them.
+
+    Args:
+        has_tokenizer: whether the run names a tokenizer, as tokenized documents need.
+
+    Raises:
+        ConfigError: there is none, one does not exist, is tokenized already and must not be, or
+            needs a package that is missing; begins with "data.sources".
+    """
+    if not config.sources:
+        raise ConfigError("data.sources is empty: name folders, .jsonl or .parquet files")
+    for source in config.sources:
+        root = _root(source)
+        if is_prepared(root) and (len(config.sources) > 1 or not has_tokenizer):
+            raise _tokenized(root)
+        if find_spec("pyarrow") is None:
+            files = root.rglob("*.parquet") if root.is_dir() else [root]
+            table = next((file for file in files if file.suffix == ".parquet"), None)
+            if table is not None:
+                raise ConfigError(f"data.sources: {NEEDS_PYARROW.format(table)}")
+
+
+def _root(source: str) -> Path:
+    """The folder or file of a source; ConfigError if it does not exist."""
+    if source == STANDARD_LIBRARY:
+        return Path(sysconfig.get_paths()["stdlib"])
+    root = Path(source).expanduser()
+    if not root.exists():
+        raise ConfigError(
+            f"data.sources: {root} does not exist: name folders, .jsonl or .parquet files"
+        )
+    return root
+
+
+def _tokenized(root: Path) -> ConfigError:
+    return ConfigError(
+        f"data.sources: {root} holds tokenized documents: make it the only one, and name its "
+        "tokenizer in tokenizer.source"
+    )
+
+
 Record = tuple[str, Mapping[str, Any]]  # the name of its place, and its keys with values
 
 
 def _records(source: str, config: SourceConfig, report: Report) -> Iterator[Record]:
     """What a source holds, as records with the keys of `KEYS`."""
-    is_library = source == STANDARD_LIBRARY
-    root = Path(sysconfig.get_paths()["stdlib"] if is_library else source).expanduser()
+    root = _root(source)
     if root.is_file():
         yield from _records_of_file(root, root.name, config, report)
         return
     if is_prepared(root):
-        raise InputError(
-            f"{root} holds tokenized documents: make it the only one of data.sources, and name its "
-            "tokenizer in tokenizer.source"
-        )
-    if not root.is_dir():
-        raise InputError(
-            f"{root}, of data.sources, does not exist: name folders, .jsonl or .parquet files"
-        )
+        raise _tokenized(root)
 
     def skip(error: OSError) -> None:
         report.leave_out(str(error.filename), f"cannot be read ({error.strerror})")
 
     for folder, folders, files in os.walk(root, onerror=skip):
         folders.sort()
-        if is_library:  # what is installed is not part of it
+        if source == STANDARD_LIBRARY:  # what is installed is not part of it
             folders[:] = [f for f in folders if f not in ("site-packages", "dist-packages")]
         for file in sorted(files):
             path = Path(folder, file)
@@ -245,9 +281,7 @@ def _read_parquet(path: Path, name: str, report: Report) -> Iterator[Record]:
         import pyarrow  # type: ignore[import-untyped]
         from pyarrow import parquet
     except ImportError as error:
-        raise InputError(
-            f"{path} needs pyarrow: pip install 'mqa-gpt[train]', or convert it to JSON Lines"
-        ) from error
+        raise InputError(NEEDS_PYARROW.format(path)) from error
     wanted = {key for keys in KEYS.values() for key in keys}
     try:
         with parquet.ParquetFile(path) as file:

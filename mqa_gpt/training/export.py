@@ -13,8 +13,13 @@ from mqa_gpt.generation.loop import generate
 from mqa_gpt.model import GPT
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training import checkpoints
-from mqa_gpt.training.config import CONFIG_FILE, LoopConfig, read_run_config
-from mqa_gpt.training.data import TOKENIZER_FOLDER
+from mqa_gpt.training.config import (
+    CONFIG_FILE,
+    TOKENIZER_FOLDER,
+    LoopConfig,
+    read_run_config,
+    require_run,
+)
 from mqa_gpt.training.model import model_config
 from mqa_gpt.training.parallel import World, whole
 from mqa_gpt.training.tensor_parallel import fused
@@ -44,20 +49,37 @@ def export(model: GPT, tokenizer: Tokenizer, folder: Path, dtype: str) -> None:
     save_model(model.to(getattr(torch, dtype)), folder, tokenizer=tokenizer)
 
 
+def text_prompts(tokenizer: Tokenizer, config: LoopConfig) -> list[tuple[str, list[int]]]:
+    """What the model of a run is given to write on: the name of the setting, and its ids."""
+    found = [
+        (f"run.prompts[{i}]", tokenizer.encode(text, special_tokens=False))
+        for i, text in enumerate(config.prompts)
+    ]
+    return found + [
+        (f"run.holes[{i}]", infill_prompt(tokenizer, before, after))
+        for i, (before, after) in enumerate(config.holes)
+    ]
+
+
 def written_texts(model: GPT, tokenizer: Tokenizer, config: LoopConfig) -> list[str]:
     """What a gathered model writes for the prompts and holes of a run, greedily.
 
     Returns:
         One text per prompt, then one per hole, in which what is written stands in brackets.
     """
-    prompts = [tokenizer.encode(text, special_tokens=False) for text in config.prompts]
-    prompts += [infill_prompt(tokenizer, before, after) for before, after in config.holes]
+    prompts = [ids for _, ids in text_prompts(tokenizer, config)]
     written = generate(model, prompts, config.sample_tokens, eos_token_id=tokenizer.end_of_text_id)
     around = [(text, "") for text in config.prompts] + list(config.holes)
     return [
         f"{before}[{tokenizer.decode(ids)}]{after}"
         for (before, after), ids in zip(around, written, strict=True)
     ]
+
+
+def require_empty(folder: Path) -> None:
+    """Raise InputError if a folder to write a model to holds something already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists already: name another folder, or remove it")
 
 
 def export_checkpoint(
@@ -76,8 +98,9 @@ def export_checkpoint(
         The checkpoint that was read.
 
     Raises:
-        InputError: no such run, or no such checkpoint.
+        InputError: no such run, no such checkpoint, or `folder` holds something.
     """
+    require_run(run)
     config = read_run_config(run / CONFIG_FILE)
     found = {checkpoints.read_state(path).step: path for path in checkpoints.complete(run)}
     if step is not None and best:
@@ -90,6 +113,7 @@ def export_checkpoint(
     if chosen is None:
         known = ", ".join(map(str, found)) or "none"
         raise InputError(f"{run} has no such checkpoint: there are those of the steps {known}")
+    require_empty(folder)
     tokenizer = Tokenizer.from_pretrained(run / TOKENIZER_FOLDER)
     model = GPT(model_config(config, tokenizer))
     part = "average" if config.averaging.decay and not raw else "model"

@@ -89,11 +89,20 @@ def _line(record: dict[str, Any]) -> str:
     return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
-def _summary_writer(folder: Path, step: int) -> Any:
+def require_tensorboard() -> Any:
+    """The class that writes TensorBoard's files.
+
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError(
             "tensorboard is not installed: install the extra 'train', or leave out --tensorboard"
         ) from None
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    return SummaryWriter
+
+
+def _summary_writer(folder: Path, step: int) -> Any:
+    return require_tensorboard()(str(folder), purge_step=step + 1 if step else None)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mqa_gpt.errors import InputError
 from mqa_gpt.model import GPT
 from mqa_gpt.training import checkpoints
 from mqa_gpt.training.averaging import WeightAverage
@@ -24,7 +23,7 @@ from mqa_gpt.training.checkpoints import RunState
 from mqa_gpt.training.config import LoopConfig, RunConfig
 from mqa_gpt.training.objective import Objective, add_gradients, mean_losses
 from mqa_gpt.training.optimizers import make_optimizers, set_rates
-from mqa_gpt.training.parallel import World, clip_gradients, shard
+from mqa_gpt.training.parallel import World, clip_gradients, require_shared_batch, shard
 from mqa_gpt.training.samples import Batch, Samples
 from mqa_gpt.training.tensor_parallel import divide, fused, tensor_parallel
 
@@ -66,7 +65,7 @@ class Trainer:
         state: how far the run is.
 
     Raises:
-        InputError: the ranks cannot share the batch equally.
+        ConfigError: the ranks cannot share the batch equally.
     """
 
     def __init__(
@@ -80,18 +79,7 @@ class Trainer:
         run = config.run
         self.config, self.model, self.world = config, model, world
         self.training, self.held_out = training, held_out
-        count = run.batch_size // run.micro_batch_size
-        if count % world.size:
-            raise InputError(
-                f"run.batch_size {run.batch_size} makes {count} micro-batches of "
-                f"{run.micro_batch_size}, which {world.size} ranks cannot share equally: change "
-                "one of the three"
-            )
-        if run.reduce == "ordered" and (world.size & (world.size - 1) or world.tensor_mesh):
-            raise InputError(
-                f'run.reduce is "ordered" and there are {world.ranks} ranks: it takes 1, 2, 4, 8, '
-                "..., without tensor parallelism"
-            )
+        require_shared_batch(run, world)
         self.ordered = run.reduce == "ordered"
         if world.tensor_mesh is not None:
             tensor_parallel(model, world.tensor_mesh)

@@ -10,7 +10,7 @@ from mqa_gpt.checkpoints.headers import read_config
 from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.checkpoints.load import load_model
 from mqa_gpt.config import GPTConfig
-from mqa_gpt.errors import InputError
+from mqa_gpt.errors import ConfigError
 from mqa_gpt.model import GPT
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training.config import RunConfig
@@ -21,23 +21,29 @@ def model_config(config: RunConfig, tokenizer: Tokenizer) -> GPTConfig:
     """The sizes of a run's model.
 
     Raises:
-        InputError: its vocabulary is smaller than the tokenizer's, or its context than a sequence.
+        ConfigError: as `require_sizes`.
     """
-    end = tokenizer.end_of_text_id
+    return require_sizes(config, tokenizer.vocab_size, tokenizer.end_of_text_id)
+
+
+def require_sizes(config: RunConfig, vocab_size: int, end: int | None = None) -> GPTConfig:
+    """The sizes of a run's model with a tokenizer of so many entries.
+
+    Raises:
+        ConfigError: its vocabulary is smaller than the tokenizer's, or its context than a sequence.
+    """
     if config.model.pretrained is not None:
         stored = read_config(resolve(config.model.pretrained))
         sizes = dataclasses.replace(stored, **config.model.sizes)
     else:
-        sizes = config.model.gpt_config(
-            vocab_size=tokenizer.vocab_size, bos_token_id=end, eos_token_id=end
-        )
-    if tokenizer.vocab_size > sizes.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size:,} entries and model.vocab_size is "
-            f"{sizes.vocab_size:,}: it must be at least as many"
+        sizes = config.model.gpt_config(vocab_size=vocab_size, bos_token_id=end, eos_token_id=end)
+    if vocab_size > sizes.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {sizes.vocab_size:,} and the tokenizer has {vocab_size:,} "
+            "entries: it must be at least as many"
         )
     if config.data.length > sizes.n_positions:
-        raise InputError(
+        raise ConfigError(
             f"data.length is {config.data.length:,} and model.n_positions is "
             f"{sizes.n_positions:,}: a sequence must fit into the context"
         )

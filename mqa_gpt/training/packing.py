@@ -28,7 +28,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from mqa_gpt.errors import InputError
+from mqa_gpt.errors import ConfigError
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training.infilling import InfillingConfig, rearrange
 
@@ -76,6 +76,24 @@ class Part:
     holes: random.Random | None = None
 
 
+def require_tokens(tokenizer: Tokenizer, infilling: InfillingConfig) -> int:
+    """The id of `<|endoftext|>`, once a tokenizer is known to have what packing needs.
+
+    Raises:
+        ConfigError: it has no `<|endoftext|>`, or something is to be infilled and it has not the
+            control tokens.
+    """
+    end = tokenizer.end_of_text_id
+    if end is None:
+        raise ConfigError("tokenizer.source has no <|endoftext|>, which packing needs: use another")
+    if (infilling.rate or infilling.late_rate) and tokenizer.fim is None:
+        raise ConfigError(
+            "data.infilling.rate is above 0, but the tokenizer has no fill-in-the-middle tokens "
+            "such as <fim_prefix>: use another one, or set it to 0"
+        )
+    return end
+
+
 class Packer:
     """Makes the streams of blocks.
 
@@ -86,9 +104,7 @@ class Packer:
     """
 
     def __init__(self, tokenizer: Tokenizer, infilling: InfillingConfig, length: int) -> None:
-        end = tokenizer.end_of_text_id
-        if end is None:
-            raise InputError("the tokenizer has no <|endoftext|>: packing needs it")
+        end = require_tokens(tokenizer, infilling)
         self.tokenizer, self.infilling, self.length, self.end = tokenizer, infilling, length, end
         self._bytes = [
             tokenizer.decode_bytes([id_], skip_special_tokens=False)

@@ -19,8 +19,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from mqa_gpt.checkpoints.placement import as_device
-from mqa_gpt.errors import InputError
+from mqa_gpt.errors import ConfigError, InputError
 from mqa_gpt.model import Block
+from mqa_gpt.training.config import LoopConfig
 from mqa_gpt.training.ordered import OrderedReduceScatter
 
 
@@ -115,6 +116,22 @@ def world(device: str | None = None, tensor_parallel: int = 1) -> Iterator[World
         )
     finally:
         dist.destroy_process_group()
+
+
+def require_shared_batch(run: LoopConfig, ranks: World) -> None:
+    """Raise ConfigError unless the ranks can share the batch equally, in the way that is asked."""
+    count = run.batch_size // run.micro_batch_size
+    if count % ranks.size:
+        raise ConfigError(
+            f"run.batch_size {run.batch_size} makes {count} micro-batches of "
+            f"{run.micro_batch_size}, which {ranks.size} ranks cannot share equally: change "
+            "one of the three"
+        )
+    if run.reduce == "ordered" and (ranks.size & (ranks.size - 1) or ranks.tensor_mesh):
+        raise ConfigError(
+            f'run.reduce is "ordered" and there are {ranks.ranks} ranks: it takes 1, 2, 4, 8, '
+            "..., without tensor parallelism"
+        )
 
 
 def shard(objective: nn.Module, world: World, ordered: bool = False) -> None:

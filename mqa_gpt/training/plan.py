@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mqa_gpt.machine import available_memory, peak_memory
+from mqa_gpt.progress import duration_text
+from mqa_gpt.training.checks import notes, require_runnable
 from mqa_gpt.training.config import RunConfig
 from mqa_gpt.training.data import load_data
 from mqa_gpt.training.loop import Trainer
@@ -70,7 +72,7 @@ class Plan:
             lines += [
                 f"speed        {self.seconds_per_step:.3f} s a step, "
                 f"{self.tokens_per_second:,.0f} tok/s, MFU {self.mfu:.0%}",
-                f"time         {_duration(self.seconds or 0)}, and that of evaluation",
+                f"time         {duration_text(self.seconds or 0)}, and that of evaluation",
             ]
         return "\n".join(lines)
 
@@ -93,6 +95,7 @@ def plan_run(
 
 def _plan(config: RunConfig, folder: Path, ranks: World, say: Callable[[str], None]) -> Plan:
     run = config.run
+    require_runnable(config, ranks)
     data = load_data(config, folder, ranks, say)
     sizes = model_config(config, data.tokenizer)
     per_parameter = 4 + 4 + (4 if config.optimizer.name == "muon" else 8)
@@ -109,6 +112,8 @@ def _plan(config: RunConfig, folder: Path, ranks: World, say: Callable[[str], No
     if available is not None and least.state_bytes > available:
         return least
 
+    for note in notes(config, data.training):
+        say(f"note: {note}")
     model = make_model(config, data.tokenizer, ranks.device)
     trainer = Trainer(config, model, data.training, data.held_out, ranks)
     steps = [trainer.step(batches) for batches in islice(trainer.batches(), 1 + TIMED_STEPS)]
@@ -127,11 +132,3 @@ def _plan(config: RunConfig, folder: Path, ranks: World, say: Callable[[str], No
             "seconds": seconds * run.steps,
         }
     )
-
-
-def _duration(seconds: float) -> str:
-    """Such as "3 h 20 min"."""
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

@@ -8,6 +8,7 @@ from typing import Any
 
 from mqa_gpt.errors import InputError
 from mqa_gpt.machine import INSTALL_PEERS
+from mqa_gpt.training.config import require_run
 from mqa_gpt.training.log import LOG_FILE, read_log
 
 SMOOTHED_POINTS = 200  # of a curve: more steps than these are averaged in groups
@@ -29,7 +30,8 @@ def plot_run(run: Path, output: Path | None = None) -> Path:
     records = read_log(run)
     steps = [record for record in records if record["kind"] == "train"]
     if not steps:
-        raise InputError(f"{run / LOG_FILE} holds no steps: name the folder of a run")
+        require_run(run)
+        raise InputError(f"{run / LOG_FILE} holds no steps yet: there is nothing to draw")
     try:
         import matplotlib as mpl
     except ImportError:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,17 +13,28 @@ import torch
 
 from mqa_gpt.errors import InputError
 from mqa_gpt.machine import cpu_name
-from mqa_gpt.progress import progress
+from mqa_gpt.progress import duration_text, progress
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training import checkpoints
+from mqa_gpt.training.branch import branch
 from mqa_gpt.training.checkpoints import RunState
-from mqa_gpt.training.config import CONFIG_FILE, RunConfig, differences, read_run_config, to_toml
-from mqa_gpt.training.data import DATA_FOLDER, TOKENIZER_FOLDER, load_data
+from mqa_gpt.training.checks import notes, require_runnable
+from mqa_gpt.training.config import (
+    CONFIG_FILE,
+    DATA_FOLDER,
+    TOKENIZER_FOLDER,
+    RunConfig,
+    differences,
+    read_run_config,
+    to_toml,
+)
+from mqa_gpt.training.data import load_data
 from mqa_gpt.training.export import export, gathered, written_texts
-from mqa_gpt.training.log import LOG_FILE, RunLog
+from mqa_gpt.training.log import LOG_FILE, RunLog, require_tensorboard
 from mqa_gpt.training.loop import Step, Trainer
 from mqa_gpt.training.model import make_model
 from mqa_gpt.training.parallel import World, world
+from mqa_gpt.training.shards import is_prepared
 from mqa_gpt.training.signals import RunInterruptedError, Signals, caught_signals
 from mqa_gpt.training.speed import Speed, speed_of
 
@@ -35,6 +46,7 @@ def train(
     out: Path,
     *,
     resume: bool = False,
+    branch_from: Path | None = None,
     device: str | None = None,
     tensor_parallel: int = 1,
     tensorboard: bool = False,
@@ -47,6 +59,8 @@ def train(
             `tokenizer`, `checkpoints`, and at the end `model`, a checkpoint for transformers.
         resume: continue from the last checkpoint in `out`; what follows is what an uninterrupted
             run would have computed, bit for bit, on the same machine and number of ranks.
+        branch_from: the folder of another run from whose last checkpoint this one continues, with
+            another length or schedule (see `branch.py`).
         device: None takes CUDA where there is one, else the CPU.
         tensor_parallel: how many neighbouring ranks share each layer (see `tensor_parallel.py`).
         tensorboard: also write TensorBoard's files.
@@ -56,20 +70,37 @@ def train(
         The state at the end.
 
     Raises:
+        ConfigError: settings that cannot work together or here (see `checks.py`); begins with one
+            of them.
         InputError: `out` holds a run and `resume` is false, or the other way round; or the config
-            differs from that of the run, whose settings are named.
+            differs from that of the run, whose settings are named; or the documents are too few.
+            A folder that this call has made is removed again.
         FloatingPointError: a bad step that the config wants to stop at; a checkpoint is written.
         RunInterruptedError: SIGINT or SIGTERM arrived; a checkpoint is written.
     """
+    if resume and branch_from is not None:
+        raise InputError("--resume continues this run and --from another one: choose one")
     with world(device, tensor_parallel) as ranks:
         tell = say if ranks.is_first else _say_nothing
+        if tensorboard:
+            require_tensorboard()
         require_folder(out, config, resume)
+        has_data = branch_from is not None or (resume and is_prepared(out / DATA_FOLDER))
+        require_runnable(config, ranks, is_prepared=has_data)
         ranks.wait()  # before one of them makes it
-        if ranks.is_first:
-            prepare_folder(out, config)
-        data = load_data(config, out, ranks, tell)
-        model = make_model(config, data.tokenizer, ranks.device)
-        trainer = Trainer(config, model, data.training, data.held_out, ranks)
+        with removed_on_error(out, is_new=ranks.is_first and not (out / LOG_FILE).exists()):
+            branched = None
+            if ranks.is_first and branch_from is not None:
+                branched = branch(branch_from, out, config)
+                tell(branched)
+            elif ranks.is_first:
+                prepare_folder(out, config)
+            data = load_data(config, out, ranks, tell)
+            model = make_model(config, data.tokenizer, ranks.device)
+            trainer = Trainer(config, model, data.training, data.held_out, ranks)
+        for note in notes(config, data.training):
+            tell(f"note: {note}")
+        resume = resume or branch_from is not None
         if resume and (found := checkpoints.complete(out)):
             trainer.load(found[-1])
         tell(
@@ -80,6 +111,8 @@ def train(
         log = RunLog(out if ranks.is_first else None, trainer.state.step, tensorboard)
         with closing(log), caught_signals() as signals:
             log.write("start", trainer.state.step, **machine_facts(ranks, speed))
+            if branched is not None:
+                log.write("event", trainer.state.step, message=branched)
             Run(trainer, data.tokenizer, out, log, speed, signals, tell).steps()
         with trainer.averaged():
             final = gathered(trainer.model, ranks)
@@ -120,8 +153,8 @@ class Run:
                     raise
                 self.record(step, show)
                 done = trainer.state.step
-                if _is_due(done, run.evaluate_every, run.steps) and trainer.held_out is not None:
-                    self.evaluate()
+                if _is_due(done, run.evaluate_every, run.steps):
+                    self.evaluate(step)
                 if _is_due(done, run.sample_every, run.steps):
                     self.write_texts()
                 if _is_due(done, run.save_every, run.steps):
@@ -149,15 +182,22 @@ class Run:
         if step.problem:
             self.log.write("event", done, message=f"skipped: {step.problem}")
             self.say(f"step {done:,} is skipped: {step.problem}")
-        show(done, f"loss {step.loss:.3f}, {rate:,.0f} tok/s, MFU {used['mfu']:.0%}")
+        held_out = self.trainer.state.held_out
+        measured = "" if held_out is None else f", held out {held_out[1]:.3f}"
+        show(done, f"loss {step.loss:.3f}{measured}, {rate:,.0f} tok/s, MFU {used['mfu']:.0%}")
 
-    def evaluate(self) -> None:
-        """Compute and record the held-out losses."""
-        losses = self.trainer.evaluate()
-        done = self.trainer.state.step
-        self.log.write("held_out", done, **losses)
-        found = [f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None]
-        self.say(f"step {done:,}: held out: {', '.join(found).replace('_', ' ')}")
+    def evaluate(self, step: Step) -> None:
+        """Compute and record the held-out losses, if anything is held out, and say how it goes."""
+        state, steps = self.trainer.state, self.trainer.config.run.steps
+        done, parts = state.step, [f"training loss {step.loss:.4f}"]
+        if self.trainer.held_out is not None:
+            losses = self.trainer.evaluate()
+            self.log.write("held_out", done, **losses)
+            found = [f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None]
+            parts.append(f"held out: {', '.join(found).replace('_', ' ')}")
+        if done < steps:
+            parts.append(f"{duration_text(state.seconds / done * (steps - done))} left")
+        self.say(f"step {done:,} of {steps:,}: {'; '.join(parts)}")
 
     def write_texts(self) -> None:
         """Let the model write what the config asks it to."""
@@ -193,6 +233,21 @@ def require_folder(out: Path, config: RunConfig, resume: bool) -> None:
             raise InputError(
                 f"the run in {out} cannot be resumed with other settings: {'; '.join(changed)}"
             )
+
+
+@contextmanager
+def removed_on_error(out: Path, *, is_new: bool) -> Iterator[None]:
+    """If the block ends with an InputError, take away what it has made in a new run's folder."""
+    existed = out.exists()
+    try:
+        yield
+    except InputError:
+        if is_new:
+            for path in out.iterdir() if out.exists() else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not existed and out.exists():
+                out.rmdir()
+        raise
 
 
 def prepare_folder(out: Path, config: RunConfig) -> None:

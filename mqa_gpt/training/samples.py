@@ -17,20 +17,21 @@ import hashlib
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mqa_gpt.errors import CheckpointError, ConfigError, InputError, require_int
+from mqa_gpt.errors import ConfigError, InputError, require_int
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training.documents import SourceConfig
 from mqa_gpt.training.infilling import InfillingConfig
-from mqa_gpt.training.packing import MASKED, Packer, Part
+from mqa_gpt.training.packing import MASKED, MIDDLE, Packer, Part
 from mqa_gpt.training.shards import Corpus
 
+LOOKED_AT = 32  # sequences that are searched for a hole
 IGNORED = -100  # label of a position that no loss is computed for
 
 
@@ -103,9 +104,8 @@ class Samples:
             `if __name__ == "__main__"`.)
 
     Raises:
-        InputError: the corpus is shorter than one sequence, or the tokenizer lacks
-            `<|endoftext|>`.
-        CheckpointError: something is to be infilled and the tokenizer lacks the control tokens.
+        InputError: the corpus is shorter than one sequence.
+        ConfigError: the tokenizer lacks control tokens that are needed.
     """
 
     def __init__(
@@ -126,6 +126,19 @@ class Samples:
     def __len__(self) -> int:
         """Samples per epoch."""
         return self._blocks.samples
+
+    def can_infill(self) -> bool:
+        """Whether a middle that is not empty is among the first sequences if each document is
+        rearranged for infilling.
+        """
+        infilling = replace(self.config.infilling, rate=1.0, late_rate=None)
+        tokens = LOOKED_AT * self.config.length
+        config = replace(self.config, infilling=infilling, shuffle_tokens=tokens)
+        blocks = self._blocks
+        every = Samples(blocks.corpus, blocks.packer.tokenizer, config, seed=blocks.seed)
+        batch = every.rows(range(min(LOOKED_AT, len(every))))
+        middles = batch.labels[batch.kinds == MIDDLE]
+        return bool((middles != blocks.packer.end).any())
 
     def rows(self, numbers: Sequence[int]) -> Batch:
         """Samples by their numbers, counted over all epochs: number `len(samples)` is the first of
@@ -176,11 +189,6 @@ class Blocks(Dataset[Block]):
     """The blocks of all epochs, each made from its number alone."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, config: DataConfig, seed: int) -> None:
-        if (config.infilling.rate or config.infilling.late_rate) and tokenizer.fim is None:
-            raise CheckpointError(
-                "this tokenizer cannot infill: it has no fill-in-the-middle tokens such as "
-                "<fim_prefix>; use another one, or set data.infilling.rate to 0"
-            )
         self.corpus, self.config, self.seed = corpus, config, seed
         self.packer = Packer(tokenizer, config.infilling, config.length)
         tokens = corpus.tokens + len(corpus)  # each document after its <|endoftext|>

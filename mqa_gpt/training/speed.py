@@ -8,28 +8,16 @@ attention only the half that causality leaves.
 
 from __future__ import annotations
 
-import re
-import time
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
+from mqa_gpt.bench.ceilings import product_probe
 from mqa_gpt.bench.counts import training_flops
+from mqa_gpt.bench.devices import find_device
+from mqa_gpt.bench.timing import take_turns
 from mqa_gpt.config import GPTConfig
 
-# Dense bfloat16 products per second with tensor cores, from NVIDIA's data sheets, by a part of the
-# device's name.
-DATA_SHEETS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "B200": 2250e12,
-}
 PROBE_SIZE = 1536  # rows and columns of the matrices that are multiplied on other devices
 
 
@@ -69,17 +57,12 @@ def speed_of(config: GPTConfig, length: int, device: torch.device, dtype: str) -
 
 
 def _peak(device: torch.device, dtype: str) -> tuple[float, str]:
-    if device.type == "cuda" and dtype == "bfloat16":
-        name = torch.cuda.get_device_name(device)
-        for part, peak in DATA_SHEETS.items():
-            if re.search(rf"\b{part}\b", name):
-                return peak, f"data sheet of {part}"
     kind = getattr(torch, dtype)
-    rows = torch.ones(PROBE_SIZE, PROBE_SIZE, device=device, dtype=kind)
-    seconds = []
-    for _ in range(10):  # the first warms up
-        begin = time.perf_counter()
-        F.linear(rows, rows).sum().item()
-        seconds.append(time.perf_counter() - begin)
-    rate = 2 * PROBE_SIZE**3 / min(seconds[1:])
+    if device.type == "cuda" and kind == torch.bfloat16:
+        known = find_device(torch.cuda.get_device_name(device))
+        if known is not None and kind in known.rates:
+            return known.rates[kind], f"data sheet of {known.name}"
+    probe = product_probe(device, kind, PROBE_SIZE)
+    seconds = take_turns({"product": probe.run}, 10, "measuring")["product"]
+    rate = 1e12 * probe.amount / min(seconds[1:])  # the first warms up
     return rate, f"measured product of {dtype} matrices, {PROBE_SIZE} x {PROBE_SIZE}"

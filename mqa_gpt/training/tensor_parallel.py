@@ -70,6 +70,16 @@ class SharedByHeads(ParallelStyle):
         return distribute_module(module, device_mesh, None, whole_input, local_output)  # type: ignore[arg-type]
 
 
+def require_equal_shares(config: GPTConfig, size: int) -> None:
+    """Raise InputError unless so many ranks can share query heads and the MLP's width equally."""
+    for name, count in (("n_head", config.n_head), ("n_inner", config.inner_size)):
+        if count % size:
+            raise InputError(
+                f"{name} is {count} and there are {size} tensor-parallel ranks, which must divide "
+                "it: choose another number of ranks"
+            )
+
+
 def tensor_parallel(model: GPT, mesh: DeviceMesh) -> None:
     """Share a model's layers out over the ranks of a mesh, in place.
 
@@ -80,12 +90,7 @@ def tensor_parallel(model: GPT, mesh: DeviceMesh) -> None:
         InputError: the ranks cannot share query heads or the MLP's width equally.
     """
     config, size = model.config, mesh.size()
-    for name, count in (("n_head", config.n_head), ("n_inner", config.inner_size)):
-        if count % size:
-            raise InputError(
-                f"{name} is {count} and there are {size} tensor-parallel ranks, which must divide "
-                "it: choose another number of ranks"
-            )
+    require_equal_shares(config, size)
     for block in model.transformer.h:
         assert isinstance(block, Block)
         attention = block.attn

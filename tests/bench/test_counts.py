@@ -8,7 +8,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mqa_gpt import GPT, KVCache
-from mqa_gpt.bench.counts import decode_bytes, prefill_flops, weight_bytes, work_by_part
+from mqa_gpt.bench.counts import (
+    decode_bytes,
+    model_bytes,
+    prefill_flops,
+    weight_bytes,
+    whole,
+    work_by_part,
+)
+from mqa_gpt.fast.int8 import quantize
+from mqa_gpt.research import record
 from tests.helpers import random_ids, tiny_config
 
 
@@ -49,7 +58,6 @@ def test_operations_of_a_prefill_are_those_counted_by_torch_less_what_causality_
 def test_the_work_of_the_parts_is_that_of_a_decode_step(multi_query, itemsize):
     config, batch, context = tiny_config(multi_query=multi_query), 3, 20
     parts = work_by_part(config, batch, context, torch.float32, itemsize=itemsize, is_prefill=False)
-    whole = sum(part.bytes for part in parts.values())
     least = decode_bytes(config, batch, range(context, context + 1), itemsize, torch.float32)
     C, L = config.n_embd, config.n_layer
     kv = 2 * config.n_kv_head * config.head_dim
@@ -58,13 +66,9 @@ def test_the_work_of_the_parts_is_that_of_a_decode_step(multi_query, itemsize):
     # from c_attn); then those of the embeddings and the head.
     layer = (2 * C + kv) + 2 * C + 2 * (C + 136) + 2 * C + 2 * 136 + 4 * C + 6 * C + 2 * kv
     ends = (4 + 3 + 2 + 1) * C + 2 * 97
-    scale_of_biases_and_norms = whole - least - batch * 4 * (L * layer + ends)
-    assert abs(scale_of_biases_and_norms) <= 4 * (L * (7 * C + kv + 136) + 2 * C)
-    empty = work_by_part(config, 0, context, torch.float32, itemsize=itemsize, is_prefill=False)
-    norms = (4 * config.n_layer + 2) * config.n_embd
-    biases = config.n_layer * (3 * config.n_embd + kv + config.inner_size)
-    expected = weight_bytes(config, itemsize) - itemsize * (norms + biases) + 4 * biases
-    assert sum(part.bytes for part in empty.values()) == expected
+    norms, biases = (4 * L + 2) * C, L * (3 * C + kv + 136)
+    never_8_bits = (4 - itemsize) * (norms + biases)
+    assert whole(parts.values()).bytes == least + never_8_bits + batch * 4 * (L * layer + ends)
     # Products of a token: two operations per weight of a matrix, and the attention's.
     weights = 2 * (60 * (60 + kv) + 60 * 60 + 2 * 60 * 136) + 97 * 60
     attention = 2 * 2 * (2 * 60 * context)
@@ -85,3 +89,90 @@ def test_only_linear_layers_have_8_bit_weights():
     assert {name for name, part in work.items() if part.itemsize == 1} == {
         *("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "lm_head")
     }
+
+
+@pytest.mark.parametrize("is_prefill", [True, False])
+@pytest.mark.parametrize("multi_query", [True, False])
+def test_operations_of_each_part_are_those_that_torch_counts_in_its_module(multi_query, is_prefill):
+    config, B, S = tiny_config(multi_query=multi_query), 3, 20
+    model = GPT(config, backend="reference").eval()
+    cache = KVCache(config, B, S)
+    with torch.inference_mode():
+        if not is_prefill:
+            model(random_ids(config, B, S - 1), cache=cache)
+        T = S if is_prefill else 1
+        last = torch.full((B,), T - 1)
+        with FlopCounterMode(display=False) as counter:
+            model(random_ids(config, B, T), cache=cache, logits_at=last)
+    counted: dict[str, int] = {}
+    for module, operations in counter.get_flop_counts().items():
+        name = ".".join(module.split(".")[4 if ".h." in module else 1 :])
+        counted[name] = counted.get(name, 0) + sum(operations.values())
+    counted["attention"] = counted["attn"] - counted["attn.c_attn"] - counted["attn.c_proj"]
+    # The reference computes all T x S scores; causality needs fewer.
+    hidden = T * S - (T * (S - T) + T * (T + 1) // 2)
+    counted["attention"] -= B * 4 * config.n_layer * config.n_embd * hidden
+    parts = work_by_part(config, B, S, torch.float32, itemsize=4, is_prefill=is_prefill)
+    for name in ("attn.c_attn", "attention", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "lm_head"):
+        assert parts[name].flops == counted[name] > 0, name
+    found = whole(parts.values()).flops
+    assert found == counter.get_total_flops() - B * 4 * config.n_layer * config.n_embd * hidden
+
+
+@pytest.mark.parametrize("is_prefill", [True, False])
+@pytest.mark.parametrize("multi_query", [True, False])
+def test_bytes_of_each_part_are_those_of_the_tensors_of_a_recorded_pass(multi_query, is_prefill):
+    config, B, S = tiny_config(multi_query=multi_query), 3, 20
+    model = GPT(config, backend="reference").eval()
+    cache = KVCache(config, B, S)
+    T = S if is_prefill else 1
+    moved: dict[str, int] = {}
+
+    def add(name: str, *tensors: torch.Tensor) -> None:
+        moved[name] = moved.get(name, 0) + sum(tensor.nbytes for tensor in tensors)
+
+    def watch(name: str, module: nn.Module) -> None:
+        weights = list(module.parameters())
+        module.register_forward_hook(lambda _, given, y: add(name, given[0], y, *weights))
+
+    groups = {"ln_1": "ln_1, ln_2", "ln_2": "ln_1, ln_2"}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.LayerNorm)):
+            short = ".".join(name.split(".")[3 if ".h." in name else -1 :])
+            watch(groups.get(short, short), module)
+    names = ("mlp.c_fc", "mlp.post", "attn.q", "attn.z", "attn.k", "attn.v", "resid_pre")
+    with torch.inference_mode():
+        if not is_prefill:
+            model(random_ids(config, B, S - 1), cache=cache)
+            moved.clear()
+        with record(model, [f"transformer.h.*.{name}" for name in names]) as acts:
+            logits = model(random_ids(config, B, T), cache=cache, logits_at=torch.full((B,), T - 1))
+
+    def recorded(name: str) -> torch.Tensor:
+        return acts[f"transformer.h.*.{name}"]
+
+    add("GELU", recorded("mlp.c_fc"), recorded("mlp.post"))
+    add("attention", recorded("attn.q"), recorded("attn.z"), cache.kv)
+    add("cache", *[recorded("attn.k"), recorded("attn.v")] * 2)
+    stream = recorded("resid_pre")[0]  # (B, T, C)
+    add("wte, wpe", *[stream] * 4)  # each row of the tables is read and written
+    add("rest", *[stream] * 3, *[recorded("resid_pre")] * 6, logits)  # sums of two; argmax
+    parts = work_by_part(config, B, S, torch.float32, itemsize=4, is_prefill=is_prefill)
+    assert {name: part.bytes for name, part in parts.items() if part.bytes} == moved
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("multi_query", [True, False])
+def test_the_parts_hold_all_parameters_and_memory_is_what_a_model_takes(multi_query, tied):
+    config = tiny_config(multi_query=multi_query, tie_word_embeddings=tied)
+    parts = work_by_part(config, 1, 1, torch.float32, itemsize=4, is_prefill=False)
+    assert whole(parts.values()).parameters == config.parameters
+    model = GPT(config).bfloat16()
+
+    def memory() -> int:
+        tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    assert model_bytes(config, torch.bfloat16) == memory()
+    quantize(model)
+    assert model_bytes(config, torch.bfloat16, int8=True) == memory()

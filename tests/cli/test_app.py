@@ -27,6 +27,7 @@ from typer.testing import CliRunner, Result
 
 from mqa_gpt import GPT, LLM, GPTConfig, Tokenizer
 from mqa_gpt.__main__ import main as start_command
+from mqa_gpt.bench import ceilings
 from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.cli import output
 from mqa_gpt.cli.app import app, with_flags
@@ -791,6 +792,38 @@ def test_inspect_shows_the_published_figures_of_a_preset():
     assert all(figure in shown for figure in ("7,327,263,232", "21,504 B", "688,128 B", "14.7 GB"))
     report = json.loads(invoke("inspect", "--preset", "bigcode/starcoderbase-7b", "--json").stdout)
     assert report["parameters"] == 7_327_263_232
+
+
+def test_the_bundled_checkpoint_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert invoke("inspect", "-m", "demo").stdout == invoke("inspect").stdout
+    assert LLM.load("demo", dtype="float32").model.config == LLM.load(dtype="float32").model.config
+    spelling_checkpoint(tmp_path / "demo")  # a folder here comes first
+    assert "1 layers" in invoke("inspect", "-m", "demo").stdout
+    assert "there is no folder" in refusal("inspect", "-m", "./nothing/demo")
+
+
+def test_inspect_explains_a_forward_pass(folder: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ceilings, "PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr(ceilings, "CPU_PROBE_SIZE", 64)
+    flags = ("inspect", "--preset", "starcoderbase-7b", "--explain", "--context", "2048")
+    shown = invoke(*flags, "--batch", "8").stdout.split("One forward pass: ")[1]
+    assert "B = 8, T = 2,048" in shown
+    for cell in ("8 32 2048 2048", "C+2GD", ".attn.scores", "H100", "this CPU", "as MHA"):
+        assert cell in shown
+    lines = [line.rstrip() for line in shown.splitlines() if not line.startswith("this CPU: ")]
+    assert max(map(len, lines)) <= 80
+    report = json.loads(invoke(*flags, "--json").stdout)["explain"]
+    assert report["dtype"] == "bfloat16"
+    assert report["rooflines"][-1]["device"] == "this CPU"
+    own = json.loads(invoke("inspect", "-m", folder, "--explain", "--json").stdout)["explain"]
+    assert (own["batch"], own["context"], own["dtype"]) == (1, 1024, "float32")
+    half = invoke("inspect", "-m", folder, "--explain", "--dtype", "fp16", "--json").stdout
+    assert json.loads(half)["explain"]["dtype"] == "float16"
+    for flag, value in (("--batch", "2"), ("--context", "9"), ("--dtype", "fp16")):
+        assert "are of --explain" in refusal("inspect", flag, value)
+    assert "--batch is 0" in refusal("inspect", "--explain", "--batch", "0")
+    assert "from 1 to 1,024" in refusal("inspect", "--explain", "--context", "2000")
 
 
 def test_inspect_has_a_column_of_dtypes_only_for_what_is_stored(folder: str):

@@ -61,9 +61,30 @@ def test_one_head_becomes_many_with_the_same_logits(mha: Path, tmp_path: Path) -
     result = convert("--model", tmp_path / "mqa", "--to", "mha", "--out", tmp_path / "back")
     assert result.exit_code == 0, result.output
     assert "key/value heads" in result.stdout
+    assert result.stderr == f"the converted model is in {tmp_path / 'back'}\n"
     one, many = (GPT.from_pretrained(tmp_path / n, dtype="float32") for n in ("mqa", "back"))
     ids = random_ids(one.config, 2, 20)
     assert error(many(ids), one(ids)) < 1e-4
+
+
+def test_where_there_is_nothing_to_convert_this_is_said(mha: Path, tmp_path: Path) -> None:
+    result = convert("--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "error: demo has one key/value head already, so there is nothing to convert: pass --to "
+        "mha for the other way\n"
+    )
+    result = convert("--model", mha, "--to", "mha", "--out", tmp_path / "out")
+    assert "has all heads already" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_something_is_not_written_to(mha: Path) -> None:
+    before = (mha / "model.safetensors").read_bytes()
+    result = convert("--model", mha, "--out", mha)
+    assert result.exit_code == 2
+    assert "exists already: name another folder, or remove it" in result.stderr
+    assert (mha / "model.safetensors").read_bytes() == before
 
 
 def test_a_gpt2_checkpoint_is_read(tmp_path: Path) -> None:

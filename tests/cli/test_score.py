@@ -30,6 +30,8 @@ def test_json_holds_the_scores_of_the_library(tmp_path: Path) -> None:
         assert found["bits_per_byte"] == pytest.approx(expected.bits_per_byte, abs=1e-3)
         assert found["bytes"] == expected.bytes
     assert report["texts"][1]["name"] == str(tmp_path / "a.py")
+    ids = ", ".join(map(str, scores[1].token_ids))
+    assert f'"token_ids": [{ids}]' in result.stdout  # in one line
 
 
 def test_a_table_has_a_row_per_text_and_per_token_if_asked() -> None:

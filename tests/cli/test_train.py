@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,11 +33,18 @@ def test_a_run_is_trained_plotted_exported_and_used(config: str, tmp_path: Path)
     assert result.exit_code == 0
     assert result.stdout == ""
     assert "optimizer.lr = 0.002\n" in result.stderr
-    assert "step 4: held out: loss " in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("step 2 of 4: ")]
+    assert re.fullmatch(
+        r"step 2 of 4: training loss [\d.]+; held out: loss [\d.]+,.* infilling [\d.]+; \d+ s left",
+        line,
+    )
     assert f"the model is in {out}/model" in result.stderr
     assert invoke("train", "plot", out).stdout == f"{out}/plot.png\n"
     exported = invoke("train", "export", out, str(tmp_path / "model"), "--best")
-    assert exported.stdout == f"{out}/checkpoints/step-00000004\n"
+    assert exported.stdout == f"{tmp_path}/model\n"
+    assert exported.stderr == f"the model of {out}/checkpoints/step-00000004\n"
+    again = refusal("train", "export", out, str(tmp_path / "model"))
+    assert again == f"{tmp_path}/model exists already: name another folder, or remove it"
     assert invoke("inspect", "-m", str(tmp_path / "model")).exit_code == 0
     assert invoke("generate", "-m", f"{out}/model", "def", "--max-new-tokens", "2").exit_code == 0
     assert "holds a run: pass --resume" in refusal_after_settings("train", config, "--out", out)
@@ -67,10 +75,46 @@ def test_bad_input_is_refused_in_one_line(config: str, tmp_path: Path) -> None:
     assert refusal("train", config) == "--out is missing: name a folder for the run"
     assert refusal("train", "none.toml").startswith("none.toml cannot be read")
     assert "run.stepps is not a setting" in refusal("train", config, "--set", "run.stepps=1")
-    assert "holds no steps" in refusal("train", "plot", str(tmp_path))
-    assert "cannot be read" in refusal("train", "export", str(tmp_path), str(tmp_path / "model"))
+    for command in (["plot", "nothere"], ["export", "nothere", str(tmp_path / "model")]):
+        assert refusal("train", *command) == (
+            "nothere holds no run: name a folder that `mqa-gpt train CONFIG --out FOLDER` made"
+        )
     wrong = refusal_after_settings("train", config, "--out", str(tmp_path / "run"), "--resume")
     assert "holds no run to resume" in wrong
+
+
+def test_what_cannot_work_is_refused_at_once_with_file_and_line(
+    config: str, tmp_path: Path
+) -> None:
+    text = Path(config).read_text().replace("length = 40", "length = 49")
+    (tmp_path / "long.toml").write_text(text)
+    line = text.splitlines().index("length = 49") + 1
+    run = ("train", str(tmp_path / "long.toml"), "--device", "cpu", "--out", str(tmp_path / "run"))
+    wrong = "data.length is 49 and model.n_positions is 48: a sequence must fit into the context"
+    assert refusal_after_settings(*run) == f"{tmp_path}/long.toml:{line}: {wrong}"
+    assert refusal(*run, "--dry-run") == f"{tmp_path}/long.toml:{line}: {wrong}"
+    source = ("--set", "data.sources=['nowhere']", "--set", "data.length=40")
+    assert refusal_after_settings(*run, *source) == (
+        "--set data.sources=['nowhere']: data.sources: nowhere does not exist: name folders, "
+        ".jsonl or .parquet files"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_is_continued_from_another_with_another_length(config: str, tmp_path: Path) -> None:
+    out = [str(tmp_path / name) for name in ("short", "long")]
+    assert invoke("train", config, "--out", out[0], "--device", "cpu").exit_code == 0
+    more = ("--set", "run.steps=6", "--device", "cpu")
+    result = invoke("train", config, "--out", out[1], "--from", out[0], *more)
+    assert result.exit_code == 0
+    says = f"continues from step 4 of {out[0]} with run.steps was 4 and is 6"
+    assert says in result.stderr
+    assert "step 6 of 6: training loss" in result.stderr
+    both = refusal_after_settings(
+        "train", config, "--out", out[1], "--from", out[0], "--resume", *more
+    )
+    assert both.startswith("--resume continues this run and --from another one")
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -402,6 +403,26 @@ def test_without_numba_the_modules_run_and_say_so(model, monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("broken", ["numba", "llvmlite"])
+def test_with_a_broken_numba_the_modules_run_and_one_warning_says_so(broken: str, tmp_path: Path):
+    """Such as one without llvmlite, or whose library the system cannot load."""
+    (tmp_path / broken).mkdir()
+    (tmp_path / broken / "__init__.py").write_text("raise ImportError('lib is\\nnot there')\n")
+    script = SCRIPT.replace("import sys", "import warnings; warnings.simplefilter('always')")
+    script += "LLM.load(dtype='float32').generate('def f(', 4)\n"
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{root}:{root / 'kernels'}"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == run_script()
+    assert result.stderr.count("RuntimeWarning") == 1
+    assert "numba is installed but cannot be used (ImportError: lib is" in result.stderr
+
+
 # ------------------------------------------------------------------------- threads and processes
 
 
@@ -468,6 +489,17 @@ def test_compiled_code_is_kept_and_a_damaged_or_read_only_folder_does_no_harm(tm
     for file in files:
         file.write_bytes(file.read_bytes()[:100])
     assert run_script(XDG_CACHE_HOME=str(tmp_path)) == expected
+    old, recent = (tmp_path / f"mqa-gpt/compiled-{name}" for name in ("old", "recent"))
+    for folder, days in ((old, 31), (recent, 29)):
+        folder.mkdir()
+        (folder / "code.nbc").touch()
+        date = time.time() - days * 24 * 3600
+        os.utime(folder, (date, date))
+    (own,) = {file.parent.parent for file in files}
+    os.utime(own, (0, 0))
+    assert run_script(XDG_CACHE_HOME=str(tmp_path)) == expected
+    assert sorted((tmp_path / "mqa-gpt").iterdir()) == sorted([own, recent])
+    assert time.time() - own.stat().st_mtime < 3600  # used, so it stays
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where a folder should be")
     assert run_script(XDG_CACHE_HOME=str(blocked), NUMBA_CACHE_DIR="") == expected

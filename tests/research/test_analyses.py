@@ -14,7 +14,7 @@ from mqa_gpt.checkpoints.load import DEMO_DIR
 from mqa_gpt.cli.app import app
 from mqa_gpt.fast.int8 import quantize
 from mqa_gpt.fim import infill_prompt
-from mqa_gpt.generation.score import score_texts
+from mqa_gpt.generation.score import Score, score_texts
 from mqa_gpt.research import heads, patch, pictures, replace
 from mqa_gpt.research.heads import (
     attention_patterns,
@@ -272,6 +272,22 @@ def test_the_score_of_a_listing_is_that_of_its_tokens(demo) -> None:
     figure = pictures.loss_picture(score, tokens, "a listing")
     letters = [text.get_text() for text in figure.axes[0].texts]
     assert "".join(letters).replace("⏎", "\n") == "x = 1\ny = 2\n"
+
+
+@pytest.mark.parametrize("lines", [1, 300])
+def test_the_scale_of_a_listing_has_one_size_whatever_its_length(demo, lines: int) -> None:
+    pytest.importorskip("matplotlib", reason="an extra")
+    _, tokenizer = demo
+    ids = tokenizer.encode("x = 1\n" * lines)
+    score = Score(ids, [-1.0] * len(ids), [True] * len(ids), len(ids))
+    tokens = [tokenizer.decode([id_]) for id_ in ids]
+    figure = pictures.loss_picture(score, tokens, "a listing")
+    listing, scale = figure.axes
+    width, height = figure.get_size_inches()
+    assert scale.get_position().width * width == pytest.approx(0.3 * 8.8)
+    assert scale.get_position().height * height == pytest.approx(0.13)
+    assert listing.get_position().height * height == pytest.approx(0.17 * (lines + 1))
+    assert listing.get_position().y1 < scale.get_position().y0
 
 
 def test_a_rank_is_bounded_by_the_tokens_too() -> None:

@@ -104,20 +104,20 @@ def test_overrides_replace_settings_and_text_needs_no_quotes(file: Path) -> None
     [
         ("run.stepps=9", "run.stepps is not a setting: expected one of steps, batch_size"),
         ("runs.steps=9", "runs is not a section: expected one of model, data"),
-        ("model.n_layers=9", "[model] n_layers is not a setting: expected"),
-        ("model.n_embd=30", "[model] n_embd is 30 and n_head is 4: n_embd must be a multiple"),
-        ("model.preset=nothing", "[model] 'nothing' is not a preset: there are tiny_starcoder_py"),
+        ("model.n_layers=9", "model.n_layers is not a setting: expected"),
+        ("model.n_embd=30", "model.n_embd is 30 and n_head is 4: n_embd must be a multiple"),
+        ("model.preset=nothing", "model: 'nothing' is not a preset: there are tiny_starcoder_py"),
         ("run.steps=many", "run.steps is 'many': it must be an integer"),
         ("run.steps=1.5", "run.steps is 1.5: it must be an integer"),
         ("run.steps=true", "run.steps is True: it must be an integer"),
-        ("run.steps=0", "[run] steps is 0: it must be an integer of at least 1"),
+        ("run.steps=0", "run.steps is 0: it must be an integer of at least 1"),
         ("run.dtype=float16", "run.dtype is 'float16': it must be one of float32, bfloat16"),
-        ("run.batch_size=9", "[run] batch_size is 9 and micro_batch_size is 8: the first must be"),
+        ("run.batch_size=9", "run.batch_size is 9 and micro_batch_size is 8: the first must be"),
         ("run.holes=[['a']]", "run.holes[0] is ['a']: it must be a list of 2"),
         ("run.prompts=text", "run.prompts is 'text': it must be a list"),
         ("optimizer.lr=fast", "optimizer.lr is 'fast': it must be a number"),
-        ("optimizer.lr=-1", "[optimizer] lr is -1.0: it must be a number above 0"),
-        ("averaging.decay=1", "[averaging] decay is 1.0: it must be a number from 0 to below 1"),
+        ("optimizer.lr=-1", "optimizer.lr is -1.0: it must be a number above 0"),
+        ("averaging.decay=1", "averaging.decay is 1.0: it must be a number from 0 to below 1"),
         ("data=3", "--set data=3: expected SECTION.KEY=VALUE"),
         ("run.steps", "--set run.steps: expected SECTION.KEY=VALUE"),
         ("run.steps.x=1", "--set run.steps.x=1: steps is not a section"),
@@ -130,13 +130,37 @@ def test_a_wrong_setting_is_refused_by_its_name(file: Path, override: str, messa
 def test_a_file_that_is_no_config_is_refused_by_its_name(file: Path, tmp_path: Path) -> None:
     assert refusal(tmp_path / "none.toml").startswith(f"{tmp_path}/none.toml cannot be read")
     file.write_text("[model\n")
-    assert refusal(file).startswith(f"{file} is not a TOML file: ")
+    assert refusal(file).startswith(f"{file}:1: not TOML: expected ']'")
+    file.write_text("[run]\nsteps = 1\ntext = [")
+    assert refusal(file).startswith(f"{file}:3: not TOML: ")
     file.write_bytes(b"\xff")
-    assert refusal(file).startswith(f"{file} is not a TOML file: ")
+    assert refusal(file) == f"{file}: not TOML: not UTF-8"
     file.write_text("[run]\nsteps = 1\n")
     assert refusal(file) == f"{file}: model is missing"
     file.write_text("model = 3\n[data]\n")
-    assert refusal(file) == f"{file}: model is 3: it must be a table"
+    assert refusal(file) == f"{file}:1: model is 3: it must be a table"
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("[model]\n[data]\n\n[run] # long\nseed = 1\n  steps = 0\n", "6: run.steps is 0: "),
+        ("[model]\nn_embd = 10\nn_head = 3\n[data]\n", "2: model.n_embd is 10 and n_head is"),
+        ("[model]\n[data]\n[data.infilling]\nrate = 2\n", "4: data.infilling.rate is 2.0: "),
+        ("[model]\n[data]\ninfilling = {rate = 2}\n", "3: data.infilling.rate is 2.0: "),
+        ("[model]\n[data]\nlength = 0\n", "3: data.length is 0: "),
+        ("[model]\npreset = 'x'\n[data]\n", "1: model: 'x' is not a preset: "),
+        ("[model]\n[data]\n[rum]\nsteps = 1\n", "3: rum is not a section: "),
+        ("[model]\n[data]\n[run]\nholes = [['a']]\n", "4: run.holes[0] is ['a']: "),
+    ],
+)
+def test_a_wrong_setting_is_refused_with_its_line(file: Path, text: str, place: str) -> None:
+    file.write_text(text)
+    assert refusal(file).startswith(f"{file}:{place}")
+
+
+def test_a_setting_of_the_command_line_is_named_as_such(file: Path) -> None:
+    assert refusal(file, "run.steps=0").startswith("--set run.steps=0: run.steps is 0: ")
 
 
 def test_a_pretrained_model_keeps_its_sizes(file: Path) -> None:

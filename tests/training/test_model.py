@@ -41,7 +41,7 @@ def test_it_may_start_with_an_induction_circuit() -> None:
 
 
 def test_a_model_too_small_for_tokenizer_or_sequences_is_refused() -> None:
-    with pytest.raises(InputError, match=r"tokenizer has 261 entries and model\.vocab_size is 200"):
+    with pytest.raises(InputError, match=r"model\.vocab_size is 200 and the tokenizer has 261"):
         model_config(run(model_vocab_size=200), TOKENIZER)
     with pytest.raises(InputError, match=r"data\.length is 49 and model\.n_positions is 48"):
         model_config(run(data_length=49), TOKENIZER)

@@ -218,7 +218,7 @@ def test_what_is_left_of_a_middle_falls_from_one_to_nothing() -> None:
 
 
 def test_a_tokenizer_without_end_of_text_is_refused() -> None:
-    with pytest.raises(InputError, match="needs it"):
+    with pytest.raises(InputError, match="which packing needs"):
         Packer(Tokenizer(byte_tokenizer()), InfillingConfig(), 8)
 
 

@@ -31,5 +31,8 @@ def test_it_is_a_picture_in_the_runs_folder_or_elsewhere(tmp_path: Path, steps: 
 
 
 def test_a_folder_without_steps_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"log\.jsonl holds no steps: name the folder of a run"):
+    with pytest.raises(InputError, match="holds no run: name a folder"):
+        plot_run(tmp_path)
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(InputError, match=r"log\.jsonl holds no steps yet"):
         plot_run(tmp_path)

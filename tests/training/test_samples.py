@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mqa_gpt.errors import CheckpointError, ConfigError, InputError
+from mqa_gpt.errors import ConfigError, InputError
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training.infilling import InfillingConfig
 from mqa_gpt.training.packing import CONTEXT, LEFT_TO_RIGHT, MASKED, MIDDLE
@@ -233,7 +233,7 @@ def test_a_corpus_shorter_than_a_sequence_is_refused() -> None:
 
 def test_infilling_needs_its_control_tokens() -> None:
     without = Tokenizer(byte_tokenizer(SPECIALS[0]))
-    with pytest.raises(CheckpointError, match="cannot infill"):
+    with pytest.raises(ConfigError, match="no fill-in-the-middle tokens"):
         Samples(corpus(), without, DataConfig())
     Samples(corpus(), without, DataConfig(length=48, infilling=LEFT))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache as once
@@ -24,6 +26,7 @@ from mqa_kernels.cpu.simd import HAS_VNNI
 from mqa_kernels.cpu.team import Team, new_counters
 
 CODES = {"gelu": rows.GELU, "gelu_tanh": rows.GELU_TANH, "relu": rows.RELU}
+UNUSED_SECONDS = 30 * 24 * 3600  # after which compiled code is removed
 SHARED_TOKENS = 16  # with more, a token's blocks of keys are not shared out among threads
 
 # numba knows no 16-bit floats: see `simd`.
@@ -204,7 +207,24 @@ def _compiled() -> Any:
         # Where numba cannot write to it, it may choose a folder whose name covers less.
         if Path(cache.cache_path).is_relative_to(own):
             dispatcher._cache = cache
+            keep_used(own)
     return dispatcher
+
+
+def keep_used(own: Path) -> None:
+    """Note that a folder of compiled code is used, and remove those that long have not been.
+
+    Each version of the kernels has a folder of its own, and so have other checkouts. A process that
+    loses its folder compiles again; it never sees half of one, since a folder is renamed first.
+    """
+    with suppress(OSError):
+        os.utime(own)
+    for old in own.parent.glob("compiled-*"):
+        with suppress(OSError):  # another process removes it too
+            if old != own and time.time() - old.stat().st_mtime > UNUSED_SECONDS:
+                doomed = old.with_name(f"unused-{os.getpid()}-{old.name}")
+                old.rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
 
 
 def cache_folder() -> Path:

@@ -1,0 +1,95 @@
+"""What can be known about a run before anything is read: an error is said in a moment, not after
+minutes of tokenizing, and what will have no effect is said too.
+"""
+
+from __future__ import annotations
+
+from mqa_gpt.errors import CheckpointError, ConfigError, shown
+from mqa_gpt.tokenizer import Tokenizer
+from mqa_gpt.training.config import RunConfig
+from mqa_gpt.training.documents import require_sources
+from mqa_gpt.training.export import text_prompts
+from mqa_gpt.training.model import model_config, require_sizes
+from mqa_gpt.training.packing import require_tokens
+from mqa_gpt.training.parallel import World, require_shared_batch
+from mqa_gpt.training.samples import Samples
+from mqa_gpt.training.tensor_parallel import require_equal_shares
+
+
+def require_runnable(config: RunConfig, ranks: World, *, is_prepared: bool = False) -> None:
+    """Check all that needs no documents.
+
+    Args:
+        is_prepared: whether the run's folder holds tokenizer and data, so that the sources are not
+            needed any more.
+
+    Raises:
+        ConfigError: settings that contradict each other, the ranks, the tokenizer or what is on the
+            disk; begins with the setting.
+    """
+    require_shared_batch(config.run, ranks)
+    source = config.tokenizer.source or config.model.pretrained
+    if is_prepared:
+        return
+    require_sources(config.data, has_tokenizer=source is not None)
+    if source is None:
+        sizes = require_sizes(config, config.tokenizer.vocab_size)
+    else:
+        key = "model.pretrained" if config.tokenizer.source is None else "tokenizer.source"
+        try:
+            tokenizer = Tokenizer.from_pretrained(source)
+            key, source = "model.pretrained", config.model.pretrained
+            sizes = model_config(config, tokenizer)
+        except CheckpointError as error:
+            raise ConfigError(f"{key} is {shown(source)}: {error}") from None
+        require_tokenizer(config, tokenizer)
+    if ranks.tensor_mesh is not None:
+        require_equal_shares(sizes, ranks.tensor_mesh.size())
+
+
+def require_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Check that a tokenizer has what a run's data and texts need.
+
+    Raises:
+        ConfigError: it lacks control tokens, or a text to continue does not fit into the context.
+    """
+    run, sizes = config.run, model_config(config, tokenizer)
+    require_tokens(tokenizer, config.data.infilling)
+    if run.holes and tokenizer.fim is None:
+        raise ConfigError("run.holes is given, but the tokenizer has no fill-in-the-middle tokens")
+    for name, ids in text_prompts(tokenizer, run):
+        if not ids:
+            raise ConfigError(f"{name} is empty: give a text to continue")
+        if len(ids) + run.sample_tokens > sizes.n_positions:
+            raise ConfigError(
+                f"{name} has {len(ids):,} tokens, to which run.sample_tokens adds "
+                f"{run.sample_tokens:,}: together they must fit into the context of "
+                f"{sizes.n_positions:,}"
+            )
+
+
+def notes(config: RunConfig, training: Samples) -> list[str]:
+    """What a run's settings ask for and its steps or data will not bring, a sentence each."""
+    run, infilling, found = config.run, config.data.infilling, []
+    warmup = config.schedule.warmup_steps
+    if warmup >= run.steps:
+        found.append(
+            f"schedule.warmup_steps is {warmup:,} and run.steps is {run.steps:,}: the learning "
+            "rate grows to the end of the run"
+        )
+    if run.sample_every and not run.prompts and not run.holes:
+        found.append("run.sample_every has no effect without run.prompts or run.holes")
+    epochs = -(-run.steps * run.batch_size // len(training))  # begun
+    is_late = infilling.late_rate is not None and infilling.late_epoch > 0
+    if is_late and infilling.late_epoch >= epochs:
+        found.append(
+            f"data.infilling.late_epoch is {infilling.late_epoch:,}, but the run has {epochs:,} "
+            "epochs, counted from 0: late_rate has no effect"
+        )
+    rates = [infilling.rate_in(epoch) for epoch in range(min(epochs, infilling.late_epoch + 1))]
+    if any(rates) and not training.can_infill():
+        found.append(
+            f"data.infilling.rate is {max(rates):g}, but no hole can be cut: the documents have "
+            f"prompts, or data.length, {config.data.length:,}, leaves no room"
+        )
+    return found
