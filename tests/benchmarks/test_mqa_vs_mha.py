@@ -11,6 +11,7 @@ import torch
 from benchmarks import mqa_vs_mha
 from benchmarks.measure import ROOT
 from mqa_gpt import GPT, GPTConfig, KVCache
+from mqa_gpt.bench.counts import decode_bytes
 from mqa_gpt.bench.run import random_model
 from tests.helpers import tiny_config
 
@@ -126,3 +127,21 @@ def test_the_plot_is_a_png_file(tmp_path):
     drawn = (tmp_path / "a.png").read_bytes()
     assert drawn.startswith(b"\x89PNG")
     assert len(drawn) > 10_000
+
+
+def test_the_ratios_of_times_and_bytes_on_the_page_are_those_of_the_result():
+    result = ROOT / "benchmarks/results/mqa_vs_mha_tiny_starcoder_py_cpu.json"
+    page = (ROOT / "docs/experiments/decode-time.md").read_text()
+    cells: dict[int, list[str]] = {}
+    configs = mqa_vs_mha.both_configs(GPTConfig.preset("tiny_starcoder_py"))
+    for case in json.loads(result.read_text())["figures"]["cases"]:
+        mqa, mha = (
+            decode_bytes(configs[name], case["batch"], [case["context"]], 4, torch.float32)
+            for name in ("MQA", "MHA")
+        )
+        cells.setdefault(case["batch"], []).append(
+            f"{case['ratio']['median']:.2f} ({mha / mqa:.2f})"
+        )
+    assert len(cells) == 3
+    for batch, row in cells.items():
+        assert f"| {batch} | {' | '.join(row)} |" in page
