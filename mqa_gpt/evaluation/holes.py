@@ -41,7 +41,7 @@ def read_files(folder: str | PathLike[str], include: Sequence[str] = ("*",)) -> 
         InputError: there is no such folder, or nothing in it fits.
     """
     root = Path(folder)
-    if not root.is_dir():
+    if not str(folder) or not root.is_dir():  # an empty name would be the current folder
         raise InputError(f"{shown(str(folder))} is not a folder: name one with code in it")
     texts = {}
     for place, folders, files in os.walk(root):

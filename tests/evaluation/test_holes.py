@@ -80,6 +80,8 @@ def test_a_folder_is_read_without_what_is_no_code(tmp_path: Path) -> None:
 def test_what_has_no_holes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a folder"):
         read_files(tmp_path / "missing")
+    with pytest.raises(InputError, match="'' is not a folder"):
+        read_files("")
     with pytest.raises(InputError, match=r"holds no text files that fit '\*'"):
         read_files(tmp_path)
     with pytest.raises(InputError, match="no place for a multi-line hole"):
