@@ -31,7 +31,7 @@ from mqa_gpt.llm import LLM
 from mqa_gpt.model import GPT
 from mqa_gpt.research import record
 from mqa_gpt.research.heads import PROBS, regions
-from mqa_gpt.research.lens import as_row
+from mqa_gpt.research.lens import as_row, layer_logits
 from mqa_gpt.tokenizer import Tokenizer
 
 ALTERNATIVES = 8  # likeliest next tokens that are shown at each position
@@ -142,10 +142,9 @@ def _require_small(config: GPTConfig, T: int) -> None:
 
 
 def _generate(llm: LLM, request: Request) -> tuple[Completion, Stats]:
-    """Write the text, timed, after a few tokens that are not: they compile and allocate."""
+    """Write the text twice; the first time compiles, allocates and records CUDA graphs."""
     pool = EnginePool()
-    warm_up = replace(request, max_new_tokens=min(2, request.max_new_tokens), min_new_tokens=0)
-    Generation(llm.model, llm.tokenizer, [warm_up], pool=pool).run()
+    Generation(llm.model, llm.tokenizer, [request], pool=pool).run()
     generation = Generation(llm.model, llm.tokenizer, [request], pool=pool)
     (completion,) = generation.run()
     return completion, generation.stats
@@ -163,10 +162,8 @@ def _read(model: GPT, ids: list[int]) -> dict[str, Any]:
     logprobs, _ = token_logprobs(logits[:-1], chosen)
     own = logits[:-1].gather(1, chosen[:, None])
     ranks = (logits[:-1] > own).sum(-1) + 1
-    lens = []
-    for x in torch.cat([acts[first][None], acts[streams]])[:, 0]:  # (T, C), layer by layer
-        layer = model.lm_head(model.transformer.ln_f(x)).float().softmax(-1)  # (T, V)
-        lens.append(layer.max(-1))
+    every = torch.cat([acts[first][None], acts[streams]])[:, 0]  # (L + 1, T, C)
+    lens = [layer.softmax(-1).max(-1) for layer in layer_logits(model, every)]
     rows, columns = torch.tril_indices(T, T, device=logits.device)
     attention = acts[PROBS][:, 0, :, rows, columns]  # (L, H, T (T + 1) / 2)
     integers = (attention.float() * 255).round().to(torch.uint8).cpu()

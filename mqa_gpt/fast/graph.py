@@ -91,6 +91,7 @@ class WatchedReplay:
         if not self._replay.is_recorded:
             return
         recorders = [recorder for ref in self._recorders if (recorder := ref()) is not None]
+        assert len(recorders) == len(self._recorders)  # their contexts are open
         if not self._taken:
             self._taken = [recorder.take() for recorder in recorders]
         for recorder, taken in zip(recorders, self._taken, strict=True):

@@ -78,7 +78,7 @@ class GraphStepper:
         """Whether the graphs compute what the model computes now."""
         is_same_cache = self._model.cache_class is type(self.cache)
         is_same = self._recorded_from == _fingerprint(self._model)
-        return is_same_cache and is_same and is_plain(self._model, watched=True)
+        return is_same_cache and is_same and is_plain(self._model)
 
     def begin(self, slot: int, rows: Sequence[Row], logits: Tensor) -> None:
         """See `Stepper`."""
@@ -149,6 +149,7 @@ class GraphStepper:
         key = (count, options)
         if is_watched(self._model):
             return self._watched_graph(key, (*rows, *[None] * (count - len(rows))))
+        self._watched.clear()  # the contexts have ended
         if key not in self._graphs:
             if len(self._graphs) >= MAX_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]  # the least recently used
@@ -160,23 +161,23 @@ class GraphStepper:
         self, key: tuple[int, RowOptions | None], labels: Sequence[Row | None]
     ) -> Callable[[], None]:
         """The step of a model that is recorded or patched; `labels` are its slots' rows."""
-        recorders = vars(self._model)["forward"].recorders()
-        if any(
-            recorders is None or not graph.serves(recorders) for _, graph in self._watched.values()
-        ):
-            self._watched.clear()  # of contexts that have ended
-        cache, watched = self._watched.get(key, (self._slots(key[0]), None))
+        # None: a patch, or another's `forward`, may compute anything.
+        found = getattr(vars(self._model)["forward"], "recorders", None)
+        recorders = None if found is None else found()
+        graphs = [graph for _, graph in self._watched.values()]
+        is_new = recorders is None or not all(graph.serves(recorders) for graph in graphs)
+        if is_new or len(graphs) >= MAX_GRAPHS:
+            self._watched.clear()
+        if key not in self._watched:
+            cache = self._slots(key[0])
+            cache.labels = labels
+            step = self._recorded(self._step(cache, key[1])) if recorders is not None else None
+            if recorders is None or not isinstance(step, Replay):
+                return self._step(cache, key[1])
+            self._watched[key] = cache, WatchedReplay(step, recorders)
+        cache, graph = self._watched[key]
         cache.labels = labels
-        if watched is None:
-            step = self._step(cache, key[1])
-            if recorders is None:  # a patch may compute anything
-                return step
-            graph = self._recorded(step)
-            if not isinstance(graph, Replay):
-                return graph
-            watched = WatchedReplay(graph, recorders)
-            self._watched[key] = cache, watched
-        return partial(watched, labels)
+        return partial(graph, labels)
 
     def _recorded(self, step: Callable[[], None]) -> Callable[[], None]:
         device = self._model.device
@@ -241,7 +242,7 @@ def _fingerprint(model: GPT) -> list[object]:
     found += [model.dtype]
     for module in model.modules():
         if isinstance(module, MultiQueryAttention):
-            found += [id(getattr(module.attend, "watches", module.attend)), module.scale]
+            found += [id(module.attend), module.scale]
         elif isinstance(module, MLP):
             found.append(module.activation)
         elif isinstance(module, nn.LayerNorm):

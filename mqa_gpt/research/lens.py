@@ -8,6 +8,7 @@ logit (Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits").
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -49,12 +50,21 @@ def logit_lens(model: GPT, ids: list[int]) -> Lens:
     best = final.argmax(-1, keepdim=True)  # (T, 1)
     streams = torch.cat([acts["transformer.h.0.resid_pre"][None], acts["transformer.h.*"]])
     rows = []
-    for x in streams[:, 0]:  # layer by layer: all logits together may not fit
-        layer = model.lm_head(model.transformer.ln_f(x)).float().log_softmax(-1)  # (T, V)
+    for logits in layer_logits(model, streams[:, 0]):  # (T, V)
+        layer = logits.log_softmax(-1)  # (T, V)
         divergence = F.kl_div(layer, final, reduction="none", log_target=True).sum(-1)
         rows.append((layer.argmax(-1), layer.gather(1, best)[:, 0].exp(), divergence))
     top, probability, divergence = (torch.stack(x) for x in zip(*rows, strict=True))
     return Lens(top, probability, divergence)
+
+
+def layer_logits(model: GPT, streams: Tensor) -> Iterator[Tensor]:
+    """The logits (T, V) float32 of residual streams (L, T, C), if the model ended there.
+
+    One layer after the other, since all together may not fit into memory.
+    """
+    for x in streams:
+        yield model.lm_head(model.transformer.ln_f(x)).float()
 
 
 @dataclass(frozen=True)

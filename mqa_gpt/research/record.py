@@ -108,7 +108,8 @@ def _copies(saved: Collection[_Saved]) -> list[_Saved]:
     tensors = [one.tensor for one in saved]
     copies = [torch.empty_like(tensor) for tensor in tensors]
     torch._foreach_copy_(copies, tensors)
-    return [one._replace(tensor=new) for one, new in zip(saved, copies, strict=True)]
+    pairs = zip(saved, copies, strict=True)
+    return [one._replace(tensor=new, version=None) for one, new in pairs]
 
 
 def _value(point: Point, saved: _Saved) -> Tensor:

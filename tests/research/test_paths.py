@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mqa_gpt import GPT, DraftModel, InputError, PromptLookup, generate
+from mqa_gpt import GPT, LLM, DraftModel, InputError, PromptLookup, generate
 from mqa_gpt.fast.int8 import is_quantized, quantize
 from mqa_gpt.generation import batching
 from mqa_gpt.generation.loop import greedy_steps
@@ -257,6 +257,55 @@ def test_steps_that_are_recorded_are_replayed_as_graphs_all_the_same(
         for name in names:
             check(name, of(acts[name], row), of(alone[name], 0))
         check("logits", again["logits"][row], alone["logits"][0])
+
+
+@pytest.mark.slow
+def test_two_contexts_record_the_same_replays_also_when_rows_leave(
+    graphs: list[TapedGraph],
+) -> None:
+    model = tiny_model()
+    end = generate(model, PROMPTS, 12)[0][4]
+    plain = generate(model, PROMPTS, 12, eos_token_id=end)
+    assert len({len(row) for row in plain}) > 1  # so that fewer slots get a graph of their own
+    before = len(graphs)
+    with record(model, "transformer.h.*") as acts, record(model, "transformer.h.1.mlp") as others:
+        assert generate(model, PROMPTS, 12, eos_token_id=end) == plain
+    assert len(graphs) > before + 1
+    for row, prompt in enumerate(PROMPTS):
+        with torch.no_grad(), record(model, ["transformer.h.*", "transformer.h.1.mlp"]) as alone:
+            model(torch.tensor([[*prompt, *plain[row]][:-1]]))
+        check("h", of(acts["transformer.h.*"], row), of(alone["transformer.h.*"], 0))
+        check("mlp", others["transformer.h.1.mlp"][row], alone["transformer.h.1.mlp"][0])
+
+
+@pytest.mark.slow
+def test_graphs_of_a_context_go_with_it_and_a_patch_is_not_replayed(
+    graphs: list[TapedGraph],
+) -> None:
+    model = tiny_model()
+    expected = engine(model, PROMPTS[:1])
+    made, contexts = [], {2: record(model, "transformer.h.0"), 4: patch(model, {"lm_head": zero()})}
+    with ExitStack() as stack:
+        for token in engine_tokens(model, PROMPTS[:1], NEW):
+            made.append(token.id)
+            if len(made) in contexts:
+                stack.close()
+                stack.enter_context(contexts[len(made)])
+    assert made[:4] == expected[0][:4]
+    assert made[-1] == 0  # of logits that are all zero, the first is taken
+
+
+@pytest.mark.slow
+def test_two_generations_of_an_llm_in_one_context_are_an_error_with_graphs_too(
+    graphs: list[TapedGraph],
+) -> None:
+    llm = LLM.load()
+    llm.generate("a = 1", max_new_tokens=6)  # leaves an engine with graphs
+    with record(llm.model, "transformer.h.0") as acts:
+        llm.generate("a = 1", max_new_tokens=6)
+        llm.generate("b = 2", max_new_tokens=6)
+    with pytest.raises(InputError, match="2 runs were recorded"):
+        acts["transformer.h.0"]
 
 
 @pytest.mark.slow
