@@ -45,6 +45,8 @@ def branch(source: Path, out: Path, config: RunConfig) -> str:
             steps that are done depend on.
     """
     require_run(source)
+    if out.exists() and out.samefile("."):  # it would be replaced by a folder of the same name
+        raise InputError("a run cannot continue in the current folder: name a new one by --out")
     found = checkpoints.complete(source)
     if not found:
         raise InputError(f"{source} has no checkpoint yet: there is nothing to continue from")

@@ -1,15 +1,18 @@
-"""What can be known about a run before anything is read: an error is said in a moment, not after
-minutes of tokenizing, and what will have no effect is said too.
+"""Checks of a run before its documents are read, so that it fails in seconds and not after minutes
+of tokenizing; and notes about settings that will have no effect.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mqa_gpt.errors import CheckpointError, ConfigError, shown
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training.config import RunConfig
 from mqa_gpt.training.documents import require_sources
 from mqa_gpt.training.export import text_prompts
-from mqa_gpt.training.model import model_config, require_sizes
+from mqa_gpt.training.model import given_sizes, model_config, require_sizes
 from mqa_gpt.training.packing import require_tokens
 from mqa_gpt.training.parallel import World, require_shared_batch
 from mqa_gpt.training.samples import Samples
@@ -28,23 +31,32 @@ def require_runnable(config: RunConfig, ranks: World, *, is_prepared: bool = Fal
             disk; begins with the setting.
     """
     require_shared_batch(config.run, ranks)
-    source = config.tokenizer.source or config.model.pretrained
+    pretrained = config.model.pretrained
+    if ranks.tensor_mesh is not None:
+        with naming("model.pretrained", pretrained):
+            sizes = given_sizes(config)
+        require_equal_shares(sizes, ranks.tensor_mesh.size())
     if is_prepared:
         return
+    source = config.tokenizer.source or pretrained
     require_sources(config.data, has_tokenizer=source is not None)
     if source is None:
-        sizes = require_sizes(config, config.tokenizer.vocab_size)
-    else:
-        key = "model.pretrained" if config.tokenizer.source is None else "tokenizer.source"
-        try:
-            tokenizer = Tokenizer.from_pretrained(source)
-            key, source = "model.pretrained", config.model.pretrained
-            sizes = model_config(config, tokenizer)
-        except CheckpointError as error:
-            raise ConfigError(f"{key} is {shown(source)}: {error}") from None
-        require_tokenizer(config, tokenizer)
-    if ranks.tensor_mesh is not None:
-        require_equal_shares(sizes, ranks.tensor_mesh.size())
+        require_sizes(config, config.tokenizer.vocab_size)
+        return
+    with naming("tokenizer.source" if config.tokenizer.source else "model.pretrained", source):
+        tokenizer = Tokenizer.from_pretrained(source)
+    with naming("model.pretrained", pretrained):
+        model_config(config, tokenizer)
+    require_tokenizer(config, tokenizer)
+
+
+@contextmanager
+def naming(key: str, value: str | None) -> Iterator[None]:
+    """Have an error about a checkpoint begin with the setting that names the checkpoint."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise ConfigError(f"{key} is {shown(value)}: {error}") from None
 
 
 def require_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:

@@ -32,11 +32,7 @@ def require_sizes(config: RunConfig, vocab_size: int, end: int | None = None) ->
     Raises:
         ConfigError: its vocabulary is smaller than the tokenizer's, or its context than a sequence.
     """
-    if config.model.pretrained is not None:
-        stored = read_config(resolve(config.model.pretrained))
-        sizes = dataclasses.replace(stored, **config.model.sizes)
-    else:
-        sizes = config.model.gpt_config(vocab_size=vocab_size, bos_token_id=end, eos_token_id=end)
+    sizes = given_sizes(config, vocab_size=vocab_size, bos_token_id=end, eos_token_id=end)
     if vocab_size > sizes.vocab_size:
         raise ConfigError(
             f"model.vocab_size is {sizes.vocab_size:,} and the tokenizer has {vocab_size:,} "
@@ -48,6 +44,17 @@ def require_sizes(config: RunConfig, vocab_size: int, end: int | None = None) ->
             f"{sizes.n_positions:,}: a sequence must fit into the context"
         )
     return sizes
+
+
+def given_sizes(config: RunConfig, **defaults: int | None) -> GPTConfig:
+    """The sizes that a run's config or its pretrained model gives.
+
+    Args:
+        defaults: as in `ModelConfig.gpt_config`; a pretrained model needs none.
+    """
+    if config.model.pretrained is None:
+        return config.model.gpt_config(**defaults)
+    return dataclasses.replace(read_config(resolve(config.model.pretrained)), **config.model.sizes)
 
 
 def make_model(config: RunConfig, tokenizer: Tokenizer, device: torch.device) -> GPT:

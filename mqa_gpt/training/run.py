@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from mqa_gpt.errors import InputError
+from mqa_gpt.errors import ConfigError, InputError
 from mqa_gpt.machine import cpu_name
 from mqa_gpt.progress import duration_text, progress
 from mqa_gpt.tokenizer import Tokenizer
@@ -40,6 +40,9 @@ from mqa_gpt.training.speed import Speed, speed_of
 
 MODEL_FOLDER = "model"
 
+# What a new run may have written before its first step.
+BEGINNING = (CONFIG_FILE, TOKENIZER_FOLDER, DATA_FOLDER, checkpoints.FOLDER, LOG_FILE)
+
 
 def train(
     config: RunConfig,
@@ -55,8 +58,8 @@ def train(
     """Train as a config says; every rank calls this.
 
     Args:
-        out: the run's folder, made if it does not exist. It gets `config.toml`, `log.jsonl`,
-            `tokenizer`, `checkpoints`, and at the end `model`, a checkpoint for transformers.
+        out: the run's folder, empty or to be made. It gets `config.toml`, `log.jsonl`, `tokenizer`,
+            `data`, `checkpoints`, and at the end `model`, a checkpoint for transformers.
         resume: continue from the last checkpoint in `out`; what follows is what an uninterrupted
             run would have computed, bit for bit, on the same machine and number of ranks.
         branch_from: the folder of another run from whose last checkpoint this one continues, with
@@ -72,9 +75,9 @@ def train(
     Raises:
         ConfigError: settings that cannot work together or here (see `checks.py`); begins with one
             of them.
-        InputError: `out` holds a run and `resume` is false, or the other way round; or the config
-            differs from that of the run, whose settings are named; or the documents are too few.
-            A folder that this call has made is removed again.
+        InputError: `out` is not empty and `resume` is false; or it holds no run to resume, or one
+            with other settings, which are named; or the documents are too few. What this call has
+            written of a new run is removed again; nothing else ever is.
         FloatingPointError: a bad step that the config wants to stop at; a checkpoint is written.
         RunInterruptedError: SIGINT or SIGTERM arrived; a checkpoint is written.
     """
@@ -88,7 +91,7 @@ def train(
         has_data = branch_from is not None or (resume and is_prepared(out / DATA_FOLDER))
         require_runnable(config, ranks, is_prepared=has_data)
         ranks.wait()  # before one of them makes it
-        with removed_on_error(out, is_new=ranks.is_first and not (out / LOG_FILE).exists()):
+        with removed_on_error(out, is_new=ranks.is_first and not resume):
             branched = None
             if ranks.is_first and branch_from is not None:
                 branched = branch(branch_from, out, config)
@@ -218,14 +221,14 @@ class Run:
 
 def require_folder(out: Path, config: RunConfig, resume: bool) -> None:
     """Raise InputError unless a run of this config can begin or be resumed in a folder."""
-    has_run = (out / CONFIG_FILE).exists()
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is not a folder: choose another --out")
+    has_run = holds_run(out)
     if resume and not has_run:
         raise InputError(f"{out} holds no run to resume: leave --resume out")
-    if not resume and (out / LOG_FILE).exists():
+    if not resume and has_run:
         raise InputError(f"{out} holds a run: pass --resume, or choose another --out")
-    if not has_run and out.exists() and any(out.iterdir()):
+    if not resume and out.exists() and any(out.iterdir()):
         raise InputError(f"{out} holds something else than a run: choose another --out")
     if resume:
         changed = differences(read_run_config(out / CONFIG_FILE), config)
@@ -235,30 +238,49 @@ def require_folder(out: Path, config: RunConfig, resume: bool) -> None:
             )
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a run has begun in a folder: there is a log, or a config as `to_toml` writes it.
+
+    A `config.toml` in any other form is the user's own and must not be overwritten.
+    """
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        return False
+    if (folder / LOG_FILE).is_file():
+        return True
+    try:
+        config = read_run_config(file)
+    except ConfigError:  # of some other program
+        return False
+    return file.read_text(encoding="utf-8") == to_toml(config)
+
+
 @contextmanager
 def removed_on_error(out: Path, *, is_new: bool) -> Iterator[None]:
-    """If the block ends with an InputError, take away what it has made in a new run's folder."""
+    """If the block ends with an InputError, remove what it has written of a new run."""
     existed = out.exists()
+    absent = [path for name in BEGINNING if not (path := out / name).exists()]
     try:
         yield
     except InputError:
         if is_new:
-            for path in out.iterdir() if out.exists() else ():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            if not existed and out.exists():
-                out.rmdir()
+            for path in absent:
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+            if not existed:
+                with suppress(OSError):  # it was not made, or somebody else has a file in it
+                    out.rmdir()
         raise
 
 
 def prepare_folder(out: Path, config: RunConfig) -> None:
-    """Make a run's folder and write the config. What is left of a run that did not come to its
-    first step, maybe with other settings, is removed.
-    """
-    if not (out / LOG_FILE).exists():
-        for name in (TOKENIZER_FOLDER, DATA_FOLDER):
-            shutil.rmtree(out / name, ignore_errors=True)
+    """Make a run's folder and write the config, unless a resumed run has the same there."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
+    file = out / CONFIG_FILE
+    if not file.exists() or read_run_config(file) != config:
+        file.write_text(to_toml(config), encoding="utf-8")
     checkpoints.tidy(out)
 
 

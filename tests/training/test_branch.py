@@ -59,6 +59,18 @@ def test_a_longer_branch_of_a_stable_run_has_the_bits_of_a_run_of_that_length(
     start(whole, tmp_path / "branch", resume=True)  # it is a run like any other
 
 
+def test_the_current_folder_is_not_replaced(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.toml").touch()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (Path(), tmp_path / "here"):
+        with pytest.raises(InputError, match="cannot continue in the current folder"):
+            branch(tmp_path / "run", out, tiny_run(sources))
+
+
 @pytest.mark.slow
 def test_what_cannot_be_continued_is_refused_and_leaves_nothing(
     sources: Path, tmp_path: Path

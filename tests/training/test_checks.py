@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from mqa_gpt import Tokenizer
 from mqa_gpt.errors import ConfigError, InputError
 from mqa_gpt.training import data, documents, log
+from mqa_gpt.training.checks import require_runnable
 from mqa_gpt.training.config import RunConfig
+from mqa_gpt.training.parallel import World
 from mqa_gpt.training.plan import plan_run
 from mqa_gpt.training.run import train
 from tests.helpers import SPECIALS, byte_tokenizer
@@ -111,6 +115,16 @@ def test_a_pretrained_model_is_looked_for_first(sources: Path, tokenizers: Any) 
     model = dataclasses.replace(config.model, pretrained="/none", sizes={})
     with pytest.raises(ConfigError, match=r"^model.pretrained is '/none': there is no folder"):
         plan_run(dataclasses.replace(config, model=model), device="cpu", say=say_nothing)
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_ranks_that_cannot_share_a_layer_are_refused_before_anything_is_opened(
+    is_prepared: bool, sources: Path
+) -> None:
+    mesh: Any = SimpleNamespace(size=lambda: 3)
+    ranks = World(0, 1, torch.device("cpu"), tensor_mesh=mesh)
+    with pytest.raises(InputError, match="n_head is 4 and there are 3 tensor-parallel ranks"):
+        require_runnable(tiny_run(sources), ranks, is_prepared=is_prepared)
 
 
 @pytest.mark.usefixtures("reads_nothing")

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, GPTBigCodeForCausalLM
 from mqa_gpt import GPT, LLM
 from mqa_gpt.errors import InputError
 from mqa_gpt.training import checkpoints
-from mqa_gpt.training.config import RunConfig
+from mqa_gpt.training.config import RunConfig, to_toml
 from mqa_gpt.training.log import LOG_FILE, read_log
 from mqa_gpt.training.loop import Trainer
 from mqa_gpt.training.run import train
@@ -259,6 +259,83 @@ def test_a_folder_with_a_run_is_not_begun_again_and_one_without_not_resumed(
         start(config, tmp_path / "file")
     with pytest.raises(InputError, match="holds something else than a run"):
         start(config, tmp_path)
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below a folder, with the time of its last change."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("text", ["the run's", "title = 'of another program'\n", "no TOML", ""])
+def test_a_folder_of_the_users_own_is_never_written_to(
+    text: str, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = tiny_run(sources, run_steps=1), tmp_path / "project"
+    (folder / "data").mkdir(parents=True)
+    (folder / "data/corpus.txt").write_text("years of work")
+    own = f"# my experiment\n{to_toml(config)}" if text == "the run's" else text
+    (folder / "config.toml").write_text(own)
+    before = contents(folder)
+    monkeypatch.chdir(folder)
+    for out in (Path(), folder):
+        with pytest.raises(InputError, match=r"holds something else than a run: choose another"):
+            start(config, out)
+        with pytest.raises(InputError, match="holds no run to resume"):
+            start(config, out, resume=True)
+        with pytest.raises(InputError, match="holds something else than a run"):
+            train(config, out, branch_from=tmp_path, device="cpu", say=say_nothing)
+        assert contents(folder) == before
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_an_error_removes_only_what_the_run_has_written(
+    existed: bool, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    if existed:
+        out.mkdir()
+
+    def refuse(*_: Any) -> None:
+        (out / "notes.txt").write_text("written meanwhile")
+        raise InputError("too few documents")
+
+    monkeypatch.setattr("mqa_gpt.training.run.make_model", refuse)
+    with pytest.raises(InputError, match="too few documents"):
+        start(tiny_run(sources), out)
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_resuming_removes_nothing_even_of_a_run_without_a_step(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, out = tiny_run(sources, run_steps=1), tmp_path / "run"
+
+    def ends_with(error: Exception) -> Callable[..., None]:
+        def end(*_: Any) -> None:
+            raise error
+
+        return end
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mqa_gpt.training.run.make_model", ends_with(RuntimeError("killed")))
+        with pytest.raises(RuntimeError):
+            start(config, out)
+    before = contents(out)
+    assert {"config.toml", "tokenizer/tokenizer.json", "data/training/index.json"} <= before.keys()
+    with pytest.raises(InputError, match="holds a run: pass --resume"):
+        start(config, out)
+    with monkeypatch.context() as patch:
+        patch.setattr("mqa_gpt.training.run.make_model", ends_with(InputError("no such ranks")))
+        with pytest.raises(InputError, match="no such ranks"):
+            start(config, out, resume=True)
+    assert contents(out).items() >= before.items()
+    start(config, out, resume=True)
+    assert contents(out).items() >= before.items()
+    assert (out / "model/model.safetensors").exists()
 
 
 def test_a_run_that_could_not_begin_may_begin_with_other_settings(
