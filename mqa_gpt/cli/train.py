@@ -18,7 +18,7 @@ from mqa_gpt.cli.options import Json
 from mqa_gpt.cli.output import note, print_json, write
 from mqa_gpt.errors import ConfigError, InputError
 from mqa_gpt.training.config import located, read_run_config, settings_text
-from mqa_gpt.training.toml_file import read_toml
+from mqa_gpt.training.toml_file import TomlError, read_toml
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
@@ -161,6 +161,8 @@ def _located(config: Path, settings: list[str] | None) -> Iterator[None]:
     """An error about a setting names the file and the line of it, or the option."""
     try:
         yield
+    except TomlError:  # has its place already, maybe in the config of another run
+        raise
     except ConfigError as error:
         raise located(error, read_toml(config), settings or []) from None
 

@@ -101,6 +101,32 @@ def test_what_cannot_work_is_refused_at_once_with_file_and_line(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_with_the_config_itself_is_refused_and_left_as_it_is(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"# mine\n{Path(config).read_text()}"
+    (tmp_path / "config.toml").write_text(text)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/corpus.txt").write_text("years of work")
+    monkeypatch.chdir(tmp_path)
+    run = ("train", "config.toml", "--out", ".", "--device", "cpu")
+    assert "holds something else than a run" in refusal_after_settings(*run)
+    assert "holds no run to resume" in refusal_after_settings(*run, "--resume")
+    assert Path("config.toml").read_text() == text
+    assert Path("data/corpus.txt").read_text() == "years of work"
+
+
+def test_an_error_in_the_config_of_another_run_names_that_one(config: str, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    (old / "checkpoints/step-00000002").mkdir(parents=True)
+    (old / "config.toml").write_text("[run]\nsteps = 0\n[model]\n[data]\n")
+    run = ("train", config, "--out", str(tmp_path / "new"), "--device", "cpu")
+    said = refusal_after_settings(*run, "--from", str(old))
+    wrong = "run.steps is 0: it must be an integer of at least 1"
+    assert said == f"{old}/config.toml:2: {wrong}"
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.slow
 def test_a_run_is_continued_from_another_with_another_length(config: str, tmp_path: Path) -> None:
     out = [str(tmp_path / name) for name in ("short", "long")]

@@ -34,6 +34,14 @@ holes = [["before\\n", "\\n\\u00e9"]]
 """
 
 
+# Nothing in these texts is a setting or a section.
+TEXTS = (
+    "[run]\nprompts = [\n'''\nsteps = 5\n[data]\n''',\n"
+    '"""\\"""\nsteps = 6\n""", # """\n]\n'
+    'holes = [\n["a", "b"]]\n'
+)
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "run.toml"
@@ -152,6 +160,7 @@ def test_a_file_that_is_no_config_is_refused_by_its_name(file: Path, tmp_path: P
         ("[model]\npreset = 'x'\n[data]\n", "1: model: 'x' is not a preset: "),
         ("[model]\n[data]\n[rum]\nsteps = 1\n", "3: rum is not a section: "),
         ("[model]\n[data]\n[run]\nholes = [['a']]\n", "4: run.holes[0] is ['a']: "),
+        (f"[model]\n[data]\n{TEXTS}steps = 0\n", "15: run.steps is 0: "),
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_line(file: Path, text: str, place: str) -> None:
