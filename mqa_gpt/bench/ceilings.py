@@ -77,7 +77,7 @@ def probes(device: torch.device, dtype: torch.dtype, in_8_bits: bool = False) ->
         "matmul_tflops": product_probe(device, dtype, size),
     }
     if in_8_bits and device.type == "cpu":
-        integers = torch.rand(size, size).to(torch.int8)
+        integers = torch.randint(-127, 128, (size, size), dtype=torch.int8)
         limits["int8_matmul_tflops"] = _probe(
             device, lambda: torch._int_mm(integers, integers.T), 2 * size**3 / 1e12
         )
