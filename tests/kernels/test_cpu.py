@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("numba", reason="numba, the extra 'cpu', is not installed")
 
-from mqa_kernels.cpu import linear, rows
+from mqa_kernels.cpu import linear, program, rows
 from mqa_kernels.cpu.simd import (
     HAS_VNNI,
     LANES,
@@ -301,3 +302,18 @@ def test_a_place_may_be_counted_from_another():
         return at(pointer(x.ctypes.data, floats), 1)[0]
 
     assert second(np.array([3, 5], dtype=np.float32), FLOATS) == 5
+
+
+def test_compiled_code_that_is_long_unused_is_removed_and_so_are_the_leavings_of_a_killed_process(
+    tmp_path,
+):
+    names = ("compiled-own", "compiled-recent", "compiled-old", "unused-1-compiled-older", "other")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "code.nbc").touch()
+    for name in ("compiled-own", "compiled-old"):
+        os.utime(tmp_path / name, (0, 0))
+    program.keep_used(tmp_path / "compiled-own")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"compiled-own", "compiled-recent", "other"}
+    assert (tmp_path / "compiled-own").stat().st_mtime > 0

@@ -222,9 +222,9 @@ def keep_used(own: Path) -> None:
     for old in own.parent.glob("compiled-*"):
         with suppress(OSError):  # another process removes it too
             if old != own and time.time() - old.stat().st_mtime > UNUSED_SECONDS:
-                doomed = old.with_name(f"unused-{os.getpid()}-{old.name}")
-                old.rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                old.rename(old.with_name(f"unused-{os.getpid()}-{old.name}"))
+    for doomed in own.parent.glob("unused-*"):  # a killed process may have left some
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def cache_folder() -> Path:
