@@ -26,15 +26,16 @@ CLOSE = 1e-5  # relative, between float32 losses that are summed in different or
 def training(device: torch.device) -> Iterator[Row]:
     """Losses of some steps against transformers'; then time, memory and MFU of a step."""
     gpu = device.type == "cuda"
+    length = 512 if gpu else 16
     yield from each(
-        ({"model": name, "check": "losses"}, partial(check_losses, config, 512 if gpu else 16))
+        ({"model": name, "check": "losses"}, partial(check_losses, config, length, device))
         for name, config in ((name, trained(config)) for name, config in shallow(device).items())
     )
     config = trained(GPTConfig.preset("starcoderbase-1b") if gpu else TINY)
     lengths = LENGTHS if gpu else (16,)
     yield from each(
         ({"backend": backend, "tokens": T, "recompute": again},
-         partial(step_speed, config, T, backend, again))
+         partial(step_speed, config, T, device, backend, again))
         for T, again, backend in product(lengths, (False, True), BACKENDS)
     )  # fmt: skip
 
@@ -44,15 +45,14 @@ def trained(config: GPTConfig) -> GPTConfig:
     return replace(config, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
 
 
-def random_ids(config: GPTConfig, T: int) -> torch.Tensor:
+def random_ids(config: GPTConfig, T: int, device: torch.device) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.randint(config.vocab_size, (1, T + 1), generator=generator).to(device)
 
 
-def check_losses(config: GPTConfig, T: int) -> Row:
-    """The losses of the first steps in float32, each of which the weights' gradients lead to."""
-    ids = random_ids(config, T)
+def check_losses(config: GPTConfig, T: int, device: torch.device) -> Row:
+    """Losses of the first float32 steps: after an optimizer step they depend on gradients too."""
+    ids = random_ids(config, T, device)
     losses: dict[str, list[float]] = {}
     for name in (OURS, THEIRS):
         step = make_step(name, config, ids, torch.float32)
@@ -63,18 +63,20 @@ def check_losses(config: GPTConfig, T: int) -> Row:
     return {"passed": error <= CLOSE, "error_of_loss": error, "losses": losses}
 
 
-def step_speed(config: GPTConfig, T: int, backend: str, recompute: bool) -> Row:
+def step_speed(
+    config: GPTConfig, T: int, device: torch.device, backend: str, recompute: bool
+) -> Row:
     """A step under bfloat16 autocast: forward and backward pass, clipping, AdamW."""
-    ids = random_ids(config, T)
-    if ids.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    ids = random_ids(config, T, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     step = make_step(OURS, config, ids, torch.bfloat16, backend=backend, recompute=recompute)
     loss: Any = step()
     seconds = seconds_of(step)
-    used = speed_of(config, T, ids.device, "bfloat16").utilisation(T / seconds)
+    used = speed_of(config, T, device, "bfloat16").utilisation(T / seconds)
     return {
         "loss": loss,
         "step_ms": seconds * 1e3,
         "tokens_per_s": T / seconds,
-        "peak_gb": (peak_memory(ids.device) or 0) / 1e9,
+        "peak_gb": (peak_memory(device) or 0) / 1e9,
     } | used

@@ -138,6 +138,12 @@ class TestSections:
             assert row["mfu"] > row["mfu_causal"] > 0
             assert row["loss"] == pytest.approx(check["losses"]["mqa-gpt"][0], rel=0.01)
 
+    def test_training_is_on_the_device_of_the_section_even_where_there_is_another(
+        self, monkeypatch
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        assert gpu_training.random_ids(TINY, 3, CPU).device == CPU
+
     def test_a_loss_that_is_not_transformers_fails(self, monkeypatch):
         honest = gpu_training.make_step
         monkeypatch.setattr(
