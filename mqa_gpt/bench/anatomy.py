@@ -127,11 +127,11 @@ class Anatomy:
         def seconds(work: Work) -> tuple[float, bool]:
             return device.least_seconds(work.flops, work.bytes, dtype)
 
-        prefill, prefill_moves = seconds(whole(here.prefill.values()))
+        prefill, prefill_is_memory_bound = seconds(whole(here.prefill.values()))
         one, many = (here.decode_as(multi_query=m) for m in (True, False))
-        decode, decode_moves = seconds(one if self.config.multi_query else many)
+        decode, decode_is_memory_bound = seconds(one if self.config.multi_query else many)
         rates = Heads(*(self.batch / seconds(work)[0] for work in (one, many)))
-        return Roof(dtype, prefill, prefill_moves, decode, decode_moves, rates)
+        return Roof(dtype, prefill, prefill_is_memory_bound, decode, decode_is_memory_bound, rates)
 
     def rows_that_fit(
         self, memory: float, context: int, dtype: torch.dtype, *, int8: bool = False
@@ -212,15 +212,16 @@ class Roof(NamedTuple):
     Attributes:
         dtype: of weights, activations and cache there.
         prefill, decode: seconds.
-        prefill_moves, decode_moves: whether memory is what takes the time, not arithmetic.
+        prefill_is_memory_bound, decode_is_memory_bound: whether memory traffic sets the time, not
+            arithmetic.
         rates: tokens per second of decoding, of all rows together.
     """
 
     dtype: torch.dtype
     prefill: float
-    prefill_moves: bool
+    prefill_is_memory_bound: bool
     decode: float
-    decode_moves: bool
+    decode_is_memory_bound: bool
     rates: Heads
 
 
@@ -255,8 +256,8 @@ def _roof_figures(device: Device, roof: Roof | None) -> dict[str, Any]:
         "dtype": name_of(roof.dtype),
         "flops_per_byte": device.balance(roof.dtype),
         "prefill_seconds": roof.prefill,
-        "prefill_limited_by": names[roof.prefill_moves],
+        "prefill_limited_by": names[roof.prefill_is_memory_bound],
         "decode_seconds": roof.decode,
-        "decode_limited_by": names[roof.decode_moves],
+        "decode_limited_by": names[roof.decode_is_memory_bound],
         "decode_tokens_per_second": roof.rates._asdict(),
     }

@@ -108,8 +108,8 @@ def _print_rooflines(found: Anatomy, devices: Sequence[Device]) -> None:
             speed,
             _number(device.rates[roof.dtype] / 1e12),
             f"{device.balance(roof.dtype):,.0f}",
-            f"{_time(roof.prefill)} {'AM'[roof.prefill_moves]}",
-            f"{_time(roof.decode)} {'AM'[roof.decode_moves]}",
+            f"{_time(roof.prefill)} {_limit(roof.prefill_is_memory_bound)}",
+            f"{_time(roof.decode)} {_limit(roof.decode_is_memory_bound)}",
             *(_number(rate) for rate in roof.rates),
         )
     print_table(table)
@@ -144,6 +144,10 @@ def _print_memory(found: Anatomy, devices: Sequence[Device]) -> None:
     for context in found.contexts():
         table.add_row(f"{context:,}", *cells(here.memory, context))
     print_table(table)
+
+
+def _limit(is_memory_bound: bool) -> str:
+    return "M" if is_memory_bound else "A"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -52,8 +52,8 @@ def test_a_roofline_is_that_of_all_work_and_of_the_dtype() -> None:
     assert roof.prefill == pytest.approx(prefill_flops(SEVEN_B, 1, 1024) / 989e12)
     least = decode_bytes(SEVEN_B, 1, [1024], 2, torch.bfloat16) / 3.35e12
     assert least < roof.decode < 1.01 * least  # activations are moved too
-    assert not roof.prefill_moves
-    assert roof.decode_moves
+    assert not roof.prefill_is_memory_bound
+    assert roof.decode_is_memory_bound
     assert roof.rates.mqa == pytest.approx(1 / roof.decode)
     assert roof.rates.mqa > roof.rates.mha
     t4 = find_device("T4")
