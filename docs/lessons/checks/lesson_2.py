@@ -39,20 +39,20 @@ def _step_speedup(f: Callable[..., Any]) -> str | None:
         mqa = GPTConfig.preset(shape)
         weights, H = weight_bytes(mqa, 2), mqa.n_head
         per_token = cache_bytes(dataclasses.replace(mqa, multi_query=False), torch.bfloat16)
-        for rows, context in ((1, 1), (1, 2048), (8, 512), (64, 8192)):
-            mqa_step = decode_bytes(mqa, rows, [context], 2, torch.bfloat16)
-            right = (weights + rows * context * per_token) / mqa_step
-            got = f(weights, per_token, H, rows, context)
+        for texts, context in ((1, 1), (1, 2048), (8, 512), (64, 8192)):
+            mqa_step = decode_bytes(mqa, texts, [context], 2, torch.bfloat16)
+            right = (weights + texts * context * per_token) / mqa_step
+            got = f(weights, per_token, H, texts, context)
             if math.isclose(got, right, rel_tol=1e-6):
                 continue
             if math.isclose(got, 1 / right, rel_tol=1e-6):
                 return "the wrong way round: divide the time of MHA by that of MQA"
             if math.isclose(got, H, rel_tol=1e-6):
                 return "only the cache becomes H times smaller: both steps also read the weights"
-            one_row = (weights + context * per_token) / (weights + context * per_token / H)
-            if math.isclose(got, one_row, rel_tol=1e-6):
-                return "right for one row: each row has a cache of its own"
-            where = f"{rows} rows of {context} tokens in the shape of {shape}"
+            one_text = (weights + context * per_token) / (weights + context * per_token / H)
+            if math.isclose(got, one_text, rel_tol=1e-6):
+                return "right for one text: each text has a cache of its own"
+            where = f"{texts} texts of {context} tokens in the shape of {shape}"
             return f"for {where} it gives {got:.4f}; the bytes of the library give {right:.4f}"
     return None
 
