@@ -40,18 +40,18 @@ def _fastest_decoding(f: Callable[..., Any]) -> str | None:
     for shape in ("tiny_starcoder_py", "starcoderbase-7b"):
         config = GPTConfig.preset(shape)
         weights, token = weight_bytes(config, 2), cache_bytes(config, torch.bfloat16)
-        for rows, context in ((1, 1), (1, 8192), (16, 2048)):
-            step = decode_bytes(config, rows, [context], 2, torch.bfloat16)
-            got, right = f(weights, token, rows, context, 1e12), rows * 1e12 / step
+        for texts, context in ((1, 1), (1, 8192), (16, 2048)):
+            step = decode_bytes(config, texts, [context], 2, torch.bfloat16)
+            got, right = f(weights, token, texts, context, 1e12), texts * 1e12 / step
             if math.isclose(got, right):
                 continue
-            if math.isclose(got * rows, right):
-                return "that is the number of steps per second: each step writes a token per row"
-            if math.isclose(got, rows * 1e12 / weights):
-                return "a step also reads the cache: the keys and values of every row"
-            if math.isclose(got, rows * 1e12 / (weights + context * token)):
-                return "right for one row: each row has a cache of its own"
-            where = f"{rows} rows of {context} tokens in the shape of {shape}"
+            if math.isclose(got * texts, right):
+                return "that is the number of steps per second: each step writes a token per text"
+            if math.isclose(got, texts * 1e12 / weights):
+                return "a step also reads the cache: the keys and values of every text"
+            if math.isclose(got, texts * 1e12 / (weights + context * token)):
+                return "right for one text: each text has a cache of its own"
+            where = f"{texts} texts of {context} tokens in the shape of {shape}"
             return f"for {where} it gives {got:.5g}; the limit is {right:.5g} tokens per second"
     return None
 
@@ -92,7 +92,7 @@ check = checker(
     ),
     fastest_decoding=(
         _fastest_decoding,
-        "More rows share the reading of the weights, until the caches are the larger part.",
+        "More texts share the reading of the weights, until the caches are the larger part.",
     ),
     verdict=(
         _verdict,
