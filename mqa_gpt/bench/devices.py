@@ -58,7 +58,7 @@ def _nvidia(
     return Device(name, gb * 1e9, gb_per_s * 1e9, rates, source)
 
 
-# In the names of GPUs that share a name with one below but are slower, or a slice of it.
+# Words of other variants and of slices of the GPUs below, whose figures differ.
 OTHERS = {"Laptop", "NVL", "D", "MIG"}
 
 # By the speed of their memory; of two variants of a GPU the more special name comes first.
@@ -68,7 +68,7 @@ DEVICES = [
     _nvidia("A10G", 24, 600, 70, 35, "AWS, EC2 G5 instances"),
     _nvidia("L40S", 48, 864, 362, 91.6, "NVIDIA L40S datasheet"),
     _nvidia("RTX 4090", 24, 1008, 165.2, 82.6, "NVIDIA Ada GPU architecture, appendix A"),
-    _nvidia("A100 80GB PCIe", 80, 1935, 312, 19.5, "NVIDIA A100 datasheet, PCIe"),
+    _nvidia("A100 PCIe", 80, 1935, 312, 19.5, "NVIDIA A100 datasheet, 80 GB PCIe"),
     _nvidia("A100 80GB", 80, 2039, 312, 19.5, "NVIDIA A100 datasheet, SXM"),
     _nvidia("A100", 40, 1555, 312, 19.5, "NVIDIA A100 datasheet, 40 GB"),
     _nvidia("H100 PCIe", 80, 2000, 756, 51, "NVIDIA H100 datasheet, PCIe"),

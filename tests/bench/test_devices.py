@@ -21,7 +21,7 @@ from mqa_gpt.bench.devices import DEVICES, find_device, measured_device
         ("NVIDIA L4", "L4"),
         ("Tesla T4", "T4"),
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
-        ("NVIDIA A100 80GB PCIe", "A100 80GB PCIe"),
+        ("NVIDIA A100 80GB PCIe", "A100 PCIe"),
         # Others of that name, with other figures.
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA GeForce RTX 4090 D", None),
@@ -46,7 +46,7 @@ FRONT_PAGES = {
     "A10G": (24, 0.600, 140),
     "L40S": (48, 0.864, 733),
     "RTX 4090": (24, 1.008, 330.4),
-    "A100 80GB PCIe": (80, 1.935, 624),
+    "A100 PCIe": (80, 1.935, 624),
     "A100 80GB": (80, 2.039, 624),
     "A100": (40, 1.555, 624),
     "H100 PCIe": (80, 2.0, 1513),
