@@ -17,17 +17,17 @@ from mqa_gpt.checkpoints.hub import resolve
 from mqa_gpt.cli.input import numbers, unescape
 from mqa_gpt.cli.options import CachedModelOptions, Json, Mode, with_groups
 from mqa_gpt.cli.output import new_table, note, print_json, print_table, visible, write
-from mqa_gpt.errors import InputError
+from mqa_gpt.errors import InputError, shown
 from mqa_gpt.evaluation.execution import PROTECTIONS, Limits
 from mqa_gpt.evaluation.holes import KINDS, cut_holes, read_files
 from mqa_gpt.evaluation.infilling import evaluate_infilling
-from mqa_gpt.evaluation.metrics import summarize_passes
+from mqa_gpt.evaluation.metrics import edit_similarity, summarize_passes
 from mqa_gpt.evaluation.records import checkpoint_digest, open_records
 from mqa_gpt.evaluation.samples import FUNCTION_ENDS, read_samples, run_samples, write_samples
 from mqa_gpt.evaluation.tasks import Task, read_tasks
 from mqa_gpt.fim import MODES, check_mode
 from mqa_gpt.llm import BATCH_SIZE, LLM
-from mqa_gpt.progress import progress
+from mqa_gpt.progress import progress, status
 
 SAMPLES = "samples"  # the file that `tasks` writes, without .jsonl
 
@@ -91,8 +91,12 @@ def infilling(
             help=f"Cut {', '.join(KINDS)} holes; may be given several times. Default: all three.",
         ),
     ] = None,
-    count: Annotated[int, typer.Option(metavar="N", help="Cut N holes of each kind.")] = 100,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of where they are cut.")] = 0,
+    count: Annotated[
+        int | None, typer.Option(metavar="N", help="Cut N holes of each kind. Default: 100.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Of where they are cut. Default: 0.")
+    ] = None,
     include: Annotated[
         list[str] | None,
         typer.Option(
@@ -134,6 +138,7 @@ def infilling(
       mqa-gpt evaluate infilling HumanEval-SingleLineInfilling.jsonl.gz --mode psm --out results
     """
     model.check()
+    _check_folder(out)
     modes = tuple(dict.fromkeys(mode or MODES))
     for order in modes:
         check_mode(order)
@@ -141,16 +146,20 @@ def infilling(
     if Path(source).is_dir():
         kinds = tuple(dict.fromkeys(holes or KINDS))
         patterns = tuple(include or ("*",))
+        count, seed = 100 if count is None else count, seed or 0
         texts = read_files(source, patterns)
         tasks = [task for kind in kinds for task in cut_holes(texts, kind, count, seed)]
         settings |= {"holes": kinds, "count": count, "seed": seed, "include": patterns}
-    elif holes or include:
-        raise InputError(f"--holes and --include are for a folder, which {source!r} is not")
+    elif holes or include or count is not None or seed is not None:
+        raise InputError(
+            f"--holes, --count, --seed and --include are for a folder, which {source!r} is not"
+        )
     else:
         tasks = read_tasks(source)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "prompt_tokens": prompt_tokens}
     options["stop"] = [unescape(text) for text in stop or []]
-    llm, about_model = _load(model)
+    edit_similarity("", "")  # fail early where rapidfuzz is missing
+    llm, about_model = _load(model, out)
     settings |= {"modes": modes, **options, "tasks": _digest(tasks), **about_model}
     with open_records(out, "fillings", settings) as records:
         with _progress(len(modes) * len(tasks), "filling", out) as advance:
@@ -220,6 +229,7 @@ def tasks(
       mqa-gpt evaluate tasks tasks.jsonl --out sampled --n 20 --temperature 0.2
     """
     model.check()
+    _check_folder(out)
     found = read_tasks(file)
     holes = sum(task.suffix is not None for task in found)
     if 0 < holes < len(found):
@@ -227,19 +237,19 @@ def tasks(
     stops = [unescape(text) for text in stop] if stop else [] if holes else list(FUNCTION_ENDS)
     options = {**asdict(sampling), "stop": stops, "prompt_tokens": prompt_tokens}
     options |= {"mode": mode} if holes else {}
-    llm, about_model = _load(model)
+    llm, about_model = _load(model, out)
     settings = {"evaluation": "tasks", **options, "tasks": _digest(found), **about_model}
     with open_records(out, SAMPLES, settings, group=sampling.n) as records:
         with _progress(sampling.n * len(found), "sample", out) as advance:
             samples = write_samples(
                 llm, found, batch_size=batch_size, records=records, advance=advance, **options
             )
-        cut = sum(any(sample["left_out"]) for sample in samples)
+        cut = len({sample["task_id"] for sample in samples if any(sample["left_out"])})
         ended = sum(sample["finish_reason"] == "stop" for sample in samples)
         counts = {"tasks": len(found), "samples": len(samples), "ended": ended, "cut": cut}
         report = records.finish(counts)
     if cut:
-        note(f"note: {cut:,} prompts did not fit and were cut")
+        note(f"note: {cut:,} of {len(found):,} prompts did not fit and were cut")
     if as_json:
         print_json({"model": model.name, **report})
         return
@@ -289,6 +299,7 @@ def pass_at_k(
       mqa-gpt evaluate pass-at-k humaneval/samples.jsonl_results.jsonl
       mqa-gpt evaluate pass-at-k humaneval --tasks HumanEval.jsonl.gz --allow-code-execution
     """
+    _check_folder(out)
     limits = Limits(timeout, memory)
     ks = sorted(set(numbers(k, "--k")))
     path = Path(samples, f"{SAMPLES}.jsonl") if Path(samples).is_dir() else Path(samples)
@@ -317,7 +328,7 @@ def pass_at_k(
                     collection,
                     found,
                     limits,
-                    workers=workers or os.cpu_count() or 1,
+                    workers=_cores() if workers is None else workers,
                     records=records,
                     advance=advance,
                 )
@@ -346,16 +357,34 @@ def pass_at_k(
     )
 
 
-def _load(model: CachedModelOptions) -> tuple[LLM, dict[str, Any]]:
-    """The model, and what of it decides a result."""
+def _load(model: CachedModelOptions, out: str | None) -> tuple[LLM, dict[str, Any]]:
+    """The model, and what of it decides a result; with a folder to continue, the checkpoint too."""
     llm, _ = model.load()
-    return llm, {
-        "checkpoint": checkpoint_digest(resolve(model.name_or_dir, model.revision)),
+    settings: dict[str, Any] = {
         "dtype": str(llm.model.dtype).removeprefix("torch."),
         "quantize": model.quantize,
         "cache_dtype": model.cache_dtype,
         "device": llm.model.device.type,
     }
+    if out is not None:
+        with status() as say:
+            say("computing the checkpoint's SHA-256")
+            folder = resolve(model.name_or_dir, model.revision)
+            settings["checkpoint"] = checkpoint_digest(folder)
+    return llm, settings
+
+
+def _check_folder(out: str | None) -> None:
+    """Raise InputError, before the work, if `--out` is no folder; "" is not the current one."""
+    if out is not None and (not out or (Path(out).exists() and not Path(out).is_dir())):
+        raise InputError(f"cannot write to {shown(out)}: it is not a folder")
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
 
 
 def _digest(items: Sequence[Task | dict[str, Any]]) -> str:

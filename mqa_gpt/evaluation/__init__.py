@@ -8,7 +8,7 @@ samples.py     samples for the public harnesses, and running them here
 execution.py   generated code in processes with limits; sandbox.py is what runs in them
 metrics.py     exact match, edit similarity, pass@k
 records.py     results with their provenance, continued after a kill
-tasks/         task files for EleutherAI's lm-evaluation-harness
+lm_eval_tasks/ task files for EleutherAI's lm-evaluation-harness
 """
 
 from mqa_gpt.evaluation.completing import complete, solution_bits

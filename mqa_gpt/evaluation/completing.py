@@ -1,8 +1,8 @@
 """Complete tasks with the engine: each task's samples, in order, the same in every run.
 
-What comes before a completion is its prompt: of a hole the text around it with the control tokens,
-else the prefix without the white space at its end. There the model writes the line break itself,
-since one token may hold it together with the indentation that follows.
+The prompt of a hole is the text around it with the control tokens. The prompt of a text to continue
+is its prefix without the white space at the end, which the model writes itself: one token may hold
+a line break and the indentation after it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mqa_gpt.errors import PromptError, require_int
+from mqa_gpt.errors import InputError, PromptError, require_int, shown
 from mqa_gpt.evaluation.tasks import Task
 from mqa_gpt.fim import COUNTED, check_mode, truncated_infill_prompt
 from mqa_gpt.generation.completion import Completion, Generation
@@ -89,14 +89,27 @@ def solution_bits(
 ) -> list[float]:
     """-log2 of the probability that the model gives to each task's solution.
 
-    Arguments and errors are those of `complete`, which gives the model the same prompts.
+    The prompts are those of `complete`, shortened where prompt and solution together do not fit
+    into the context. What the prompt lacks of the white space at the end of a text counts as part
+    of its solution. Arguments and errors are those of `complete` too.
+
+    Raises:
+        InputError: a task without a solution.
     """
     most = _most(llm, max_new_tokens, prompt_tokens)
+    check_mode(mode)
     pairs = []
     for task in tasks:
-        assert task.solution is not None
-        ids, _ = _prompt(llm, task, mode, most)
-        pairs.append((ids, llm.tokenizer.encode(task.solution, special_tokens=False)))
+        if task.solution is None:
+            raise InputError(f"task {shown(task.id)} has no canonical_solution: it has no bits")
+        text = task.solution
+        if task.suffix is None:
+            text = task.prefix[len(task.prefix.rstrip()) :] + text
+        solution = llm.tokenizer.encode(text, special_tokens=False)
+        # The solution's last token is predicted, not read. Of a prompt, 4 tokens remain at least.
+        room = max(4, llm.model.config.n_positions + 1 - len(solution))
+        ids, _ = _prompt(llm, task, mode, min(most, room))
+        pairs.append((ids, solution))
     rows = score_ids(llm.model, pairs, batch_size=batch_size)
     return [-math.fsum(logprob for logprob, _ in row) / math.log(2) for row in rows]
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -86,6 +87,11 @@ def run_program(program: str, limits: Limits) -> Outcome:
     """
     if os.name != "posix":
         raise InputError("generated code is only run on Linux and macOS: use one of them")
+    return _run(program, limits, set())
+
+
+def _run(program: str, limits: Limits, running: set[subprocess.Popen[bytes]]) -> Outcome:
+    """`run_program`, whose process is in `running` as long as it runs."""
     task = {
         "program": program,
         "memory": limits.memory << 20,
@@ -99,13 +105,14 @@ def run_program(program: str, limits: Limits) -> Outcome:
                 [sys.executable, "-s", "-P", "-B", str(SANDBOX)],
                 stdin=subprocess.PIPE,
                 stdout=report,
-                stderr=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
                 cwd=folder,
                 env={**ENVIRONMENT, "HOME": folder, "TMPDIR": folder},
                 start_new_session=True,
             )
         except OSError as error:
             raise InputError(f"no process can be started: {error.strerror}") from error
+        running.add(process)
         is_late = False
         try:
             # A program is text of a JSON file, which may hold what UTF-8 cannot: JSON escapes it.
@@ -115,33 +122,41 @@ def run_program(program: str, limits: Limits) -> Outcome:
         finally:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _, started = process.communicate()
+            running.discard(process)
         report.seek(0)
-        return _outcome(report.read(REPORT_BYTES), process.returncode, is_late, limits)
+        return _outcome(started, report.read(REPORT_BYTES), process.returncode, is_late, limits)
 
 
-def _outcome(report: bytes, status: int, is_late: bool, limits: Limits) -> Outcome:
-    """What a report says, or without one, how the process ended."""
-    said: dict[str, Any] = {}
-    for line in report.splitlines():
-        with suppress(ValueError):  # a program that finds the file can write to it
-            said |= json.loads(line)
-    protections = tuple(p for p in PROTECTIONS if p in said.get("protections", ()))
-    if "protections" not in said:
+def _outcome(started: bytes, report: bytes, status: int, is_late: bool, limits: Limits) -> Outcome:
+    """What the process said before the program and after it; without a result, how it ended."""
+    protections = _said(started, "protections")
+    if protections is None:
         how = "was not ready in time" if is_late else f"ended with status {status}"
         raise InputError(
             f"no program can be run here: its process {how} before it began; the memory of "
             f"{limits.memory} MB may be too small, or there are too many workers"
         )
-    result = said.get("result")
+    result = _said(report, "result")
     if not isinstance(result, str):
         if is_late or -status in (signal.SIGALRM, signal.SIGXCPU):
             result = "timed out"
         elif status < 0:
-            result = f"failed: ended by {signal.Signals(-status).name}"
+            names = {number.value: number.name for number in signal.Signals}
+            result = f"failed: ended by {names.get(-status, f'signal {-status}')}"
         else:
             result = f"failed: exit with status {status} before the end of the tests"
-    return Outcome(result, protections)
+    return Outcome(result, tuple(name for name in PROTECTIONS if name in protections))
+
+
+def _said(report: bytes, key: str) -> Any:
+    """The key's value in the first line that has one."""
+    for line in report.splitlines():  # among which may be what the program wrote itself
+        with suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and key in entry:
+                return entry[key]
+    return None
 
 
 def run_programs(
@@ -151,11 +166,19 @@ def run_programs(
     workers: int = 1,
 ) -> Iterator[Outcome]:
     """The outcomes of programs in their order, `workers` of which run at a time."""
-    with ThreadPoolExecutor(require_int(InputError, "workers", workers, 1, 1024)) as pool:
+    running: set[subprocess.Popen[bytes]] = set()
+    workers = require_int(InputError, "workers", workers, 1, 1024)
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(_run, program, limits, running) for program in programs]
         try:
-            yield from pool.map(lambda program: run_program(program, limits), programs)
+            for future in futures:
+                yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            while not all(future.done() for future in futures):  # some may be starting a process
+                for process in tuple(running):
+                    process.kill()
+                time.sleep(0.01)
             raise
 
 
@@ -165,7 +188,8 @@ def _empty_folder() -> Iterator[str]:
     try:
         yield folder
     finally:
-        try:
+        with suppress(RecursionError):  # a thousand folders in each other
             shutil.rmtree(folder, ignore_errors=True)
-        except RecursionError:  # a thousand folders in each other
-            subprocess.run(["rm", "-rf", folder], check=False)
+        if os.path.lexists(folder):  # or some that their owner may not open
+            for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+                subprocess.run([*command, folder], check=False, stderr=subprocess.DEVNULL)

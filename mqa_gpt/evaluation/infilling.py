@@ -55,7 +55,7 @@ def evaluate_infilling(
     for mode in modes:
         check_mode(mode)
     edit_similarity("", "")  # fail early where rapidfuzz is missing
-    records = Records(None, {}) if records is None else records
+    records = Records() if records is None else records
     total = len(modes) * len(tasks)
     shown_to_model: dict[str, Any] = {"prompt_tokens": prompt_tokens, "batch_size": batch_size}
     for number, first in itertools.product(range(len(modes)), range(0, len(tasks), CHUNK)):
@@ -63,7 +63,7 @@ def evaluate_infilling(
         done = max(0, len(records.found) - number * len(tasks) - first)
         if done >= len(chunk):
             continue
-        # Of the whole chunk in a continued run too: other batches would be rounded otherwise.
+        # Score the whole chunk again: other batches would round differently.
         bits = solution_bits(llm, chunk, max_new_tokens, mode=mode, **shown_to_model)[done:]
         waiting = chunk[done:]
         fillings = complete(llm, waiting, max_new_tokens, mode=mode, **shown_to_model, **options)

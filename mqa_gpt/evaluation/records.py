@@ -43,9 +43,12 @@ class Records:
     """
 
     def __init__(
-        self, folder: Path | None, report: dict[str, Any], file: BinaryIO | None = None
+        self,
+        folder: Path | None = None,
+        report: Mapping[str, Any] | None = None,
+        file: BinaryIO | None = None,
     ) -> None:
-        self.folder, self.report, self._file = folder, report, file
+        self.folder, self.report, self._file = folder, dict(report or {}), file
         self.found: list[dict[str, Any]] = []
 
     def write(self, records: Sequence[Mapping[str, Any]]) -> None:

@@ -48,7 +48,7 @@ def write_samples(
         InputError: an unusable option.
         CheckpointError: a task with a suffix, where the tokenizer has no infilling tokens.
     """
-    records = Records(None, {}) if records is None else records
+    records = Records() if records is None else records
     n = require_int(InputError, "n", n, 1)
     waiting = tasks[len(records.found) // n :]
     for task, samples in zip(
@@ -130,7 +130,7 @@ def run_samples(
         if sample["completion"] is None:
             raise InputError(f"a sample of task {shown(task.id)} has no completion to run")
         programs.append(task.program(sample["completion"]))
-    records = Records(None, {}) if records is None else records
+    records = Records() if records is None else records
     done = len(records.found)
     outcomes = run_programs(programs[done:], limits, workers=workers)
     for sample, outcome in zip(samples[done:], outcomes, strict=True):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from mqa_gpt import LLM
 from mqa_gpt.cli.app import app
 
 TASK = {
@@ -51,7 +53,8 @@ def test_holes_of_a_folder_give_a_table_and_the_same_report_again(tmp_path: Path
     again = run(*command, "--out", tmp_path / "out", "--json")
     report, fresh = json.loads(again.stdout), json.loads(run(*command, "--json").stdout)
     assert report["results"] == fresh["results"]
-    assert report["settings"] == fresh["settings"]
+    assert len(report["settings"].pop("checkpoint")) == 64
+    assert report["settings"] == fresh["settings"]  # nothing is hashed that no run continues
     assert len(report["runs"]) == 2
     assert json.loads((tmp_path / "out/report.json").read_text())["results"] == report["results"]
     assert len((tmp_path / "out/fillings.jsonl").read_text().splitlines()) == 12
@@ -70,6 +73,12 @@ def test_tasks_are_sampled_and_the_samples_run(tmp_path: Path, tasks: Path) -> N
     assert "3 samples of 1 tasks" in sampled.stdout
     written = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [sample["task_id"] for sample in written] == ["Own/add"] * 3
+
+    short = run(
+        "tasks", tasks, "--out", tmp_path / "short", "--n", "2", "--temperature", "1",
+        "--max-new-tokens", "2", "--prompt-tokens", "4",
+    )  # fmt: skip
+    assert "note: 1 of 1 prompts did not fit" in short.stderr
 
     refused = run("pass-at-k", out)
     assert refused.exit_code == 2
@@ -113,13 +122,30 @@ def test_nothing_is_run_unless_it_is_allowed(tmp_path: Path, tasks: Path) -> Non
     assert not trap.exists()
 
 
+def test_what_fails_anyway_fails_before_the_model_is_loaded(
+    tmp_path: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[object] = []
+    monkeypatch.setattr(LLM, "load", lambda *arguments, **_: loaded.append(arguments))
+    for command in ("infilling", "tasks", "pass-at-k"):
+        for name in (str(tasks), ""):
+            found = run(command, tasks, "--out", name)
+            assert f"cannot write to {name!r}" in found.stderr
+    monkeypatch.setitem(sys.modules, "rapidfuzz.distance", None)
+    assert "needs rapidfuzz" in run("infilling", tasks).stderr
+    assert not loaded
+
+
 def test_bad_input_is_one_sentence(tmp_path: Path, tasks: Path) -> None:
+    samples = lines(tmp_path / "samples.jsonl", {"task_id": "Own/add", "completion": ""})
     hole = lines(tmp_path / "hole.jsonl", TASK, {"task_id": 2, "prompt": "x", "suffix": "y"})
     for arguments, message in (
         (("infilling", tmp_path / "missing"), "No such file"),
         (("infilling", tmp_path, "--holes", "word"), "expected one of single-line"),
         (("infilling", tmp_path, "--include", "*.c"), "holds no text files that fit '*.c'"),
-        (("infilling", tasks, "--count", "3", "--holes", "random-span"), "are for a folder"),
+        (("infilling", tasks, "--holes", "random-span"), "are for a folder"),
+        (("infilling", tasks, "--count", "3"), "are for a folder"),
+        (("infilling", tasks, "--seed", "0"), "are for a folder"),
         (("infilling", tasks), "has no suffix: it is no infilling task"),
         (("infilling", tmp_path, "--mode", "mps"), "mode is 'mps'"),
         (("infilling", tmp_path, "--stop", ""), "--stop is ''"),
@@ -128,6 +154,10 @@ def test_bad_input_is_one_sentence(tmp_path: Path, tasks: Path) -> None:
         (("tasks", tasks, "--out", tmp_path / "o", "--max-new-tokens", "0"), "0: it must be"),
         (("tasks", tasks, "--out", tmp_path / "o2", "--n", "2"), "n is 2 but temperature is 0"),
         (("pass-at-k", tasks), "has no completion"),
+        (
+            ("pass-at-k", samples, "--tasks", tasks, "--allow-code-execution", "--workers", "0"),
+            "workers is 0",
+        ),
         (("pass-at-k", tasks, "--k", "one"), "--k is 'one'"),
         (("pass-at-k", tasks, "--timeout", "0"), "timeout is 0"),
     ):

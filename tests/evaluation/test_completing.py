@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
 from mqa_gpt import LLM, Tokenizer
-from mqa_gpt.errors import CheckpointError, PromptError
+from mqa_gpt.errors import CheckpointError, InputError, PromptError
 from mqa_gpt.evaluation.completing import complete, solution_bits
 from mqa_gpt.evaluation.tasks import Task
-from mqa_gpt.fim import MODES, infill_prompt
+from mqa_gpt.fim import MODES, infill_prompt, truncated_infill_prompt
 from mqa_gpt.generation.score import score_ids
 from tests.helpers import SPECIALS, byte_tokenizer, tiny_model
 
@@ -69,8 +70,37 @@ def test_bits_are_those_of_the_solution_after_the_infilling_prompt(llm: LLM, mod
     found = solution_bits(llm, HOLES, 6, mode=mode, batch_size=3)
     for task, bits in zip(HOLES, found, strict=True):
         prompt = infill_prompt(llm.tokenizer, task.prefix, task.suffix or "", mode=mode)
-        ((*rows,),) = score_ids(llm.model, [(prompt, llm.tokenizer.encode(task.solution or ""))])
-        assert bits == pytest.approx(-sum(p for p, _ in rows) / 0.6931471805599453, rel=1e-5)
+        assert bits == pytest.approx(bits_after(llm, prompt, task.solution or ""), rel=1e-5)
+
+
+def test_bits_of_a_text_are_of_all_that_its_prompt_lacks(llm: LLM) -> None:
+    task = Task("a", "def f():\n  ", solution="pass")
+    expected = bits_after(llm, llm.tokenizer.encode("def f():"), "\n  pass")
+    assert solution_bits(llm, [task], 6) == pytest.approx([expected], rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_prompt_is_shortened_so_that_the_whole_solution_is_predicted_from_it(
+    llm: LLM, mode: str
+) -> None:
+    task, room = Task("a", "p" * 500, "s" * 600, "z" * 40), llm.model.config.n_positions - 39
+    prompt = truncated_infill_prompt(llm.tokenizer, "p" * 500, "s" * 600, room, mode=mode).ids
+    assert len(prompt) == room
+    expected = bits_after(llm, prompt, "z" * 40)
+    assert solution_bits(llm, [task], 4, mode=mode) == pytest.approx([expected], rel=1e-5)
+    longer = Task("b", "p", "s", "z" * 500)  # than the context
+    assert solution_bits(llm, [longer], 4, mode=mode)[0] > expected
+
+
+def test_a_task_without_a_solution_has_no_bits(llm: LLM) -> None:
+    with pytest.raises(InputError, match="task 'a' has no canonical_solution"):
+        solution_bits(llm, [Task("a", "x")], 4)
+
+
+def bits_after(llm: LLM, prompt: list[int], text: str) -> float:
+    """-log2 of the probability of a text after a prompt."""
+    ((*row,),) = score_ids(llm.model, [(prompt, llm.tokenizer.encode(text))])
+    return -sum(logprob for logprob, _ in row) / math.log(2)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from mqa_gpt import LLM
 from mqa_gpt.errors import InputError
 from mqa_gpt.evaluation import infilling
+from mqa_gpt.evaluation.completing import solution_bits
 from mqa_gpt.evaluation.infilling import evaluate_infilling, summarize
 from mqa_gpt.evaluation.records import Records, open_records
 from mqa_gpt.evaluation.tasks import Task
@@ -54,8 +55,8 @@ def test_fillings_are_compared_with_what_was_there(
         "edit_similarity_error": pytest.approx(0.25),
         "ended": 0.5,
     }
-    score = llm.model.config.vocab_size  # any distribution over tokens gives positive bits
-    assert 0 < bits < score
+    expected = sum(solution_bits(llm, tasks, 8)) / (4 * len("add"))
+    assert bits == pytest.approx(expected, rel=1e-5)
 
 
 def test_kinds_and_orders_are_averaged_apart() -> None:
@@ -78,7 +79,7 @@ def test_a_killed_run_is_continued_with_the_same_result(
     llm: LLM, killed_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(infilling, "CHUNK", 3)
-    whole = Records(None, {})
+    whole = Records()
     expected = evaluate_infilling(llm, TASKS, 8, records=whole, batch_size=3)
     calls: list[int] = []
 

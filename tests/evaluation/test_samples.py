@@ -36,7 +36,7 @@ def test_a_killed_run_writes_the_same_samples_in_the_end(
 ) -> None:
     tasks = [Task(i, f"def f{i}(x):\n", kind="k") for i in range(3)]
     options: dict[str, Any] = {"n": 2, "temperature": 1.0, "seed": 3, "stop": FUNCTION_ENDS}
-    whole = Records(None, {})
+    whole = Records()
     write_samples(llm, tasks, 8, records=whole, **options)
 
     def advance(done: int, total: int) -> None:
@@ -71,7 +71,7 @@ def test_samples_run_with_the_tests_of_their_tasks() -> None:
     assert [one["completion"] for one in found[:3]] == completions
     assert {"memory", "time"} <= set(found[0]["protections"])
 
-    records = Records(None, {})
+    records = Records()
     records.found = [{"an": "earlier result"}] * 3
     assert run_samples(TASKS, samples, QUICK, records=records)[3] == found[3]
 
