@@ -55,7 +55,7 @@ def explore(
     model: CachedModelOptions,
     as_json: Json = False,
 ) -> None:
-    """Write a page that shows how the model reads and continues a text.
+    """Write a page that shows what the model does with a text.
 
     Its tokens with their probabilities and alternatives, the attention of every head, the logit
     lens, the KV cache and the times, in one HTML file that opens in any browser, without a network.

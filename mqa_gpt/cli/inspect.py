@@ -64,7 +64,7 @@ def inspect(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show a checkpoint's sizes, check its files, explain its forward pass.
+    """Show a checkpoint: sizes, tensors, files, forward pass.
 
     Parameters, bytes, KV cache per token as MQA and as MHA, and tensors. Only headers are read,
     unless a check asks for more. Exits with 1 if a check fails.
