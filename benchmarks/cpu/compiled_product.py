@@ -10,20 +10,13 @@ import torch
 from torch import Tensor
 
 from mqa_gpt.fast.int8 import quantize_rows
-from mqa_kernels.cpu.linear import (
-    MOST_COLUMNS,
-    MOST_PANEL_ROWS,
-    ROW_END,
-    Kinds,
-    Linear,
-    linear,
-)
+from mqa_kernels.cpu.linear import PANEL, ROW_END, WIDTH, Kinds, Linear, linear
 from mqa_kernels.cpu.program import _example
 from mqa_kernels.cpu.rows import NONE
 from mqa_kernels.cpu.simd import HAS_VNNI, at, kernel, pointer
 from mqa_kernels.cpu.team import Team, new_counters
 
-OWN = MOST_COLUMNS * MOST_PANEL_ROWS  # numbers that a thread keeps for itself
+OWN = PANEL * WIDTH  # numbers that a thread keeps for itself
 TEAM = Team()
 
 
