@@ -39,7 +39,7 @@ def test_every_program_starts_and_its_time_and_memory_are_recorded(
     }  # fmt: skip
     shown = capsys.readouterr().out
     for name, found in figures["programs"].items():
-        assert found["seconds"] > 0.1
+        assert found["seconds"] > 0.01  # CTranslate2 needs less than 0.1 on an idle machine
         assert (found["peak_bytes"] or 0) > 1e7 or sys.platform != "linux"
         assert f"{found['seconds']:.2f}" in shown
         assert name in shown
