@@ -11,7 +11,7 @@ PATHS = [str(ROOT), str(ROOT / "kernels")]
 sys.path[:0] = [*PATHS, str(ROOT / "docs/_ext")]
 os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Kernels with a profile of their own: nobody's startup files, no warnings about their sockets.
+# The kernels get an empty IPython profile: no startup files of the user, no warnings.
 os.environ["IPYTHONDIR"] = str(ROOT / "docs/_build/ipython")
 profile = ROOT / "docs/_build/ipython/profile_default"
 profile.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def parts_of(layers: int) -> tuple[str, ...]:
 
 @contextmanager
 def timed_forward(layers: int, *, of_process: bool = False) -> Iterator[dict[str, float]]:
-    """While the context lasts, compiled passes of a model with so many layers read the clock.
+    """While the context lasts, compiled passes of a model with `layers` layers read the clock.
 
     Args:
         of_process: whether to count the processor's time of this process.

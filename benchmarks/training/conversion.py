@@ -185,7 +185,6 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--decode-rows", type=several, default=8)
     parser.add_argument("--repeats", type=several, default=50, help="decode steps timed")
-    parser.add_argument("--note", help="kept with the result: what else this machine was doing")
     options = parser.parse_args(arguments)
     device = torch.device(options.device or "cpu")
     output = result_path(options.output, f"training_conversion_{device_name(device)}.json")

@@ -131,7 +131,6 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seeds", type=positive, default=4)
     parser.add_argument("--lr", type=within(1e-6, 1.0), default=4e-3, help="peak, of Muon")
-    parser.add_argument("--note", help="kept with the result: what else this machine was doing")
     options = parser.parse_args(arguments)
     device = torch.device(options.device or "cpu")
     output = result_path(options.output, f"training_infilling_{device_name(device)}.json")

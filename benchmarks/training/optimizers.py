@@ -154,7 +154,6 @@ def main(arguments: list[str] | None = None) -> int:
         "--shares", type=within(0.01, 1.0), nargs="+", default=[0.5, 0.75], help="of AdamW's steps"
     )
     parser.add_argument("--weight-decay", type=within(0.0, 10.0), default=0.1)
-    parser.add_argument("--note", help="kept with the result: what else this machine was doing")
     options = parser.parse_args(arguments)
     device = torch.device(options.device or "cpu")
     output = result_path(options.output, f"training_optimizers_{device_name(device)}.json")

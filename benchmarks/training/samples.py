@@ -45,7 +45,7 @@ SETTINGS = {
 
 
 def make_samples(corpus: Corpus, tokenizer: Tokenizer, infilling: InfillingConfig) -> None:
-    """The first sequences, anew."""
+    """The first sequences, made again."""
     config = DataConfig(length=LENGTH, infilling=infilling, shuffle_tokens=LENGTH * SEQUENCES)
     Samples(corpus, tokenizer, config).rows(range(SEQUENCES))
 

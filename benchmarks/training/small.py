@@ -67,6 +67,7 @@ def add_sizes(parser: argparse.ArgumentParser, steps: int) -> None:
     parser.add_argument("--batch", type=positive, default=8, help="sequences per step")
     parser.add_argument("--held-out-sequences", type=positive, default=128, help="of a loss")
     parser.add_argument("--device", help="default: the GPU if there is one")
+    parser.add_argument("--note", help="kept with the result: what else this machine was doing")
 
 
 def run_config(options: argparse.Namespace, **sections: dict[str, Any]) -> RunConfig:
@@ -161,7 +162,7 @@ def train(
 
 
 def steps_to_reach(loss: float, tried: dict[int, float]) -> float | None:
-    """How many steps a run needs to end at a loss, if it had been planned for so many.
+    """How many steps a run must be planned for to end at a loss.
 
     Args:
         loss: to be reached.

@@ -97,7 +97,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--uptraining-lr", type=within(1e-6, 1.0), nargs="+", default=[4e-4, 2e-3], help="tried"
     )
-    parser.add_argument("--note", help="kept with the result: what else this machine was doing")
     options = parser.parse_args(arguments)
     device = torch.device(options.device or "cpu")
     output = result_path(options.output, f"training_uptraining_{device_name(device)}.json")

@@ -136,7 +136,7 @@ class Anatomy:
     def rows_that_fit(
         self, memory: float, context: int, dtype: torch.dtype, *, int8: bool = False
     ) -> Heads:
-        """Rows of so many positions for which there is memory next to the weights.
+        """How many rows of a given number of positions fit into memory next to the weights.
 
         Activations are not counted: they need little, and how much depends on the program.
 

@@ -42,7 +42,7 @@ def complete(
     Args:
         max_new_tokens: at most this many for each.
         mode: of infilling, "psm" or "spm".
-        prompt_tokens: show the model at most so many tokens; None for what fits into the context.
+        prompt_tokens: the most tokens that the model is shown; None for what fits into the context.
             What is farthest from the completion is left out, and counted in `Completion.cut`.
         n: samples of each task.
         seed: of sampling; each task draws from a stream of its own.

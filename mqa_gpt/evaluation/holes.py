@@ -79,7 +79,7 @@ def cut_holes(texts: dict[str, str], kind: str, count: int, seed: int = 0) -> li
     Args:
         texts: by their names, as `read_files` gives them.
         kind: one of `KINDS`.
-        count: how many; there are fewer if there are not so many places.
+        count: how many holes; fewer are cut if there are fewer places.
 
     Returns:
         The tasks, whose ids say where they are: kind, file, begin and end in characters.

@@ -58,7 +58,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def summarize_passes(passed: Mapping[Any, Sequence[bool]], ks: Sequence[int]) -> dict[str, Any]:
-    """pass@k over tasks, for each k of which every task has so many samples.
+    """pass@k over tasks, for each k such that every task has at least k samples.
 
     Args:
         passed: by task, whether each of its samples passed.

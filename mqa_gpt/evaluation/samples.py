@@ -70,8 +70,9 @@ def write_samples(
 
 
 def read_samples(path: str | PathLike[str]) -> list[dict[str, Any]]:
-    """The samples of a file, whoever has written them: "task_id", "completion" and, from a harness
-    that has run them, "passed".
+    """The samples of a file, written here or by another program.
+
+    Each has "task_id" and "completion", and "passed" if a harness has run it.
 
     Raises:
         InputError: a file or line that cannot be used.

@@ -73,7 +73,7 @@ class WatchedReplay:
     """A replayed action in which somebody records tensors.
 
     Python is shown the tensors of the call that becomes a graph. They are the graph's own memory,
-    which each replay fills anew, so they are copied after each.
+    which each replay overwrites, so they are copied after each.
     """
 
     def __init__(self, replay: Replay, recorders: Sequence[Recorder]) -> None:

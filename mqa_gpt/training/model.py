@@ -27,7 +27,7 @@ def model_config(config: RunConfig, tokenizer: Tokenizer) -> GPTConfig:
 
 
 def require_sizes(config: RunConfig, vocab_size: int, end: int | None = None) -> GPTConfig:
-    """The sizes of a run's model with a tokenizer of so many entries.
+    """The sizes of a run's model with a tokenizer of `vocab_size` entries.
 
     Raises:
         ConfigError: its vocabulary is smaller than the tokenizer's, or its context than a sequence.

@@ -245,7 +245,7 @@ class _Text:
         return len(self._ends) - bisect.bisect_right(self._ends, begin)
 
     def cut(self, begin: int, tokens: int) -> int:
-        """The last boundary in the first so many tokens after `begin`, or the text's end."""
+        """The last boundary within `tokens` tokens after `begin`, or the text's end."""
         last = bisect.bisect_right(self._ends, begin) + tokens - 1
         end = min(self._ends[min(last, len(self._ends) - 1)], self.end)
         while not self.is_boundary(end):

@@ -43,8 +43,8 @@ class DataConfig(SourceConfig):
         length: T, tokens per sequence.
         infilling: see `InfillingConfig`.
         within_documents: let no token attend to another document of its sequence.
-        shuffle_tokens: sequences are shuffled within blocks of about so many tokens. Documents are
-            shuffled over the whole corpus.
+        shuffle_tokens: about how many tokens the blocks have within which sequences are shuffled.
+            Documents are shuffled over the whole corpus.
     """
 
     length: int = 1024

@@ -71,7 +71,7 @@ class SharedByHeads(ParallelStyle):
 
 
 def require_equal_shares(config: GPTConfig, size: int) -> None:
-    """Raise InputError unless so many ranks can share query heads and the MLP's width equally."""
+    """Raise InputError unless `size` ranks can share query heads and the MLP's width equally."""
     for name, count in (("n_head", config.n_head), ("n_inner", config.inner_size)):
         if count % size:
             raise InputError(

@@ -145,7 +145,7 @@ def card_texts(llm: LLM, config: RunConfig, training: dict[str, Any]) -> dict[st
     if holes.late_rate is not None:
         rates += f" (from epoch {holes.late_epoch + 1} on {holes.late_rate:.0%})"
     infilling = (
-        f"The documents are shuffled anew in each epoch, and {rates} of them are rearranged for "
+        f"The documents are shuffled again in each epoch, and {rates} of them are rearranged for "
         f"infilling ({holes.spm_rate:.0%} of these in SPM order): {', '.join(kinds)}."
     )
     name = {"muon": "Muon for the hidden matrices, AdamW for the rest", "adamw": "AdamW"}

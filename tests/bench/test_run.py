@@ -61,7 +61,7 @@ def clock_of(durations: Sequence[float]) -> Callable[[], float]:
 
 
 def program(name: str, token: int = 0, first: float = 0.0) -> peers.Program:
-    """One that writes the same token everywhere, the first of them after so many seconds."""
+    """One that writes the same token everywhere, the first of them after `first` seconds."""
     return peers.Program(
         name, lambda ids, count: peers.Written([[token] * count for _ in ids], first), 4
     )

@@ -46,7 +46,7 @@ class Linear(NamedTuple):
 
 
 class Kinds(NamedTuple):
-    """Empty arrays, whose dtypes are those of the memory behind the addresses."""
+    """Empty arrays that carry the dtypes of the memory at the addresses."""
 
     weights: Any  # of the linear layers and wte
     parameters: Any  # of all others

@@ -1,8 +1,8 @@
 """Several threads run one function without a lock and share the items of each of its phases.
 
 Every thread runs the whole function. In each phase it takes items until none is left, then waits
-until all of them are finished, by whoever took them. So no thread waits for one that has not
-started: a helper that the system starts late finds the work done and runs through.
+until the other threads have finished theirs. So no thread waits for one that has not started: a
+helper that the system starts late finds the work done and returns.
 
     while True:
         item = take(counters, phase)
@@ -120,8 +120,8 @@ class Team:
         """Call `function(*arguments, number)` in this thread, as number 0, and in helpers.
 
         Args:
-            owners: of the memory behind addresses. An interrupt may end this call while a helper
-                still runs, so each helper keeps them until it ends.
+            owners: objects whose memory the addresses point to. An interrupt may end this call
+                while a helper still runs, so each helper keeps them until it ends.
         """
         calls: list[Future[None]] = []
         try:
@@ -152,5 +152,5 @@ def _help(
 
 
 def new_counters(phases: int) -> np.ndarray:
-    """Counters for so many phases, each on a cache line of its own."""
+    """Zero counters for a number of phases, each on a cache line of its own."""
     return np.zeros((phases, 2, 8), dtype=np.int64)
