@@ -34,7 +34,7 @@ import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from torch import nn
@@ -137,6 +137,7 @@ _LENS_IN_LAYER = {
 _WIDTHS = {"c_attn": "N", "c_fc": "F", "lm_head": "V"}  # of modules' outputs; of all others C
 
 
+@lru_cache
 def plain_name(name: str) -> str:
     """A name or pattern in this project's own words."""
     name = {**_LENS, "logits": "lm_head"}.get(name, name)
@@ -169,12 +170,11 @@ def find_points(model: GPT, pattern: str) -> list[Point]:
         found = [_module_point(n) for n, m in model.named_modules() if _is_match(n, m, name)]
     else:
         layer, _, inner = name.removeprefix(LAYERS).partition(".")
-        found = [
-            point
-            for i, block in enumerate(model.transformer.h)
-            if layer == "*" or fnmatchcase(str(i), layer)
-            for point in _in_layer(i, block, inner)
-        ]
+        layers = _layers(layer, len(model.transformer.h))
+        if inner in _PARTS or not inner:
+            found = list(_same_in_all(layers, inner))
+        else:
+            found = [p for i in layers for p in _in_layer(i, model.transformer.h[i], inner)]
     if not found:
         raise InputError(
             f"{shown(pattern)} is not in this model of {model.config.n_layer} layers"
@@ -208,12 +208,22 @@ def nearest_names(model: GPT, name: str, count: int = 3) -> list[str]:
     return near or [short[n] for n in get_close_matches(name, short, count, cutoff=0.6)]
 
 
+@lru_cache
+def _layers(pattern: str, count: int) -> tuple[int, ...]:
+    """The layers whose number matches."""
+    return tuple(i for i in range(count) if fnmatchcase(str(i), pattern))
+
+
+@lru_cache
+def _same_in_all(layers: tuple[int, ...], inner: str) -> tuple[Point, ...]:
+    """A point that every layer has, whatever its modules are: of `_PARTS`, or its output ("")."""
+    if inner:
+        return tuple(_part_point(i, inner) for i in layers)
+    return tuple(_module_point(f"{LAYERS}{i}", i) for i in layers)
+
+
 def _in_layer(i: int, block: nn.Module, inner: str) -> list[Point]:
     """The points of layer i whose name after the layer's number matches."""
-    if inner in _PARTS:
-        return [_part_point(i, inner)]
-    if not inner:
-        return [_module_point(f"{LAYERS}{i}", i)]
     return [_part_point(i, part) for part in _PARTS if matches(part, inner)] + [
         _module_point(f"{LAYERS}{i}.{n}", i)
         for n, module in block.named_modules()

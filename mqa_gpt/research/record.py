@@ -78,17 +78,19 @@ class _Recorder(Probe):
         if not self.passes or self.passes[-1][0] is not run:
             self.passes.append((run, {}))
         saved = self.passes[-1][1]
-        if point.name in saved:
-            raise InputError(f"{point.name} is computed more than once in a forward pass")
-        needs_attn = point.part not in ("", "shared")
-        attn = attention_of(self.model, point.layer or 0) if needs_attn else None
-        is_cache = run.memory is not None and "T" not in point.axes  # which later passes write to
+        name, _, part, axes, layer = point
+        if name in saved:
+            raise InputError(f"{name} is computed more than once in a forward pass")
+        attn = None
+        if part not in ("", "shared"):
+            attn = attention_of(self.model, layer or 0)
+        is_cache = run.memory is not None and "T" not in axes  # which later passes write to
         if is_cache or x.is_inference():
-            saved[point.name] = _Saved(part_of(point.part, x, attn).clone(), "", None, None)
+            saved[name] = _Saved(part_of(part, x, attn).clone(), "", None, None)
             return x
         if x.requires_grad and torch.is_grad_enabled():
             x.retain_grad()
-        saved[point.name] = _Saved(x, point.part, attn, x._version)
+        saved[name] = _Saved(x, part, attn, x._version)
         return x
 
     def take(self) -> tuple[Pass, dict[str, _Saved]]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -58,6 +59,7 @@ class Probe:
         self.at: dict[Site, list[Point]] = {}
         for point in points:
             self.at.setdefault(point.site, []).append(point)
+        self.wrapped = dict.fromkeys((WHOLE, *map(_wrapped_at, self.at)))  # in this order
 
     def visit(self, point: Point, x: Tensor, run: Pass) -> Tensor:
         """Look at, or replace, what is seen at the point's site."""
@@ -86,10 +88,11 @@ class Pass:
         self.memory = None if cache is None else cache.kv
         # Steps of the engine may reuse the buffer of their ids.
         self.ids: Tensor = given["ids"] if self.labels is None else given["ids"].clone()
-        self._patches = [probe for probe in probes if probe.is_patch]
-        self._records = [probe for probe in probes if not probe.is_patch]
-        self.wanted = set[Site]().union(*(probe.at for probe in probes))
-        self._missing = self.wanted.copy()
+        self._probes = sorted(probes, key=_is_record)  # patches first
+        self.wanted: AbstractSet[Site] = probes[0].at.keys()
+        if len(probes) > 1:
+            self.wanted = set[Site]().union(*(probe.at for probe in probes))
+        self._visited: set[Site] = set()
         for probe in probes:
             probe.runs += 1
 
@@ -100,17 +103,14 @@ class Pass:
 
     def changes(self, site: Site) -> bool:
         """Whether a patch has a point there."""
-        return any(site in probe.at for probe in self._patches)
+        return any(site in probe.at for probe in self._probes if probe.is_patch)
 
     def visit(self, site: Site, x: Tensor) -> Tensor:
         """Show x to the probes; the model continues with what this returns."""
-        self._missing.discard(site)
-        for probe in self._patches:
+        self._visited.add(site)
+        for probe in self._probes:
             for point in probe.at.get(site, ()):
                 x = probe.visit(point, x, self)
-        for probe in self._records:
-            for point in probe.at.get(site, ()):
-                probe.visit(point, x, self)
         return x
 
     def again(self, labels: Sequence[Any]) -> Pass:
@@ -123,12 +123,13 @@ class Pass:
 
     def end(self) -> None:
         """Forget the probes: records keep their passes, and a cycle would keep the tensors."""
-        self._patches, self._records = [], []
+        self._probes = []
 
     def require_all_visited(self) -> None:
         """InputError if a point was not reached: values would be silently missing or unpatched."""
-        if self._missing:
-            names = ", ".join(sorted(f"the {kind} of {name}" for name, kind in self._missing))
+        if len(self._visited) < len(self.wanted):
+            missing = self.wanted - self._visited
+            names = ", ".join(sorted(f"the {kind} of {name}" for name, kind in missing))
             raise InputError(
                 f"the forward pass did not reach {names}: change modules, backend or attention "
                 "before recording or patching, not inside the context"
@@ -167,22 +168,21 @@ class Wraps:
 
     def __init__(self, model: GPT) -> None:
         self.model = model
-        self._uses: dict[Site, int] = {}  # by what is wrapped; of the model itself: all probes
-        self._undo: dict[Site, Callable[[], None]] = {}
+        self._covers: dict[Site, _Cover] = {}  # by what is wrapped
 
     @property
     def is_used(self) -> bool:
         """Whether a probe is left; without one, all wraps are gone."""
-        return bool(self._uses)
+        return bool(self._covers)
 
     def add(self, probe: Probe) -> None:
         """Wrap what a probe needs and is not wrapped yet."""
-        done = []
+        covers, done = self._covers, []
         try:
-            for part in (WHOLE, *map(_wrapped_at, probe.at)):
-                if part not in self._uses:
-                    self._undo[part] = self._wrap(part)
-                self._uses[part] = self._uses.get(part, 0) + 1
+            for part in probe.wrapped:
+                if part not in covers:
+                    covers[part] = self._cover(part)
+                covers[part].uses += 1
                 done.append(part)
         except BaseException:
             self._release(done)
@@ -190,24 +190,25 @@ class Wraps:
 
     def remove(self, probe: Probe) -> None:
         """Unwrap what only this probe needed."""
-        self._release((WHOLE, *map(_wrapped_at, probe.at)))
+        self._release(probe.wrapped)
 
     def _release(self, parts: Iterable[Site]) -> None:
         for part in parts:
-            self._uses[part] -= 1
-            if not self._uses[part]:
-                del self._uses[part]
-                self._undo.pop(part)()
+            cover = self._covers[part]
+            cover.uses -= 1
+            if not cover.uses:
+                del self._covers[part]
+                cover.remove()
 
-    def _wrap(self, part: Site) -> Callable[[], None]:
-        """Put a wrap in place; returns what removes it."""
+    def _cover(self, part: Site) -> _Cover:
+        """Put a wrap in place."""
         if part == WHOLE:
-            return _cover(self.model, "forward", self._whole(self.model.forward))
+            return _Cover(self.model, "forward", self._whole(self.model.forward))
         module = module_at(self.model, part.module)
         if part.kind == "attend":
             attn = cast(MultiQueryAttention, module)
-            return _cover(attn, "attend", self._attend(part.module, attn.attend))
-        return _cover(module, "forward", self._module(part.module, module))
+            return _Cover(attn, "attend", self._attend(part.module, attn.attend))
+        return _Cover(module, "forward", self._module(part.module, module))
 
     def _whole(self, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The model's forward pass, in which its parts can ask what pass they are in."""
@@ -321,28 +322,37 @@ def _around(name: str) -> tuple[Site, Site, Site]:
     return Site(name, "input"), Site(name, "result"), Site(name, "output")
 
 
+def _is_record(probe: Probe) -> bool:
+    return not probe.is_patch
+
+
 @cache
 def _wrapped_at(site: Site) -> Site:
     """What is wrapped to see a site: a module's forward pass, or its attention function."""
     return Site(site.module, "attend" if site.kind in INSIDE_ATTENTION else "forward")
 
 
-def _cover(owner: nn.Module, name: str, wrap: Callable[..., Any]) -> Callable[[], None]:
-    """Hide an attribute of the instance or its class; returns what brings it back."""
-    own = vars(owner)  # `nn.Module.__setattr__` would first ask what kind of thing this is
-    had, before = name in own, own.get(name)
-    wrap.watches = getattr(owner, name)  # type: ignore[attr-defined]  # for `is_plain`
-    own[name] = wrap
+class _Cover:
+    """A wrap that hides an attribute of an instance or its class."""
 
-    def undo() -> None:
-        if own.get(name) is not wrap:  # replaced inside the context, which passes have reported
-            return
-        if had:
-            own[name] = before
+    __slots__ = ("before", "name", "own", "uses", "wrap")
+
+    def __init__(self, owner: nn.Module, name: str, wrap: Callable[..., Any]) -> None:
+        self.uses = 0
+        self.own = vars(owner)  # `nn.Module.__setattr__` would first ask what kind of thing this is
+        self.name, self.wrap = name, wrap
+        self.before = self.own.get(name)  # None: only the class has it
+        wrap.watches = self.before or getattr(owner, name)  # type: ignore[attr-defined]  # for `is_plain`
+        self.own[name] = wrap
+
+    def remove(self) -> None:
+        """Bring back what was hidden."""
+        if self.own.get(self.name) is not self.wrap:
+            return  # replaced inside the context, which passes have reported
+        if self.before is None:
+            del self.own[self.name]
         else:
-            del own[name]
-
-    return undo
+            self.own[self.name] = self.before
 
 
 def module_at(model: nn.Module, name: str) -> nn.Module:
