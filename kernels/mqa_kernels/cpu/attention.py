@@ -11,6 +11,7 @@ from mqa_kernels.cpu.simd import (
     at,
     clamp,
     fma,
+    inlined,
     kernel,
     largest,
     load,
@@ -42,7 +43,7 @@ def part_size(D: int) -> int:
     return (D + LANES - 1) // LANES * LANES + LANES
 
 
-@kernel
+@inlined
 def attend_block(
     q: Any,
     k: Any,
@@ -134,7 +135,7 @@ def combine(parts: Any, blocks: int, block_step: int, heads: int, D: int, y: Any
             store(y, h * D + d, sums / weights, h * D + D)
 
 
-@kernel
+@inlined
 def attention(
     team: Any,
     phase: int,

@@ -151,7 +151,7 @@ def round_rows(team: Any, phase: int, x: Any, K: int, N: int, out: Any, kinds: A
     return phase + 1
 
 
-@kernel
+@inlined
 def linear(
     team: Any,
     phase: int,

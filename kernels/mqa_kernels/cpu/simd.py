@@ -28,7 +28,8 @@ _features = set(_features.split(","))
 # Compiles a kernel. Without the lock of the interpreter, and without Python's check for a division
 # by zero, which could raise.
 kernel = njit(nogil=True, error_model="numpy")
-# The same for a part that is copied into the kernels that call it.
+# The same for a part that is copied into the kernels that call it. A large one with one caller then
+# compiles faster: a kernel by itself is compiled to machine code, and once more inside its caller.
 inlined = njit(nogil=True, error_model="numpy", inline="always")
 
 LANES = 16 if "+avx512f" in _features else 8  # float32 numbers of a vector
