@@ -100,6 +100,7 @@ def _clock(stamps: np.ndarray, which: int) -> Any:
 
 def _timed(phase: Any, read_clock: Any) -> Any:
     """The same phase, which reads the clock at its end, and the first one at its start too."""
+    phase = kernel(phase.py_func)  # numba cannot copy it into a function with *arguments
 
     def timed(team, number, *arguments):  # type: ignore[no-untyped-def]
         if number == 0:
