@@ -32,6 +32,7 @@ if __name__ == "__main__" and os.environ.pop("TRITON_INTERPRET", "0") == "1":
     print("TRITON_INTERPRET is set: ignored here", file=sys.stderr)
 
 import triton
+from assemblers import ptxas_version
 from kernel_cases import CALLS, DTYPES, Case, Launch, all_cases, compile_case
 from rich.console import Console
 from rich.table import Table
@@ -102,18 +103,12 @@ def main() -> int:
     if options.json:
         write_json(options.json, rows)
     problems = sum(bool(verdict(case, usage)) for case, usage in rows)
+    assembler = ptxas_version(knobs.nvidia.ptxas.path)  # of GPUs before sm_100
     print(
-        f"Triton {triton.__version__}, ptxas {ptxas_version()}: {len(rows)} kernels, "
+        f"Triton {triton.__version__}, ptxas {assembler}: {len(rows)} kernels, "
         f"{problems} with a problem"
     )
     return 1 if problems else 0
-
-
-def ptxas_version() -> str:
-    """The version of the assembler for GPUs before sm_100, such as "12.8.93"."""
-    text = subprocess.check_output([knobs.nvidia.ptxas.path, "--version"], text=True)
-    found = re.search(r" V([\d.]+)", text)
-    return found[1] if found else "unknown"
 
 
 def check_case(case: Case) -> list[Usage]:
@@ -250,14 +245,14 @@ def print_table(rows: list[tuple[Case, Usage]]) -> None:
 def write_json(path: Path, rows: list[tuple[Case, Usage]]) -> None:
     """Write the table, keeping those of other compilers; one line per kernel."""
     old = json.loads(path.read_text()) if path.exists() else {"runs": {}, "kernels": []}
-    version = triton.__version__
+    version, assembler = triton.__version__, ptxas_version(knobs.nvidia.ptxas.path)
     if "TRITON_PTXAS_PATH" in os.environ:
-        version += f" with ptxas {ptxas_version()}"
+        version += f" with ptxas {assembler}"
     words = [word.replace(str(path), path.name) for word in sys.argv[1:]]
     run = {
         "command": shlex.join(["python", "scripts/check_kernels.py", *words]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "ptxas": ptxas_version(),
+        "ptxas": assembler,  # of GPUs before sm_100
     }
     head = {
         "question": "What does every kernel need of a GPU, in every configuration that is shipped?",

@@ -6,7 +6,9 @@ so tiles, types, divisibility and constants are those of the real launch.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -108,15 +110,17 @@ def compile_case(case: Case) -> list[Launch]:
             compiled = error
         launches.append(Launch(kernel.__name__, tiles, compiled))
 
-    count = MULTIPROCESSORS[case.arch]
+    device = {
+        "runs_on": True,
+        "architecture": case.arch,
+        "multiprocessors": MULTIPROCESSORS[case.arch],
+    }
     driver.set_active(absent_gpu(case.arch))
-    with (
-        patch.object(triton.JITFunction, "run", record),
-        patch("mqa_kernels.launch.runs_on", return_value=True),
-        patch("mqa_kernels.launch.architecture", return_value=case.arch),
-        patch("mqa_kernels.forward.multiprocessors", return_value=count),
-        patch("mqa_kernels.backward.multiprocessors", return_value=count),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(triton.JITFunction, "run", record))
+        for module in [m for name, m in sys.modules.items() if name.startswith("mqa_kernels.")]:
+            for name in device.keys() & vars(module).keys():
+                stack.enter_context(patch.object(module, name, return_value=device[name]))
         (call_fused if case.call.startswith("fused") else call_attention)(case)
     return launches
 

@@ -284,7 +284,7 @@ def test_the_file_keeps_tables_of_other_compilers(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(triton, "__version__", version)
         check_kernels.write_json(file, [(LARGE, FITS._replace(shared=shared))])
     monkeypatch.setenv("TRITON_PTXAS_PATH", "elsewhere")
-    monkeypatch.setattr(check_kernels, "ptxas_version", lambda: "13.5.37")
+    monkeypatch.setattr(check_kernels, "ptxas_version", lambda path: "13.5.37")
     check_kernels.write_json(file, [(LARGE, FITS._replace(shared=4))])
     found = json.loads(file.read_text())
     assert found["runs"].keys() == {"3.6.0", "3.7.1", "3.6.0 with ptxas 13.5.37"}
