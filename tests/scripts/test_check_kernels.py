@@ -185,11 +185,12 @@ def test_fused_steps_of_every_official_shape_are_compiled():
 
 
 def test_the_recorded_results_have_every_case_for_two_versions_of_triton_without_a_problem():
-    assert len(RECORDED["runs"]) == 2
+    assert sum(" with ptxas " not in version for version in RECORDED["runs"]) == 2
     for version in RECORDED["runs"]:
         mine = [row for row in RECORDED["kernels"] if row["triton"] == version]
         cases = [Case(*(row[field] for field in Case._fields)) for row in mine]
-        assert set(cases) == set(all_cases())
+        only_hopper = " with ptxas " in version
+        assert set(cases) == {case for case in all_cases() if case.arch == 90 or not only_hopper}
         for case, row in zip(cases, mine, strict=True):
             usage = Usage(**{field: row[field] for field in Usage._fields if field in row})
             assert verdict(case, usage) == ""
