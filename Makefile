@@ -4,8 +4,9 @@
 # make fuzz   100,000 changed files, prompts, options and hub answers, and races and kills of saving;
 #             FUZZ=N for another number of inputs of each kind
 # make lint   style and types
-# make check-kernels   compile the kernels for every supported GPU, with two versions of Triton;
-#                      no GPU is needed. ARGS="--json FILE" also writes the tables to a file
+# make check-kernels   compile the kernels for every supported GPU with two versions of Triton, and
+#                      for sm_90 with a newer assembler than theirs; no GPU is needed.
+#                      ARGS="--json FILE" also writes the tables to a file
 # make docs   the site, in docs/_build/html; runs the lessons, and fails on a warning.
 #             LESSONS=cache runs only those whose text has changed
 # make lessons   the lessons as Jupyter notebooks, in docs/notebooks
@@ -25,6 +26,9 @@ LESSONS ?= force
 # The oldest Triton that the kernels support, besides the one that constraints.txt pins.
 OLD_TRITON = 3.6.0
 OLD_TRITON_PATH = .venv/triton-$(OLD_TRITON)
+# The assembler that NVIDIA ships itself; those in these Tritons are 12.8.93.
+NEW_PTXAS = 13.5.37
+NEW_PTXAS_PATH = .venv/ptxas-$(NEW_PTXAS)
 
 .PHONY: demo test test-fast fuzz lint check-kernels docs lessons clean
 
@@ -45,9 +49,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-check-kernels: $(OLD_TRITON_PATH)/installed
+check-kernels: $(OLD_TRITON_PATH)/installed $(NEW_PTXAS_PATH)/installed
 	$(BIN)/python scripts/check_kernels.py $(ARGS)
 	PYTHONPATH=$(OLD_TRITON_PATH) $(BIN)/python scripts/check_kernels.py $(ARGS)
+	TRITON_PTXAS_PATH=$(NEW_PTXAS_PATH)/nvidia/cu13/bin/ptxas \
+		$(BIN)/python scripts/check_kernels.py --arch 90 $(ARGS)
 
 docs: $(INSTALLED)
 	$(BIN)/python -m sphinx -c docs . docs/_build/html -D nb_execution_mode=$(LESSONS) \
@@ -69,6 +75,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(OLD_TRITON_PATH)/installed: $(INSTALLED)
 	$(PIP) install --no-deps --upgrade \
 		--target $(OLD_TRITON_PATH) triton==$(OLD_TRITON)
+	@touch $@
+
+$(NEW_PTXAS_PATH)/installed: $(INSTALLED)
+	$(PIP) install --no-deps --upgrade \
+		--target $(NEW_PTXAS_PATH) nvidia-cuda-nvcc==$(NEW_PTXAS)
 	@touch $@
 
 clean:

@@ -53,7 +53,7 @@ class Case(NamedTuple):
 
 
 # The official shapes in prefill, decoding and speculation, ragged and padded rows; then odd sizes.
-# In bfloat16 all of them, in other dtypes a few: compiling takes the time.
+# In bfloat16 all of them, in other dtypes four: compiling takes the time.
 CASES = (
     Case(1000, 1000, 32, 1, 128, (0,)),
     Case(1, 1000, 32, 1, 128, (999, 500)),
@@ -78,20 +78,31 @@ LARGE = Case(2048, 2048, 32, 1, 128, (0,) * 264)  # over 2**31 elements in q
 
 
 def numerics(device: torch.device) -> Iterator[Row]:
-    """Attention and its gradients by the rule, then what else a training run relies on."""
-    poison_allocations()
+    """bfloat16 attention and its gradients by the rule, then what else training relies on."""
     gpu = device.type == "cuda"
-    cases = CASES if gpu else SMALL_CASES
-    others, large = (CASES[:4], LARGE) if gpu else (cases, cases[0])
-    for case, dtype in (*product(cases, DTYPES[:1]), *product(others, DTYPES[1:])):
-        check = partial(check_attention, device, case, getattr(torch, dtype))
-        yield from each([({"case": str(case), "dtype": dtype}, check)])
+    yield from attention_checks(device, CASES if gpu else SMALL_CASES, DTYPES[:1])
     checks = {
         "again": partial(check_again, device),
-        "transformers": partial(check_transformers, device),
-        "large": partial(check_attention, device, large, torch.bfloat16),
+        "large": partial(check_attention, device, LARGE if gpu else SMALL_CASES[0], torch.bfloat16),
     }
     yield from each(({"check": name}, check) for name, check in checks.items())
+
+
+def dtypes(device: torch.device) -> Iterator[Row]:
+    """Attention in the other dtypes by the rule, then in transformers' model."""
+    cases = CASES[:4] if device.type == "cuda" else SMALL_CASES
+    yield from attention_checks(device, cases, DTYPES[1:])
+    yield from each([({"check": "transformers"}, partial(check_transformers, device))])
+
+
+def attention_checks(
+    device: torch.device, cases: Iterable[Case], dtypes: Iterable[str]
+) -> Iterator[Row]:
+    """A row per case and dtype."""
+    poison_allocations()
+    for case, dtype in product(cases, dtypes):
+        check = partial(check_attention, device, case, getattr(torch, dtype))
+        yield from each([({"case": str(case), "dtype": dtype}, check)])
 
 
 def fused(device: torch.device) -> Iterator[Row]:

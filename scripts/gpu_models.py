@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_kernels import MODELS, TINY, Row, Twins, each, shallow
+from assemblers import assemblers, ptxas_version
+from gpu_kernels import MODELS, TINY, Row, Twins, each, shallow, verdict
 from torch import profiler
 from triton import knobs
 from triton.testing import do_bench
@@ -22,8 +23,10 @@ from mqa_gpt.bench.ceilings import probes
 from mqa_gpt.bench.counts import decode_bytes, prefill_flops
 from mqa_gpt.fast.decode_step import greedy_step
 from mqa_gpt.fast.int8 import quantize
+from mqa_gpt.generation.batching import Engine
+from mqa_gpt.generation.request import make_requests
 from mqa_gpt.machine import describe
-from mqa_gpt.verify.compare import verify
+from mqa_gpt.sampling import GREEDY
 
 STEPS = 8  # decode steps in one measurement
 NEW_TOKENS = 64  # of a measured generation
@@ -42,6 +45,7 @@ COMPARED = (  # dtype, attention backend, quantization
     ("float16", "triton", None),
     ("float32", "sdpa", None),
 )
+RECORDED = ("transformer.h.0.attn.k", "transformer.h.0.attn.z", "transformer.h.1", "logits")
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "penalty": {"repetition_penalty": 1.3},
@@ -50,12 +54,13 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 
 
 def environment(device: torch.device) -> Iterator[Row]:
-    """Versions, GPU, driver, assembler and commit, as far as they can be found out."""
+    """Versions, GPU, driver, assemblers and commit, as far as they can be found out."""
     row = describe()
     row |= {"torch": torch.__version__, "triton": row["versions"]["triton"]}
+    row["ptxas"] = ptxas_version(knobs.nvidia.ptxas.path)  # that Triton uses, up to sm_90
+    row["assemblers"] = {version: str(path) for version, path in assemblers().items()}
     for name, command in (
         ("driver", "nvidia-smi --query-gpu=name,driver_version --format=csv,noheader"),
-        ("ptxas", f"{knobs.nvidia.ptxas.path} --version"),
         ("commit", "git rev-parse HEAD"),
     ):
         with suppress(OSError, subprocess.CalledProcessError):
@@ -73,7 +78,7 @@ def ceilings(device: torch.device) -> Iterator[Row]:
 def parity(device: torch.device) -> Iterator[Row]:
     """Checkpoints with random weights against transformers, as `mqa-gpt verify` compares them.
 
-    Then replayed steps against the model's modules, which a hook keeps `generate` on.
+    Then replayed steps against the model's modules: their tokens, and what is recorded in them.
     """
     for name, config in shallow(device).items():
         model = Twins(config, torch.float32, False, device).plain
@@ -90,12 +95,19 @@ def parity(device: torch.device) -> Iterator[Row]:
             ({"model": name, "check": f"replays, {kind}"}, partial(check_loops, model, options))
             for kind, options in SAMPLINGS.items()
         )
+        checks = {"values recorded in replays": check_recorded, "graphs kept": check_graphs}
+        yield from each(
+            ({"model": name, "check": check}, partial(action, model))
+            for check, action in checks.items()
+        )
 
 
 def compare(
     folder: str, device: torch.device, dtype: str, backend: str, quantize: str | None
 ) -> Row:
     """The verdict of `verify` on a checkpoint."""
+    from mqa_gpt.verify.compare import verify  # needs transformers
+
     count = 64 if device.type == "cuda" else 4
     report = verify(
         folder, device=device, dtype=dtype, backend=backend, quantize=quantize, max_new_tokens=count
@@ -120,6 +132,46 @@ def check_loops(model: GPT, options: dict[str, Any]) -> Row:
         equal += int((fast == slow).sum())
         total += slow.numel()
     return {"passed": equal == total, "equal": equal, "tokens": total}
+
+
+def check_recorded(model: GPT) -> Row:
+    """What `research.record` keeps of replayed steps is that of one pass over the whole text.
+
+    A name's error is the largest distance over what sums in another order may differ by.
+    """
+    from mqa_gpt.research import record
+
+    model.set_backend("auto")
+    prompts = random_prompts(model, 3, 9)
+    plain = generate(model, prompts, 24)
+    with record(model, RECORDED) as replayed:
+        tokens = generate(model, prompts, 24)
+    texts = [[*prompt, *new][:-1] for prompt, new in zip(prompts, tokens, strict=True)]
+    with torch.inference_mode(), record(model, RECORDED) as whole:
+        model(torch.tensor(texts, device=model.device))
+    errors = {}
+    for name in RECORDED:
+        allowed = 2e-4 * max(1.0, whole[name].abs().max().item())
+        errors[name] = (replayed[name] - whole[name]).abs().max().item() / allowed
+    found = verdict(errors)
+    return found | {"passed": found["passed"] and tokens == plain, "equal_tokens": tokens == plain}
+
+
+def check_graphs(model: GPT) -> Row:
+    """Generations on one engine: all use the graphs of the first, and give its tokens."""
+    model.set_backend("auto")
+    engine, tokens, graphs = Engine(model, 4, 40), [], []
+    for _ in range(3):
+        for request in make_requests(model.config, random_prompts(model, 3, 9), 16, GREEDY):
+            engine.add(request)
+        seen = []
+        while engine.is_busy:
+            seen += [(token.row % 3, token.id) for token in engine.step()]
+        tokens.append(seen)
+        graphs.append(set(getattr(engine._stepper, "_graphs", {}).values()))
+    equal = sum(seen == tokens[0] for seen in tokens)
+    kept = graphs[0] == graphs[1] == graphs[2]
+    return {"passed": equal == 3 and kept, "equal": equal, "graphs": len(graphs[0])}
 
 
 def decode(device: torch.device) -> Iterator[Row]:

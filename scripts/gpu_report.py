@@ -2,9 +2,13 @@
 
     PYTHONPATH=.:kernels python3 scripts/gpu_report.py --out report
     PYTHONPATH=.:kernels python3 scripts/gpu_report.py --out report --only numerics,decode
+    PYTHONPATH=.:kernels python3 scripts/gpu_report.py --out tiles --only autotune
 
 Needs torch, triton, transformers, tokenizers and safetensors; installs and downloads nothing.
 Without a GPU every section runs in small under Triton's interpreter, which tests this script.
+The most telling sections come first, for the case that time runs out: whether every kernel runs at
+all (`smoke`), then checks, then speed, then the same with another setting (`*-no-overlap`) or with
+another assembler if there is one (`*-ptxas`).
 
 Each section runs in its own process, and `gpu_report.json` is rewritten after every row, so a
 section that fails, crashes or hangs costs only what it had left to do. The exit status is 1 if a
@@ -29,25 +33,48 @@ from datetime import UTC, datetime
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from assemblers import newer_ptxas
 
 Row = dict[str, Any]
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in (".", "kernels", "scripts")]
 
-# Section -> the module that holds its function, in the order in which they run.
+
+class Section(NamedTuple):
+    """A function of a module, called in a process with these variables in its environment."""
+
+    module: str
+    function: str
+    environment: dict[str, str] | None = None
+
+
+PTXAS = {"TRITON_PTXAS_PATH": ""}  # the path is that of --ptxas
+
+# In the order in which they run.
 SECTIONS = {
-    "environment": "gpu_models",
-    "ceilings": "gpu_models",
-    "numerics": "gpu_kernels",
-    "fused": "gpu_kernels",
-    "parity": "gpu_models",
-    "decode": "gpu_models",
-    "prefill": "gpu_models",
-    "training": "gpu_training",
-    "profile": "gpu_models",
+    "environment": Section("gpu_models", "environment"),
+    "smoke": Section("gpu_smoke", "smoke"),
+    "ceilings": Section("gpu_models", "ceilings"),
+    "fused": Section("gpu_kernels", "fused"),
+    "numerics": Section("gpu_kernels", "numerics"),
+    "steps": Section("gpu_speed", "steps"),
+    "attention": Section("gpu_speed", "attention"),
+    "decode": Section("gpu_models", "decode"),
+    "training": Section("gpu_training", "training"),
+    "steps-no-overlap": Section("gpu_speed", "steps", {"MQA_KERNELS_PDL": "0"}),
+    "steps-ptxas": Section("gpu_speed", "steps", PTXAS),
+    "attention-ptxas": Section("gpu_speed", "attention", PTXAS),
+    "numerics-ptxas": Section("gpu_kernels", "numerics", PTXAS),
+    "dtypes": Section("gpu_kernels", "dtypes"),
+    "parity": Section("gpu_models", "parity"),
+    "prefill": Section("gpu_models", "prefill"),
+    "profile": Section("gpu_models", "profile"),
+    "autotune": Section("gpu_autotune", "autotune"),
 }
+ON_REQUEST = {"autotune"}  # with --only
 # The ceiling that limits a rate.
 LIMITS = {"gb_per_s": "copy_gb_per_s", "tflops": "matmul_tflops"}
 
@@ -56,8 +83,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(), help="folder of gpu_report.json")
     parser.add_argument(
-        "--only", type=section_names, default=list(SECTIONS), metavar="A,B",
+        "--only", type=section_names, metavar="A,B",
+        default=[name for name in SECTIONS if name not in ON_REQUEST],
         help=f"run these sections only; there are {', '.join(SECTIONS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ptxas", type=Path, default=newer_ptxas(),
+        help="another assembler than Triton's, for the sections that compare them "
+        "(default: %(default)s, the newest here)",
     )  # fmt: skip
     parser.add_argument(
         "--limit", type=float, default=150, metavar="SECONDS",
@@ -81,7 +114,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"== {name}", flush=True)
         begin = time.monotonic()
         section = sections[name] = {"rows": [], "error": "interrupted", "seconds": 0.0}
-        for row in run_section(name, options.limit):
+        for row in run_section(with_ptxas(SECTIONS[name], options.ptxas), options.limit):
             if "ended" in row:
                 section["error"] = row["ended"]
             else:
@@ -113,11 +146,23 @@ def write(path: Path, report: Row) -> None:
     part.replace(path)
 
 
-def run_section(name: str, limit: float) -> Iterator[Row]:
+def with_ptxas(section: Section, ptxas: Path | None) -> Section | None:
+    """A section with the path of the other assembler, if it needs one; None if there is none."""
+    if section.environment != PTXAS:
+        return section
+    path = {"TRITON_PTXAS_PATH": str(ptxas)}
+    return section._replace(environment=path) if ptxas else None
+
+
+def run_section(section: Section | None, limit: float) -> Iterator[Row]:
     """A section's rows as its process sends them; the last one is {"ended": None or why}."""
+    if section is None:
+        yield {"skipped": "there is no newer ptxas than Triton's here; --ptxas names one"}
+        yield {"ended": None}
+        return
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=serve, args=(SECTIONS[name], name, theirs))
+    process = context.Process(target=serve, args=(section, theirs))
     process.start()
     theirs.close()  # so that the process's death ends our pipe
     end = time.monotonic() + limit
@@ -141,9 +186,10 @@ def run_section(name: str, limit: float) -> Iterator[Row]:
         process.join()
 
 
-def serve(module: str, name: str, pipe: Connection) -> None:
-    """A section's process: call `name` of the module."""
+def serve(section: Section, pipe: Connection) -> None:
+    """A section's process: call its function."""
     os.setpgrp()
+    os.environ.update(section.environment or {})  # before Triton is imported
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -152,7 +198,7 @@ def serve(module: str, name: str, pipe: Connection) -> None:
         # The interpreter computes with the NaN that the checks put where kernels must not look.
         warnings.filterwarnings("ignore", "invalid value encountered", RuntimeWarning)
     try:
-        for row in getattr(import_module(module), name)(device):
+        for row in getattr(import_module(section.module), section.function)(device):
             pipe.send(row)
         pipe.send({"ended": None})
     except Exception:

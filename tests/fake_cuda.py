@@ -108,14 +108,19 @@ class FakeCuda:
     @contextmanager
     def on_stream(self, stream: FakeStream) -> Iterator[None]:
         before, self.stream = self.stream, stream
-        yield
-        self.stream = before
+        try:
+            yield
+        finally:
+            self.stream = before
 
     @contextmanager
     def record(self, graph: TapedGraph, **options: Any) -> Iterator[None]:
+        """Like PyTorch's, it does not give back the stream if recording fails."""
         self.events.append(("record", self.device, options))
-        with graph.tape, self.on_stream(options["stream"]):
+        before, self.stream = self.stream, options["stream"]
+        with graph.tape:
             yield
+        self.stream = before
 
     def action(self) -> None:
         """An action for tests to replay."""

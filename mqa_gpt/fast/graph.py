@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -10,12 +12,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mqa_gpt.attention import HAS_TRITON
+
 
 class Replay:
     """An action that does the same every time, as a CUDA graph from its second run on.
 
     The first run is an ordinary one, on the recording stream: it compiles kernels and makes
-    workspaces, which capture forbids.
+    workspaces, which capture forbids. Where the device refuses kernels that overlap, above all in a
+    graph, the action is run again without overlap and recorded at its next run.
     """
 
     def __init__(self, action: Callable[[], None], device: torch.device) -> None:
@@ -29,11 +34,17 @@ class Replay:
             if self._graph is None:
                 with RECORDING:
                     stream = RECORDING_STREAMS.on(self._device)
-                    # Another thread's cuBLAS handle and workspace would be made while recording.
-                    if all(stream is not other for other in self._streams):
-                        self._run(stream)
+                    try:
+                        # Another thread's cuBLAS handle would be made while recording.
+                        if all(stream is not other for other in self._streams):
+                            self._run(stream)
+                            return
+                        self._graph = self._record(stream)
+                    except RuntimeError as error:
+                        if not stop_overlap(self._device, error):
+                            raise
+                        self._run(stream)  # compiles the kernels again
                         return
-                    self._graph = self._record(stream)
             self._graph.replay()
 
     @property
@@ -54,9 +65,34 @@ class Replay:
         # "thread_local": what may not be called while a graph is recorded, like allocating memory,
         # is an error in this thread only, so others may go on with streams of their own. The graph
         # has a pool of memory of its own; one that is shared must not lose its last graph.
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        recording = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
+        # A recording that fails does not give back the stream, so that is done around it.
+        with torch.cuda.stream(torch.cuda.current_stream()), recording:
             self._action()
         return graph
+
+
+def stop_overlap(device: torch.device, error: RuntimeError) -> bool:
+    """Let the kernels of `mqa_kernels` not overlap from now on, because of an error.
+
+    Some GPUs refuse programmatic dependent launches in a graph (seen elsewhere on sm_120).
+
+    Returns:
+        False if overlap cannot be the reason: there was none, or memory ran out.
+    """
+    if not HAS_TRITON or isinstance(error, torch.OutOfMemoryError):
+        return False
+    from mqa_kernels import launch
+
+    if not launch.overlap(device)["OVERLAP"]:
+        return False
+    os.environ["MQA_KERNELS_PDL"] = "0"
+    warnings.warn(
+        f"kernels that overlap could not be started or recorded on {device} ({error}); from here "
+        "on they run one after the other. MQA_KERNELS_PDL=0 in the environment avoids the attempt",
+        stacklevel=2,
+    )
+    return True
 
 
 class Recorder(Protocol):

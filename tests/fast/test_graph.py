@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
@@ -33,6 +34,70 @@ def test_the_first_run_is_ordinary_and_the_second_is_recorded_on_the_same_stream
     options = {"stream": recording_s, "capture_error_mode": "thread_local"}
     assert cuda.events == [("record", DEVICE, options), ("run", DEVICE, recording_s)]
     assert [graph.replays for graph in TapedGraph.made] == [2]
+
+
+@pytest.fixture
+def overlapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels overlap on the stand-in for a device."""
+    launch = pytest.importorskip("mqa_kernels.launch")
+    monkeypatch.setenv("MQA_KERNELS_PDL", "1")
+    monkeypatch.setattr(launch, "architecture", lambda device: 120)
+
+
+@pytest.mark.parametrize("refused", ["launch", "recording"])
+def test_where_overlap_is_refused_the_action_goes_on_without_it(
+    cuda, overlapping, refused, monkeypatch
+):
+    launch = pytest.importorskip("mqa_kernels.launch")
+    runs = []
+
+    def action() -> None:
+        overlaps = launch.overlap(DEVICE)["OVERLAP"]
+        if overlaps and (refused == "launch" or len(runs) == 1):
+            raise RuntimeError("invalid resource handle")
+        runs.append((overlaps, cuda.stream))
+
+    caller_s, replay = cuda.stream, Replay(action, DEVICE)
+    if refused == "recording":
+        replay()
+    with pytest.warns(UserWarning, match="invalid resource handle.*one after the other"):
+        replay()
+    assert not replay.is_recorded
+    assert cuda.stream is caller_s
+    replay()
+    assert replay.is_recorded
+    expected = [True] * (refused == "recording") + [False, False]  # the last is recorded
+    assert [overlaps for overlaps, _ in runs] == expected
+    assert len({stream for _, stream in runs}) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "pdl"),
+    [(RuntimeError("lost"), "0"), (torch.OutOfMemoryError("full"), "1"), (ValueError("bad"), "1")],
+)
+def test_other_errors_of_an_action_are_not_hidden(cuda, overlapping, error, pdl, monkeypatch):
+    monkeypatch.setenv("MQA_KERNELS_PDL", pdl)
+    replay = Replay(cuda.action, DEVICE)
+    replay()
+
+    def action() -> None:
+        raise error
+
+    monkeypatch.setattr(replay, "_action", action)
+    with pytest.raises(type(error), match=str(error)):
+        replay()
+    assert os.environ["MQA_KERNELS_PDL"] == pdl
+
+
+def test_an_error_that_remains_without_overlap_is_raised(cuda, overlapping):
+    def action() -> None:
+        raise RuntimeError("illegal address")
+
+    with (
+        pytest.warns(UserWarning, match="illegal address"),
+        pytest.raises(RuntimeError, match="illegal address"),
+    ):
+        Replay(action, DEVICE)()
 
 
 def in_a_thread(action: Callable[[], Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,9 +19,14 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is not available on this platform")
 
+import assemblers
+import gpu_autotune
 import gpu_kernels
 import gpu_models
 import gpu_report
+import gpu_smoke
+import gpu_speed
+import gpu_tools
 import gpu_training
 from gpu_kernels import CASES, TINY, Case, Twins, check_attention, plain_attention, verdict
 
@@ -78,19 +84,32 @@ class TestSections:
     def test_environment_says_what_ran(self):
         (row,) = gpu_models.environment(CPU)
         assert row["versions"]["torch"] == row["torch"] == torch.__version__
-        assert row["ptxas"].startswith("Build cuda_")
+        assert re.fullmatch(r"\d+\.\d+\.\d+", row["ptxas"])
+        assert row["ptxas"] in row["assemblers"]
 
-    def test_numerics_judges_outputs_and_gradients_in_every_dtype(self):
-        rows = list(gpu_kernels.numerics(CPU))
+    def test_smoke_runs_every_kernel_and_says_so(self):
+        *rows, last = gpu_smoke.smoke(CPU)
+        assert all(row["passed"] for row in rows), rows
+        assert last == {
+            "verdict": "every kernel runs, and in graphs without overlap",
+            "passed": True,
+        }
+
+    def test_smoke_says_that_something_failed(self, monkeypatch):
+        monkeypatch.setattr(gpu_smoke, "check_step", lambda models, rows: {"passed": False})
+        assert list(gpu_smoke.smoke(CPU))[-1] == {
+            "verdict": "see what failed above",
+            "passed": False,
+        }
+
+    def test_numerics_and_dtypes_judge_outputs_and_gradients_in_every_dtype(self):
+        rows = [*gpu_kernels.numerics(CPU), *gpu_kernels.dtypes(CPU)]
         assert all(row["passed"] for row in rows), rows
         judged = [row for row in rows if "dtype" in row]
         assert {row["dtype"] for row in judged} == {"float32", "bfloat16", "float16"}
         assert all(set(row["errors"]) == {"out", "lse", "dq", "dk", "dv"} for row in judged)
-        assert [row["check"] for row in rows if "check" in row] == [
-            "again",
-            "transformers",
-            "large",
-        ]
+        checks = [row["check"] for row in rows if "check" in row]
+        assert checks == ["again", "large", "transformers"]
 
     def test_fused_judges_steps_in_16_bits_and_int8_and_their_replays(self):
         rows = list(gpu_kernels.fused(CPU))
@@ -110,7 +129,10 @@ class TestSections:
         ]  # fmt: skip
         exact = [row for row in rows if row.get("as", "").startswith("float32")]
         assert [(row["equal_tokens"], row["tokens"]) for row in exact] == [(16, 16)] * 2
-        assert [row["equal"] for row in rows if "check" in row] == [45 * 24] * 3
+        *tokens, recorded, graphs = [row for row in rows if "check" in row]
+        assert [row["equal"] for row in tokens] == [45 * 24] * 3
+        assert recorded["errors"].keys() == set(gpu_models.RECORDED)
+        assert (graphs["equal"], graphs["graphs"]) == (3, 0)  # a GPU records them
 
     def test_decode_measures_steps_and_whole_generations(self):
         rows = list(gpu_models.decode(CPU))
@@ -154,12 +176,127 @@ class TestSections:
         )  # fmt: skip
         assert next(gpu_training.training(CPU))["passed"] is False
 
+    def test_steps_and_attention_are_measured(self):
+        assert all(row["attention_us"] > 0 < row["step_us"] for row in gpu_speed.steps(CPU))
+        rows = list(gpu_speed.attention(CPU))
+        assert [row["attention"] for row in rows] == ["forward", "backward", "decode"]
+        assert all(row["us"] > 0 for row in rows), rows
+        flops = 4 * 32 * 128 * 33 * 34 / 2
+        assert rows[0]["tflops"] == pytest.approx(flops / rows[0]["us"] / 1e6)
+        assert rows[2]["gb_per_s"] == pytest.approx(33 * 512 / rows[2]["us"] / 1e3)
+
+    def test_autotune_compares_with_the_shipped_tiles(self):
+        rows = list(gpu_autotune.autotune(CPU))
+        assert not [row for row in rows if "error" in row], rows
+        names = [row["kernel"] for row in rows]
+        assert names[:4] == ["forward", "decode", "dQ", "dK, dV"]
+        assert names[4] == "linear 32 to 32, 1 rows"
+        assert {row["best"] for row in rows} == {"shipped"}  # without a GPU the only one
+
     def test_profile_lists_the_longest_kernels_first(self):
         for row in gpu_models.profile(CPU):
             times = [kernel["us"] for kernel in row["kernels"]]
             assert times == sorted(times, reverse=True)
             assert 0 < sum(times) <= row["kernels_us"] * 1.001
             assert row["kernels_per_step"] > 20
+
+
+def test_autotune_finds_the_fastest_tiles_and_names_those_that_fail(monkeypatch):
+    seconds = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(gpu_autotune, "seconds_of", lambda action: next(seconds))
+    changes = [{"N": 32}, {"N": 128}, {"unknown": 1}]
+    search = gpu_autotune.Search(
+        "forward", "mqa_kernels.forward", "forward_tiles", changes,
+        lambda device: gpu_autotune.forward_call(5, device),
+    )  # fmt: skip
+    row = gpu_autotune.fastest(CPU, search)
+    assert (row["shipped_us"], row["best"], row["best_us"]) == (3e6, "{'N': 32}", 1e6)
+    assert "Tiles(M=128, N=64" in row["shipped"]
+    shipped, small, large, wrong = row["candidates"]
+    assert shipped["difference"] == 0
+    assert max(small["difference"], large["difference"]) < 0.1
+    assert "unknown" in wrong["error"]
+
+
+FAKE_TOOL = """#!/bin/sh
+echo "$0 $*"
+while [ "$1" != "{python}" ]; do shift; done
+test "$4" = dkv_kernel && exit 9
+exec "$@"
+"""
+
+
+def test_tools_run_on_single_kernels_and_missing_ones_are_named(tmp_path, monkeypatch, capsys):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(FAKE_TOOL.format(python=sys.executable))
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_tools.shutil, "which", {"compute-sanitizer": str(tool)}.get)
+    kernels = ["linear_kernel", "dkv_kernel"]
+    arguments = ["--out", str(tmp_path), "--tool", "ncu", "memcheck", "--kernel", *kernels]
+    monkeypatch.setattr(gpu_tools, "Path", FolderWithoutTools)
+    assert gpu_tools.main([*arguments, "--limit", "600"]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "ncu: ncu is not installed here",
+        "memcheck linear_kernel: done",
+        f"memcheck dkv_kernel: errors found; see {tmp_path}/memcheck_dkv_kernel.txt",
+    ]
+    printed = (tmp_path / "memcheck_linear_kernel.txt").read_text()
+    assert "--tool memcheck --error-exitcode 9 --kernel-name kernel_substring=linear_ker" in printed
+    assert gpu_tools.main([*arguments[:4], "--kernel", "linear_kernel"]) == 1  # no tool ran
+
+
+class FolderWithoutTools(type(Path())):
+    """A path with nothing of the CUDA toolkit below."""
+
+    def glob(self, pattern: str) -> Iterator[Path]:
+        return iter(())
+
+
+@pytest.mark.parametrize("kernel", gpu_tools.KERNELS)
+def test_every_kernel_that_tools_look_at_is_launched(kernel, tmp_path):
+    program = (
+        "import sys, triton\n"
+        "sys.path.insert(0, 'scripts')\n"
+        "import gpu_tools\n"
+        "from triton.runtime.interpreter import GridExecutor\n"
+        "launched = []\n"
+        "call = GridExecutor.__call__\n"
+        "GridExecutor.__call__ = lambda self, *a, **k: (launched.append(self.fn.__name__), "
+        "call(self, *a, **k))\n"
+        f"gpu_tools.main(['--run', {kernel!r}])\n"
+        f"assert launched.count({kernel!r}) >= 2 or 'dq' in {kernel!r}, launched\n"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
+
+
+def test_the_newest_assembler_is_chosen_unless_it_is_tritons_own(monkeypatch):
+    for found, expected in (
+        ({"12.8.93": "own", "13.1.80": "b", "13.10.2": "c", "0": "broken"}, "c"),
+        ({"13.1.80": "own", "12.8.93": "b"}, None),
+        ({}, None),
+    ):
+        monkeypatch.setattr(assemblers, "assemblers", lambda found=found: found)
+        assert assemblers.newer_ptxas() == expected
+
+
+def test_sections_that_compare_assemblers_get_the_other_one_or_are_skipped(monkeypatch):
+    section = gpu_report.SECTIONS["steps-ptxas"]
+    chosen = gpu_report.with_ptxas(section, Path("/there/ptxas"))
+    assert chosen is not None
+    assert chosen.environment == {"TRITON_PTXAS_PATH": "/there/ptxas"}
+    assert gpu_report.with_ptxas(gpu_report.SECTIONS["steps"], None) is not None
+    rows = list(gpu_report.run_section(gpu_report.with_ptxas(section, None), 1))
+    assert [list(row) for row in rows] == [["skipped"], ["ended"]]
+
+
+def test_a_section_runs_with_its_environment(tmp_path, monkeypatch):
+    (tmp_path / "telling.py").write_text(
+        "import os\ndef tells(device):\n    yield {'pdl': os.environ['MQA_KERNELS_PDL']}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    section = gpu_report.Section("telling", "tells", {"MQA_KERNELS_PDL": "0"})
+    assert list(gpu_report.run_section(section, 600)) == [{"pdl": "0"}, {"ended": None}]
 
 
 FAILING = """
@@ -181,7 +318,9 @@ def test_a_section_that_fails_or_dies_keeps_its_rows_and_the_next_one_runs(
     (tmp_path / "failing.py").write_text(FAILING)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(
-        gpu_report, "SECTIONS", dict.fromkeys(("raises", "dies", "works"), "failing")
+        gpu_report,
+        "SECTIONS",
+        {name: gpu_report.Section("failing", name) for name in ("raises", "dies", "works")},
     )
     arguments = ["--out", str(tmp_path), "--only", "dies,raises,works", "--limit", "600"]
     assert gpu_report.main(arguments) == 1
@@ -197,11 +336,13 @@ def test_a_section_that_fails_or_dies_keeps_its_rows_and_the_next_one_runs(
 
 
 def test_a_section_that_takes_too_long_is_stopped():
-    assert list(gpu_report.run_section("environment", 0.1)) == [{"ended": "stopped after 0.1 s"}]
+    assert list(gpu_report.run_section(gpu_report.SECTIONS["environment"], 0.1)) == [
+        {"ended": "stopped after 0.1 s"}
+    ]
 
 
 def test_a_run_that_is_killed_leaves_what_it_had(tmp_path, monkeypatch):
-    def section(name: str, limit: float) -> Iterator[dict[str, Any]]:
+    def section(section: gpu_report.Section, limit: float) -> Iterator[dict[str, Any]]:
         yield {"passed": True}
         raise KeyboardInterrupt
 
@@ -230,8 +371,8 @@ def test_a_report_that_cannot_be_written_is_refused_at_once(
 
 def test_unknown_sections_are_named(capsys):
     with pytest.raises(SystemExit):
-        gpu_report.main(["--only", "decode,autotune"])
-    assert "autotune: the sections are environment, ceilings" in capsys.readouterr().err
+        gpu_report.main(["--only", "decode,autotuning"])
+    assert "autotuning: the sections are environment, smoke" in capsys.readouterr().err
 
 
 def test_the_reference_is_scaled_dot_product_attention_with_a_mask():

@@ -1,0 +1,49 @@
+"""Section of gpu_report.py: does every kernel run at all? The first thing to know on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from gpu_kernels import (
+    CASES,
+    SMALL_CASES,
+    Row,
+    Twins,
+    check_attention,
+    check_replays,
+    check_step,
+    each,
+    poison_allocations,
+    shallow,
+)
+
+from mqa_kernels import launch
+
+
+def smoke(device: torch.device) -> Iterator[Row]:
+    """Attention both ways, a fused step, a recorded step whose kernels overlap, and a verdict."""
+    poison_allocations()
+    # Training of a ragged batch, and one token of two rows whose keys are split.
+    cases = [CASES[2], CASES[1]] if device.type == "cuda" else SMALL_CASES[:1]
+    checks: dict[str, Callable[[], Row]] = {
+        f"attention, {case.T} of {case.S}": partial(check_attention, device, case, torch.bfloat16)
+        for case in cases
+    }
+    *_, config = shallow(device).values()  # the smallest
+    for int8 in (False, True):
+        models = Twins(replace(config, n_layer=1), torch.bfloat16, int8, device)
+        weights = "int8" if int8 else "bfloat16"
+        checks[f"fused step, {weights}"] = partial(check_step, models, 1)
+        checks[f"recorded step, {weights}"] = partial(check_replays, models.model, 3)
+    passed = True
+    for row in each(({"check": name}, check) for name, check in checks.items()):
+        passed = passed and bool(row.get("passed"))
+        yield row
+    how = "with overlap" if launch.overlap(device)["OVERLAP"] else "without overlap"
+    yield {
+        "verdict": f"every kernel runs, and in graphs {how}" if passed else "see what failed above",
+        "passed": passed,
+    }
