@@ -41,6 +41,7 @@ from mqa_gpt.training.speed import Speed, speed_of
 MODEL_FOLDER = "model"
 
 # What a new run may have written before its first step.
+CONFIG_PART = f"{CONFIG_FILE}.part"  # while it is written; a killed process may leave it
 BEGINNING = (CONFIG_FILE, TOKENIZER_FOLDER, DATA_FOLDER, checkpoints.FOLDER, LOG_FILE)
 
 
@@ -228,7 +229,7 @@ def require_folder(out: Path, config: RunConfig, resume: bool) -> None:
         raise InputError(f"{out} holds no run to resume: leave --resume out")
     if not resume and has_run:
         raise InputError(f"{out} holds a run: pass --resume, or choose another --out")
-    if not resume and out.exists() and any(out.iterdir()):
+    if not resume and out.exists() and any(path.name != CONFIG_PART for path in out.iterdir()):
         raise InputError(f"{out} holds something else than a run: choose another --out")
     if resume:
         changed = differences(read_run_config(out / CONFIG_FILE), config)
@@ -280,7 +281,9 @@ def prepare_folder(out: Path, config: RunConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     file = out / CONFIG_FILE
     if not file.exists() or read_run_config(file) != config:
-        file.write_text(to_toml(config), encoding="utf-8")
+        part = out / CONFIG_PART
+        part.write_text(to_toml(config), encoding="utf-8")
+        part.replace(file)
     checkpoints.tidy(out)
 
 

@@ -23,7 +23,7 @@ from mqa_gpt.training import checkpoints
 from mqa_gpt.training.config import RunConfig, to_toml
 from mqa_gpt.training.log import LOG_FILE, read_log
 from mqa_gpt.training.loop import Trainer
-from mqa_gpt.training.run import train
+from mqa_gpt.training.run import prepare_folder, require_folder, train
 from mqa_gpt.training.signals import RunInterruptedError
 from tests.helpers import random_ids, relative_error
 from tests.training.runs import (
@@ -289,6 +289,24 @@ def test_a_folder_of_the_users_own_is_never_written_to(
         with pytest.raises(InputError, match="holds something else than a run"):
             train(config, out, branch_from=tmp_path, device="cpu", say=say_nothing)
         assert contents(folder) == before
+
+
+def test_a_run_begins_in_a_folder_of_one_that_was_killed_while_it_wrote_its_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_half(path: Path, text: str, **_: object) -> None:
+        path.write_bytes(text.encode()[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    config, out = tiny_run(tmp_path, run_steps=1), tmp_path / "run"
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_folder(out, config)
+    monkeypatch.undo()
+    require_folder(out, config, resume=False)
+    prepare_folder(out, config)
+    assert [path.name for path in out.iterdir()] == ["config.toml"]
+    require_folder(out, config, resume=True)
 
 
 @pytest.mark.parametrize("existed", [False, True])
