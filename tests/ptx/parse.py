@@ -82,10 +82,11 @@ def parse(ptx: str) -> Program:
     program = Program(
         name, int(threads[1]), {symbol: kind for kind, symbol in PARAMETER.findall(parameters)}
     )
+    body, end, _ = ptx[entry.end() :].partition("// -- End function")
+    if not end:
+        raise UnknownPTX("the function has no end")
     place, statement = "", ""
-    for line in ptx[entry.end() :].splitlines():
-        if line.startswith("}") or "-- End function" in line:
-            break
+    for line in body.splitlines():
         code, _, comment = line.partition("//")
         code = code.strip()
         if code.startswith(".loc"):
@@ -99,6 +100,8 @@ def parse(ptx: str) -> Program:
             for text in complete:
                 add_statement(program, text, place)
             statement = without_labels(program, statement)
+    assert not statement
+    assert program.instructions[-1].name == "ret"
     return program
 
 
@@ -195,12 +198,16 @@ def read_before_written(program: Program) -> list[str]:
 
     A data-flow analysis over all paths, so it holds for every run. A write under a predicate
     counts: Triton clears the registers of a masked load first, and the interpreter poisons them.
+    Packing two registers into one does not count as reading them: LLVM packs undefined halves that
+    nothing uses.
     """
     bits = {name: 1 << i for i, name in enumerate(program.registers)}
     count = len(program.instructions)
     effects = []
     for instruction in program.instructions:
         reads, writes = reads_and_writes(instruction)
+        if instruction.name == "mov" and isinstance(instruction.operands[1], tuple):
+            reads = set()
         effects.append(
             (sum(bits[r] for r in reads if r in bits), sum(bits[w] for w in writes if w in bits))
         )
