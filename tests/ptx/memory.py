@@ -150,10 +150,10 @@ class SharedMemory:
 
     def units(self, address: Array, size: int) -> Array:
         """(accesses, units per access)."""
-        if ((address < 0) | (address + size > self.size)).any():
-            raise MemoryFault(f"shared address {int(address.max())} of {self.size} bytes")
         if (address % size).any():
             raise MemoryFault(f"shared memory: access of {size} bytes is not aligned")
+        if ((address < 0) | (address + size > self.size)).any():
+            raise MemoryFault(f"shared address {int(address.max())} of {self.size} bytes")
         return address[:, None] // self.unit + np.arange(size // self.unit)
 
     def read(self, address: Array, size: int, warp: Array) -> None:

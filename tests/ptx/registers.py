@@ -144,13 +144,13 @@ def value_of(text: str, dtype: np.dtype) -> int | float | bool:
 
 def apply(function: np.ufunc, target: Array, *sources: Array) -> Run:
     """target = function(*sources), by a NumPy function that can write in place."""
-    everywhere = partial(function, *sources, target)
+    everywhere = partial(function, *sources, out=target)
 
     def run(mask: Array | None) -> None:
         if mask is None:
             everywhere()
         else:
-            function(*sources, target, where=mask)
+            function(*sources, out=target, where=mask)
 
     return run
 
