@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.ptx.parse import Instruction, Operand, UnknownPTX
+from tests.ptx.parse import Instruction, Operand, UnknownPTXError
 from tests.ptx.registers import WARP, Array, Registers, Run, apply, assign, dtype_of
 
 F4, F8, U2, U4, U8 = (np.dtype(x) for x in ("f4", "f8", "u2", "u4", "u8"))
@@ -76,9 +76,7 @@ def packed(function: np.ufunc, i: Instruction, r: Registers) -> Run:
     """Two 16-bit floats per register."""
     load, store = SHORT_FLOATS[i.type.removesuffix("x2")]
     target, (a, b) = r.target(i.operands[0], U4), sources(i, r, U4)
-    return assign(
-        target, lambda: store(function(load(a.view(U2)), load(b.view(U2)))).view(U4)
-    )
+    return assign(target, lambda: store(function(load(a.view(U2)), load(b.view(U2)))).view(U4))
 
 
 def minimum_or_maximum(integer: np.ufunc, floating: np.ufunc) -> Callable:
@@ -128,7 +126,7 @@ def multiply(i: Instruction, r: Registers) -> Run:
         c = r.source(i.operands[3], dtype)
         return assign(target, lambda: a * b + c)
     if wide is None or (part == "hi" and adds):
-        raise UnknownPTX(i.text)
+        raise UnknownPTXError(i.text)
     if part == "wide":
         target = r.target(i.operands[0], wide)
         if not adds:
@@ -175,7 +173,7 @@ def shift(i: Instruction, r: Registers) -> Run:
     if not str(i.operands[2]).startswith("%") and int(amount[0]) < bits:
         return apply(function, target, a, r.constant(int(amount[0]), dtype))
     if signed and i.name == "shl":
-        raise UnknownPTX(i.text)
+        raise UnknownPTXError(i.text)
     return assign(target, compute)
 
 
@@ -199,7 +197,7 @@ def bit_field(i: Instruction, r: Registers) -> Run:
     a = r.source(i.operands[1], U4)
     position, length = (r.source(x, U4) & U4.type(255) for x in i.operands[2:])
     if any(str(x).startswith("%") for x in i.operands[2:]) or int((position + length)[0]) > 32:
-        raise UnknownPTX(i.text)
+        raise UnknownPTXError(i.text)
     top, down = (U4.type(32) - length - position)[0], (U4.type(32) - length)[0]
     dtype = dtype_of(i.type)
     target = r.target(i.operands[0], dtype)
@@ -290,7 +288,7 @@ def compare(i: Instruction, r: Registers) -> Run:
     """setp: a predicate. Of floats, comparisons with NaN are false, with suffix u true."""
     comparison, kind = i.modifiers[0], i.type
     if len(i.modifiers) != 2 or "|" in str(i.operands[0]):
-        raise UnknownPTX(i.text)
+        raise UnknownPTXError(i.text)
     target = r.target(i.operands[0], np.dtype(bool))
     load = SHORT_FLOATS[kind][0] if kind in SHORT_FLOATS else np.asarray
     a, b = sources(i, r, U2 if kind in SHORT_FLOATS else dtype_of(kind))
@@ -304,7 +302,7 @@ def compare(i: Instruction, r: Registers) -> Run:
         function = COMPARISONS[comparison]
         return assign(target, lambda: function(load(a), load(b)))
     if comparison not in OPPOSITES:
-        raise UnknownPTX(i.text)
+        raise UnknownPTXError(i.text)
     opposite = COMPARISONS[OPPOSITES[comparison]]
     return assign(target, lambda: ~opposite(load(a), load(b)))
 
@@ -340,10 +338,8 @@ def move(i: Instruction, r: Registers) -> Run:
     if isinstance(second, tuple):
         part = np.dtype(f"u{dtype.itemsize // len(second)}")
         parts = [r.source(x, part) for x in second]
-        return assign(
-            r.target(first, dtype), lambda: np.stack(parts, 1).view(dtype)[:, 0]
-        )
-    if dtype == bool:
+        return assign(r.target(first, dtype), lambda: np.stack(parts, 1).view(dtype)[:, 0])
+    if dtype.kind == "b":
         return apply(np.logical_or, r.target(first, dtype), *[r.source(second, dtype)] * 2)
     return apply(np.positive, r.target(first, dtype), r.source(second, dtype))
 
@@ -366,7 +362,7 @@ def convert(i: Instruction, r: Registers) -> Run:
         return assign(r.target(i.operands[0], F4), lambda: load(a))
     source, result = dtype_of(of), dtype_of(to)
     if source.kind == "f" or (result.kind == "f" and to != "f32") or to in SHORT_FLOATS:
-        raise UnknownPTX(i.text)
+        raise UnknownPTXError(i.text)
     (a,) = sources(i, r, source)
     return assign(r.target(i.operands[0], result), lambda: a.astype(result))
 
@@ -375,14 +371,16 @@ def shuffle(i: Instruction, r: Registers) -> Run:
     """shfl.sync: each lane takes the value of another lane of its warp."""
     mode = i.modifiers[1]
     if mode not in ("bfly", "idx") or i.operands[3:] != ("31", "-1"):
-        raise UnknownPTX(i.text)
+        raise UnknownPTXError(i.text)
     value, lane = r.source(i.operands[1], U4), r.source(i.operands[2], U4)
     target = r.target(i.operands[0], U4)
     mine = np.arange(r.threads) % WARP
     warp = np.arange(r.threads) - mine
 
     def run(mask: Array | None) -> None:
-        assert mask is None or (mask.reshape(-1, WARP).all(1) == mask.reshape(-1, WARP).any(1)).all()
+        assert (
+            mask is None or (mask.reshape(-1, WARP).all(1) == mask.reshape(-1, WARP).any(1)).all()
+        )
         other = mine ^ lane if mode == "bfly" else lane & U4.type(31)
         result = value[warp + other.astype(int)]
         np.copyto(target, result, where=True if mask is None else mask)
@@ -399,7 +397,7 @@ def sources(i: Instruction, r: Registers, dtype: np.dtype, count: int | None = N
 def check_modifiers(i: Instruction, *known: str) -> None:
     unknown = set(i.modifiers) - set(known)
     if unknown:
-        raise UnknownPTX(f".{', .'.join(sorted(unknown))} in {i.text}")
+        raise UnknownPTXError(f".{', .'.join(sorted(unknown))} in {i.text}")
 
 
 BUILDERS: dict[str, Callable[[Instruction, Registers], Run]] = {

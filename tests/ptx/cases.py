@@ -1,6 +1,6 @@
-"""What the compiled kernels are run on: calls of the public functions, judged by the error rule.
+"""What the compiled kernels are run on: public functions, judged by the error rule.
 
-Every function here is run with a `Device` active, whose launches are interpreted. Memory that is not
+Every function here runs with a `Device` active, whose launches are interpreted. Memory that is not
 written holds NaN, and so do unused slots of the cache. Dimensions as in `mqa_gpt.model`.
 """
 
@@ -51,7 +51,9 @@ def randoms(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape).to(dtype) for shape in shapes]
 
 
-def weight_and_scale(N: int, K: int, dtype: torch.dtype, int8: bool) -> tuple[Tensor, Tensor | None]:
+def weight_and_scale(
+    N: int, K: int, dtype: torch.dtype, int8: bool
+) -> tuple[Tensor, Tensor | None]:
     """A weight (N, K); in int8 with the scales (N,) of its rows."""
     weight = torch.randn(N, K) * K**-0.5
     if not int8:
@@ -136,13 +138,15 @@ def argmax(
     rows: int, C: int, V: int, dtype: torch.dtype = BF16, int8: bool = False,
     shipped: int | None = None,
 ) -> None:  # fmt: skip
-    """norm_argmax: the token's exact logit is at most twice plain PyTorch's error below the best."""
+    """norm_argmax: the token's logit is at most twice plain PyTorch's error below the best."""
     x, gain, offset = randoms(dtype, (rows, C), (C,), (C,))
     weight, scale = weight_and_scale(V, C, dtype, int8)
     with tiles_of(shipped):
         ids, values = norm_argmax(x, gain, offset, EPS, weight, scale)
     plain = reference.norm_linear(x, gain, offset, EPS, weight, weight_scale=scale)
-    logits = reference.norm_linear(*wide(x, gain, offset), EPS, *wide(weight), weight_scale=wide(scale)[0])
+    logits = reference.norm_linear(
+        *wide(x, gain, offset), EPS, *wide(weight), weight_scale=wide(scale)[0]
+    )
     allowed = 2 * (plain.double() - logits).abs().max() + 1e-5
     chosen = logits.gather(1, ids[:, None])[:, 0]
     assert ((logits.amax(1) - chosen) <= allowed).all()
@@ -152,7 +156,9 @@ def argmax(
 # --- attention ---------------------------------------------------------------------------------
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, kept: Tensor | None, p: float) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, kept: Tensor | None, p: float
+) -> Tensor:
     """Plain attention (B, T, H, D) in q's dtype, softmax in at least float32.
 
     visible (B, T, S): which slots a query sees; kept (B, T, H, S): which probabilities dropout
@@ -172,7 +178,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, kept: Tensor | None
 def philox(seed: int, counters: list[np.ndarray]) -> np.ndarray:
     """First 32 bits of Philox 4x32-10 (Salmon et al. 2011, section 3)."""
     low = np.uint64(0xFFFFFFFF)
-    c = [np.broadcast_to(x, np.broadcast_shapes(*(x.shape for x in counters))).astype("u8") for x in counters]
+    c = [
+        np.broadcast_to(x, np.broadcast_shapes(*(x.shape for x in counters))).astype("u8")
+        for x in counters
+    ]
     keys = [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF]
     for _ in range(10):
         a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)

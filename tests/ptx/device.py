@@ -25,8 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from tests.ptx.machine import Kernel
-from tests.ptx.memory import GlobalMemory, Race
-from tests.ptx.registers import DTYPES
+from tests.ptx.memory import GlobalMemory, RaceError
 
 ARCHITECTURE = 90
 MULTIPROCESSORS = 132  # H100, H200
@@ -93,7 +92,7 @@ def check_overlap(name: str, early: set[tuple[str, str]]) -> None:
     wrong = [f"{action} {buffer}" for action, buffer in sorted(early)
              if action == "writes" or buffer not in CONSTANT]  # fmt: skip
     if wrong:
-        raise Race(f"before griddepcontrol.wait, {name} {', '.join(wrong)}")
+        raise RaceError(f"before griddepcontrol.wait, {name} {', '.join(wrong)}")
 
 
 def raw_bits(value: Any, kind: str, name: str, memory: GlobalMemory) -> int:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tests.ptx import arithmetic, tensor_cores, transfers
-from tests.ptx.memory import GlobalMemory, Race, SharedMemory
-from tests.ptx.parse import Instruction, Program, UnknownPTX, parse, read_before_written
+from tests.ptx.memory import GlobalMemory, RaceError, SharedMemory
+from tests.ptx.parse import Instruction, Program, UnknownPTXError, parse, read_before_written
 from tests.ptx.registers import DTYPES, WARP, Array, Registers, Run
 from tests.ptx.tensor_cores import TensorCores
 from tests.ptx.transfers import Context
@@ -69,7 +69,7 @@ class Group:
                 or tensor_cores.translate(instruction, self.context, self.tensor)
             )
             if run is None:
-                raise UnknownPTX(instruction.text)
+                raise UnknownPTXError(instruction.text)
             return self._guarded(run, instruction) if instruction.guard else run
 
     def _guard(self, instruction: Instruction) -> Array:
@@ -115,7 +115,7 @@ class Group:
             if segment.last is not None:
                 if segment.last.name == "bar":
                     if mask is not None:
-                        raise Race(f"divergent threads reach a barrier: {segment.last}")
+                        raise RaceError(f"divergent threads reach a barrier: {segment.last}")
                     yield place
                 else:
                     following = self._jump(segment.last, segment.following)
@@ -149,7 +149,7 @@ class Group:
 
     def _check_nothing_pending(self) -> None:
         if self.tensor.in_flight():
-            raise Race("a block ends with wgmma in flight")
+            raise RaceError("a block ends with wgmma in flight")
 
 
 class Kernel:
@@ -160,7 +160,7 @@ class Kernel:
         self.shared_bytes = shared_bytes
         unset = read_before_written(self.program)
         if unset:
-            raise Race(f"registers may be read before they are written: {unset[:3]}")
+            raise RaceError(f"registers may be read before they are written: {unset[:3]}")
 
     def run(
         self,
@@ -226,7 +226,7 @@ class Kernel:
             # Each group runs to its next barrier, or to its end.
             reached = {next(running[turn], None) for turn in turns}
             if len(reached) > 1:
-                raise Race(f"warps wait at different barriers of {self.program.name}")
+                raise RaceError(f"warps wait at different barriers of {self.program.name}")
             if reached == {None}:
                 return
             shared.barrier()

@@ -23,11 +23,11 @@ from tests.ptx.registers import POISON, Array
 SPACING = 1 << 40
 
 
-class MemoryFault(RuntimeError):
+class AccessError(RuntimeError):
     """An access out of bounds, misaligned, or of memory that holds nothing yet."""
 
 
-class Race(RuntimeError):
+class RaceError(RuntimeError):
     """Two accesses whose order nothing decides, at least one of them a write."""
 
 
@@ -61,7 +61,7 @@ class GlobalMemory:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.by_storage:
             raw = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-            # As on a GPU, whose buffers begin at multiples of 512 bytes, or of what Triton was told.
+            # Aligned as the storage is, since Triton compiles for that alignment.
             base = SPACING * (len(self.buffers) + 1) + storage.data_ptr() % 512
             buffer = Buffer(name, base, raw)
             self.buffers.append(buffer)
@@ -73,39 +73,39 @@ class GlobalMemory:
         """The buffer in which all accesses of `size` bytes lie, and their offsets.
 
         Raises:
-            MemoryFault: some lie outside of it, or are not aligned to their size.
+            AccessError: some lie outside of it, or are not aligned to their size.
         """
         low, high = int(address.min()), int(address.max()) + size
         index = low // SPACING - 1
         if not 0 <= index < len(self.buffers):
-            raise MemoryFault(f"global address {low:#x} belongs to no buffer")
+            raise AccessError(f"global address {low:#x} belongs to no buffer")
         buffer = self.buffers[index]
         offset = address - buffer.base
         if low < buffer.base or high > buffer.base + len(buffer.data):
-            raise MemoryFault(
+            raise AccessError(
                 f"bytes {low - buffer.base} to {high - buffer.base} of {buffer.name}, "
                 f"which has {len(buffer.data)}"
             )
         if (address % size).any():
-            raise MemoryFault(f"{buffer.name}: access of {size} bytes is not aligned")
+            raise AccessError(f"{buffer.name}: access of {size} bytes is not aligned")
         return buffer, offset
 
     def read(self, address: Array, size: int) -> tuple[Buffer, Array]:
         buffer, offset = self.locate(address, size)
         buffer.read = True
         if buffer.written is not None:
-            raise Race(f"{buffer.name} is read and written in one launch")
+            raise RaceError(f"{buffer.name} is read and written in one launch")
         return buffer, offset
 
     def write(self, address: Array, size: int) -> tuple[Buffer, Array]:
         buffer, offset = self.locate(address, size)
         if buffer.read:
-            raise Race(f"{buffer.name} is read and written in one launch")
+            raise RaceError(f"{buffer.name} is read and written in one launch")
         if buffer.written is None:
             buffer.written = np.zeros(len(buffer.data), bool)
         touched = offset[:, None] + np.arange(size)
         if buffer.written[touched].any() or len(np.unique(offset)) < len(offset):
-            raise Race(f"{buffer.name}: bytes are written twice in one launch")
+            raise RaceError(f"{buffer.name}: bytes are written twice in one launch")
         buffer.written[touched] = True
         return buffer, offset
 
@@ -151,9 +151,9 @@ class SharedMemory:
     def units(self, address: Array, size: int) -> Array:
         """(accesses, units per access)."""
         if (address % size).any():
-            raise MemoryFault(f"shared memory: access of {size} bytes is not aligned")
+            raise AccessError(f"shared memory: access of {size} bytes is not aligned")
         if ((address < 0) | (address + size > self.size)).any():
-            raise MemoryFault(f"shared address {int(address.max())} of {self.size} bytes")
+            raise AccessError(f"shared address {int(address.max())} of {self.size} bytes")
         return address[:, None] // self.unit + np.arange(size // self.unit)
 
     def read(self, address: Array, size: int, warp: Array) -> None:
@@ -164,15 +164,15 @@ class SharedMemory:
         self._check_held(units)
         writer = self.writer[units]
         if ((writer != 0) & (writer != warp)).any():
-            raise Race("shared memory is read in the epoch in which another warp wrote it")
+            raise RaceError("shared memory is read in the epoch in which another warp wrote it")
         self._mark_read(units, warp)
 
     def _check_held(self, units: Array) -> None:
         state = self.state[units]
         if (state == ARRIVING).any():
-            raise Race("shared memory is read while cp.async fills it")
+            raise RaceError("shared memory is read while cp.async fills it")
         if (state == EMPTY).any():
-            raise MemoryFault("shared memory is read that nothing has been written to")
+            raise AccessError("shared memory is read that nothing has been written to")
 
     def _mark_read(self, units: Array, warp: Array) -> None:
         reader = self.reader[units]
@@ -195,12 +195,12 @@ class SharedMemory:
         writer = self.writer[units]
         other = ((writer != 0) & (writer != warp)).any(1)
         if other.any() and (memory[elements[other]] != values[other]).any():
-            raise Race("shared memory is written in the epoch in which another warp wrote it")
+            raise RaceError("shared memory is written in the epoch in which another warp wrote it")
         self.writer[units] = warp
         memory[elements] = values
         lost = (self.writer[units] != warp).any(1)
         if lost.any() and (memory[elements[lost]] != values[lost]).any():
-            raise Race("two warps write different values to the same shared memory at once")
+            raise RaceError("two warps write different values to the same shared memory at once")
         self.state[units] = HELD
         self.unfenced[units] = True
         return units
@@ -208,11 +208,11 @@ class SharedMemory:
     def _check_write(self, units: Array, warp: Array) -> None:
         reader = self.reader[units]
         if ((reader != 0) & (reader != warp)).any():
-            raise Race("shared memory is written in the epoch in which another warp read it")
+            raise RaceError("shared memory is written in the epoch in which another warp read it")
         if (self.state[units] == ARRIVING).any():
-            raise Race("shared memory is written while cp.async fills it")
+            raise RaceError("shared memory is written while cp.async fills it")
         if self.in_use[units].any():
-            raise Race("shared memory is written while wgmma reads it")
+            raise RaceError("shared memory is written while wgmma reads it")
 
     def start_copy(self, address: Array, size: int, warp: Array) -> Array:
         """cp.async: from now on the bytes hold nothing, until the copy is waited for."""
@@ -231,7 +231,7 @@ class SharedMemory:
         """wgmma reads units (each once) on behalf of warps; `warp` broadcasts against them."""
         self.read_units(units, warp)
         if self.unfenced[units].any():
-            raise Race("wgmma reads shared memory without fence.proxy.async after the write")
+            raise RaceError("wgmma reads shared memory without fence.proxy.async after the write")
         self.in_use[units] += 1
 
     def finish_asynchronous_read(self, units: Array, warp: Array) -> None:

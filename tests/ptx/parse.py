@@ -1,7 +1,7 @@
 """PTX text as instructions, and which registers each of them reads and writes.
 
-Source: PTX ISA 8.7, sections 4 (syntax) and 9.3 (instruction format). Only what Triton emits for one
-kernel is read; anything else raises `UnknownPTX` here or when it is translated.
+Source: PTX ISA 8.7, sections 4 (syntax) and 9.3 (instruction format). Only what Triton emits
+is read; anything else raises `UnknownPTXError` here or when it is translated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WITHOUT_TARGET = (
 )  # fmt: skip
 
 
-class UnknownPTX(NotImplementedError):
+class UnknownPTXError(NotImplementedError):
     """An instruction, operand or directive that the interpreter does not know."""
 
 
@@ -75,7 +75,7 @@ def parse(ptx: str) -> Program:
     """The one kernel in a PTX module."""
     entry = ENTRY.search(ptx)
     if entry is None:
-        raise UnknownPTX("the module has no .visible .entry")
+        raise UnknownPTXError("the module has no .visible .entry")
     name, parameters, directives = entry.groups()
     threads = re.search(r"\.reqntid (\d+)", directives)
     assert threads, "Triton always states the number of threads"
@@ -84,7 +84,7 @@ def parse(ptx: str) -> Program:
     )
     body, end, _ = ptx[entry.end() :].partition("// -- End function")
     if not end:
-        raise UnknownPTX("the function has no end")
+        raise UnknownPTXError("the function has no end")
     place, statement = "", ""
     for line in body.splitlines():
         code, _, comment = line.partition("//")
@@ -109,7 +109,7 @@ def declare(program: Program, code: str) -> None:
     """Registers of a `.reg` directive: `%r<9>` declares %r0 to %r8."""
     match = REGISTERS.match(code)
     if match is None or match[1] not in WIDTHS:
-        raise UnknownPTX(code)
+        raise UnknownPTXError(code)
     kind, stem, count = match.groups()
     names = [stem] if count is None else [f"{stem}{i}" for i in range(int(count))]
     program.registers.update(dict.fromkeys(names, WIDTHS[kind]))
@@ -133,7 +133,7 @@ def add_statement(program: Program, text: str, place: str) -> None:
     text = " ".join(without_labels(program, text).split())
     match = STATEMENT.fullmatch(text)
     if match is None:
-        raise UnknownPTX(f"{text} ({place})")
+        raise UnknownPTXError(f"{text} ({place})")
     negated, guard, opcode, rest = match.groups()
     name, *modifiers = opcode.split(".")
     operands = tuple(operand(part) for part in OPERAND.findall(rest))

@@ -1,4 +1,4 @@
-"""Registers of a group of warps as NumPy arrays, one element per thread, and how operands name them.
+"""Registers of a group of warps, as NumPy arrays with one element per thread, and operands.
 
 A group is one warp, or several that run in lockstep. Translating an instruction binds its operands
 to arrays once (`Registers.source`, `Registers.target`); running it is then a NumPy call or two for
@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.ptx.parse import Operand, Program, UnknownPTX
+from tests.ptx.parse import Operand, Program, UnknownPTXError
 
 Array = NDArray
 Run = Callable[[Array | None], object]  # runs an instruction for the threads of a mask; None: all
@@ -35,7 +35,7 @@ POISON = 0xFF
 def dtype_of(kind: str) -> np.dtype:
     """NumPy's type for a PTX type."""
     if kind not in DTYPES:
-        raise UnknownPTX(f"type .{kind}")
+        raise UnknownPTXError(f"type .{kind}")
     return DTYPES[kind]
 
 
@@ -82,7 +82,7 @@ class Registers:
         if operand in self.special:
             return narrowed(self.special[operand], dtype)
         if operand.startswith("!"):
-            raise UnknownPTX(operand)
+            raise UnknownPTXError(operand)
         return self.constant(value_of(operand, dtype), dtype)
 
     def constant(self, value: int | float | bool, dtype: np.dtype) -> Array:
@@ -106,7 +106,7 @@ class Registers:
         if array.dtype.itemsize == dtype.itemsize:
             return array.view(dtype)
         if array.dtype.itemsize < dtype.itemsize or dtype.kind not in "iu":
-            raise UnknownPTX(f"{dtype} in the {width}-bit register {operand}")
+            raise UnknownPTXError(f"{dtype} in the {width}-bit register {operand}")
         return array.view(f"{dtype.kind}{array.dtype.itemsize}")
 
     def matrix_rows(self, operand: Operand) -> Array:
@@ -120,13 +120,13 @@ class Registers:
 def narrowed(array: Array, dtype: np.dtype) -> Array:
     """A register's low part as `dtype`, without copying."""
     if array.dtype.itemsize < dtype.itemsize:
-        raise UnknownPTX(f"{dtype} of a register of {array.dtype}")
+        raise UnknownPTXError(f"{dtype} of a register of {array.dtype}")
     return array.view(dtype)[:: array.dtype.itemsize // dtype.itemsize]
 
 
 def value_of(text: str, dtype: np.dtype) -> int | float | bool:
     """A constant operand (PTX ISA 4.5): 12, -1, 0xFF, 0f3F800000; global_smem is address 0."""
-    if dtype == bool:
+    if dtype.kind == "b":
         return int(text, 0) != 0
     if text.startswith(("0f", "0F", "0d", "0D")):
         raw = bytes.fromhex(text[2:])
@@ -136,7 +136,7 @@ def value_of(text: str, dtype: np.dtype) -> int | float | bool:
     if text == "global_smem":
         return 0
     if not re.fullmatch(r"-?(0x[0-9a-fA-F]+|\d+)U?", text) or dtype.kind == "f":
-        raise UnknownPTX(f"operand {text} of type {dtype}")
+        raise UnknownPTXError(f"operand {text} of type {dtype}")
     bits = int(text.rstrip("U"), 0) & ((1 << 8 * dtype.itemsize) - 1)
     signed = dtype.kind == "i" and bits >> (8 * dtype.itemsize - 1)
     return bits - (1 << 8 * dtype.itemsize) if signed else bits

@@ -19,8 +19,8 @@ from functools import lru_cache
 import numpy as np
 
 from tests.ptx.arithmetic import SHORT_FLOATS
-from tests.ptx.memory import SEVERAL, Race
-from tests.ptx.parse import Instruction, UnknownPTX
+from tests.ptx.memory import SEVERAL, RaceError
+from tests.ptx.parse import Instruction, UnknownPTXError
 from tests.ptx.registers import WARP, Array, Run
 from tests.ptx.transfers import Context, address_of, vector
 
@@ -62,7 +62,7 @@ def translate(i: Instruction, c: Context, tensor: TensorCores) -> Run | None:
 
     def whole(mask: Array | None) -> None:
         if mask is not None:
-            raise UnknownPTX(f"in divergent code: {i.text}")
+            raise UnknownPTXError(f"in divergent code: {i.text}")
         run(None)
 
     return whole
@@ -102,7 +102,7 @@ def mma(i: Instruction, c: Context) -> Run:
     kinds = i.modifiers[-4:]
     shape = ("sync", "aligned", "m16n8k16", "row", "col")
     if i.modifiers[:5] != shape or kinds[0] != "f32" or kinds[3] != "f32" or kinds[1] != kinds[2]:
-        raise UnknownPTX(i.text)
+        raise UnknownPTXError(i.text)
     load = SHORT_FLOATS[kinds[1]][0]
     d, a, b, acc = (c.registers.matrix_rows(x) for x in i.operands)
     file = c.registers.files[32]
@@ -161,9 +161,11 @@ def stmatrix(i: Instruction, c: Context) -> Run:
 
 def matrices(i: Instruction) -> tuple[int, bool]:
     """How many matrices, and whether they are transposed."""
-    match = re.fullmatch(r"sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16", ".".join(i.modifiers))
+    match = re.fullmatch(
+        r"sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16", ".".join(i.modifiers)
+    )
     if match is None:
-        raise UnknownPTX(i.text)
+        raise UnknownPTXError(i.text)
     return int(match[1]), bool(match[2])
 
 
@@ -185,9 +187,9 @@ def descriptor_offsets(descriptor: int, rows: int, transposed: bool) -> Array:
     """
     start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
     if descriptor >> 49 & 7:
-        raise UnknownPTX("a matrix descriptor with a base offset")
+        raise UnknownPTXError("a matrix descriptor with a base offset")
     if descriptor >> 62 not in SWIZZLES:
-        raise UnknownPTX("a matrix without swizzle")
+        raise UnknownPTXError("a matrix without swizzle")
     width, bits = SWIZZLES[descriptor >> 62]
     row, k = np.arange(rows)[:, None], np.arange(16)
     if transposed:  # K is the slow axis: an atom has 8 steps of K, `width` bytes of rows each
@@ -212,7 +214,7 @@ def mma_async(i: Instruction, c: Context, tensor: TensorCores) -> Run:
     from_registers = isinstance(i.operands[1], tuple)
     scale_d, *signs = i.operands[3:6]
     if not match or d_kind != "f32" or a_kind != b_kind or signs != ["1", "1"]:
-        raise UnknownPTX(i.text)
+        raise UnknownPTXError(i.text)
     N, load = int(match[1]), SHORT_FLOATS[a_kind][0]
     r = c.registers
     file, target = r.files[32], r.matrix_rows(i.operands[0])
@@ -269,7 +271,7 @@ def mma_async(i: Instruction, c: Context, tensor: TensorCores) -> Run:
             if np.array_equal(product.target, target):
                 return product.result
             if np.isin(product.target, target).any():
-                raise Race("wgmma accumulates into registers of another in flight")
+                raise RaceError("wgmma accumulates into registers of another in flight")
         return file[target]
 
     return run
@@ -295,9 +297,9 @@ def wait_for_products(i: Instruction, c: Context, tensor: TensorCores) -> Run:
                 for units, warp in product.units:
                     c.shared.finish_asynchronous_read(units, warp)
                 if product.rows is not None and not np.array_equal(file[product.rows], product.a):
-                    raise Race(f"A's registers change under a wgmma in flight: {product.text}")
+                    raise RaceError(f"A's registers change under a wgmma in flight: {product.text}")
                 if (file[product.target] != IN_FLIGHT).any():
-                    raise Race(f"the accumulators of a wgmma in flight change: {product.text}")
+                    raise RaceError(f"the accumulators of a wgmma in flight change: {product.text}")
             results = {tuple(product.target): product.result for product in done}
             still = {tuple(product.target) for product in tensor.in_flight()}
             for target, result in results.items():

@@ -9,10 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ptx.parse import UnknownPTX
+from tests.ptx.parse import UnknownPTXError
 from tests.ptx.snippets import lanes, run
 
-EDGES = [0, 1, 2, 7, 0x7F, 0x80, 0xFF, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFE, 0xFFFF_FFFF, 0x1234_5678]
+EDGES = [
+    0,
+    1,
+    2,
+    7,
+    0x7F,
+    0x80,
+    0xFF,
+    0x7FFF_FFFF,
+    0x8000_0000,
+    0xFFFF_FFFE,
+    0xFFFF_FFFF,
+    0x1234_5678,
+]
 GENERATOR = np.random.default_rng(0)
 NAN, INF = float("nan"), float("inf")
 TINY = 2.0**-130  # subnormal in float32
@@ -54,7 +67,9 @@ def test_integer_instructions_equal_pythons(instruction, expected):
     if instruction.startswith("sh"):
         b = b % 40
     out = run(f"{instruction} %r3, %r1, %r2;", {"%r1": a, "%r2": b}, threads=192)["%r3"]
-    assert out.tolist() == [expected(int(x), int(y)) & 0xFFFF_FFFF for x, y in zip(a, b, strict=True)]
+    assert out.tolist() == [
+        expected(int(x), int(y)) & 0xFFFF_FFFF for x, y in zip(a, b, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["s32", "u32"])
@@ -71,7 +86,11 @@ def test_products_of_twice_the_width_and_sums(kind):
 def test_integer_division_truncates_towards_zero():
     a, b = pairs()
     b = np.where(b == 0, 3, b).astype("u4")
-    out = run("div.s32 %r3, %r1, %r2; rem.s32 %r4, %r1, %r2; rem.u32 %r5, %r1, %r2;", {"%r1": a, "%r2": b}, 192)
+    out = run(
+        "div.s32 %r3, %r1, %r2; rem.s32 %r4, %r1, %r2; rem.u32 %r5, %r1, %r2;",
+        {"%r1": a, "%r2": b},
+        192,
+    )
     for i, (x, y) in enumerate(zip(a.tolist(), b.tolist(), strict=True)):
         quotient = int(Fraction(signed(x), signed(y)))
         assert int(out["%r3"][i]) == quotient & 0xFFFF_FFFF
@@ -100,7 +119,9 @@ def test_lop3_computes_every_function_of_three_bits():
         assert out[0] & 0xFF == table
 
 
-@pytest.mark.parametrize(("position", "length"), [(0, 1), (3, 5), (3, 1), (0, 32), (31, 1), (4, 28)])
+@pytest.mark.parametrize(
+    ("position", "length"), [(0, 1), (3, 5), (3, 1), (0, 32), (31, 1), (4, 28)]
+)
 def test_bfe_takes_a_field_of_bits(position, length):
     a, _ = pairs()
     fields = f"%r1, {position}, {length}"
@@ -121,15 +142,20 @@ def test_shf_shifts_a_pair_of_registers(amount):
 
 
 def test_vectors_are_packed_and_unpacked_lowest_first():
-    code = "mov.b32 %r1, {%rs1, %rs2}; mov.b64 %rd1, {%r1, %r2}; mov.b64 {%r3, %r4}, %rd1; mov.b32 {_, %rs3}, %r1;"
-    out = run(code, {"%rs1": lanes([0x1111], "u2"), "%rs2": lanes([0x2222], "u2"), "%r2": lanes([5], "u4")})
+    code = """mov.b32 %r1, {%rs1, %rs2}; mov.b64 %rd1, {%r1, %r2};
+    mov.b64 {%r3, %r4}, %rd1; mov.b32 {_, %rs3}, %r1;"""
+    out = run(
+        code,
+        {"%rs1": lanes([0x1111], "u2"), "%rs2": lanes([0x2222], "u2"), "%r2": lanes([5], "u4")},
+    )
     assert out["%r1"][0] == 0x2222_1111
     assert out["%rd1"][0] == 0x5_2222_1111
     assert (out["%r3"][0], out["%r4"][0], out["%rs3"][0]) == (0x2222_1111, 5, 0x2222)
 
 
 def test_integers_are_extended_by_their_own_sign():
-    code = "cvt.s64.s32 %rd1, %r1; cvt.u64.u32 %rd2, %r1; cvt.u32.u64 %r2, %rd1; cvt.u16.u32 %rs1, %r1; cvt.rn.f32.s32 %r3, %r1;"
+    code = """cvt.s64.s32 %rd1, %r1; cvt.u64.u32 %rd2, %r1; cvt.u32.u64 %r2, %rd1;
+    cvt.u16.u32 %rs1, %r1; cvt.rn.f32.s32 %r3, %r1;"""
     out = run(code, {"%r1": lanes([-2], "i4")})
     assert out["%rd1"][0] == 2**64 - 2
     assert out["%rd2"][0] == 2**32 - 2
@@ -138,18 +164,37 @@ def test_integers_are_extended_by_their_own_sign():
     assert out["%r3"].view("f4")[0] == -2
 
 
-FLOATS = [0.0, -0.0, 1.0, -1.5, 1e-38, TINY, -TINY, 3e38, 65504.0, 65520.0, 1 + 2**-8, 1 + 3 * 2**-8, INF, -INF, NAN]
+FLOATS = [
+    0.0,
+    -0.0,
+    1.0,
+    -1.5,
+    1e-38,
+    TINY,
+    -TINY,
+    3e38,
+    65504.0,
+    65520.0,
+    1 + 2**-8,
+    1 + 3 * 2**-8,
+    INF,
+    -INF,
+    NAN,
+]
 
 
 def floats(count: int = 192) -> np.ndarray:
-    some = GENERATOR.standard_normal(count - len(FLOATS)) * 2.0 ** GENERATOR.integers(-40, 40, count - len(FLOATS))
+    some = GENERATOR.standard_normal(count - len(FLOATS)) * 2.0 ** GENERATOR.integers(
+        -40, 40, count - len(FLOATS)
+    )
     return np.append(FLOATS, some).astype("f4")
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("bf16", torch.bfloat16), ("f16", torch.float16)])
 def test_conversions_to_16_bits_round_as_pytorch_does(kind, dtype):
     x = floats()
-    out = run(f"cvt.rn.{kind}.f32 %rs1, %r1; cvt.f32.{kind} %r2, %rs1; cvt.rn.{kind}x2.f32 %r3, %r1, %r4;",
+    out = run(f"cvt.rn.{kind}.f32 %rs1, %r1; cvt.f32.{kind} %r2, %rs1;"
+              f"cvt.rn.{kind}x2.f32 %r3, %r1, %r4;",
               {"%r1": x, "%r4": x[::-1].copy()}, 192)  # fmt: skip
     expected = torch.from_numpy(x).to(dtype)
     values = torch.from_numpy(out["%rs1"].view("i2").copy()).view(dtype)
@@ -173,11 +218,15 @@ def test_pairs_of_bfloat16(name):
 def test_fma_rounds_once():
     a, b, c = (GENERATOR.standard_normal(192).astype("f4") for _ in range(3))
     c = np.where(np.arange(192) % 2, -(a * b), c).astype("f4")  # cancels all but the product's tail
-    out = run("fma.rn.f32 %r4, %r1, %r2, %r3;", {"%r1": a, "%r2": b, "%r3": c}, 192)["%r4"].view("f4")
+    out = run("fma.rn.f32 %r4, %r1, %r2, %r3;", {"%r1": a, "%r2": b, "%r3": c}, 192)["%r4"].view(
+        "f4"
+    )
     for x, y, z, got in zip(a, b, c, out, strict=True):
         exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
         neighbours = [np.nextafter(got, np.float32(s)) for s in (-INF, INF)]
-        assert all(abs(Fraction(float(got)) - exact) <= abs(Fraction(float(n)) - exact) for n in neighbours)
+        assert all(
+            abs(Fraction(float(got)) - exact) <= abs(Fraction(float(n)) - exact) for n in neighbours
+        )
 
 
 @pytest.mark.parametrize(
@@ -236,7 +285,8 @@ def test_comparisons_of_floats_with_and_without_nan(kind):
 
 def test_comparisons_of_integers_and_selection():
     a, b = pairs()
-    code = "setp.lt.s32 %p1, %r1, %r2; setp.lt.u32 %p2, %r1, %r2; selp.b32 %r3, %r1, %r2, %p1; not.pred %p3, %p1; and.pred %p4, %p2, %p3;"
+    code = """setp.lt.s32 %p1, %r1, %r2; setp.lt.u32 %p2, %r1, %r2;
+    selp.b32 %r3, %r1, %r2, %p1; not.pred %p3, %p1; and.pred %p4, %p2, %p3;"""
     out = run(code, {"%r1": a, "%r2": b}, 192)
     assert np.array_equal(out["%p1"], a.view("i4") < b.view("i4"))
     assert np.array_equal(out["%p2"], a < b)
@@ -246,13 +296,18 @@ def test_comparisons_of_integers_and_selection():
 
 def test_shuffles_stay_within_a_warp():
     x = np.arange(64, dtype="u4")
-    out = run("shfl.sync.bfly.b32 %r2, %r1, 4, 31, -1; shfl.sync.idx.b32 %r3, %r1, 3, 31, -1;", {"%r1": x}, 64)
+    out = run(
+        "shfl.sync.bfly.b32 %r2, %r1, 4, 31, -1; shfl.sync.idx.b32 %r3, %r1, 3, 31, -1;",
+        {"%r1": x},
+        64,
+    )
     assert np.array_equal(out["%r2"], x ^ 4)
     assert np.array_equal(out["%r3"], np.repeat([3, 35], 32))
 
 
 def test_a_predicate_decides_which_threads_run_an_instruction():
-    code = "mov.u32 %r1, %tid.x; mov.b32 %r2, 7; setp.lt.u32 %p1, %r1, 5; @%p1 mov.b32 %r2, 9; @!%p1 add.s32 %r2, %r2, 1;"
+    code = """mov.u32 %r1, %tid.x; mov.b32 %r2, 7; setp.lt.u32 %p1, %r1, 5;
+    @%p1 mov.b32 %r2, 9; @!%p1 add.s32 %r2, %r2, 1;"""
     assert run(code)["%r2"].tolist() == [9] * 5 + [8] * 27
 
 
@@ -283,5 +338,5 @@ def test_threads_diverge_and_meet_again():
     ],
 )
 def test_unknown_instructions_raise(code):
-    with pytest.raises(UnknownPTX):
+    with pytest.raises(UnknownPTXError):
         run(code)

@@ -1,4 +1,4 @@
-"""Fragments and layouts of the tensor-core instructions, element by element as PTX ISA states them."""
+"""Fragments and layouts of the tensor-core instructions, element by element as in the PTX ISA."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.ptx.memory import Race
-from tests.ptx.parse import UnknownPTX
+from tests.ptx.memory import RaceError
+from tests.ptx.parse import UnknownPTXError
 from tests.ptx.snippets import run
 from tests.ptx.tensor_cores import SWIZZLES
 
@@ -52,10 +52,13 @@ def test_mma_multiplies_fragments(kind, dtype):
     held_a = fragment(bits_of(a, dtype), place_in_a, 8).view("u4")  # (32, 4)
     held_b = fragment(bits_of(b, dtype), place_in_b, 4).view("u4")
     held_c = fragment(c, place_in_c, 4)
-    names = {f"%r{i + 1}": held_a[:, i] for i in range(4)} | {f"%r{i + 5}": held_b[:, i] for i in range(2)}
+    names = {f"%r{i + 1}": held_a[:, i] for i in range(4)} | {
+        f"%r{i + 5}": held_b[:, i] for i in range(2)
+    }
     names |= {f"%r{i + 7}": held_c[:, i] for i in range(4)}
     names = {name: np.ascontiguousarray(values) for name, values in names.items()}
-    code = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{%r11,%r12,%r13,%r14}}, {{%r1,%r2,%r3,%r4}}, {{%r5,%r6}}, {{%r7,%r8,%r9,%r10}};"
+    code = f"""mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32
+    {{%r11,%r12,%r13,%r14}}, {{%r1,%r2,%r3,%r4}}, {{%r5,%r6}}, {{%r7,%r8,%r9,%r10}};"""
     out = run(code, names)
     got = np.stack([out[f"%r{i + 11}"].view("f4") for i in range(4)], 1)
     assert np.array_equal(got, fragment(a @ b + c, place_in_c, 4))
@@ -112,9 +115,11 @@ def shared_operand(x: np.ndarray, mode: int, transposed: bool) -> tuple[np.ndarr
     """
     width, _ = SWIZZLES[mode]
     per_line = width // 2
-    rows, K = x.shape
+    K = x.shape[1]
     lines = x.T if transposed else x
-    tiles = [np.ascontiguousarray(lines[:, i : i + per_line]) for i in range(0, lines.shape[1], per_line)]
+    tiles = [
+        np.ascontiguousarray(lines[:, i : i + per_line]) for i in range(0, lines.shape[1], per_line)
+    ]
     data = np.concatenate([swizzled(tile, width) for tile in tiles])
     size = len(data) // len(tiles)  # bytes of a tile
     descriptors = []
@@ -146,7 +151,9 @@ def test_wgmma_multiplies_matrices_in_every_layout(source, mode, transpose_b, ki
         b_text = f"{descriptors_b[step]}"
         if source == "registers":
             part = bits_of(a[:, 16 * step : 16 * step + 16], dtype)
-            held = np.concatenate([fragment(part[16 * w : 16 * w + 16], place_in_a, 8).view("u4") for w in range(4)])
+            held = np.concatenate(
+                [fragment(part[16 * w : 16 * w + 16], place_in_a, 8).view("u4") for w in range(4)]
+            )
             names = [f"%r{40 + 4 * step + i}" for i in range(4)]
             registers |= {name: np.ascontiguousarray(held[:, i]) for i, name in enumerate(names)}
             operands = f"{{{','.join(names)}}}, {b_text}, {scale}, 1, 1, {int(transpose_b)}"
@@ -160,12 +167,15 @@ def test_wgmma_multiplies_matrices_in_every_layout(source, mode, transpose_b, ki
     for w in range(4):
         for group in range(N // 8):
             tile = expected[16 * w : 16 * w + 16, 8 * group : 8 * group + 8]
-            held = np.stack([out[f"%r{4 * group + i}"].view("f4")[32 * w : 32 * w + 32] for i in range(4)], 1)
+            held = np.stack(
+                [out[f"%r{4 * group + i}"].view("f4")[32 * w : 32 * w + 32] for i in range(4)], 1
+            )
             assert np.array_equal(held, fragment(tile, place_in_c, 4))
 
 
 SUMS = ",".join(f"%r{i}" for i in range(4))
-WGMMA = f"wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{{SUMS}}}, {{%r10,%r11,%r12,%r13}}, %rd1, 0, 1, 1, 0;"
+WGMMA = f"""wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16
+    {{{SUMS}}}, {{%r10,%r11,%r12,%r13}}, %rd1, 0, 1, 1, 0;"""
 COMMIT, WAIT = "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0;"
 
 
@@ -177,7 +187,9 @@ def wgmma_with(code: str, shared_bytes: int = 1024):
 
 
 def test_accumulators_hold_nan_until_they_are_waited_for():
-    out = wgmma_with(f"{WGMMA} mov.b32 %r30, %r0; {COMMIT} mov.b32 %r31, %r0; {WAIT} mov.b32 %r32, %r0;")
+    out = wgmma_with(
+        f"{WGMMA} mov.b32 %r30, %r0; {COMMIT} mov.b32 %r31, %r0; {WAIT} mov.b32 %r32, %r0;"
+    )
     assert np.isnan(out["%r30"].view("f4")).all()
     assert np.isnan(out["%r31"].view("f4")).all()
     assert (out["%r32"].view("f4") == 0).all()
@@ -192,32 +204,36 @@ def test_accumulators_hold_nan_until_they_are_waited_for():
     ],
 )
 def test_what_a_wgmma_in_flight_uses_must_not_change(between, message):
-    with pytest.raises(Race, match=message):
+    with pytest.raises(RaceError, match=message):
         wgmma_with(f"{WGMMA} {COMMIT} {between} {WAIT}")
     wgmma_with(f"{WGMMA} {COMMIT} {WAIT} bar.sync 0; {between}")
 
 
 def test_other_warps_may_overwrite_operands_only_after_a_barrier():
-    with pytest.raises(Race, match="another warp read it"):
+    with pytest.raises(RaceError, match="another warp read it"):
         wgmma_with(f"{WGMMA} {COMMIT} {WAIT} st.shared.b32 [%r20], %r20;")
 
 
 def test_wgmma_needs_a_fence_after_a_store():
-    store, barrier, fence = "st.shared.b32 [%r20], %r20;", "bar.sync 0;", "fence.proxy.async.shared::cta;"
+    store, barrier, fence = (
+        "st.shared.b32 [%r20], %r20;",
+        "bar.sync 0;",
+        "fence.proxy.async.shared::cta;",
+    )
     rest = f"{WGMMA} {COMMIT} {WAIT}"
-    with pytest.raises(Race, match=r"without fence\.proxy\.async"):
+    with pytest.raises(RaceError, match=r"without fence\.proxy\.async"):
         wgmma_with(f"{store} {barrier} {rest}")
-    with pytest.raises(Race, match="another warp wrote it"):
+    with pytest.raises(RaceError, match="another warp wrote it"):
         wgmma_with(f"{store} {fence} {rest}")
     wgmma_with(f"{store} {fence} {barrier} {rest}")
     wgmma_with(f"{store} {barrier} {fence} {rest}")
 
 
 def test_a_kernel_must_wait_for_its_products():
-    with pytest.raises(Race, match="ends with wgmma in flight"):
+    with pytest.raises(RaceError, match="ends with wgmma in flight"):
         wgmma_with(f"{WGMMA} {COMMIT}")
 
 
 def test_collective_instructions_in_divergent_code_are_unknown():
-    with pytest.raises(UnknownPTX, match="in divergent code"):
+    with pytest.raises(UnknownPTXError, match="in divergent code"):
         wgmma_with(f"setp.lt.u32 %p1, %r20, 4; @%p1 {WGMMA} {COMMIT} {WAIT}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tests.ptx.memory import Buffer, GlobalMemory, SharedMemory
-from tests.ptx.parse import Address, Instruction, Operand, UnknownPTX
+from tests.ptx.parse import Address, Instruction, Operand, UnknownPTXError
 from tests.ptx.registers import Array, Registers, Run, assign, dtype_of
 
 U1, U4, I8 = np.dtype("u1"), np.dtype("u4"), np.dtype("i8")
@@ -125,7 +125,7 @@ def layout(i: Instruction) -> tuple[str, int, np.dtype]:
     counts = [int(m[1]) for m in i.modifiers if m in ("v2", "v4")]
     unknown = set(i.modifiers[:-1]) - HINTS - {"shared", "v2", "v4"}
     if len(spaces) != 1 or unknown:
-        raise UnknownPTX(i.text)
+        raise UnknownPTXError(i.text)
     return spaces[0], counts[0] if counts else 1, np.dtype(dtype_of(i.type))
 
 
@@ -163,7 +163,7 @@ def copy(i: Instruction, c: Context) -> Run:
         pending = int(str(i.operands[0]))
         return whole_group(c, lambda c: wait_for_copies(c, pending))
     if i.modifiers[0] != "async" or i.modifiers[2:] != ("shared", "global"):
-        raise UnknownPTX(i.text)
+        raise UnknownPTXError(i.text)
     target, origin = address_of(i.operands[0], c), address_of(i.operands[1], c)
     size = int(str(i.operands[2]), 0)
     filled = c.registers.source(i.operands[3] if len(i.operands) > 3 else str(size), U4)
@@ -175,7 +175,7 @@ def copy(i: Instruction, c: Context) -> Run:
         data = np.zeros((len(where), size), U1)
         reads = length > 0
         if not np.isin(length, (0, size)).all():
-            raise UnknownPTX(f"partial source size in {i.text}")
+            raise UnknownPTXError(f"partial source size in {i.text}")
         if reads.any():
             buffer, offset = c.memory.read(source[reads], size)
             c.touch("reads", buffer)
@@ -204,7 +204,7 @@ def whole_group(c: Context, action: Callable[[Context], None]) -> Run:
 
     def run(mask: Array | None) -> None:
         if mask is not None:
-            raise UnknownPTX("a wait or fence in divergent code")
+            raise UnknownPTXError("a wait or fence in divergent code")
         action(c)
 
     return run
@@ -212,7 +212,7 @@ def whole_group(c: Context, action: Callable[[Context], None]) -> Run:
 
 def fence(i: Instruction, c: Context) -> Run:
     if i.modifiers[:2] != ("proxy", "async"):
-        raise UnknownPTX(i.text)
+        raise UnknownPTXError(i.text)
     return whole_group(c, lambda c: c.shared.fence())
 
 
@@ -236,7 +236,7 @@ def create_policy(i: Instruction, c: Context) -> Run:
 def prefetch(i: Instruction, c: Context) -> Run:
     """prefetch.global.L2: changes no value, but has to stay within a buffer all the same."""
     if i.modifiers[0] != "global":
-        raise UnknownPTX(i.text)
+        raise UnknownPTXError(i.text)
     address = address_of(i.operands[0], c)
     return lambda mask: c.memory.locate(address(mask)[0], 1)
 
