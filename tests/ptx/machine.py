@@ -168,13 +168,14 @@ class Kernel:
         arguments: Sequence[int],
         grid: Sequence[int],
         order: str = "together",
-        blocks: Sequence[tuple[int, int, int]] | None = None,
+        fence_copies: bool = True,
     ) -> set[tuple[str, str]]:
-        """Run all blocks of the grid, or only `blocks`.
+        """Run all blocks of the grid.
 
         Args:
             arguments: the parameters' raw bits, in order.
             order: in which the warps of a block run, one of ORDERS.
+            fence_copies: as in `SharedMemory`.
 
         Returns:
             What was touched before griddepcontrol.wait: ("reads" or "writes", buffer's name).
@@ -183,7 +184,7 @@ class Kernel:
         program = self.program
         warps = program.threads // WARP
         early: set[tuple[str, str]] = set()
-        shared = SharedMemory(self.shared_bytes, smallest_access(program), warps)
+        shared = SharedMemory(self.shared_bytes, smallest_access(program), warps, fence_copies)
         parameters = dict(zip(program.parameters, arguments, strict=True))
         groups = []
         count = 1 if order == "together" else warps
@@ -199,9 +200,8 @@ class Kernel:
         for buffer in memory.buffers:
             buffer.read, buffer.written = False, None
         with np.errstate(all="ignore"):
-            for block in blocks or np.ndindex(*grid[::-1]):
-                index = tuple(block) if blocks else tuple(block)[::-1]
-                self._run_block(groups, shared, index, grid, order, generator)
+            for block in np.ndindex(*grid[::-1]):
+                self._run_block(groups, shared, block[::-1], grid, order, generator)
         return early
 
     def _run_block(

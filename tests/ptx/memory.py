@@ -120,11 +120,12 @@ class SharedMemory:
 
     `writer` and `reader` hold the number plus one of the warp that wrote or read a unit in this
     epoch, 0 if none did, SEVERAL if several read it. A unit is the smallest access of the kernel.
+    `fence_copies`: whether wgmma needs a fence after cp.async too, as the PTX ISA demands.
     """
 
-    def __init__(self, size: int, unit: int, warps: int) -> None:
+    def __init__(self, size: int, unit: int, warps: int, fence_copies: bool = True) -> None:
         assert warps < SEVERAL
-        self.size, self.unit = size, unit
+        self.size, self.unit, self.fence_copies = size, unit, fence_copies
         padded = -(-size // 16) * 16
         self.data = np.empty(padded, "u1")
         self.views = {n: self.data.view(f"u{n}") for n in (1, 2, 4, 8)}
@@ -226,6 +227,7 @@ class SharedMemory:
         self.data[address[:, None] + np.arange(data.shape[1])] = data
         self.state[units] = HELD
         self.writer[units] = warp[:, None]
+        self.unfenced[units] = self.fence_copies  # a fence before now does not order these bytes
 
     def start_asynchronous_read(self, units: Array, warp: Array) -> None:
         """wgmma reads units (each once) on behalf of warps; `warp` broadcasts against them."""

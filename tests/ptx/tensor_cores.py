@@ -203,6 +203,13 @@ def descriptor_offsets(descriptor: int, rows: int, transposed: bool) -> Array:
     return address ^ ((address >> 7 & bits) << 4)
 
 
+@lru_cache(maxsize=4096)
+def descriptor_units(descriptor: int, rows: int, some: range, transposed: bool, unit: int) -> Array:
+    """The units of shared memory that hold some rows of a matrix, each once."""
+    addresses = descriptor_offsets(descriptor, rows, transposed)[some.start : some.stop]
+    return np.unique(addresses // unit)
+
+
 def mma_async(i: Instruction, c: Context, tensor: TensorCores) -> Run:
     """wgmma.mma_async: D = A B (+ D), m64nNk16, each warp 16 of the 64 rows.
 
@@ -226,38 +233,38 @@ def mma_async(i: Instruction, c: Context, tensor: TensorCores) -> Run:
     accumulate = r.source(scale_d, np.dtype(bool))
     place = (c.warp[::WARP] - 1) % 4  # of each warp in its warpgroup
 
-    def operand(descriptors: Array, rows: int, transposed: bool) -> Array:
-        """The matrix (warps, rows, 16) that each warp's descriptor names."""
-        distinct = np.unique(descriptors[::WARP])
-        tiles = []
-        for descriptor in distinct:
-            bytes_ = descriptor_offsets(int(descriptor), rows, transposed)
-            tiles.append(load(c.shared.views[2][bytes_ // 2]))
-        return np.stack(tiles)[np.searchsorted(distinct, descriptors[::WARP])]
+    def operand(descriptors: list[int], rows: int, transposed: bool) -> Array:
+        """The matrices (warps, rows, 16) that the warps' descriptors name."""
+        tiles = {
+            each: load(c.shared.views[2][descriptor_offsets(each, rows, transposed) // 2])
+            for each in set(descriptors)
+        }
+        return np.stack([tiles[each] for each in descriptors])
 
-    def note(product: Product, descriptor: int, rows: slice, transposed: bool, warp: int) -> None:
-        """Check that a warp may read rows of a matrix, from now until the wait."""
-        bytes_ = descriptor_offsets(descriptor, 64 if rows.stop else N, transposed)[rows]
-        units = np.unique(bytes_ // c.shared.unit)
+    def note(product: Product, units: Array, warp: int) -> None:
+        """Check that a warp may read these units, from now until the wait."""
         c.shared.start_asynchronous_read(units, warp)
         product.units.append((units, warp))
 
     def run(_: Array | None) -> None:
         product = Product(target, np.empty(0), [], a_rows, None, i.text[:100])
+        unit = c.shared.unit
         if a_rows is not None:
             product.a = file[a_rows]
             left = a_matrix(product.a, load)
         else:
-            whole = operand(a_descriptor, 64, transpose_a)
-            left = whole.reshape(-1, 4, 16, 16)[np.arange(len(place)), place]
+            each = a_descriptor[::WARP].tolist()
+            whole = operand(each, 64, transpose_a).reshape(-1, 4, 16, 16)
+            left = whole[np.arange(len(place)), place]
             for w, warp in enumerate(c.warp[::WARP]):
-                rows = slice(16 * place[w], 16 * place[w] + 16)
-                note(product, int(a_descriptor[w * WARP]), rows, transpose_a, warp)
-        right = operand(b_descriptor, N, transpose_b)
-        for descriptor in np.unique(b_descriptor):
-            readers = np.unique(c.warp[b_descriptor == descriptor])
+                mine = range(16 * place[w], 16 * place[w] + 16)
+                note(product, descriptor_units(each[w], 64, mine, transpose_a, unit), warp)
+        each = b_descriptor[::WARP].tolist()
+        right = operand(each, N, transpose_b)
+        for distinct in set(each):
+            readers = [warp for d, warp in zip(each, c.warp[::WARP], strict=True) if d == distinct]
             warp = readers[0] if len(readers) == 1 else np.uint8(SEVERAL)
-            note(product, int(descriptor), slice(None), transpose_b, warp)
+            note(product, descriptor_units(distinct, N, range(N), transpose_b, unit), warp)
         total = np.matmul(left.astype(F8), right.astype(F8).swapaxes(1, 2))
         if accumulate[0]:
             total += accumulators(current(target).view(F4))
