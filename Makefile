@@ -5,7 +5,8 @@
 #             FUZZ=N for another number of inputs of each kind
 # make lint   style and types
 # make check-kernels   compile the kernels for every supported GPU with two versions of Triton, and
-#                      for sm_90 with a newer assembler than theirs; no GPU is needed.
+#                      for sm_90 with a newer assembler than theirs; interpret what is compiled for
+#                      sm_90; no GPU is needed.
 #                      ARGS="--json FILE" also writes the tables to a file
 # make docs   the site, in docs/_build/html; runs the lessons, and fails on a warning.
 #             LESSONS=cache runs only those whose text has changed
@@ -54,6 +55,9 @@ check-kernels: $(OLD_TRITON_PATH)/installed $(NEW_PTXAS_PATH)/installed
 	PYTHONPATH=$(OLD_TRITON_PATH) $(BIN)/python scripts/check_kernels.py $(ARGS)
 	TRITON_PTXAS_PATH=$(NEW_PTXAS_PATH)/nvidia/cu13/bin/ptxas \
 		$(BIN)/python scripts/check_kernels.py --arch 90 $(ARGS)
+	MQA_GPT_PTX=all $(BIN)/python -m pytest -n 2 --dist worksteal -q tests/ptx
+	MQA_GPT_PTX=all PYTHONPATH=$(OLD_TRITON_PATH) \
+		$(BIN)/python -m pytest -n 2 --dist worksteal -q tests/ptx
 
 docs: $(INSTALLED)
 	$(BIN)/python -m sphinx -c docs . docs/_build/html -D nb_execution_mode=$(LESSONS) \
