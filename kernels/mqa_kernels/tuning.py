@@ -22,9 +22,20 @@ class Tiles(NamedTuple):
     stages: int
 
 
+def keeps_operands_in_memory(architecture: int) -> bool:
+    """Whether products take their operands from shared memory, and there is most of it: sm_90 and
+    sm_100. Elsewhere they take registers, and as many stages or as large tiles would spill."""
+    return 90 <= architecture < 120
+
+
 @functools.cache
-def forward_tiles(dtype: torch.dtype, D: int, rows: int, dropout: bool = False) -> Tiles:
+def forward_tiles(
+    dtype: torch.dtype, D: int, rows: int, dropout: bool = False, architecture: int = 90
+) -> Tiles:
     """Tiles of `forward_kernel` for `rows` = T * H / G folded rows per group.
+
+    The compiler waits at the top of the loop. With two stages that is a wait for all loads, which
+    then are under way during one step only; with three, those of the next block stay under way.
 
     Here and below, dropout has smaller tiles because its random numbers take many registers.
     """
@@ -32,13 +43,16 @@ def forward_tiles(dtype: torch.dtype, D: int, rows: int, dropout: bool = False) 
         if D <= 64 and rows > 16:
             return Tiles(32, 32, 8, 1)
         return Tiles(16, 32, 4, 1) if D <= 128 else Tiles(16, 32 if dropout else 16, 8, 1)
+    if D > 128:
+        return Tiles(64, 32, 8, 2) if rows > 32 else Tiles(32 if rows > 16 else 16, 64, 4, 2)
+    stages = 3 if D <= 64 or keeps_operands_in_memory(architecture) else 2
     if rows <= 16:
-        return Tiles(16, 64, 4, 3 if D <= 64 else 2)
+        return Tiles(16, 64, 4, stages)
     if rows <= 32:
-        return Tiles(32, 64, 4, 3 if D <= 128 else 2)
-    if D <= 128:
-        return Tiles(128, 32 if dropout and D > 64 else 64, 8, 2)
-    return Tiles(64, 32, 8, 2)
+        return Tiles(32, 64, 4, 3)
+    if rows <= 64:  # of one token with 48 heads: three blocks fit on a multiprocessor
+        return Tiles(64, 32, 4, 3)
+    return Tiles(128, 32 if dropout and D > 64 else 64, 8, stages)
 
 
 @functools.cache
@@ -65,20 +79,37 @@ def key_tiles(dtype: torch.dtype, D: int, dropout: bool = False, architecture: i
         return Tiles(16, 32 if dropout else 64, 8, 2)
     if D <= 64:
         return Tiles(32, 64, 4, 2 if dropout or D < 32 else 3)
-    if 90 <= architecture < 120:  # sm_90 and sm_100 have the most shared memory
+    if keeps_operands_in_memory(architecture):
         return Tiles(32, 128, 8, 2 if dropout else 3)
     return Tiles(32, 64, 8 if dropout else 4, 2)
 
 
-def split_count(programs: int, size: int, block: int, multiprocessors: int) -> int:
-    """num_splits of a loop over `size` in steps of `block`, such that a launch of `programs` has
-    about two programs per multiprocessor.
+def split_count(programs: int, steps: int, places: int, least: int) -> int:
+    """num_splits of loops of `steps`, such that a launch of `programs` becomes at most `places`.
 
-    At most 64 splits of at least four steps each: shorter ones are assumed not to be worth the
-    combining (not measured).
+    At most 64 splits, of at least `least` steps each.
     """
-    wanted = 2 * multiprocessors // programs
-    return max(1, min(wanted, size // (4 * block), 64))
+    return max(1, min(places // programs, steps // least, 64))
+
+
+def key_splits(programs: int, steps: int, multiprocessors: int) -> int:
+    """num_splits of the keys, for one program per multiprocessor.
+
+    - One reads fast enough for its multiprocessor's part of the bandwidth, and every further split
+      writes and reads H * D float32 more per token.
+    - Two steps take as long as one, because the loads of both are under way at once.
+    - Up to four steps are not split: combining would take as long.
+    """
+    return split_count(programs, steps, multiprocessors, 2) if steps > 4 else 1
+
+
+def row_splits(programs: int, steps: int, multiprocessors: int) -> int:
+    """num_splits of the rows in `dkv_kernel`, for two programs per multiprocessor.
+
+    Programs differ in length, and the short ones fill the gaps at the end. Each loads and stores
+    its keys, which takes about as long as four to twelve steps.
+    """
+    return split_count(programs, steps, 2 * multiprocessors, 4)
 
 
 def combine_warps(D: int, num_splits: int) -> int:
@@ -100,18 +131,22 @@ class LinearTiles(NamedTuple):
 
 
 @functools.cache
-def linear_tiles(dtype: torch.dtype, rows: int, N: int, K: int, int8: bool = False) -> LinearTiles:
+def linear_tiles(
+    dtype: torch.dtype,
+    rows: int,
+    N: int,
+    K: int,
+    int8: bool = False,
+    multiprocessors: int = 132,
+) -> LinearTiles:
     """Tiles of the product of `rows` rows with a weight (N, K), for 8 warps; more than 16 rows are
     for int8 only.
 
-    - Every program normalizes all rows, so with several rows a large BLOCK_N saves work; but there
-      must be about as many programs as multiprocessors. From N = 2048 on there are at least 128, so
-      K is not split across programs: combining would need another kernel.
+    - BLOCK_N fills the GPU best (`stream_cost`). It is at most 32 where K is below 1024 or the
+      weights are int8: with 64, some compiler versions spill. For one row it is at most 32, too.
     - One row with K up to 2048 is a single step, all of it in flight before x is ready.
-    - BLOCK_N is at most 32 where K is below 1024 or the weights are int8: with 64, some compiler
-      versions spill.
-    - Tiles with BLOCK_N = 16 fit in 128 registers, so that two programs fit on a multiprocessor.
-      Without the explicit limit the compiler spills to make room for a third.
+    - Two programs fit on a multiprocessor with 128 registers. Without the explicit limit the
+      compiler takes more, or spills to make room for a third.
     - int8 weights have to be converted, each by one warp only. Triton gives each warp whole parts
       of K, hence SPLIT_K = 8. With several rows a step is 16 KiB of weights, and there are at least
       four along K.
@@ -119,11 +154,12 @@ def linear_tiles(dtype: torch.dtype, rows: int, N: int, K: int, int8: bool = Fal
       Hence BLOCK_N = 32 even with few programs, and steps of 8 KiB, so that x fits beside them.
     """
     ROWS = 1 if rows == 1 else max(8, triton.next_power_of_2(rows))
-    BLOCK_N = 16 if rows == 1 or N < 4096 else 32 if N < 8192 or K < 1024 or int8 else 64
+    blocks = (16, 32) if rows == 1 or K < 1024 or int8 else (16, 32, 64)
     if rows > 16:
-        BLOCK_N = 32
+        blocks = (32,)
     if int8 and dtype == torch.float32:
-        BLOCK_N = 16
+        blocks = (16,)
+    BLOCK_N = min(blocks, key=lambda block: stream_cost(N, block, ROWS, multiprocessors))
     SPLIT_K = 128 // BLOCK_N
     if dtype == torch.float32:  # no tensor cores: a thread holds a whole BLOCK_K of its rows
         BLOCK_K = {1: 64, 8: 32, 16: 16}[ROWS] if int8 else 32 if rows == 1 else 16
@@ -140,12 +176,24 @@ def linear_tiles(dtype: torch.dtype, rows: int, N: int, K: int, int8: bool = Fal
     BLOCK_K = max(BLOCK_K, 32 if int8 and dtype != torch.float32 else 16)
     CHUNK = min(triton.next_power_of_2(K), 4096 // ROWS)
     STAGES = 3 if BLOCK_K >= 128 or (int8 and (rows == 1 or rows > 8)) else 4
-    maxnreg = None
-    if int8 and BLOCK_N == 32:
-        maxnreg = 168  # without it, some compiler versions spill to stay at 80 or 128
-    elif BLOCK_N == 16 and not int8 and (rows == 1 or dtype != torch.float32):
-        maxnreg = 128
+    maxnreg = None if dtype == torch.float32 and rows > 1 else 128
     return LinearTiles(ROWS, BLOCK_N, SPLIT_K, BLOCK_K, CHUNK, STAGES, 8, maxnreg)
+
+
+def stream_cost(N: int, BLOCK_N: int, ROWS: int, multiprocessors: int) -> int:
+    """What limits the time of programs that read BLOCK_N weights per column each, two of them on a
+    multiprocessor, in units of BLOCK_N.
+
+    All running programs together read as fast as memory delivers, if there is one or more on each
+    multiprocessor. So a last wave of fewer takes as long as if there were. Several rows of x have
+    to be read and normalized, too, which is as much work as for ROWS weights.
+
+    Programs do not split K among them, because combining would need another kernel.
+    """
+    programs = triton.cdiv(N, BLOCK_N)
+    full, rest = divmod(programs, 2 * multiprocessors)
+    waves = full * 2 * multiprocessors + (max(rest, multiprocessors) if rest else 0)
+    return waves * (BLOCK_N + (ROWS if ROWS > 1 else 0))
 
 
 def choose_block(parts: int) -> int:

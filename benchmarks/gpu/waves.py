@@ -1,0 +1,346 @@
+"""How do the programs of every launch fill an H200, in waves and in simulated time?
+
+    PYTHONPATH=kernels:scripts python -m benchmarks.gpu.waves
+    PYTHONPATH=kernels:scripts python -m benchmarks.gpu.waves --shape starcoderbase-7b
+
+Needs no GPU. Compiling takes some ten minutes, once.
+
+Calls the public functions as prefill, training and a decode step do, compiles each launch instead
+of running it (as check_kernels.py), and simulates how its programs are scheduled (schedule.py):
+with equal steps where arithmetic is the limit (prefill and training), and with the memory's
+bandwidth and latency in decoding. What lies between two launches is not simulated.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+if __name__ == "__main__" and os.environ.pop("TRITON_INTERPRET", "0") == "1":
+    print("TRITON_INTERPRET is set: ignored here", file=sys.stderr)
+
+import torch
+import triton
+from check_kernels import GPUS, Case, Usage, absent_gpu, examine
+from torch import Tensor
+from tqdm import tqdm  # type: ignore[import-untyped]
+from triton.runtime import driver
+
+from benchmarks.gpu.schedule import (
+    BANDWIDTH,
+    EXPONENTIALS,
+    LATENCY,
+    MATMUL,
+    MULTIPROCESSORS,
+    dkv_steps,
+    efficiency,
+    forward_steps,
+    simulate,
+    step_rate,
+    waves,
+)
+from benchmarks.measure import make_parser, refuse_bad_input, result_path, write_result
+from mqa_gpt.config import ACTIVATIONS, GPTConfig
+from mqa_kernels import (
+    attention,
+    linear_residual,
+    norm_argmax,
+    norm_linear,
+    norm_qkv_to_cache,
+)
+
+ARCH = 90
+DTYPE = torch.bfloat16
+# The official shapes; starcoder and granite-20b-code-base-8k have the launches of starcoderbase.
+SHAPES = (
+    "tiny_starcoder_py",
+    "gpt_bigcode-santacoder",
+    "starcoderbase-1b",
+    "starcoderbase-3b",
+    "starcoderbase-7b",
+    "starcoderbase",
+)
+PHASES = ("prefill", "training", "decode")
+PROMPTS = (1024, 8192)  # tokens of one prompt
+TRAINING = ((2, 8192), (4, 4096), (8, 2048), (32, 512))  # rows and tokens of a training step
+BATCHES = (1, 8, 16)
+CONTEXTS = (1024, 8192)  # tokens of each row in a decode step, which the cache is made for
+NAMES = {
+    "forward_kernel": "forward",
+    "dq_kernel": "dQ",
+    "dkv_kernel": "dK, dV",
+    "combine_kernel": "combine",
+}
+PRODUCTS = ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", "lm_head", "argmax")
+
+
+class Launch(NamedTuple):
+    """One launch: what it runs, its grid, its launch options, and what the compiler made of it."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    options: dict[str, Any]
+    usage: Usage
+
+    @property
+    def programs(self) -> int:
+        x, y, z = (*self.grid, 1, 1)[:3]
+        return x * y * z
+
+    @property
+    def places(self) -> int:
+        return MULTIPROCESSORS * self.usage.blocks
+
+
+def launches_of(call: Callable[[], object]) -> list[Launch]:
+    """What a call launches on an H200, compiled."""
+    found = []
+    compile_launch = triton.JITFunction.run
+
+    def record(kernel, *arguments, grid, warmup, **options):  # type: ignore[no-untyped-def]
+        compiled = compile_launch(kernel, *arguments, grid=grid, warmup=True, **options)
+        if compiled.hash not in examined:
+            case = Case(ARCH, "bfloat16", 0, 0, "")
+            examined[compiled.hash] = examine(case, kernel.__name__, "", compiled)
+        found.append(Launch(kernel.__name__, grid, options, examined[compiled.hash]))
+
+    driver.set_active(absent_gpu(ARCH))
+    with ExitStack() as stack:
+        for target, replacement in {
+            "triton.JITFunction.run": record,
+            "mqa_kernels.launch.runs_on": lambda _: True,
+            "mqa_kernels.launch.architecture": lambda _: ARCH,
+            "mqa_kernels.forward.multiprocessors": lambda _: MULTIPROCESSORS,
+            "mqa_kernels.backward.multiprocessors": lambda _: MULTIPROCESSORS,
+            "mqa_kernels.fused_ops.multiprocessors": lambda _: MULTIPROCESSORS,
+        }.items():
+            stack.enter_context(patch(target, replacement))
+        call()
+    return found
+
+
+examined: dict[str, Usage] = {}
+
+
+# --------------------------------------------------------------------------------------- launches
+
+
+def projection(config: GPTConfig, B: int, T: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, T, H, D), k and v (B, T, G, D): parts of c_attn's output."""
+    H, G, D = config.n_head, config.n_kv_head, config.head_dim
+    qkv = torch.empty(B, T, H + 2 * G, D, dtype=DTYPE)
+    return qkv[:, :, :H], qkv[:, :, H : H + G], qkv[:, :, H + G :]
+
+
+def prefill(config: GPTConfig) -> Iterator[dict[str, Any]]:
+    """Attention of one prompt."""
+    for T in sorted({min(T, config.n_positions) for T in PROMPTS}):
+        found = launches_of(partial(attention, *projection(config, 1, T)))
+        yield from attention_rows(config, found, 1, T)
+
+
+def training(config: GPTConfig) -> Iterator[dict[str, Any]]:
+    """Attention of a training step, forward and backward."""
+    for B, T in TRAINING:
+        if config.n_positions < T:
+            continue
+
+        def step(B: int = B, T: int = T) -> None:
+            q, k, v = (x.requires_grad_() for x in projection(config, B, T))
+            out = attention(q, k, v)
+            torch.autograd.grad(out, (q, k, v), torch.empty_like(out))
+
+        yield from attention_rows(config, launches_of(step), B, T)
+
+
+def attention_rows(
+    config: GPTConfig, launches: list[Launch], B: int, T: int
+) -> Iterator[dict[str, Any]]:
+    """Launches over T new tokens of B rows, limited by arithmetic.
+
+    A program also loads and stores tiles of its own, which count as the steps that load as much.
+    """
+    for launch in launches:
+        row = {"batch": B, "tokens": T, "part": NAMES[launch.kernel]}
+        if launch.kernel == "combine_kernel":
+            yield row | described(launch, 1)
+            continue
+        M, N = launch.options["M"], launch.options["N"]
+        shape = config.n_head, config.n_kv_head, M, N
+        if launch.kernel == "dkv_kernel":
+            splits = launch.grid[0]
+            steps = dkv_steps(B, T, *shape, splits)
+            stored = 1 if splits == 1 else 2  # dK and dV in 16 or 32 bits
+            own = (2 + 2 * stored) * N / (2 * M)
+        else:
+            splits = (*launch.grid, 1)[2]
+            steps = forward_steps([T] * B, T, *shape, splits)
+            tiles = 4 if launch.kernel == "dq_kernel" else 2 if splits == 1 else 3  # Q, O, dO, dQ
+            own = tiles * M / (2 * N)
+        assert len(steps) == launch.programs
+        costs = [step + own for step in steps]
+        found = {"efficiency": efficiency(costs, launch.places)}
+        yield row | described(launch, max(steps)) | found
+
+
+def decode(config: GPTConfig) -> Iterator[dict[str, Any]]:
+    """A decode step: the launches of one layer and of the head."""
+    for B in BATCHES:
+        for context in CONTEXTS:
+            if context <= config.n_positions:
+                found = launches_of(partial(attend_cache, config, B, context))
+                for part, launch in zip(("attention", "combine"), found, strict=False):
+                    case = {"batch": B, "tokens": context, "part": part}
+                    yield case | (
+                        cache_row(config, launch, B, context)
+                        if part == "attention"
+                        else described(launch, 1)
+                    )
+        for int8 in (False, True):
+            launches = launches_of(partial(weights_of_a_step, config, B, int8))
+            for part, launch in zip(PRODUCTS, launches, strict=True):
+                weights = {"weights": "int8" if int8 else "bfloat16"}
+                case = {"batch": B, "part": part} | weights
+                yield case | (
+                    described(launch, 1) if part == "argmax" else weight_row(launch, int8)
+                )
+
+
+def attend_cache(config: GPTConfig, B: int, S: int) -> None:
+    H, G, D = config.n_head, config.n_kv_head, config.head_dim
+    k, v = torch.empty(B, S, G, 2 * D, dtype=DTYPE).chunk(2, dim=-1)
+    attention(torch.empty(B, 1, H, D, dtype=DTYPE), k, v, torch.zeros(B, dtype=torch.int64))
+
+
+def weights_of_a_step(config: GPTConfig, B: int, int8: bool) -> None:
+    """Everything but attention that a step of B rows launches in a layer, and in the head."""
+    C, F, V = config.n_embd, config.inner_size, config.vocab_size
+    G, D = config.n_kv_head, config.head_dim
+
+    def weight(N: int, K: int) -> tuple[Tensor, Tensor]:
+        return torch.empty(N, K, dtype=torch.int8 if int8 else DTYPE), bias(N)
+
+    def bias(N: int) -> Tensor:
+        return torch.empty(N, dtype=DTYPE)
+
+    def scale(N: int) -> Tensor | None:
+        return torch.empty(N) if int8 else None
+
+    x, wide = torch.empty(B, C, dtype=DTYPE), torch.empty(B, F, dtype=DTYPE)
+    norm, kv = (bias(C), bias(C), 1e-5), 2 * G * D
+    slots, lengths = torch.empty(B, 1024, G, 2 * D, dtype=DTYPE), torch.zeros(B, dtype=torch.int64)
+    activation = ACTIVATIONS[config.activation_function]
+    norm_qkv_to_cache(x, *norm, *weight(C + kv, C), slots, lengths, scale(C + kv))
+    linear_residual(x, *weight(C, C), x, scale(C))
+    norm_linear(x, *norm, *weight(F, C), activation, scale(F))
+    linear_residual(wide, *weight(C, F), x, scale(C))
+    norm_argmax(x, *norm, weight(V, C)[0], scale(V))
+
+
+def cache_row(config: GPTConfig, launch: Launch, B: int, context: int) -> dict[str, Any]:
+    """Attention of one new token per row, limited by reading keys and values."""
+    D, M, N = config.head_dim, launch.options["M"], launch.options["N"]
+    splits = launch.grid[2]
+    steps = forward_steps([context] * B, 1, config.n_head, config.n_kv_head, M, N, splits)
+    compute = 4 * M * N * D / MATMUL + M * N / EXPONENTIALS
+    return described(launch, max(steps)) | read(
+        launch, steps, 2 * N * D * DTYPE.itemsize, launch.options["num_stages"], compute
+    )
+
+
+def weight_row(launch: Launch, int8: bool) -> dict[str, Any]:
+    """A product of a few rows, limited by reading the weights."""
+    options = launch.options
+    columns = options["SPLIT_K"] * options["BLOCK_K"]
+    steps = [triton.cdiv(options["K"], columns)] * launch.programs
+    size = columns * options["BLOCK_N"] * (1 if int8 else DTYPE.itemsize)
+    return described(launch, steps[0]) | read(launch, steps, size, options["STAGES"])
+
+
+def read(
+    launch: Launch, steps: list[int], step_bytes: int, stages: int, compute: float = 0.0
+) -> dict[str, Any]:
+    """Simulated seconds, and the share of the bandwidth."""
+    ahead = max(1, min(stages - 1, max(steps)))
+    seconds = simulate(steps, launch.places, step_rate(step_bytes, ahead, compute))
+    return {
+        "seconds": seconds,
+        "efficiency": sum(steps) * step_bytes / BANDWIDTH / seconds,
+    }
+
+
+def described(launch: Launch, steps: int) -> dict[str, Any]:
+    """What is known of a launch without a simulation."""
+    options, usage = launch.options, launch.usage
+    if "M" in options:
+        tiles = "{M}x{N}".format(**options)
+    elif "ROWS" in options:
+        tiles = "{ROWS}x{BLOCK_N}x{BLOCK_K}".format(**options)
+    else:
+        tiles = ""
+    settings = {"num_warps": 4, "num_stages": options.get("STAGES", 3)} | options
+    count, last = waves(launch.programs, launch.places)
+    return {
+        "kernel": launch.kernel,
+        "tiles": f"{tiles} {{num_warps}} warps {{num_stages}} stages".format(**settings).strip(),
+        "grid": launch.grid,
+        "registers": usage.registers,
+        "shared": usage.shared,
+        "blocks": usage.blocks,
+        "waves": count,
+        "last_wave": last,
+        "steps": steps,
+    }
+
+
+# ----------------------------------------------------------------------------------------- report
+
+
+def rows_of(shape: str, phase: str) -> list[dict[str, Any]]:
+    config = GPTConfig.preset(shape)
+    steps = {"prefill": prefill, "training": training, "decode": decode}[phase]
+    return [{"shape": shape, "phase": phase} | row for row in steps(config)]
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        case = f"{row['shape']} {row['phase']} {row['batch']}"
+        case += f" x {row['tokens']}" if "tokens" in row else f" {row['weights']}"
+        what = f"{row['tiles']}, {'x'.join(map(str, row['grid']))}"
+        fits = f"{row['registers']} registers, {row['shared']} bytes, {row['blocks']} blocks"
+        full = f"{row['waves']} waves, the last {row['last_wave']:.2f}"
+        found = f"efficiency {row['efficiency']:.2f}" if "efficiency" in row else ""
+        if "seconds" in row:
+            found += f", {1e6 * row['seconds']:.2f} us"
+        print(f"{case} {row['part']}: {what}; {fits}; {full}; {found}")
+
+
+@refuse_bad_input
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser(__doc__, "kernel_waves.json")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="NAME")
+    parser.add_argument("--phase", nargs="+", choices=PHASES, default=list(PHASES))
+    options = parser.parse_args(arguments)
+    output = result_path(options.output, "kernel_waves.json")
+    cases = [(shape, phase) for phase in options.phase for shape in options.shape]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        found = list(tqdm(pool.map(rows_of, *zip(*cases, strict=True)), total=len(cases)))
+    rows = [row for each in found for row in each]
+    print_rows(rows)
+    gpu = {
+        "name": "H200, simulated",
+        "multiprocessors": GPUS[ARCH].multiprocessors,
+        "bytes_per_second": BANDWIDTH,
+        "latency_seconds": LATENCY,
+    }
+    return write_result(output, __file__, __doc__, options, rows, gpu=gpu)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
