@@ -9,13 +9,13 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 
-# Of an H200: what it has, the bandwidth that a read of its whole memory reaches in practice, and
-# an assumption, not measured here, of how long a load takes while memory is busy.
+# An H200. Bandwidth and latency are assumptions, not measured here: what a long read of memory
+# reaches in practice, and how long a load takes while memory is busy.
 MULTIPROCESSORS = 132
 BANDWIDTH = 4.3e12  # bytes per second
 LATENCY = 0.8e-6  # seconds
-MATMUL = 989e12 / MULTIPROCESSORS  # FLOP/s of a multiprocessor, 16 bits
-EXPONENTIALS = 16 * 1.755e9  # per second, of a multiprocessor
+MATMUL = 989e12 / MULTIPROCESSORS  # FLOP/s of a multiprocessor, 16 bits (data sheet)
+EXPONENTIALS = 16 * 1.755e9  # per second, of a multiprocessor (CUDA programming guide)
 
 
 def simulate(
@@ -49,6 +49,17 @@ def efficiency(costs: Sequence[float], places: int) -> float:
     """Of the time in which all places are busy: the share in which programs run, by list
     scheduling. 1 if all programs end together."""
     return sum(costs) / (places * simulate(costs, places))
+
+
+def blocks_that_fit(warps: int, registers: int, shared: int) -> int:
+    """Blocks that run at once on a multiprocessor (CUDA programming guide).
+
+    Args:
+        registers: per thread. A warp takes them in units of 256, four warps at a time.
+        shared: bytes of shared memory per block, besides the 1,024 that the system takes.
+    """
+    per_warp = -(-registers * 32 // 256) * 256
+    return min(65_536 // per_warp // 4 * 4 // warps, 64 // warps, 32, 233_472 // (shared + 1024))
 
 
 def waves(programs: int, places: int) -> tuple[int, float]:

@@ -1,7 +1,7 @@
 """How do the programs of every launch fill an H200, in waves and in simulated time?
 
-    PYTHONPATH=kernels:scripts python -m benchmarks.gpu.waves
-    PYTHONPATH=kernels:scripts python -m benchmarks.gpu.waves --shape starcoderbase-7b
+    PYTHONPATH=kernels python -m benchmarks.gpu.waves
+    PYTHONPATH=kernels python -m benchmarks.gpu.waves --shape starcoderbase-7b
 
 Needs no GPU. Compiling takes some ten minutes, once.
 
@@ -13,12 +13,18 @@ bandwidth and latency in decoding. What lies between two launches is not simulat
 
 from __future__ import annotations
 
+import math
 import os
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -27,9 +33,9 @@ if __name__ == "__main__" and os.environ.pop("TRITON_INTERPRET", "0") == "1":
 
 import torch
 import triton
-from check_kernels import GPUS, Case, Usage, absent_gpu, examine
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
+from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from benchmarks.gpu.schedule import (
@@ -38,6 +44,7 @@ from benchmarks.gpu.schedule import (
     LATENCY,
     MATMUL,
     MULTIPROCESSORS,
+    blocks_that_fit,
     dkv_steps,
     efficiency,
     forward_steps,
@@ -54,7 +61,9 @@ from mqa_kernels import (
     norm_linear,
     norm_qkv_to_cache,
 )
+from mqa_kernels.forward import forward_kernel
 
+KERNEL = type(forward_kernel)  # Triton's class
 ARCH = 90
 DTYPE = torch.bfloat16
 # The official shapes; starcoder and granite-20b-code-base-8k have the launches of starcoderbase.
@@ -80,52 +89,74 @@ NAMES = {
 PRODUCTS = ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", "lm_head", "argmax")
 
 
-class Launch(NamedTuple):
-    """One launch: what it runs, its grid, its launch options, and what the compiler made of it."""
+class Resources(NamedTuple):
+    """What the compiler made of a kernel."""
 
+    registers: int  # per thread
+    shared: int  # bytes per block
+    blocks: int  # that fit on a multiprocessor
+
+
+class Launch(NamedTuple):
     kernel: str
     grid: tuple[int, ...]
     options: dict[str, Any]
-    usage: Usage
+    resources: Resources
 
     @property
     def programs(self) -> int:
-        x, y, z = (*self.grid, 1, 1)[:3]
-        return x * y * z
+        return math.prod(self.grid)
 
     @property
     def places(self) -> int:
-        return MULTIPROCESSORS * self.usage.blocks
+        return MULTIPROCESSORS * self.resources.blocks
 
 
 def launches_of(call: Callable[[], object]) -> list[Launch]:
     """What a call launches on an H200, compiled."""
     found = []
-    compile_launch = triton.JITFunction.run
+    compile_launch = KERNEL.run
 
     def record(kernel, *arguments, grid, warmup, **options):  # type: ignore[no-untyped-def]
         compiled = compile_launch(kernel, *arguments, grid=grid, warmup=True, **options)
-        if compiled.hash not in examined:
-            case = Case(ARCH, "bfloat16", 0, 0, "")
-            examined[compiled.hash] = examine(case, kernel.__name__, "", compiled)
-        found.append(Launch(kernel.__name__, grid, options, examined[compiled.hash]))
+        found.append(Launch(kernel.__name__, grid, options, resources(compiled)))
 
-    driver.set_active(absent_gpu(ARCH))
+    absent_gpu = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", ARCH, 32),
+    )
+    driver.set_active(absent_gpu)
     with ExitStack() as stack:
-        for target, replacement in {
-            "triton.JITFunction.run": record,
-            "mqa_kernels.launch.runs_on": lambda _: True,
-            "mqa_kernels.launch.architecture": lambda _: ARCH,
-            "mqa_kernels.forward.multiprocessors": lambda _: MULTIPROCESSORS,
-            "mqa_kernels.backward.multiprocessors": lambda _: MULTIPROCESSORS,
-            "mqa_kernels.fused_ops.multiprocessors": lambda _: MULTIPROCESSORS,
+        stack.enter_context(patch.object(KERNEL, "run", record))
+        for name, value in {
+            "launch.runs_on": True,
+            "launch.architecture": ARCH,
+            "forward.multiprocessors": MULTIPROCESSORS,
+            "backward.multiprocessors": MULTIPROCESSORS,
+            "fused_ops.multiprocessors": MULTIPROCESSORS,
         }.items():
-            stack.enter_context(patch(target, replacement))
+            stack.enter_context(patch(f"mqa_kernels.{name}", return_value=value))
         call()
     return found
 
 
-examined: dict[str, Usage] = {}
+def resources(compiled: Any) -> Resources:
+    """Of a kernel that Triton compiled."""
+    if compiled.hash not in _resources:
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            report = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+        (registers,) = map(int, re.findall(r"REG:(\d+)", report))
+        shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+        blocks = blocks_that_fit(warps, registers, shared)
+        _resources[compiled.hash] = Resources(registers, shared, blocks)
+    return _resources[compiled.hash]
+
+
+_resources: dict[str, Resources] = {}
 
 
 # --------------------------------------------------------------------------------------- launches
@@ -277,7 +308,7 @@ def read(
 
 def described(launch: Launch, steps: int) -> dict[str, Any]:
     """What is known of a launch without a simulation."""
-    options, usage = launch.options, launch.usage
+    options = launch.options
     if "M" in options:
         tiles = "{M}x{N}".format(**options)
     elif "ROWS" in options:
@@ -290,9 +321,7 @@ def described(launch: Launch, steps: int) -> dict[str, Any]:
         "kernel": launch.kernel,
         "tiles": f"{tiles} {{num_warps}} warps {{num_stages}} stages".format(**settings).strip(),
         "grid": launch.grid,
-        "registers": usage.registers,
-        "shared": usage.shared,
-        "blocks": usage.blocks,
+        **launch.resources._asdict(),
         "waves": count,
         "last_wave": last,
         "steps": steps,
@@ -335,7 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
     print_rows(rows)
     gpu = {
         "name": "H200, simulated",
-        "multiprocessors": GPUS[ARCH].multiprocessors,
+        "multiprocessors": MULTIPROCESSORS,
         "bytes_per_second": BANDWIDTH,
         "latency_seconds": LATENCY,
     }

@@ -146,7 +146,8 @@ def linear_tiles(
       weights are int8: with 64, some compiler versions spill. For one row it is at most 32, too.
     - One row with K up to 2048 is a single step, all of it in flight before x is ready.
     - Two programs fit on a multiprocessor with 128 registers. Without the explicit limit the
-      compiler takes more, or spills to make room for a third.
+      compiler takes more for some, and spills in others to make room for a third. With it, it
+      spills where there are more than 512 sums.
     - int8 weights have to be converted, each by one warp only. Triton gives each warp whole parts
       of K, hence SPLIT_K = 8. With several rows a step is 16 KiB of weights, and there are at least
       four along K.
@@ -176,7 +177,11 @@ def linear_tiles(
     BLOCK_K = max(BLOCK_K, 32 if int8 and dtype != torch.float32 else 16)
     CHUNK = min(triton.next_power_of_2(K), 4096 // ROWS)
     STAGES = 3 if BLOCK_K >= 128 or (int8 and (rows == 1 or rows > 8)) else 4
-    maxnreg = None if dtype == torch.float32 and rows > 1 else 128
+    maxnreg: int | None = 128
+    if ROWS * BLOCK_N > 512:
+        maxnreg = 168 if int8 else None
+    if dtype == torch.float32 and rows > 1:
+        maxnreg = None
     return LinearTiles(ROWS, BLOCK_N, SPLIT_K, BLOCK_K, CHUNK, STAGES, 8, maxnreg)
 
 
