@@ -9,12 +9,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Sequence
 
-# An H200. Bandwidth and latency are assumptions, not measured here: what a long read of memory
-# reaches in practice, and how long a load takes while memory is busy.
+# An H200. Bandwidths and latency are assumptions, not measured here: what long reads of memory and
+# of the L2 cache reach in practice, and how long a load takes while memory is busy.
 MULTIPROCESSORS = 132
 BANDWIDTH = 4.3e12  # bytes per second
+CACHE_BANDWIDTH = 5.5e12  # bytes per second
 LATENCY = 0.8e-6  # seconds
 MATMUL = 989e12 / MULTIPROCESSORS  # FLOP/s of a multiprocessor, 16 bits (data sheet)
+CACHE_RATE = 64 * 1.755e9  # bytes per second from the L2 cache to a multiprocessor
 EXPONENTIALS = 16 * 1.755e9  # per second, of a multiprocessor (CUDA programming guide)
 
 
@@ -89,6 +91,17 @@ def step_rate(step_bytes: float, ahead: int, compute: float = 0.0) -> Callable[[
         )
 
     return rate
+
+
+def combine_seconds(rows: int, splits: int, D: int) -> float:
+    """Seconds that splitting the keys costs: each split writes a float32 output of D channels per
+    row, and one program per row reads them again. Both stay in the L2 cache.
+    """
+    if splits == 1:
+        return 0.0
+    written = 4 * rows * splits * D / CACHE_BANDWIDTH
+    per_multiprocessor = -(-rows // MULTIPROCESSORS) * 4 * splits * D / CACHE_RATE
+    return written + LATENCY + max(written, per_multiprocessor)
 
 
 # ------------------------------------------------------------------------- steps of each program

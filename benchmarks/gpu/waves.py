@@ -45,6 +45,7 @@ from benchmarks.gpu.schedule import (
     MATMUL,
     MULTIPROCESSORS,
     blocks_that_fit,
+    combine_seconds,
     dkv_steps,
     efficiency,
     forward_steps,
@@ -231,7 +232,7 @@ def decode(config: GPTConfig) -> Iterator[dict[str, Any]]:
                     yield case | (
                         cache_row(config, launch, B, context)
                         if part == "attention"
-                        else described(launch, 1)
+                        else combine_row(config, launch, B, found[0].grid[2])
                     )
         for int8 in (False, True):
             launches = launches_of(partial(weights_of_a_step, config, B, int8))
@@ -275,14 +276,34 @@ def weights_of_a_step(config: GPTConfig, B: int, int8: bool) -> None:
 
 
 def cache_row(config: GPTConfig, launch: Launch, B: int, context: int) -> dict[str, Any]:
-    """Attention of one new token per row, limited by reading keys and values."""
-    D, M, N = config.head_dim, launch.options["M"], launch.options["N"]
-    splits = launch.grid[2]
-    steps = forward_steps([context] * B, 1, config.n_head, config.n_kv_head, M, N, splits)
+    """Attention of one new token per row, limited by reading keys and values.
+
+    "by_splits" are the seconds, with the combination, for other numbers of splits.
+    """
+    H, D, splits = config.n_head, config.head_dim, launch.grid[2]
+    M, N, stages = (launch.options[name] for name in ("M", "N", "num_stages"))
+    shape = [context] * B, 1, H, config.n_kv_head, M, N
+    size = 2 * N * D * DTYPE.itemsize
     compute = 4 * M * N * D / MATMUL + M * N / EXPONENTIALS
-    return described(launch, max(steps)) | read(
-        launch, steps, 2 * N * D * DTYPE.itemsize, launch.options["num_stages"], compute
-    )
+
+    def seconds(splits: int) -> float:
+        steps = forward_steps(*shape, splits)
+        reading = read(launch, steps, size, stages, compute)["seconds"]
+        return reading + combine_seconds(B * H, splits, D)
+
+    steps = forward_steps(*shape, splits)
+    assert len(steps) == launch.programs
+    found = described(launch, max(steps)) | read(launch, steps, size, stages, compute)
+    powers = [2**power for power in range(8) if 2**power <= context // N]
+    return found | {
+        "splits": splits,
+        "by_splits": {count: seconds(count) for count in sorted({*powers, splits})},
+    }
+
+
+def combine_row(config: GPTConfig, launch: Launch, B: int, splits: int) -> dict[str, Any]:
+    seconds = combine_seconds(B * config.n_head, splits, config.head_dim)
+    return described(launch, 1) | {"seconds": seconds}
 
 
 def weight_row(launch: Launch, int8: bool) -> dict[str, Any]:

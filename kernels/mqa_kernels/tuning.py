@@ -142,9 +142,10 @@ def linear_tiles(
     """Tiles of the product of `rows` rows with a weight (N, K), for 8 warps; more than 16 rows are
     for int8 only.
 
-    - BLOCK_N fills the GPU best (`stream_cost`). It is at most 32 where K is below 1024 or the
-      weights are int8: with 64, some compiler versions spill. For one row it is at most 32, too.
-    - One row with K up to 2048 is a single step, all of it in flight before x is ready.
+    - BLOCK_N is the least whose `stream_cost` is within 5% of the best. It is at most 32 for one row; and where K is below
+      1024 or the weights are int8, because with 64 some compiler versions spill. K is not split
+      across programs: combining would need another kernel.
+    - One row with K up to 2048 is a single step of 16 outputs, all of it in flight at once.
     - Two programs fit on a multiprocessor with 128 registers. Without the explicit limit the
       compiler takes more for some, and spills in others to make room for a third. With it, it
       spills where there are more than 512 sums.
@@ -158,16 +159,16 @@ def linear_tiles(
     blocks = (16, 32) if rows == 1 or K < 1024 or int8 else (16, 32, 64)
     if rows > 16:
         blocks = (32,)
-    if int8 and dtype == torch.float32:
+    if (rows == 1 and K <= 2048) or (int8 and dtype == torch.float32):
         blocks = (16,)
-    BLOCK_N = min(blocks, key=lambda block: stream_cost(N, block, ROWS, multiprocessors))
-    SPLIT_K = 128 // BLOCK_N
+    costs = {block: stream_cost(N, block, ROWS, multiprocessors) for block in blocks}
+    BLOCK_N = next(block for block in blocks if costs[block] <= 1.05 * min(costs.values()))
+    SPLIT_K = 8 if int8 and dtype != torch.float32 else 128 // BLOCK_N
     if dtype == torch.float32:  # no tensor cores: a thread holds a whole BLOCK_K of its rows
         BLOCK_K = {1: 64, 8: 32, 16: 16}[ROWS] if int8 else 32 if rows == 1 else 16
     elif rows == 1:
-        BLOCK_K = 256 if K <= 2048 else 128
+        BLOCK_K = (256 if K <= 2048 else 128) * 128 // (SPLIT_K * BLOCK_N)
     elif int8:
-        SPLIT_K = 8
         step = 2048 if rows <= 16 else 1024  # weights per part
         BLOCK_K = min(step // BLOCK_N, triton.next_power_of_2(triton.cdiv(K, 4 * SPLIT_K)))
     else:
@@ -186,19 +187,21 @@ def linear_tiles(
 
 
 def stream_cost(N: int, BLOCK_N: int, ROWS: int, multiprocessors: int) -> int:
-    """What limits the time of programs that read BLOCK_N weights per column each, two of them on a
-    multiprocessor, in units of BLOCK_N.
+    """How long programs take that read BLOCK_N rows of a weight (N, K) each, in units of the time
+    that reading a row takes.
 
-    All running programs together read as fast as memory delivers, if there is one or more on each
+    Two or three of them fit on a multiprocessor, which depends on the compiler: the worse counts.
+    All that run together read as fast as memory delivers, if there is one or more on each
     multiprocessor. So a last wave of fewer takes as long as if there were. Several rows of x have
-    to be read and normalized, too, which is as much work as for ROWS weights.
-
-    Programs do not split K among them, because combining would need another kernel.
+    to be read and normalized, too, which takes about as long as ROWS rows of the weight.
     """
     programs = triton.cdiv(N, BLOCK_N)
-    full, rest = divmod(programs, 2 * multiprocessors)
-    waves = full * 2 * multiprocessors + (max(rest, multiprocessors) if rest else 0)
-    return waves * (BLOCK_N + (ROWS if ROWS > 1 else 0))
+    most = 0
+    for places in (2 * multiprocessors, 3 * multiprocessors):
+        rest = programs % places
+        idle = max(0, multiprocessors - rest) if rest else 0
+        most = max(most, programs + idle)
+    return most * (BLOCK_N + (ROWS if ROWS > 1 else 0))
 
 
 def choose_block(parts: int) -> int:
