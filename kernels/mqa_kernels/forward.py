@@ -223,7 +223,7 @@ def forward(
     tiles = forward_tiles(q.dtype, D, T * (H // G), dropout, launch.architecture(q.device))
     row_tiles = triton.cdiv(T * (H // G), tiles.M)
     blocks = triton.cdiv(S, tiles.N)
-    num_splits = key_splits(row_tiles * B * G, blocks, multiprocessors(q.device))
+    num_splits = key_splits(row_tiles * B * G, blocks, tiles, multiprocessors(q.device))
     parts, lses = out, lse
     if num_splits > 1:
         parts = torch.empty((num_splits, B, T, H, D), dtype=torch.float32, device=q.device)

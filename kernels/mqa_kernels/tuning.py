@@ -50,8 +50,8 @@ def forward_tiles(
         return Tiles(16, 64, 4, stages)
     if rows <= 32:
         return Tiles(32, 64, 4, 3)
-    if rows <= 64:  # of one token with 48 heads: three blocks fit on a multiprocessor
-        return Tiles(64, 32, 4, 3)
+    if rows <= 64:  # one token of 48 heads: with 128 rows, only one block fits on a multiprocessor
+        return Tiles(64, 64 if keeps_operands_in_memory(architecture) else 32, 4, 3)
     return Tiles(128, 32 if dropout and D > 64 else 64, 8, stages)
 
 
@@ -84,32 +84,27 @@ def key_tiles(dtype: torch.dtype, D: int, dropout: bool = False, architecture: i
     return Tiles(32, 64, 8 if dropout else 4, 2)
 
 
-def split_count(programs: int, steps: int, places: int, least: int) -> int:
-    """num_splits of loops of `steps`, such that a launch of `programs` becomes at most `places`.
+def key_splits(programs: int, steps: int, tiles: Tiles, multiprocessors: int) -> int:
+    """num_splits of the keys in `forward_kernel`, whose programs have up to `steps` blocks each:
+    for two programs per multiprocessor, at most 64.
 
-    At most 64 splits, of at least `least` steps each.
+    - A share has at least two steps, because the loads of two are under way at once. Its output is
+      written and read again in float32, as many bytes as the keys and values of 2 M / N steps: it
+      has no fewer.
+    - Two splits would save less than combining costs.
     """
-    return max(1, min(places // programs, steps // least, 64))
-
-
-def key_splits(programs: int, steps: int, multiprocessors: int) -> int:
-    """num_splits of the keys, for one program per multiprocessor.
-
-    - One reads fast enough for its multiprocessor's part of the bandwidth, and every further split
-      writes and reads H * D float32 more per token.
-    - Two steps take as long as one, because the loads of both are under way at once.
-    - Up to four steps are not split: combining would take as long.
-    """
-    return split_count(programs, steps, multiprocessors, 2) if steps > 4 else 1
+    least = max(2, 2 * tiles.M // tiles.N)
+    splits = min(2 * multiprocessors // programs, steps // least, 64)
+    return splits if splits > 2 else 1
 
 
 def row_splits(programs: int, steps: int, multiprocessors: int) -> int:
-    """num_splits of the rows in `dkv_kernel`, for two programs per multiprocessor.
+    """num_splits of the rows in `dkv_kernel`: for two programs per multiprocessor, at most 64.
 
-    Programs differ in length, and the short ones fill the gaps at the end. Each loads and stores
-    its keys, which takes about as long as four to twelve steps.
+    Programs differ in length, and the short ones fill the gaps at the end. To load and store its
+    keys takes a program about as long as eight steps, so it has at least four.
     """
-    return split_count(programs, steps, 2 * multiprocessors, 4)
+    return max(1, min(2 * multiprocessors // programs, steps // 4, 64))
 
 
 def combine_warps(D: int, num_splits: int) -> int:
@@ -142,9 +137,9 @@ def linear_tiles(
     """Tiles of the product of `rows` rows with a weight (N, K), for 8 warps; more than 16 rows are
     for int8 only.
 
-    - BLOCK_N is the least whose `stream_cost` is within 5% of the best. It is at most 32 for one row; and where K is below
-      1024 or the weights are int8, because with 64 some compiler versions spill. K is not split
-      across programs: combining would need another kernel.
+    - BLOCK_N is the least whose `stream_cost` is within 5% of the best. It is at most 32 for one
+      row, and where K is below 1024 or the weights are int8: with 64, some compiler versions spill.
+      K is not split across programs, because combining would need another kernel.
     - One row with K up to 2048 is a single step of 16 outputs, all of it in flight at once.
     - Two programs fit on a multiprocessor with 128 registers. Without the explicit limit the
       compiler takes more for some, and spills in others to make room for a third. With it, it

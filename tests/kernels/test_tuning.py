@@ -57,12 +57,21 @@ def test_an_h200_gets_the_tiles_that_are_known_to_be_good():
     assert blocks[4096, 1] == [32, 16, 16, 16, 16]
 
 
-def test_keys_are_split_for_one_program_per_multiprocessor_with_two_steps_or_more():
-    assert tuning.key_splits(programs=1, steps=128, multiprocessors=132) == 64
-    assert tuning.key_splits(programs=1, steps=16, multiprocessors=132) == 8
-    assert tuning.key_splits(programs=8, steps=128, multiprocessors=132) == 16
-    assert tuning.key_splits(programs=132, steps=128, multiprocessors=132) == 1
-    assert tuning.key_splits(programs=1, steps=4, multiprocessors=132) == 1
+def test_keys_are_split_for_two_programs_per_multiprocessor_with_two_steps_or_more():
+    decode = tuning.forward_tiles(torch.bfloat16, 128, 32)
+    assert tuning.key_splits(1, 128, decode, multiprocessors=132) == 64
+    assert tuning.key_splits(1, 16, decode, multiprocessors=132) == 8
+    assert tuning.key_splits(16, 128, decode, multiprocessors=132) == 16
+    assert tuning.key_splits(132, 128, decode, multiprocessors=132) == 1
+    assert tuning.key_splits(1, 4, decode, multiprocessors=132) == 1
+
+
+def test_keys_are_split_for_a_short_chunk_of_a_long_prompt_but_not_for_a_short_prompt():
+    prefill = tuning.forward_tiles(torch.bfloat16, 128, 4096)
+    for heads in (16, 32, 48):
+        assert tuning.key_splits(64 * heads // 128, 8192 // 64, prefill, 132) > 8
+        for tokens in (64, 128, 256, 512, 1024, 2048):
+            assert tuning.key_splits(tokens * heads // 128, tokens // 64, prefill, 132) == 1
 
 
 def test_rows_are_split_for_two_programs_per_multiprocessor_with_four_steps_or_more():
