@@ -95,7 +95,7 @@ def key_splits(programs: int, steps: int, tiles: Tiles, multiprocessors: int) ->
     """
     least = max(2, 2 * tiles.M // tiles.N)
     splits = min(2 * multiprocessors // programs, steps // least, 64)
-    return splits if splits > 2 else 1
+    return triton.cdiv(steps, triton.cdiv(steps, splits)) if splits > 2 else 1  # none is empty
 
 
 def row_splits(programs: int, steps: int, multiprocessors: int) -> int:

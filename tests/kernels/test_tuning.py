@@ -62,6 +62,7 @@ def test_keys_are_split_for_two_programs_per_multiprocessor_with_two_steps_or_mo
     assert tuning.key_splits(1, 128, decode, multiprocessors=132) == 64
     assert tuning.key_splits(1, 16, decode, multiprocessors=132) == 8
     assert tuning.key_splits(16, 128, decode, multiprocessors=132) == 16
+    assert tuning.key_splits(8, 128, decode, multiprocessors=132) == 32  # the 33rd would be empty
     assert tuning.key_splits(132, 128, decode, multiprocessors=132) == 1
     assert tuning.key_splits(1, 4, decode, multiprocessors=132) == 1
 
