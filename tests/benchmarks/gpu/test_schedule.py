@@ -108,3 +108,14 @@ def test_long_key_blocks_first_keep_the_gpu_busy_in_training():
         row_by_row = [steps[block * B + b] for b in range(B) for block in range(blocks)]
         if splits == 1:
             assert efficiency(row_by_row, 132) < 0.75
+
+
+def test_a_long_row_among_short_ones_takes_twice_as_long_as_equal_shares_would():
+    """Decoding in the 7B model: 32 heads, blocks of 64 keys, two of them loaded ahead."""
+    lengths = [8192] + [512] * 15
+    rate = step_rate(64 * 2 * 128 * 2, ahead=2)
+    same_number = forward_steps(lengths, 1, 32, 1, 32, 64, splits=16)
+    shares = [2] * (sum(lengths) // 128)  # of two blocks each, more of them in the long row
+    assert sum(shares) == sum(same_number)
+    ratio = simulate(same_number, 264, rate) / simulate(shares, 264, rate)
+    assert ratio == pytest.approx(2, abs=0.2)
