@@ -365,10 +365,12 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         what = f"{row['tiles']}, {'x'.join(map(str, row['grid']))}"
         fits = f"{row['registers']} registers, {row['shared']} bytes, {row['blocks']} blocks"
         full = f"{row['waves']} waves, the last {row['last_wave']:.2f}"
-        found = f"efficiency {row['efficiency']:.2f}" if "efficiency" in row else ""
+        found = []
+        if "efficiency" in row:
+            found.append(f"efficiency {row['efficiency']:.2f}")
         if "seconds" in row:
-            found += f", {1e6 * row['seconds']:.2f} us"
-        print(f"{case} {row['part']}: {what}; {fits}; {full}; {found}")
+            found.append(f"{1e6 * row['seconds']:.2f} us")
+        print("; ".join([f"{case} {row['part']}: {what}", fits, full, *found]))
 
 
 @refuse_bad_input
