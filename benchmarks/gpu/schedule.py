@@ -139,6 +139,5 @@ def dkv_steps(B: int, T: int, H: int, G: int, M: int, N: int, splits: int) -> li
         first = block * N * heads // M
         for _ in range(B * G):
             for split in range(splits):
-                mine = first + (split - first) % splits
-                steps.append(len(range(mine, tiles, splits)))
+                steps.append(len(range(first + split, tiles, splits)))
     return steps

@@ -55,6 +55,8 @@ def test_an_h200_gets_the_tiles_that_are_known_to_be_good():
     assert blocks[2048, 1] == blocks[2816, 1] == [16] * 5
     # 272 programs of 16 rows would be 8 more than there are places.
     assert blocks[4096, 1] == [32, 16, 16, 16, 16]
+    # 400 of them would be 4 more than there are places for three programs per multiprocessor.
+    assert blocks[6144, 1] == [32, 16, 16, 16, 16]
 
 
 def test_keys_are_split_for_two_programs_per_multiprocessor_with_two_steps_or_more():

@@ -7,7 +7,15 @@ import itertools
 import pytest
 
 from benchmarks.gpu import schedule
-from benchmarks.gpu.schedule import dkv_steps, efficiency, forward_steps, simulate, step_rate, waves
+from benchmarks.gpu.schedule import (
+    combine_seconds,
+    dkv_steps,
+    efficiency,
+    forward_steps,
+    simulate,
+    step_rate,
+    waves,
+)
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 7])
@@ -50,6 +58,13 @@ def test_a_lone_program_is_limited_by_its_own_rate():
     busy = step_rate(1.0, ahead=1, compute=1.0)
     assert busy(1) == busy(132) == 1.0
     assert busy(264) == 0.5
+
+
+def test_combining_costs_more_with_more_splits_and_nothing_without():
+    assert combine_seconds(rows=512, splits=1, D=128) == 0
+    few, many = (combine_seconds(512, splits, 128) - schedule.LATENCY for splits in (8, 16))
+    assert many == pytest.approx(2 * few)
+    assert few >= 2 * 512 * 8 * 128 * 4 / schedule.CACHE_BANDWIDTH  # written, then read
 
 
 def visible(T: int, length: int, H: int, G: int) -> list[list[bool]]:
