@@ -64,7 +64,7 @@ def test_combining_costs_more_with_more_splits_and_nothing_without():
     assert combine_seconds(rows=512, splits=1, D=128) == 0
     few, many = (combine_seconds(512, splits, 128) - schedule.LATENCY for splits in (8, 16))
     assert many == pytest.approx(2 * few)
-    assert few >= 2 * 512 * 8 * 128 * 4 / schedule.CACHE_BANDWIDTH  # written, then read
+    assert few >= 0.999 * 2 * 512 * 8 * 128 * 4 / schedule.CACHE_BANDWIDTH  # written, read
 
 
 def visible(T: int, length: int, H: int, G: int) -> list[list[bool]]:
