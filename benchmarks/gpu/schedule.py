@@ -53,17 +53,6 @@ def efficiency(costs: Sequence[float], places: int) -> float:
     return sum(costs) / (places * simulate(costs, places))
 
 
-def blocks_that_fit(warps: int, registers: int, shared: int) -> int:
-    """Blocks that run at once on a multiprocessor (CUDA programming guide).
-
-    Args:
-        registers: per thread. A warp takes them in units of 256, four warps at a time.
-        shared: bytes of shared memory per block, besides the 1,024 that the system takes.
-    """
-    per_warp = -(-registers * 32 // 256) * 256
-    return min(65_536 // per_warp // 4 * 4 // warps, 64 // warps, 32, 233_472 // (shared + 1024))
-
-
 def waves(programs: int, places: int) -> tuple[int, float]:
     """How many times the places are filled, and which share of them is used the last time."""
     count = -(-programs // places)

@@ -1,7 +1,7 @@
 """How do the programs of every launch fill an H200, in waves and in simulated time?
 
-    PYTHONPATH=kernels python -m benchmarks.gpu.waves
-    PYTHONPATH=kernels python -m benchmarks.gpu.waves --shape starcoderbase-7b
+    PYTHONPATH=kernels:scripts python -m benchmarks.gpu.waves
+    PYTHONPATH=kernels:scripts python -m benchmarks.gpu.waves --shape starcoderbase-7b
 
 Needs no GPU. Compiling takes some ten minutes, once.
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -33,9 +31,10 @@ if __name__ == "__main__" and os.environ.pop("TRITON_INTERPRET", "0") == "1":
 
 import torch
 import triton
+from check_kernels import blocks_that_fit, registers_and_spills
+from kernel_cases import absent_gpu
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from benchmarks.gpu.schedule import (
@@ -44,7 +43,6 @@ from benchmarks.gpu.schedule import (
     LATENCY,
     MATMUL,
     MULTIPROCESSORS,
-    blocks_that_fit,
     combine_seconds,
     dkv_steps,
     efficiency,
@@ -122,12 +120,7 @@ def launches_of(call: Callable[[], object]) -> list[Launch]:
         compiled = compile_launch(kernel, *arguments, grid=grid, warmup=True, **options)
         found.append(Launch(kernel.__name__, grid, options, resources(compiled)))
 
-    absent_gpu = SimpleNamespace(
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", ARCH, 32),
-    )
-    driver.set_active(absent_gpu)
+    driver.set_active(absent_gpu(ARCH))
     with ExitStack() as stack:
         stack.enter_context(patch.object(KERNEL, "run", record))
         for name, value in {
@@ -150,9 +143,9 @@ def resources(compiled: Any) -> Resources:
             file.write(compiled.asm["cubin"])
             file.flush()
             report = subprocess.check_output([tool, "-res-usage", file.name], text=True)
-        (registers,) = map(int, re.findall(r"REG:(\d+)", report))
+        registers, _ = registers_and_spills(report)
         shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-        blocks = blocks_that_fit(warps, registers, shared)
+        blocks = blocks_that_fit(ARCH, warps, registers, shared, tensor_memory=0)
         _resources[compiled.hash] = Resources(registers, shared, blocks)
     return _resources[compiled.hash]
 
