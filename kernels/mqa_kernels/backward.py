@@ -294,7 +294,7 @@ def backward(
     if blocks > launch.MAX_GRID:
         raise ValueError(f"S is {S}: the backward kernels take at most {launch.MAX_GRID * key.N}")
     row_tiles = triton.cdiv(T * heads, key.M)
-    num_splits = row_splits(blocks * B * G, row_tiles, multiprocessors(q.device))
+    num_splits = row_splits(blocks * B * G, row_tiles, key, multiprocessors(q.device))
     # Several splits are summed in float32, in a fixed order.
     dtype = q.dtype if num_splits == 1 else torch.float32
     dk = torch.empty((num_splits, B, S, G, D), dtype=dtype, device=q.device)

@@ -98,13 +98,15 @@ def key_splits(programs: int, steps: int, tiles: Tiles, multiprocessors: int) ->
     return triton.cdiv(steps, triton.cdiv(steps, splits)) if splits > 2 else 1  # none is empty
 
 
-def row_splits(programs: int, steps: int, multiprocessors: int) -> int:
-    """num_splits of the rows in `dkv_kernel`: for two programs per multiprocessor, at most 64.
+def row_splits(programs: int, steps: int, tiles: Tiles, multiprocessors: int) -> int:
+    """num_splits of the rows in `dkv_kernel`, for twice the programs that fit on a multiprocessor:
+    one with 8 warps, or three with 4. At most 64.
 
     Programs differ in length, and the short ones fill the gaps at the end. To load and store its
     keys takes a program about as long as eight steps, so it has at least four.
     """
-    return max(1, min(2 * multiprocessors // programs, steps // 4, 64))
+    fit = 3 if tiles.warps == 4 else 1
+    return max(1, min(2 * fit * multiprocessors // programs, steps // 4, 64))
 
 
 def combine_warps(D: int, num_splits: int) -> int:
@@ -172,7 +174,7 @@ def linear_tiles(
     # The least that fills one tensor-core instruction.
     BLOCK_K = max(BLOCK_K, 32 if int8 and dtype != torch.float32 else 16)
     CHUNK = min(triton.next_power_of_2(K), 4096 // ROWS)
-    STAGES = 3 if BLOCK_K >= 128 or (int8 and (rows == 1 or rows > 8)) else 4
+    STAGES = 3 if BLOCK_K >= 128 or (int8 and (rows == 1 or (rows > 8 and BLOCK_N > 16))) else 4
     maxnreg: int | None = 128
     if ROWS * BLOCK_N > 512:
         maxnreg = 168 if int8 else None

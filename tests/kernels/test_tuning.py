@@ -77,11 +77,13 @@ def test_keys_are_split_for_a_short_chunk_of_a_long_prompt_but_not_for_a_short_p
             assert tuning.key_splits(tokens * heads // 128, tokens // 64, prefill, 132) == 1
 
 
-def test_rows_are_split_for_two_programs_per_multiprocessor_with_four_steps_or_more():
-    assert tuning.row_splits(programs=64, steps=8192, multiprocessors=132) == 4
-    assert tuning.row_splits(programs=1, steps=64, multiprocessors=132) == 16
-    assert tuning.row_splits(programs=265, steps=8192, multiprocessors=132) == 1
-    assert tuning.row_splits(programs=1, steps=3, multiprocessors=132) == 1
+def test_rows_are_split_for_twice_the_programs_that_fit_with_four_steps_or_more():
+    wide, narrow = (tuning.key_tiles(torch.bfloat16, D) for D in (128, 64))
+    assert tuning.row_splits(64, 8192, wide, multiprocessors=132) == 4
+    assert tuning.row_splits(1, 64, wide, multiprocessors=132) == 16
+    assert tuning.row_splits(265, 8192, wide, multiprocessors=132) == 1
+    assert tuning.row_splits(1, 3, wide, multiprocessors=132) == 1
+    assert tuning.row_splits(256, 3072, narrow, multiprocessors=132) == 3
 
 
 @pytest.mark.parametrize("dropout", [False, True])
