@@ -13,11 +13,13 @@ pytest.importorskip("triton", reason="Triton is not available on this platform")
 from benchmarks.gpu import waves
 from benchmarks.gpu.schedule import MULTIPROCESSORS
 from benchmarks.gpu.waves import Launch, Resources, launches_of, rows_of
+from benchmarks.measure import ROOT
 from mqa_gpt.config import GPTConfig
 from mqa_kernels import attention
 
 SHAPE = "starcoderbase-7b"
 BLOCKS = 2
+RECORDED = json.loads((ROOT / "benchmarks/results/kernel_waves.json").read_text())["figures"]
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +72,23 @@ def test_decoding_is_never_faster_than_the_memory():
     config = GPTConfig.preset(SHAPE)
     least = 2 * config.vocab_size * config.n_embd / waves.BANDWIDTH
     assert step["seconds"] == pytest.approx(least / step["efficiency"])
+
+
+@pytest.mark.parametrize("phase", waves.PHASES)
+def test_the_recorded_result_has_the_launches_of_today(phase: str):
+    recorded = [
+        row for row in RECORDED if (row["shape"], row["phase"]) == (SHAPE, phase)
+    ]  # fmt: skip
+    keys = ("part", "batch", "kernel", "tiles")
+    today = [(*(row[key] for key in keys), list(row["grid"])) for row in found(phase)]
+    assert [(*(row[key] for key in keys), row["grid"]) for row in recorded] == today
+
+
+def test_the_recorded_result_has_every_shape_and_long_training_steps_waste_little():
+    assert {row["shape"] for row in RECORDED} == set(waves.SHAPES)
+    for row in RECORDED:
+        if row["phase"] == "training" and row["shape"] != "tiny_starcoder_py":
+            assert row["efficiency"] > 0.95
 
 
 def test_a_program_too_many_shows(monkeypatch: pytest.MonkeyPatch):
