@@ -325,7 +325,86 @@ def report() -> str:
     return "\n".join([f"Part of a report (`benchmarks/results/{name}.json`):", "", *lines])
 
 
+# ----------------------------------------------------------------------------------------- kernels
+
+SPLITS = tuple(2**power for power in range(8))
+
+
+def waves(**conditions: Any) -> list[dict[str, Any]]:
+    """The rows of benchmarks.gpu.waves with these entries."""
+    found = result("kernel_waves")
+    rows = found["figures"] if found else []
+    return [row for row in rows if all(row.get(k) == v for k, v in conditions.items())]
+
+
+def schedules() -> str:
+    """Efficiency of attention in prefill and training."""
+    cases = sorted(
+        {
+            (row["phase"], row["batch"], row["tokens"])
+            for row in waves()
+            if row["phase"] != "decode" and "efficiency" in row
+        }
+    )
+    rows = []
+    for shape in dict.fromkeys(row["shape"] for row in waves()):
+        cells = []
+        for phase, batch, tokens in cases:
+            case = waves(shape=shape, phase=phase, batch=batch, tokens=tokens)
+            of_each = [shown(row["efficiency"], ".2f") for row in case if "efficiency" in row]
+            cells.append(" / ".join(of_each) or NONE)
+        rows.append([shape, *cells])
+    heading = [f"{phase}, {batch} x {tokens:,}" for phase, batch, tokens in cases]
+    return markdown(["", *heading], rows) if rows else "Not simulated yet."
+
+
+def products_of_a_step() -> str:
+    """Programs and places of the products of a decode step of the 7B model."""
+    shape = {"shape": "starcoderbase-7b", "phase": "decode"}
+    rows, names = [], ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", "lm_head")
+    for weights in ("bfloat16", "int8"):
+        for batch in BATCHES:
+            found = {row["part"]: row for row in waves(**shape, weights=weights, batch=batch)}
+            cells = [
+                f"{found[name]['grid'][0]:,} / {132 * found[name]['blocks']}"
+                for name in names
+                if name in found
+            ]
+            rows.append([f"{weights}, {batch} row{'s' * (batch > 1)}", *cells])
+    shares: dict[bool, list[float]] = {True: [], False: []}
+    for row in waves(phase="decode"):
+        if "weights" in row and "efficiency" in row:
+            shares[row["shape"] == "tiny_starcoder_py"].append(row["efficiency"])
+    if not shares[False]:
+        return "Not simulated yet."
+    table = markdown(["", *(f"`{name}`" for name in names)], rows)
+    return (
+        f"{table}\n\nThe lowest simulated share of the bandwidth in models from 1B on is "
+        f"{min(shares[False]):.2f}. In tiny_starcoder_py it is "
+        f"{min(shares[True], default=math.nan):.2f}: its products take no longer than a load."
+    )
+
+
+def splits() -> str:
+    """Microseconds of attention in a decode step of the 7B model, by number of splits."""
+    rows = []
+    for row in waves(shape="starcoderbase-7b", phase="decode", part="attention"):
+        cells = []
+        for count in SPLITS:
+            seconds = row["by_splits"].get(str(count))
+            cell = shown(None if seconds is None else 1e6 * seconds)
+            cells.append(f"**{cell}**" if count == row["splits"] else cell)
+        rows.append([f"{row['batch']} x {row['tokens']:,}", *cells])
+    heading = ["rows x keys", *map(str, SPLITS)]
+    return markdown(heading, rows) if rows else "Not simulated yet."
+
+
 BLOCKS = {
+    "kernels/README.md": {
+        "schedules": schedules,
+        "products of a step": products_of_a_step,
+        "splits": splits,
+    },
     "README.md": {"speeds": short_speeds},
     "docs/bench.md": {"report": report},
     "benchmarks/README.md": {

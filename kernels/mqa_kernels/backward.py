@@ -35,7 +35,7 @@ from mqa_kernels.tiles import (
     slot_pointer,
     visible_keys,
 )
-from mqa_kernels.tuning import key_tiles, query_tiles, split_count
+from mqa_kernels.tuning import key_tiles, query_tiles, row_splits
 
 
 @triton.jit
@@ -293,7 +293,8 @@ def backward(
     blocks = triton.cdiv(S, key.N)
     if blocks > launch.MAX_GRID:
         raise ValueError(f"S is {S}: the backward kernels take at most {launch.MAX_GRID * key.N}")
-    num_splits = split_count(blocks * B * G, T * heads, key.M, multiprocessors(q.device))
+    row_tiles = triton.cdiv(T * heads, key.M)
+    num_splits = row_splits(blocks * B * G, row_tiles, key, multiprocessors(q.device))
     # Several splits are summed in float32, in a fixed order.
     dtype = q.dtype if num_splits == 1 else torch.float32
     dk = torch.empty((num_splits, B, S, G, D), dtype=dtype, device=q.device)

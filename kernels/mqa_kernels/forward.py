@@ -32,7 +32,7 @@ from mqa_kernels.tiles import (
     slot_pointer,
     visible_keys,
 )
-from mqa_kernels.tuning import combine_warps, forward_tiles, split_count
+from mqa_kernels.tuning import combine_warps, forward_tiles, key_splits
 
 
 @triton.jit
@@ -220,9 +220,10 @@ def forward(
         return out, lse
     dropout = seed is not None
     assert dropout or dropout_p == 0
-    tiles = forward_tiles(q.dtype, D, T * (H // G), dropout)
+    tiles = forward_tiles(q.dtype, D, T * (H // G), dropout, launch.architecture(q.device))
     row_tiles = triton.cdiv(T * (H // G), tiles.M)
-    num_splits = split_count(row_tiles * B * G, S, tiles.N, multiprocessors(q.device))
+    blocks = triton.cdiv(S, tiles.N)
+    num_splits = key_splits(row_tiles * B * G, blocks, tiles, multiprocessors(q.device))
     parts, lses = out, lse
     if num_splits > 1:
         parts = torch.empty((num_splits, B, T, H, D), dtype=torch.float32, device=q.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mqa_kernels import launch
 from mqa_kernels.argmax import argmax_kernel, choose_kernel
 from mqa_kernels.fused import linear_kernel, qkv_kernel
-from mqa_kernels.launch import check_all, check_rows
+from mqa_kernels.launch import check_all, check_rows, multiprocessors
 from mqa_kernels.tuning import choose_block, linear_tiles
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu")
@@ -206,7 +206,8 @@ def _linear(
 ) -> Tensor:
     (rows, K), N = x.shape, len(weight)
     out = x.new_empty((rows, N))
-    tiles = linear_tiles(x.dtype, rows, N, K, weight_scale is not None)
+    int8 = weight_scale is not None
+    tiles = linear_tiles(x.dtype, rows, N, K, int8, multiprocessors(x.device))
     with torch.cuda.device_of(x):
         linear_kernel[(triton.cdiv(N, tiles.BLOCK_N),)](
             x, norm_weight, norm_bias, weight, weight_scale, bias, residual, out, eps, rows, N,
@@ -266,7 +267,8 @@ def _norm_qkv_to_cache(
     B, max_length, G, D = *slots.shape[:3], slots.shape[3] // 2
     T = rows // B
     q = x.new_empty((B, T, C // D, D))
-    tiles = linear_tiles(x.dtype, rows, N, C, weight_scale is not None)
+    int8 = weight_scale is not None
+    tiles = linear_tiles(x.dtype, rows, N, C, int8, multiprocessors(x.device))
     with torch.cuda.device_of(x):
         qkv_kernel[(triton.cdiv(N, tiles.BLOCK_N),)](
             x, norm_weight, norm_bias, weight, weight_scale, bias, slots, lengths, q,
@@ -286,7 +288,8 @@ def _norm_argmax(
     weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     (rows, C), V = x.shape, len(weight)
-    tiles = linear_tiles(x.dtype, rows, V, C, weight_scale is not None)
+    int8 = weight_scale is not None
+    tiles = linear_tiles(x.dtype, rows, V, C, int8, multiprocessors(x.device))
     options = launch.overlap(x.device)
     parts = triton.cdiv(V, tiles.BLOCK_N)
     best = x.new_empty((rows, parts), dtype=torch.int64)

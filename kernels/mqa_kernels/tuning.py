@@ -22,9 +22,20 @@ class Tiles(NamedTuple):
     stages: int
 
 
+def keeps_operands_in_memory(architecture: int) -> bool:
+    """Whether products take their operands from shared memory, and there is most of it: sm_90 and
+    sm_100. Elsewhere they take registers, and as many stages or as large tiles would spill."""
+    return 90 <= architecture < 120
+
+
 @functools.cache
-def forward_tiles(dtype: torch.dtype, D: int, rows: int, dropout: bool = False) -> Tiles:
+def forward_tiles(
+    dtype: torch.dtype, D: int, rows: int, dropout: bool = False, architecture: int = 90
+) -> Tiles:
     """Tiles of `forward_kernel` for `rows` = T * H / G folded rows per group.
+
+    The compiler waits at the top of the loop. With two stages that is a wait for all loads, which
+    then are under way during one step only; with three, those of the next block stay under way.
 
     Here and below, dropout has smaller tiles because its random numbers take many registers.
     """
@@ -32,13 +43,16 @@ def forward_tiles(dtype: torch.dtype, D: int, rows: int, dropout: bool = False) 
         if D <= 64 and rows > 16:
             return Tiles(32, 32, 8, 1)
         return Tiles(16, 32, 4, 1) if D <= 128 else Tiles(16, 32 if dropout else 16, 8, 1)
+    if D > 128:
+        return Tiles(64, 32, 8, 2) if rows > 32 else Tiles(32 if rows > 16 else 16, 64, 4, 2)
+    stages = 3 if D <= 64 or keeps_operands_in_memory(architecture) else 2
     if rows <= 16:
-        return Tiles(16, 64, 4, 3 if D <= 64 else 2)
+        return Tiles(16, 64, 4, stages)
     if rows <= 32:
-        return Tiles(32, 64, 4, 3 if D <= 128 else 2)
-    if D <= 128:
-        return Tiles(128, 32 if dropout and D > 64 else 64, 8, 2)
-    return Tiles(64, 32, 8, 2)
+        return Tiles(32, 64, 4, 3)
+    if rows <= 64:  # one token of 48 heads: with 128 rows, only one block fits on a multiprocessor
+        return Tiles(64, 64 if keeps_operands_in_memory(architecture) else 32, 4, 3)
+    return Tiles(128, 32 if dropout and D > 64 else 64, 8, stages)
 
 
 @functools.cache
@@ -65,20 +79,34 @@ def key_tiles(dtype: torch.dtype, D: int, dropout: bool = False, architecture: i
         return Tiles(16, 32 if dropout else 64, 8, 2)
     if D <= 64:
         return Tiles(32, 64, 4, 2 if dropout or D < 32 else 3)
-    if 90 <= architecture < 120:  # sm_90 and sm_100 have the most shared memory
+    if keeps_operands_in_memory(architecture):
         return Tiles(32, 128, 8, 2 if dropout else 3)
     return Tiles(32, 64, 8 if dropout else 4, 2)
 
 
-def split_count(programs: int, size: int, block: int, multiprocessors: int) -> int:
-    """num_splits of a loop over `size` in steps of `block`, such that a launch of `programs` has
-    about two programs per multiprocessor.
+def key_splits(programs: int, steps: int, tiles: Tiles, multiprocessors: int) -> int:
+    """num_splits of the keys in `forward_kernel`, whose programs have up to `steps` blocks each:
+    for two programs per multiprocessor, at most 64.
 
-    At most 64 splits of at least four steps each: shorter ones are assumed not to be worth the
-    combining (not measured).
+    - A share has at least two steps, because the loads of two are under way at once. Its output is
+      written and read again in float32, as many bytes as the keys and values of 2 M / N steps: it
+      has no fewer.
+    - Two splits would save less than combining costs.
     """
-    wanted = 2 * multiprocessors // programs
-    return max(1, min(wanted, size // (4 * block), 64))
+    least = max(2, 2 * tiles.M // tiles.N)
+    splits = min(2 * multiprocessors // programs, steps // least, 64)
+    return triton.cdiv(steps, triton.cdiv(steps, splits)) if splits > 2 else 1  # none is empty
+
+
+def row_splits(programs: int, steps: int, tiles: Tiles, multiprocessors: int) -> int:
+    """num_splits of the rows in `dkv_kernel`, for twice the programs that fit on a multiprocessor:
+    one with 8 warps, or three with 4. At most 64.
+
+    Programs differ in length, and the short ones fill the gaps at the end. To load and store its
+    keys takes a program about as long as eight steps, so it has at least four.
+    """
+    fit = 3 if tiles.warps == 4 else 1
+    return max(1, min(2 * fit * multiprocessors // programs, steps // 4, 64))
 
 
 def combine_warps(D: int, num_splits: int) -> int:
@@ -100,18 +128,24 @@ class LinearTiles(NamedTuple):
 
 
 @functools.cache
-def linear_tiles(dtype: torch.dtype, rows: int, N: int, K: int, int8: bool = False) -> LinearTiles:
+def linear_tiles(
+    dtype: torch.dtype,
+    rows: int,
+    N: int,
+    K: int,
+    int8: bool = False,
+    multiprocessors: int = 132,
+) -> LinearTiles:
     """Tiles of the product of `rows` rows with a weight (N, K), for 8 warps; more than 16 rows are
     for int8 only.
 
-    - Every program normalizes all rows, so with several rows a large BLOCK_N saves work; but there
-      must be about as many programs as multiprocessors. From N = 2048 on there are at least 128, so
-      K is not split across programs: combining would need another kernel.
-    - One row with K up to 2048 is a single step, all of it in flight before x is ready.
-    - BLOCK_N is at most 32 where K is below 1024 or the weights are int8: with 64, some compiler
-      versions spill.
-    - Tiles with BLOCK_N = 16 fit in 128 registers, so that two programs fit on a multiprocessor.
-      Without the explicit limit the compiler spills to make room for a third.
+    - BLOCK_N is the least whose `stream_cost` is within 5% of the best. It is at most 32 for one
+      row, and where K is below 1024 or the weights are int8: with 64, some compiler versions spill.
+      K is not split across programs, because combining would need another kernel.
+    - One row with K up to 2048 is a single step of 16 outputs, all of it in flight at once.
+    - Two programs fit on a multiprocessor with 128 registers. Without the explicit limit the
+      compiler takes more for some, and spills in others to make room for a third. With it, it
+      spills where there are more than 512 sums.
     - int8 weights have to be converted, each by one warp only. Triton gives each warp whole parts
       of K, hence SPLIT_K = 8. With several rows a step is 16 KiB of weights, and there are at least
       four along K.
@@ -119,18 +153,19 @@ def linear_tiles(dtype: torch.dtype, rows: int, N: int, K: int, int8: bool = Fal
       Hence BLOCK_N = 32 even with few programs, and steps of 8 KiB, so that x fits beside them.
     """
     ROWS = 1 if rows == 1 else max(8, triton.next_power_of_2(rows))
-    BLOCK_N = 16 if rows == 1 or N < 4096 else 32 if N < 8192 or K < 1024 or int8 else 64
+    blocks = (16, 32) if rows == 1 or K < 1024 or int8 else (16, 32, 64)
     if rows > 16:
-        BLOCK_N = 32
-    if int8 and dtype == torch.float32:
-        BLOCK_N = 16
-    SPLIT_K = 128 // BLOCK_N
+        blocks = (32,)
+    if (rows == 1 and K <= 2048) or (int8 and dtype == torch.float32):
+        blocks = (16,)
+    costs = {block: stream_cost(N, block, ROWS, multiprocessors) for block in blocks}
+    BLOCK_N = next(block for block in blocks if costs[block] <= 1.05 * min(costs.values()))
+    SPLIT_K = 8 if int8 and dtype != torch.float32 else 128 // BLOCK_N
     if dtype == torch.float32:  # no tensor cores: a thread holds a whole BLOCK_K of its rows
         BLOCK_K = {1: 64, 8: 32, 16: 16}[ROWS] if int8 else 32 if rows == 1 else 16
     elif rows == 1:
-        BLOCK_K = 256 if K <= 2048 else 128
+        BLOCK_K = (256 if K <= 2048 else 128) * 128 // (SPLIT_K * BLOCK_N)
     elif int8:
-        SPLIT_K = 8
         step = 2048 if rows <= 16 else 1024  # weights per part
         BLOCK_K = min(step // BLOCK_N, triton.next_power_of_2(triton.cdiv(K, 4 * SPLIT_K)))
     else:
@@ -139,13 +174,31 @@ def linear_tiles(dtype: torch.dtype, rows: int, N: int, K: int, int8: bool = Fal
     # The least that fills one tensor-core instruction.
     BLOCK_K = max(BLOCK_K, 32 if int8 and dtype != torch.float32 else 16)
     CHUNK = min(triton.next_power_of_2(K), 4096 // ROWS)
-    STAGES = 3 if BLOCK_K >= 128 or (int8 and (rows == 1 or rows > 8)) else 4
-    maxnreg = None
-    if int8 and BLOCK_N == 32:
-        maxnreg = 168  # without it, some compiler versions spill to stay at 80 or 128
-    elif BLOCK_N == 16 and not int8 and (rows == 1 or dtype != torch.float32):
-        maxnreg = 128
+    STAGES = 3 if BLOCK_K >= 128 or (int8 and (rows == 1 or (rows > 8 and BLOCK_N > 16))) else 4
+    maxnreg: int | None = 128
+    if ROWS * BLOCK_N > 512:
+        maxnreg = 168 if int8 else None
+    if dtype == torch.float32 and rows > 1:
+        maxnreg = None
     return LinearTiles(ROWS, BLOCK_N, SPLIT_K, BLOCK_K, CHUNK, STAGES, 8, maxnreg)
+
+
+def stream_cost(N: int, BLOCK_N: int, ROWS: int, multiprocessors: int) -> int:
+    """How long programs take that read BLOCK_N rows of a weight (N, K) each, in units of the time
+    that reading a row takes.
+
+    Two or three of them fit on a multiprocessor, which depends on the compiler: the worse counts.
+    All that run together read as fast as memory delivers, if there is one or more on each
+    multiprocessor. So a last wave of fewer takes as long as if there were. Several rows of x have
+    to be read and normalized, too, which takes about as long as ROWS rows of the weight.
+    """
+    programs = triton.cdiv(N, BLOCK_N)
+    most = 0
+    for places in (2 * multiprocessors, 3 * multiprocessors):
+        rest = programs % places
+        idle = max(0, multiprocessors - rest) if rest else 0
+        most = max(most, programs + idle)
+    return most * (BLOCK_N + (ROWS if ROWS > 1 else 0))
 
 
 def choose_block(parts: int) -> int:

@@ -28,6 +28,7 @@ SHAPES = [
     (2, 4, 300, 22, 2, 24, [17, 296]),
     (1, 2, 64, 32, 1, 256, [62]),
     (1, 4, 111, 48, 1, 16, [107]),
+    (2, 1, 200, 48, 1, 128, [199, 40]),
     (2, 3, 20, 4, 2, 5, [0, 9]),
     (2, 9, 4, 6, 1, 16, [0, 30]),  # queries after the last slot see all slots
 ]
@@ -106,7 +107,7 @@ def test_tokens_beyond_a_rows_length_get_zeros_and_influence_nothing():
 def test_splitting_the_keys_gives_the_same_attention(splits, monkeypatch):
     q, k, v, start = make_inputs(2, 2, 150, 6, 2, 32, [3, 148], torch.float32)
     whole, whole_lse = attention(q, k, v, start, return_lse=True)
-    monkeypatch.setattr("mqa_kernels.forward.split_count", lambda *_: splits)
+    monkeypatch.setattr("mqa_kernels.forward.key_splits", lambda *_: splits)
     out, lse = attention(q, k, v, start, return_lse=True)  # some splits of row 0 are empty
     torch.testing.assert_close(out, whole, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(lse, whole_lse, atol=1e-6, rtol=1e-6)
@@ -115,7 +116,7 @@ def test_splitting_the_keys_gives_the_same_attention(splits, monkeypatch):
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_non_finite_query_makes_its_own_row_nan_and_no_other(value, splits, monkeypatch):
-    monkeypatch.setattr("mqa_kernels.forward.split_count", lambda *_: splits)
+    monkeypatch.setattr("mqa_kernels.forward.key_splits", lambda *_: splits)
     q, k, v, _ = make_inputs(1, 3, 200, 2, 1, 16, [197], torch.float32)
     q = q.clone()
     q[0, 1, 1, 4] = value
@@ -232,7 +233,7 @@ def test_splitting_the_rows_gives_the_same_key_gradients(splits, monkeypatch):
     q, k, v, _ = make_inputs(1, 45, 45, 4, 1, 16, [0], torch.float32)
     do = torch.randn_like(q)
     whole = gradients(attention, q, k, v, do)
-    monkeypatch.setattr("mqa_kernels.backward.split_count", lambda *_: splits)
+    monkeypatch.setattr("mqa_kernels.backward.row_splits", lambda *_: splits)
     for one, other in zip(gradients(attention, q, k, v, do), whole, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -262,8 +263,8 @@ def test_tokens_beyond_a_rows_length_get_no_gradient():
 def test_left_padded_rows_equal_their_solo_runs(splits, dropout_p, monkeypatch):
     # 75 slots, the last 20 of them new. Padding: none, up to the middle of a block, into the new
     # tokens, everything.
-    monkeypatch.setattr("mqa_kernels.forward.split_count", lambda *_: splits)
-    monkeypatch.setattr("mqa_kernels.backward.split_count", lambda *_: splits)
+    monkeypatch.setattr("mqa_kernels.forward.key_splits", lambda *_: splits)
+    monkeypatch.setattr("mqa_kernels.backward.row_splits", lambda *_: splits)
     B, T, S, padding = 4, 20, 75, [0, 37, 63, 75]
     q, k, v, _ = make_inputs(B, T, S, 4, 2, 24, [S - T] * B, torch.float32)
     do = torch.randn_like(q)
@@ -422,9 +423,3 @@ def test_unusable_starts_seeds_dropout_and_scales_are_refused():
     for scale in (0.0, -1.0, 1e-46, 3e38, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="must be above 1e-30 and below 1e30"):
             attention(q, k, v, scale=scale)
-
-
-def test_splits_fill_the_device_with_at_least_four_steps_each():
-    assert tuning.split_count(programs=1, size=8192, block=64, multiprocessors=132) == 32
-    assert tuning.split_count(programs=256, size=8192, block=64, multiprocessors=132) == 1
-    assert tuning.split_count(programs=1, size=64, block=64, multiprocessors=132) == 1
