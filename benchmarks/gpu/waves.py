@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -303,16 +303,17 @@ def weight_row(launch: Launch, int8: bool) -> dict[str, Any]:
     """A product of a few rows, limited by reading the weights."""
     options = launch.options
     columns = options["SPLIT_K"] * options["BLOCK_K"]
-    steps = [triton.cdiv(options["K"], columns)] * launch.programs
+    steps = options["K"] / columns  # columns beyond K are not read
     size = columns * options["BLOCK_N"] * (1 if int8 else DTYPE.itemsize)
-    return described(launch, steps[0]) | read(launch, steps, size, options["STAGES"])
+    found = read(launch, [steps] * launch.programs, size, options["STAGES"])
+    return described(launch, math.ceil(steps)) | found
 
 
 def read(
-    launch: Launch, steps: list[int], step_bytes: int, stages: int, compute: float = 0.0
+    launch: Launch, steps: Sequence[float], step_bytes: int, stages: int, compute: float = 0.0
 ) -> dict[str, Any]:
     """Simulated seconds, and the share of the bandwidth."""
-    ahead = max(1, min(stages - 1, max(steps)))
+    ahead = max(1, min(stages - 1, math.ceil(max(steps))))
     seconds = simulate(steps, launch.places, step_rate(step_bytes, ahead, compute))
     return {
         "seconds": seconds,
