@@ -354,9 +354,9 @@ def convert(i: Instruction, r: Registers) -> Run:
         return assign(
             r.target(i.operands[0], U4), lambda: store(np.stack([low, high], 1)).view(U4)[:, 0]
         )
-    if to in SHORT_FLOATS and of == "f32":
-        store, (a,) = SHORT_FLOATS[to][1], sources(i, r, F4)
-        return assign(r.target(i.operands[0], U2), lambda: store(a))
+    if to in SHORT_FLOATS and of in ("f32", "s16", "u16", "s8", "u8"):  # float32 holds the integers
+        store, (a,) = SHORT_FLOATS[to][1], sources(i, r, dtype_of(of))
+        return assign(r.target(i.operands[0], U2), lambda: store(a.astype(F4)))
     if of in SHORT_FLOATS and to == "f32":
         load, (a,) = SHORT_FLOATS[of][0], sources(i, r, U2)
         return assign(r.target(i.operands[0], F4), lambda: load(a))

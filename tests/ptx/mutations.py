@@ -19,11 +19,9 @@ Case = tuple[str, dict[str, Any]]
 # What is replaced, and by what.
 MUTATIONS: dict[str, tuple[re.Pattern[str], str]] = {
     "without a barrier": (re.compile(r"bar\.sync\s+0;"), ""),
-    "waiting for one copy less": (
-        re.compile(r"cp\.async\.wait_group\s+(\d+);"), "cp.async.wait_group 9;"
-    ),
+    "without waiting for copies": (re.compile(r"cp\.async\.wait_group\s+\d+;"), ""),
     "without waiting for products": (re.compile(r"wgmma\.wait_group\.sync\.aligned\s+\d+;"), ""),
-    "without a fence before wgmma": (re.compile(r"fence\.proxy\.async\S*;"), ""),
+    "without a fence of shared memory": (re.compile(r"fence\.proxy\.async\S*;"), ""),
     "without waiting for the kernel before": (re.compile(r"griddepcontrol\.wait;"), ""),
     "storing without a mask": (re.compile(r"@%p\d+ (?=st\.global)"), ""),
     "loading without a mask": (re.compile(r"@%p\d+ (?=ld\.global)"), ""),

@@ -317,7 +317,10 @@ def wait_for_products(i: Instruction, c: Context, tensor: TensorCores) -> Run:
 
 
 def fence_registers(i: Instruction, c: Context, tensor: TensorCores) -> Run:
-    """wgmma.fence orders register accesses, which the interpreter does one after the other."""
+    """wgmma.fence orders register accesses, which the interpreter does one after the other.
+
+    Not checked: LLVM moves conversions of A's registers behind it, which ptxas has to mend.
+    """
     return lambda _: None
 
 

@@ -164,6 +164,14 @@ def test_integers_are_extended_by_their_own_sign():
     assert out["%r3"].view("f4")[0] == -2
 
 
+def test_bytes_become_floats_of_16_bits():
+    values = np.array([0, 1, -1, 127, -128, 90, -77, 5], "i4")
+    code = "cvt.s8.s32 %rs1, %r1; cvt.rn.f16.s16 %rs2, %rs1; cvt.s8.s32 %r2, %r1;"
+    out = run(code, {"%r1": np.resize(values + 256, 32)})
+    assert np.array_equal(out["%rs2"].view("f2"), np.resize(values, 32))
+    assert np.array_equal(out["%r2"].view("i4"), np.resize(values, 32))  # with the sign extended
+
+
 FLOATS = [
     0.0,
     -0.0,
