@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mqa_kernels import attention, norm_argmax, norm_linear
 
-Change = dict[str, int]  # fields of the chosen tiles, and what they become
+Change = dict[str, int | None]  # fields of the chosen tiles, and what they become
 
 
 def tiles(text: str) -> list[Change]:
@@ -38,7 +38,8 @@ DKV = tiles("32x128x8x3 32x128x8x2 64x128x8x2 64x64x4x2 32x64x4x3")
 DECODE = tiles("32x64x4x3 32x64x4x2 32x64x4x4 32x128x4x2 32x128x4x3 32x32x4x4")
 # Warps stay 8: each takes 16 outputs of one part of K.
 LINEAR: list[Change] = [
-    {"BLOCK_N": N, "SPLIT_K": 128 // N, "BLOCK_K": K, "STAGES": stages}
+    {"BLOCK_N": N, "SPLIT_K": 128 // N, "BLOCK_K": K, "STAGES": stages,
+     "maxnreg": 128 if N == 16 else None}
     for N, K, stages in (
         (16, 64, 4), (16, 128, 3), (16, 128, 4), (16, 256, 2), (16, 256, 3),
         (32, 64, 4), (32, 128, 3), (32, 256, 3), (64, 64, 4), (64, 128, 3),

@@ -201,6 +201,26 @@ class TestSections:
             assert row["kernels_per_step"] > 20
 
 
+def test_recorded_values_and_kept_graphs_are_checked_on_replays(graphs, monkeypatch):
+    model = Twins(TINY, torch.float32, False, CPU).plain
+    kept = gpu_models.check_graphs(model)
+    assert (kept["passed"], kept["equal"], kept["graphs"]) == (True, 3, 1)
+    assert [graph.replays for graph in graphs] == [3 * 15 - 1]  # the first run compiles
+    assert gpu_models.check_recorded(model)["passed"]
+    assert len(graphs) > 2
+    honest, calls = gpu_models.generate, []
+
+    def wrong_when_recorded(*arguments):
+        calls.append(honest(*arguments))
+        return [row[::-1] for row in calls[-1]] if len(calls) == 2 else calls[-1]
+
+    monkeypatch.setattr(gpu_models, "generate", wrong_when_recorded)
+    row = gpu_models.check_recorded(model)
+    assert not row["passed"]
+    assert not row["equal_tokens"]
+    assert row["errors"]["logits"] > 1
+
+
 def test_autotune_finds_the_fastest_tiles_and_names_those_that_fail(monkeypatch):
     seconds = iter([3.0, 1.0, 2.0])
     monkeypatch.setattr(gpu_autotune, "seconds_of", lambda action: next(seconds))
