@@ -24,13 +24,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mqa_kernels.tiles import await_inputs, dot, launch_dependents, round_to
+from mqa_kernels.tiles import await_inputs, dot, launch_dependents, prefetch, round_to
 
 
 @triton.jit
 def columns(first, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
     """The columns of one step along K: (SPLIT_K, BLOCK_K)."""
     return first + tl.arange(0, SPLIT_K)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+
+
+@triton.jit
+def prefetch_parameters(
+    norm_weight_ptr, norm_bias_ptr, weight_ptr, N, K: tl.constexpr, BLOCK_N: tl.constexpr,
+    PREFETCH: tl.constexpr,
+):  # fmt: skip
+    """Ask the L2 cache for the norm's parameters and the program's rows of the weight, which lie
+    one after the other: at most PREFETCH bytes of each."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N
+    prefetch(weight_ptr, n * K, tl.minimum(n + BLOCK_N, N) * K, PREFETCH)
+    if norm_weight_ptr is not None:
+        prefetch(norm_weight_ptr, 0, K, PREFETCH)
+        prefetch(norm_bias_ptr, 0, K, PREFETCH)
 
 
 @triton.jit
@@ -105,23 +119,21 @@ def matmul_step(
 
 @triton.jit
 def matmul(
-    weight, scale, gain, offset, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr,
+    x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale,
     eps, n, num_rows, N, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Outputs n of every row: (BLOCK_N, ROWS) float32.
 
-    `weight` and the layer norm's weight `gain` and bias `offset` are those of the first step along
-    K, loaded before the wait. `scale` are the outputs' int8 scales, or ones.
+    `scale` are the outputs' int8 scales, or ones. The first step along K is outside the loop, so
+    that its weights are on their way while the statistics are computed.
     """
     NORM: tl.constexpr = norm_weight_ptr is not None
     mean, rstd = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     if NORM:
         mean, rstd = mean_and_rstd(x_ptr, eps, num_rows, K, ROWS, CHUNK)
     acc = tl.zeros([SPLIT_K, BLOCK_N, ROWS], tl.float32)
-    k = columns(0, SPLIT_K, BLOCK_K)
-    acc = matmul_step(acc, weight, gain, offset, mean, rstd, x_ptr, k, num_rows, K, ROWS, NORM)
-    for first in tl.range(SPLIT_K * BLOCK_K, K, SPLIT_K * BLOCK_K, num_stages=STAGES):
+    for first in tl.range(0, K, SPLIT_K * BLOCK_K, num_stages=STAGES):
         k = columns(first, SPLIT_K, BLOCK_K)
         weight = load_weight(weight_ptr, n, k, N, K)
         gain, offset = load_vector(norm_weight_ptr, k, K), load_vector(norm_bias_ptr, k, K)
@@ -149,7 +161,7 @@ def linear_kernel(
     eps, num_rows, N,
     K: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PREFETCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """out = activation(layer_norm(x) @ weight.T + bias) + residual; what is None is left out.
 
@@ -157,11 +169,9 @@ def linear_kernel(
     and bias (N,), the norm's weight and bias (K,); writes out (num_rows, N).
     """
     launch_dependents(OVERLAP)
+    prefetch_parameters(norm_weight_ptr, norm_bias_ptr, weight_ptr, N, K, BLOCK_N, PREFETCH)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = columns(0, SPLIT_K, BLOCK_K)
-    gain, offset = load_vector(norm_weight_ptr, k, K), load_vector(norm_bias_ptr, k, K)
     scale, bias = load_vector(scale_ptr, n, N, 1.0), load_vector(bias_ptr, n, N)  # (BLOCK_N,)
-    weight = load_weight(weight_ptr, n, k, N, K)
     await_inputs(OVERLAP)
 
     rows = tl.arange(0, ROWS)
@@ -170,7 +180,7 @@ def linear_kernel(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     out = matmul(
-        weight, scale, gain, offset, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr,
+        x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale,
         eps, n, num_rows, N, K, ROWS, BLOCK_N, SPLIT_K, BLOCK_K, CHUNK, STAGES,
     )  # fmt: skip
     out = activate(out + bias[:, None], ACTIVATION)
@@ -185,7 +195,8 @@ def qkv_kernel(
     slots_ptr, lengths_ptr, q_ptr, eps, num_rows, T, N, max_length, stride_b, stride_s, stride_g,
     K: tl.constexpr, QUERY: tl.constexpr, D: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr,
-    CHUNK: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
+    CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """layer_norm(x) @ weight.T + bias: queries go to q, keys and values to the cache.
 
@@ -194,18 +205,16 @@ def qkv_kernel(
     (B,); writes q (B * T, H * D) and slots (B, max_length, G, 2D) at each row's next T positions.
     """
     launch_dependents(OVERLAP)
+    prefetch_parameters(norm_weight_ptr, norm_bias_ptr, weight_ptr, N, K, BLOCK_N, PREFETCH)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = columns(0, SPLIT_K, BLOCK_K)
-    gain, offset = load_vector(norm_weight_ptr, k, K), load_vector(norm_bias_ptr, k, K)
     scale, bias = load_vector(scale_ptr, n, N, 1.0), load_vector(bias_ptr, n, N)  # (BLOCK_N,)
-    weight = load_weight(weight_ptr, n, k, N, K)
     await_inputs(OVERLAP)
 
     rows = tl.arange(0, ROWS)
     b = rows // T
     positions = tl.load(lengths_ptr + b, mask=rows < num_rows, other=-1) + rows % T  # (ROWS,) int64
     out = matmul(
-        weight, scale, gain, offset, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr,
+        x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale,
         eps, n, num_rows, N, K, ROWS, BLOCK_N, SPLIT_K, BLOCK_K, CHUNK, STAGES,
     )  # fmt: skip
     out = round_to(out + bias[:, None], q_ptr.dtype.element_ty)  # (BLOCK_N, ROWS)

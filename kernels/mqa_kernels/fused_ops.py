@@ -12,7 +12,7 @@ from torch import Tensor
 from mqa_kernels import launch
 from mqa_kernels.argmax import argmax_kernel, choose_kernel
 from mqa_kernels.fused import linear_kernel, qkv_kernel
-from mqa_kernels.launch import check_all, check_rows
+from mqa_kernels.launch import check_all, check_rows, prefetch_bytes
 from mqa_kernels.tuning import choose_block, linear_tiles
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu")
@@ -210,7 +210,7 @@ def _linear(
     with torch.cuda.device_of(x):
         linear_kernel[(triton.cdiv(N, tiles.BLOCK_N),)](
             x, norm_weight, norm_bias, weight, weight_scale, bias, residual, out, eps, rows, N,
-            K=K, ACTIVATION=activation, **tiles._asdict(), **options,
+            K=K, ACTIVATION=activation, **tiles._asdict(), PREFETCH=prefetch_bytes(x.device), **options,
         )  # fmt: skip
     return out
 
@@ -271,7 +271,8 @@ def _norm_qkv_to_cache(
         qkv_kernel[(triton.cdiv(N, tiles.BLOCK_N),)](
             x, norm_weight, norm_bias, weight, weight_scale, bias, slots, lengths, q,
             eps, rows, T, N, max_length, *slots.stride()[:3],
-            K=C, QUERY=C // G, D=D, **tiles._asdict(), **launch.overlap(x.device),
+            K=C, QUERY=C // G, D=D, **tiles._asdict(),
+            PREFETCH=prefetch_bytes(x.device), **launch.overlap(x.device),
         )  # fmt: skip
     return q
 
@@ -294,7 +295,7 @@ def _norm_argmax(
     with torch.cuda.device_of(x):
         argmax_kernel[(parts,)](
             x, norm_weight, norm_bias, weight, weight_scale, best, eps, rows, V,
-            K=C, **tiles._asdict(), **options,
+            K=C, **tiles._asdict(), PREFETCH=prefetch_bytes(x.device), **options,
         )  # fmt: skip
         choose_kernel[(rows,)](best, ids, values, parts, BLOCK=choose_block(parts), **options)
     return ids, values

@@ -17,6 +17,9 @@ MAX_ROWS = 16  # B * T rows of the fused kernels
 # the weights take to read.
 MAX_INT8_ROWS = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}
 
+# GPUs with only 99 KiB of shared memory per block and, some, only 6 MB of L2 cache.
+SMALL = (86, 89, 120, 121)
+
 
 def runs_on(device: torch.device) -> bool:
     """Whether the kernels run on this device: CUDA, or any device under Triton's interpreter."""
@@ -43,7 +46,7 @@ def architecture(device: torch.device) -> int:
 def most_rows(device: torch.device) -> int:
     """Largest B * T that the fused kernels take: 16, or 8 on GPUs with only 99 KiB of shared memory
     per block, where some tiles for 16 rows do not fit."""
-    return 8 if architecture(device) in (86, 89, 120, 121) else MAX_ROWS
+    return 8 if architecture(device) in SMALL else MAX_ROWS
 
 
 NO_OVERLAP = {"OVERLAP": False}  # launch options of a kernel that starts after all earlier ones
@@ -59,6 +62,13 @@ def overlap(device: torch.device) -> dict[str, bool]:
     if pdl == "0" or architecture(device) < 90:
         return NO_OVERLAP
     return {"OVERLAP": True, "launch_pdl": True}
+
+
+def prefetch_bytes(device: torch.device) -> int:
+    """Bytes of weights that a fused kernel's program requests at once; 0 under the interpreter."""
+    if architecture(device) == 0:
+        return 0
+    return 16_384 if architecture(device) in SMALL else 65_536
 
 
 def check_inputs(

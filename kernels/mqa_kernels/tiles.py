@@ -34,6 +34,23 @@ def await_inputs(OVERLAP: tl.constexpr):
 
 
 @triton.jit
+def prefetch(ptr, first, last, PREFETCH: tl.constexpr):
+    """Ask the L2 cache for the elements from `first` to before `last`, at most PREFETCH bytes of
+    them, without waiting. They go by lines of 128 bytes."""
+    if PREFETCH > 0:
+        LINE: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth  # elements
+        elements = first + tl.arange(0, PREFETCH // 128) * LINE
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [ptr + tl.minimum(elements, last - 1)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def dot(a, b, acc):
     """acc + a @ b with float32 accumulation; float32 operands are not rounded to TF32."""
     if INTERPRETED:
