@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mqa_kernels.fused import load_vector, matmul, prefetch_parameters
+from mqa_kernels.fused import load_vector, matmul, prefetch_norm, prefetch_weight
 from mqa_kernels.tiles import await_inputs, launch_dependents, round_to
 
 
@@ -48,7 +48,8 @@ def argmax_kernel(
     are rounded to the model's dtype first, because what is a tie there must be one here.
     """
     launch_dependents(OVERLAP)
-    prefetch_parameters(norm_weight_ptr, norm_bias_ptr, weight_ptr, N, K, BLOCK_N, PREFETCH)
+    prefetch_norm(norm_weight_ptr, norm_bias_ptr, K, PREFETCH)
+    prefetch_weight(weight_ptr, N, K, BLOCK_N, PREFETCH)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     scale = load_vector(scale_ptr, n, N, 1.0)  # (BLOCK_N,)
     await_inputs(OVERLAP)

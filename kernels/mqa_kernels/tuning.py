@@ -101,8 +101,7 @@ class LinearTiles(NamedTuple):
 
 @functools.cache
 def linear_tiles(dtype: torch.dtype, rows: int, N: int, K: int, int8: bool = False) -> LinearTiles:
-    """Tiles of the product of `rows` rows with a weight (N, K), for 8 warps; more than 16 rows are
-    for int8 only.
+    """Tiles of the product of `rows` rows with a weight (N, K).
 
     - Every program normalizes all rows, so with several rows a large BLOCK_N saves work; but there
       must be about as many programs as multiprocessors. From N = 2048 on there are at least 128, so
@@ -115,13 +114,11 @@ def linear_tiles(dtype: torch.dtype, rows: int, N: int, K: int, int8: bool = Fal
     - int8 weights have to be converted, each by one warp only. Triton gives each warp whole parts
       of K, hence SPLIT_K = 8. With several rows a step is 16 KiB of weights, and there are at least
       four along K.
-    - Above 16 rows, x, which every program reads from the L2 cache, is more bytes than the weights.
-      Hence BLOCK_N = 32 even with few programs, and steps of 8 KiB, so that x fits beside them.
     """
+    if rows > 16:
+        return many_row_tiles(rows, N, K, int8)
     ROWS = 1 if rows == 1 else max(8, triton.next_power_of_2(rows))
     BLOCK_N = 16 if rows == 1 or N < 4096 else 32 if N < 8192 or K < 1024 or int8 else 64
-    if rows > 16:
-        BLOCK_N = 32
     if int8 and dtype == torch.float32:
         BLOCK_N = 16
     SPLIT_K = 128 // BLOCK_N
@@ -131,8 +128,7 @@ def linear_tiles(dtype: torch.dtype, rows: int, N: int, K: int, int8: bool = Fal
         BLOCK_K = 256 if K <= 2048 else 128
     elif int8:
         SPLIT_K = 8
-        step = 2048 if rows <= 16 else 1024  # weights per part
-        BLOCK_K = min(step // BLOCK_N, triton.next_power_of_2(triton.cdiv(K, 4 * SPLIT_K)))
+        BLOCK_K = min(2048 // BLOCK_N, triton.next_power_of_2(triton.cdiv(K, 4 * SPLIT_K)))
     else:
         BLOCK_K = 64
     BLOCK_K = min(BLOCK_K, triton.next_power_of_2(triton.cdiv(K, SPLIT_K)))
@@ -146,6 +142,22 @@ def linear_tiles(dtype: torch.dtype, rows: int, N: int, K: int, int8: bool = Fal
     elif BLOCK_N == 16 and not int8 and (rows == 1 or dtype != torch.float32):
         maxnreg = 128
     return LinearTiles(ROWS, BLOCK_N, SPLIT_K, BLOCK_K, CHUNK, STAGES, 8, maxnreg)
+
+
+def many_row_tiles(rows: int, N: int, K: int, int8: bool) -> LinearTiles:
+    """Tiles for 17 to 64 rows in 16 bits, without SPLIT_K.
+
+    - Every program reads x from the L2 cache, ROWS / BLOCK_N as many elements as weights. So
+      BLOCK_N is as large as leaves programs enough; 64 are one tensor-core instruction of sm_90.
+    - Below N = 8192 there are about 64 programs, and each must have twice as much under way. (In
+      int8 that would not fit GPUs with little shared memory, where `int8_linear` takes 64 rows.)
+    """
+    ROWS = triton.next_power_of_2(rows)
+    BLOCK_N = 32 if N < 4096 else 128 if ROWS == 64 and N >= 16_384 else 64
+    BLOCK_K = min(64 if BLOCK_N == 128 else 128, max(32, triton.next_power_of_2(K)))
+    STAGES = 4 if N >= 8192 or (int8 and ROWS == 64) else 6
+    maxnreg = 224 if int8 and ROWS == BLOCK_N == 64 else None  # without it, sm_100 spills 16 bytes
+    return LinearTiles(ROWS, BLOCK_N, 1, BLOCK_K, 0, STAGES, 8 if BLOCK_N == 128 else 4, maxnreg)
 
 
 def choose_block(parts: int) -> int:

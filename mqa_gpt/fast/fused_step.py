@@ -35,7 +35,7 @@ def can_fuse(model: GPT, rows: int) -> bool:
     from mqa_kernels import attention, most_rows
 
     return (
-        rows <= most_rows(model.device)
+        rows <= most_rows(model.device, model.dtype)
         and model.dtype in DTYPES
         and model.config.head_dim <= 256
         and is_plain(model)

@@ -98,9 +98,9 @@ def reads_integers(device: torch.device, dtype: torch.dtype, rows: int) -> bool:
     """Whether a kernel, which has no gradient, computes this many rows."""
     if not HAS_TRITON or device.type != "cuda" or torch.is_grad_enabled():
         return False
-    from mqa_kernels.launch import MAX_INT8_ROWS
+    from mqa_kernels.launch import MAX_ROWS
 
-    return 1 <= rows <= MAX_INT8_ROWS.get(dtype, 0)
+    return 1 <= rows <= MAX_ROWS.get(dtype, 0)
 
 
 class Int8Linear(_Int8):
