@@ -10,12 +10,11 @@ Rounding moves a weight by at most s / 2, and what the model computes by a littl
 while it is read. Saved like any model, such a checkpoint loads here, and not in transformers. The
 layers below are the definition and run anywhere; on a CPU `mqa_gpt.fast.compiled` is fast.
 
-On a CUDA device kernels read the integers as they are, one byte per weight: in fused steps of up
-to 16 rows (`mqa_gpt.fast.fused_step`), and in a layer by itself for up to 64 rows (16 in float32).
-With more rows a layer converts all its weights to floats in every call: in 16 bits it moves 1 + 2
-+ 2 bytes per weight where a plain layer moves 2. From some hundred rows on, as in a prefill, that
-hardly counts next to the arithmetic; for decoding a number of rows in between, plain weights are
-better.
+On a CUDA device kernels read the integers as they are, one byte per weight, for up to 64 rows (16
+in float32): in fused steps (`mqa_gpt.fast.fused_step`), and in a layer by itself. With more rows a
+layer converts all its weights to floats in every call: in 16 bits it moves 1 + 2 + 2 bytes per
+weight where a plain layer moves 2. From some hundred rows on, as in a prefill, that hardly counts
+next to the arithmetic; for decoding a number of rows in between, plain weights are better.
 """
 
 from __future__ import annotations

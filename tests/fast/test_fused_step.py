@@ -198,6 +198,11 @@ def test_gpus_with_little_shared_memory_take_fewer_rows(dtype, most, monkeypatch
         assert not can_fuse(model, rows + 1)
 
 
+def test_it_is_not_taken_in_float64(hopper):
+    model = our_model(reference_model(CONFIGS[0]).double(), CONFIGS[0])
+    assert not can_fuse(OnGpu(model), 1)
+
+
 def test_it_is_taken_for_few_rows_of_untouched_modules_on_a_gpu(hopper):
     class Wrapped(nn.Linear):
         """What adapters do."""
