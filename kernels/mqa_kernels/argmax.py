@@ -50,10 +50,9 @@ def argmax_kernel(
     launch_dependents(OVERLAP)
     prefetch_norm(norm_weight_ptr, norm_bias_ptr, K, PREFETCH)
     prefetch_weight(weight_ptr, N, K, BLOCK_N, PREFETCH)
+    await_inputs(OVERLAP)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     scale = load_vector(scale_ptr, n, N, 1.0)  # (BLOCK_N,)
-    await_inputs(OVERLAP)
-
     logits = matmul(
         x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale,
         eps, n, num_rows, N, K, ROWS, BLOCK_N, SPLIT_K, BLOCK_K, CHUNK, STAGES,

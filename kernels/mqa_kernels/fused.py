@@ -16,7 +16,7 @@ normalizes x first, and BLOCK_N is 64 or 128, because each program reads all of 
 many bytes as weights.
 
 From sm_90 on, a kernel may start while its predecessor still runs (programmatic dependent launch).
-It then has the L2 cache fetch its weights, and waits before it touches what other kernels write.
+It then has the L2 cache fetch its weights, and waits before it reads or writes anything.
 
 Weights may be int8 with one scale per row (output). They are converted to x's dtype right before
 the product, which is exact, and the scale multiplies the row's float32 sum.
@@ -61,7 +61,7 @@ def load_weight(weight_ptr, n, k, N, K: tl.constexpr):
         weight_ptr + n.to(tl.int64)[None, :, None] * K + k[:, None, :],
         mask=(n < N)[None, :, None] & (k < K)[:, None, :],
         other=0,
-        eviction_policy="evict_first",  # weights are read once; cp.async in the loop drops the hint
+        eviction_policy="evict_first",  # only of a single step: copies in a loop take no hint
     )
 
 
@@ -231,10 +231,9 @@ def linear_kernel(
     launch_dependents(OVERLAP)
     prefetch_norm(norm_weight_ptr, norm_bias_ptr, K, PREFETCH)
     prefetch_weight(weight_ptr, N, K, BLOCK_N, PREFETCH)
+    await_inputs(OVERLAP)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     scale, bias = load_vector(scale_ptr, n, N, 1.0), load_vector(bias_ptr, n, N)  # (BLOCK_N,)
-    await_inputs(OVERLAP)
-
     rows = tl.arange(0, ROWS)
     offsets = rows[None, :].to(tl.int64) * N + n[:, None]  # (BLOCK_N, ROWS)
     inside = (rows < num_rows)[None, :] & (n < N)[:, None]
@@ -268,10 +267,9 @@ def qkv_kernel(
     launch_dependents(OVERLAP)
     prefetch_norm(norm_weight_ptr, norm_bias_ptr, K, PREFETCH)
     prefetch_weight(weight_ptr, N, K, BLOCK_N, PREFETCH)
+    await_inputs(OVERLAP)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     scale, bias = load_vector(scale_ptr, n, N, 1.0), load_vector(bias_ptr, n, N)  # (BLOCK_N,)
-    await_inputs(OVERLAP)
-
     rows = tl.arange(0, ROWS)
     b = rows // T
     positions = tl.load(lengths_ptr + b, mask=rows < num_rows, other=-1) + rows % T  # (ROWS,) int64

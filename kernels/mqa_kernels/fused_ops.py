@@ -31,9 +31,7 @@ def norm_linear(
     """activation(layer_norm(x) @ weight.T + bias) in one launch; in two for more than 16 rows.
 
     Statistics and sums are float32; the normalized row is rounded to x's dtype. This and the
-    functions below are for inference and have no gradient. From sm_90 on they start before the
-    previous kernel has ended and read their weights at once. Therefore weights must not be written
-    by the kernel before a sequence of such launches, nor by any launch of the sequence.
+    functions below are for inference and have no gradient.
 
     Args:
         x: (rows, C) contiguous, 1 to 64 rows in bfloat16 or float16, 1 to 16 in float32.
@@ -118,9 +116,6 @@ def int8_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """x @ (weight * weight_scale[:, None]).T + bias, reading the weights as int8.
-
-    A linear layer on its own: it starts after all earlier launches have ended, so that any of them
-    may write the weights.
 
     Args:
         x: (rows, K) contiguous, 1 to 64 rows; 1 to 16 in float32.
@@ -216,7 +211,6 @@ def _linear(
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str,
-    options: dict[str, bool],
 ) -> Tensor:
     (rows, K), N = x.shape, len(weight)
     out = x.new_empty((rows, N))
@@ -226,7 +220,7 @@ def _linear(
         linear_kernel[(triton.cdiv(N, tiles.BLOCK_N),)](
             x, norm_weight, norm_bias, weight, weight_scale, bias, residual, out, eps, rows, N,
             K=K, ACTIVATION=activation, **tiles._asdict(),
-            PREFETCH=prefetch_bytes(weight, tiles.BLOCK_N), **options,
+            PREFETCH=prefetch_bytes(weight, tiles.BLOCK_N), **launch.overlap(x.device),
         )  # fmt: skip
     return out
 
@@ -242,10 +236,7 @@ def _norm_linear(
     activation: str,
     weight_scale: Tensor | None = None,
 ) -> Tensor:
-    return _linear(
-        x, norm_weight, norm_bias, eps, weight, weight_scale, bias, None, activation,
-        launch.overlap(x.device),
-    )  # fmt: skip
+    return _linear(x, norm_weight, norm_bias, eps, weight, weight_scale, bias, None, activation)
 
 
 @torch.library.custom_op("mqa_kernels::linear_residual", mutates_args=())
@@ -256,14 +247,12 @@ def _linear_residual(
     residual: Tensor,
     weight_scale: Tensor | None = None,
 ) -> Tensor:
-    return _linear(
-        x, None, None, 0.0, weight, weight_scale, bias, residual, "none", launch.overlap(x.device)
-    )
+    return _linear(x, None, None, 0.0, weight, weight_scale, bias, residual, "none")
 
 
 @torch.library.custom_op("mqa_kernels::int8_linear", mutates_args=())
 def _int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    return _linear(x, None, None, 0.0, weight, weight_scale, bias, None, "none", launch.NO_OVERLAP)
+    return _linear(x, None, None, 0.0, weight, weight_scale, bias, None, "none")
 
 
 @torch.library.custom_op("mqa_kernels::norm_qkv_to_cache", mutates_args=("slots",))

@@ -26,8 +26,8 @@ def launch_dependents(OVERLAP: tl.constexpr):
 def await_inputs(OVERLAP: tl.constexpr):
     """Wait until all earlier kernels have ended and their writes are visible.
 
-    Before it, a kernel may read weights only, and must not write: earlier kernels may still be
-    reading or writing everything else.
+    Before it, a kernel must neither read nor write: earlier kernels may still do both. It may
+    prefetch: the L2 cache sees all writes.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
