@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mqa_kernels.fused import columns, load_vector, load_weight, matmul
+from mqa_kernels.fused import load_vector, matmul, prefetch_norm, prefetch_weight
 from mqa_kernels.tiles import await_inputs, launch_dependents, round_to
 
 
@@ -39,7 +39,7 @@ def argmax_kernel(
     x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale_ptr, best_ptr, eps, num_rows, N,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    PREFETCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The largest of BLOCK_N logits of each row.
 
@@ -48,15 +48,13 @@ def argmax_kernel(
     are rounded to the model's dtype first, because what is a tie there must be one here.
     """
     launch_dependents(OVERLAP)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = columns(0, SPLIT_K, BLOCK_K)
-    gain, offset = load_vector(norm_weight_ptr, k, K), load_vector(norm_bias_ptr, k, K)
-    scale = load_vector(scale_ptr, n, N, 1.0)  # (BLOCK_N,)
-    weight = load_weight(weight_ptr, n, k, N, K)
+    prefetch_norm(norm_weight_ptr, norm_bias_ptr, K, PREFETCH)
+    prefetch_weight(weight_ptr, N, K, BLOCK_N, PREFETCH)
     await_inputs(OVERLAP)
-
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    scale = load_vector(scale_ptr, n, N, 1.0)  # (BLOCK_N,)
     logits = matmul(
-        weight, scale, gain, offset, x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr,
+        x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale,
         eps, n, num_rows, N, K, ROWS, BLOCK_N, SPLIT_K, BLOCK_K, CHUNK, STAGES,
     )  # fmt: skip
     logits = round_to(logits, x_ptr.dtype.element_ty).to(tl.float32)  # (BLOCK_N, ROWS)

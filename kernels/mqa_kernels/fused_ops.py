@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mqa_kernels import launch
 from mqa_kernels.argmax import argmax_kernel, choose_kernel
-from mqa_kernels.fused import linear_kernel, qkv_kernel
-from mqa_kernels.launch import check_all, check_rows, multiprocessors
+from mqa_kernels.fused import linear_kernel, norm_kernel, qkv_kernel
+from mqa_kernels.launch import FEW_ROWS, check_all, check_rows, multiprocessors, prefetch_bytes
 from mqa_kernels.tuning import choose_block, linear_tiles
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu")
@@ -28,15 +28,13 @@ def norm_linear(
     activation: str = "none",
     weight_scale: Tensor | None = None,
 ) -> Tensor:
-    """activation(layer_norm(x) @ weight.T + bias) in one launch.
+    """activation(layer_norm(x) @ weight.T + bias) in one launch; in two for more than 16 rows.
 
     Statistics and sums are float32; the normalized row is rounded to x's dtype. This and the
-    functions below are for inference and have no gradient. From sm_90 on they start before the
-    previous kernel has ended and read their weights at once. Therefore weights must not be written
-    by the kernel before a sequence of such launches, nor by any launch of the sequence.
+    functions below are for inference and have no gradient.
 
     Args:
-        x: (rows, C) contiguous, 1 to 16 rows, in float32, bfloat16 or float16.
+        x: (rows, C) contiguous, 1 to 64 rows in bfloat16 or float16, 1 to 16 in float32.
         norm_weight, norm_bias: (C,).
         eps: added to the variance.
         weight: (N, C) contiguous, as in `nn.Linear`.
@@ -119,9 +117,6 @@ def int8_linear(
 ) -> Tensor:
     """x @ (weight * weight_scale[:, None]).T + bias, reading the weights as int8.
 
-    A linear layer on its own: it takes more rows than the fused functions, and starts after all
-    earlier launches have ended, so that any of them may write the weights.
-
     Args:
         x: (rows, K) contiguous, 1 to 64 rows; 1 to 16 in float32.
         weight: (N, K) int8, contiguous; weight_scale: (N,) float32; bias: (N,) or None.
@@ -129,7 +124,7 @@ def int8_linear(
     Returns:
         (rows, N) in x's dtype.
     """
-    _, N = check_rows(x, weight, weight_scale, launch.MAX_INT8_ROWS)
+    _, N = check_rows(x, weight, weight_scale)
     check_all(x, {"bias": (bias, (N,))})
     return _int8_linear(x, weight, weight_scale, bias)
 
@@ -145,8 +140,8 @@ def norm_qkv_to_cache(
     lengths: Tensor,
     weight_scale: Tensor | None = None,
 ) -> Tensor:
-    """layer_norm(x) @ weight.T + bias in one launch: returns the queries, and writes the keys and
-    values into one layer's cache.
+    """layer_norm(x) @ weight.T + bias: returns the queries, and writes the keys and values into one
+    layer's cache.
 
     Args:
         x: (B * T, C) contiguous: the T new tokens of row 0, then those of row 1, and so on.
@@ -192,6 +187,20 @@ def norm_qkv_to_cache(
     )
 
 
+def _norm_many(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x and a product's norm; for many rows, by a kernel of its own, layer_norm(x) and no norm."""
+    if weight is None or len(x) <= FEW_ROWS:
+        return x, weight, bias
+    out, K = torch.empty_like(x), x.shape[1]
+    norm_kernel[(len(x),)](
+        x, weight, bias, out, eps, K=K, CHUNK=min(triton.next_power_of_2(K), 4096),
+        PREFETCH=prefetch_bytes(x, 1), **launch.overlap(x.device),
+    )  # fmt: skip
+    return out, None, None
+
+
 def _linear(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -202,16 +211,17 @@ def _linear(
     bias: Tensor | None,
     residual: Tensor | None,
     activation: str,
-    options: dict[str, bool],
 ) -> Tensor:
     (rows, K), N = x.shape, len(weight)
     out = x.new_empty((rows, N))
     int8 = weight_scale is not None
     tiles = linear_tiles(x.dtype, rows, N, K, int8, multiprocessors(x.device))
     with torch.cuda.device_of(x):
+        x, norm_weight, norm_bias = _norm_many(x, norm_weight, norm_bias, eps)
         linear_kernel[(triton.cdiv(N, tiles.BLOCK_N),)](
             x, norm_weight, norm_bias, weight, weight_scale, bias, residual, out, eps, rows, N,
-            K=K, ACTIVATION=activation, **tiles._asdict(), **options,
+            K=K, ACTIVATION=activation, **tiles._asdict(),
+            PREFETCH=prefetch_bytes(weight, tiles.BLOCK_N), **launch.overlap(x.device),
         )  # fmt: skip
     return out
 
@@ -227,10 +237,7 @@ def _norm_linear(
     activation: str,
     weight_scale: Tensor | None = None,
 ) -> Tensor:
-    return _linear(
-        x, norm_weight, norm_bias, eps, weight, weight_scale, bias, None, activation,
-        launch.overlap(x.device),
-    )  # fmt: skip
+    return _linear(x, norm_weight, norm_bias, eps, weight, weight_scale, bias, None, activation)
 
 
 @torch.library.custom_op("mqa_kernels::linear_residual", mutates_args=())
@@ -241,14 +248,12 @@ def _linear_residual(
     residual: Tensor,
     weight_scale: Tensor | None = None,
 ) -> Tensor:
-    return _linear(
-        x, None, None, 0.0, weight, weight_scale, bias, residual, "none", launch.overlap(x.device)
-    )
+    return _linear(x, None, None, 0.0, weight, weight_scale, bias, residual, "none")
 
 
 @torch.library.custom_op("mqa_kernels::int8_linear", mutates_args=())
 def _int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    return _linear(x, None, None, 0.0, weight, weight_scale, bias, None, "none", launch.NO_OVERLAP)
+    return _linear(x, None, None, 0.0, weight, weight_scale, bias, None, "none")
 
 
 @torch.library.custom_op("mqa_kernels::norm_qkv_to_cache", mutates_args=("slots",))
@@ -270,10 +275,12 @@ def _norm_qkv_to_cache(
     int8 = weight_scale is not None
     tiles = linear_tiles(x.dtype, rows, N, C, int8, multiprocessors(x.device))
     with torch.cuda.device_of(x):
+        x, norm_weight, norm_bias = _norm_many(x, norm_weight, norm_bias, eps)
         qkv_kernel[(triton.cdiv(N, tiles.BLOCK_N),)](
             x, norm_weight, norm_bias, weight, weight_scale, bias, slots, lengths, q,
             eps, rows, T, N, max_length, *slots.stride()[:3],
-            K=C, QUERY=C // G, D=D, **tiles._asdict(), **launch.overlap(x.device),
+            K=C, QUERY=C // G, D=D, **tiles._asdict(),
+            PREFETCH=prefetch_bytes(weight, tiles.BLOCK_N), **launch.overlap(x.device),
         )  # fmt: skip
     return q
 
@@ -295,9 +302,10 @@ def _norm_argmax(
     best = x.new_empty((rows, parts), dtype=torch.int64)
     ids, values = x.new_empty(rows, dtype=torch.int64), x.new_empty(rows, dtype=torch.float32)
     with torch.cuda.device_of(x):
+        x, norm_weight, norm_bias = _norm_many(x, norm_weight, norm_bias, eps)
         argmax_kernel[(parts,)](
             x, norm_weight, norm_bias, weight, weight_scale, best, eps, rows, V,
-            K=C, **tiles._asdict(), **options,
+            K=C, **tiles._asdict(), PREFETCH=prefetch_bytes(weight, tiles.BLOCK_N), **options,
         )  # fmt: skip
         choose_kernel[(rows,)](best, ids, values, parts, BLOCK=choose_block(parts), **options)
     return ids, values

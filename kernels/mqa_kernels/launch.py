@@ -6,16 +6,19 @@ import functools
 import os
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 
 INTERPRETED = bool(knobs.runtime.interpret)
 MAX_GRID = 65_535  # programs along the second and third axis of a CUDA grid
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_ROWS = 16  # B * T rows of the fused kernels
-# Rows of `int8_linear`. In float32, without tensor cores, more rows take longer to multiply than
-# the weights take to read.
-MAX_INT8_ROWS = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}
+FEW_ROWS = 16  # up to which a fused product normalizes its rows itself
+# B * T rows of the fused kernels and of `int8_linear`. In float32, without tensor cores, more rows
+# take longer to multiply than the weights take to read.
+MAX_ROWS = {torch.float32: 16, torch.bfloat16: 64, torch.float16: 64}
+# GPUs with only 99 KiB of shared memory per block and, some, only 6 MB of L2 cache.
+SMALL = (86, 89, 120, 121)
 
 
 def runs_on(device: torch.device) -> bool:
@@ -40,10 +43,10 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def most_rows(device: torch.device) -> int:
-    """Largest B * T that the fused kernels take: 16, or 8 on GPUs with only 99 KiB of shared memory
-    per block, where some tiles for 16 rows do not fit."""
-    return 8 if architecture(device) in (86, 89, 120, 121) else MAX_ROWS
+def most_rows(device: torch.device, dtype: torch.dtype) -> int:
+    """Largest B * T that the fused kernels take: 64, or 16 in float32; but 8 on GPUs with only 99
+    KiB of shared memory per block, where some tiles for 16 rows do not fit."""
+    return 8 if architecture(device) in SMALL else MAX_ROWS[dtype]
 
 
 NO_OVERLAP = {"OVERLAP": False}  # launch options of a kernel that starts after all earlier ones
@@ -59,6 +62,24 @@ def overlap(device: torch.device) -> dict[str, bool]:
     if pdl == "0" or architecture(device) < 90:
         return NO_OVERLAP
     return {"OVERLAP": True, "launch_pdl": True}
+
+
+def prefetch_bytes(weight: Tensor, rows: int) -> int:
+    """Bytes that a program which reads `rows` rows of a matrix asks the L2 cache for at once; 0
+    under the interpreter.
+
+    All programs that run at a time ask for 16 MB: as much as memory delivers in the 4 us in which x
+    arrives and is normalized, and a third of the L2 cache of an H100. They are taken to be 256, or
+    512 with int8 weights.
+    """
+    if architecture(weight.device) == 0:
+        return 0
+    total, places = (2**21, 128) if architecture(weight.device) in SMALL else (2**24, 256)
+    if weight.dtype == torch.int8:
+        total //= 2
+    programs = triton.next_power_of_2(triton.cdiv(len(weight), rows))
+    size = rows * weight.shape[1] * weight.element_size()
+    return min(total // min(programs, places), max(128, triton.next_power_of_2(size)))
 
 
 def check_inputs(
@@ -137,12 +158,10 @@ def check_rows(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor | None,
-    most: dict[torch.dtype, int] | None = None,
 ) -> tuple[int, int]:
     """K and N of x (rows, K) and weight (N, K), or ValueError.
 
-    The weight has x's dtype, or is int8 with a float32 scale (N,). There are at most `most` rows,
-    by dtype; MAX_ROWS if None.
+    The weight has x's dtype, or is int8 with a float32 scale (N,).
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(
@@ -151,7 +170,7 @@ def check_rows(
         )
     if x.dtype not in DTYPES:
         raise ValueError(f"x is {x.dtype}: the kernels take float32, bfloat16 or float16")
-    limit = MAX_ROWS if most is None else most[x.dtype]
+    limit = MAX_ROWS[x.dtype]
     if not 1 <= len(x) <= limit:
         raise ValueError(
             f"x has {len(x)} rows: these kernels take 1 to {limit}; use the modules for more"

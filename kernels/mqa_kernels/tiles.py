@@ -26,11 +26,28 @@ def launch_dependents(OVERLAP: tl.constexpr):
 def await_inputs(OVERLAP: tl.constexpr):
     """Wait until all earlier kernels have ended and their writes are visible.
 
-    Before it, a kernel may read weights only, and must not write: earlier kernels may still be
-    reading or writing everything else.
+    Before it, a kernel must neither read nor write: earlier kernels may still do both. It may
+    prefetch: the L2 cache sees all writes.
     """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch(ptr, first, last, PREFETCH: tl.constexpr):
+    """Ask the L2 cache for the elements from `first` to before `last`, at most PREFETCH bytes of
+    them, without waiting. They go by lines of 128 bytes."""
+    if PREFETCH > 0:
+        LINE: tl.constexpr = 1024 // ptr.dtype.element_ty.primitive_bitwidth  # elements
+        elements = first + tl.arange(0, PREFETCH // 128) * LINE
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [ptr + tl.minimum(elements, last - 1)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

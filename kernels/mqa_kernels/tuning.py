@@ -136,8 +136,7 @@ def linear_tiles(
     int8: bool = False,
     multiprocessors: int = 132,
 ) -> LinearTiles:
-    """Tiles of the product of `rows` rows with a weight (N, K), for 8 warps; more than 16 rows are
-    for int8 only.
+    """Tiles of the product of `rows` rows with a weight (N, K).
 
     - BLOCK_N is the least whose `stream_cost` is within 5% of the best. It is at most 32 for one
       row, and where K is below 1024 or the weights are int8: with 64, some compiler versions spill.
@@ -149,13 +148,11 @@ def linear_tiles(
     - int8 weights have to be converted, each by one warp only. Triton gives each warp whole parts
       of K, hence SPLIT_K = 8. With several rows a step is 16 KiB of weights, and there are at least
       four along K.
-    - Above 16 rows, x, which every program reads from the L2 cache, is more bytes than the weights.
-      Hence BLOCK_N = 32 even with few programs, and steps of 8 KiB, so that x fits beside them.
     """
+    if rows > 16:
+        return many_row_tiles(rows, N, K, int8)
     ROWS = 1 if rows == 1 else max(8, triton.next_power_of_2(rows))
     blocks = (16, 32) if rows == 1 or K < 1024 or int8 else (16, 32, 64)
-    if rows > 16:
-        blocks = (32,)
     if (rows == 1 and K <= 2048) or (int8 and dtype == torch.float32):
         blocks = (16,)
     costs = {block: stream_cost(N, block, ROWS, multiprocessors) for block in blocks}
@@ -166,8 +163,7 @@ def linear_tiles(
     elif rows == 1:
         BLOCK_K = (256 if K <= 2048 else 128) * 128 // (SPLIT_K * BLOCK_N)
     elif int8:
-        step = 2048 if rows <= 16 else 1024  # weights per part
-        BLOCK_K = min(step // BLOCK_N, triton.next_power_of_2(triton.cdiv(K, 4 * SPLIT_K)))
+        BLOCK_K = min(2048 // BLOCK_N, triton.next_power_of_2(triton.cdiv(K, 4 * SPLIT_K)))
     else:
         BLOCK_K = 64
     BLOCK_K = min(BLOCK_K, triton.next_power_of_2(triton.cdiv(K, SPLIT_K)))
@@ -175,12 +171,25 @@ def linear_tiles(
     BLOCK_K = max(BLOCK_K, 32 if int8 and dtype != torch.float32 else 16)
     CHUNK = min(triton.next_power_of_2(K), 4096 // ROWS)
     STAGES = 3 if BLOCK_K >= 128 or (int8 and (rows == 1 or (rows > 8 and BLOCK_N > 16))) else 4
-    maxnreg: int | None = 128
-    if ROWS * BLOCK_N > 512:
-        maxnreg = 168 if int8 else None
-    if dtype == torch.float32 and rows > 1:
-        maxnreg = None
+    is_wide = ROWS * BLOCK_N > 512 or (dtype == torch.float32 and rows > 1)
+    maxnreg = None if is_wide else 128
     return LinearTiles(ROWS, BLOCK_N, SPLIT_K, BLOCK_K, CHUNK, STAGES, 8, maxnreg)
+
+
+def many_row_tiles(rows: int, N: int, K: int, int8: bool) -> LinearTiles:
+    """Tiles for 17 to 64 rows in 16 bits, without SPLIT_K.
+
+    - Every program reads x from the L2 cache, ROWS / BLOCK_N as many elements as weights. So
+      BLOCK_N is as large as leaves programs enough; 64 are one tensor-core instruction of sm_90.
+    - Below N = 8192 there are about 64 programs, and each must have twice as much under way. (In
+      int8 that would not fit GPUs with little shared memory, where `int8_linear` takes 64 rows.)
+    """
+    ROWS = triton.next_power_of_2(rows)
+    BLOCK_N = 32 if N < 4096 else 128 if ROWS == 64 and N >= 16_384 else 64
+    BLOCK_K = min(64 if BLOCK_N == 128 else 128, max(32, triton.next_power_of_2(K)))
+    STAGES = 4 if N >= 8192 or (int8 and ROWS == 64) else 6
+    maxnreg = 224 if int8 and ROWS == BLOCK_N == 64 else None  # without it, sm_100 spills 16 bytes
+    return LinearTiles(ROWS, BLOCK_N, 1, BLOCK_K, 0, STAGES, 8 if BLOCK_N == 128 else 4, maxnreg)
 
 
 def stream_cost(N: int, BLOCK_N: int, ROWS: int, multiprocessors: int) -> int:

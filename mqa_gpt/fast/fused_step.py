@@ -1,4 +1,4 @@
-"""The model's decode step in the kernels of `mqa_kernels`, five to a layer, for a few rows.
+"""The model's decode step in the kernels of `mqa_kernels`, five or seven to a layer, for few rows.
 
 With few rows a step takes the time of reading the weights, if nothing interrupts the reading. The
 modules of `mqa_gpt.model` start about a dozen kernels per layer, most of which read hardly
@@ -35,8 +35,8 @@ def can_fuse(model: GPT, rows: int) -> bool:
     from mqa_kernels import attention, most_rows
 
     return (
-        rows <= most_rows(model.device)
-        and model.dtype in DTYPES
+        model.dtype in DTYPES
+        and rows <= most_rows(model.device, model.dtype)
         and model.config.head_dim <= 256
         and is_plain(model)
         and model.lm_head.bias is None
@@ -59,7 +59,7 @@ def fused_hidden(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
     """The residual stream (B, C) after all blocks, before `ln_f`, of one new token per row.
 
     Args:
-        ids: (B, 1) int64, B at most 16.
+        ids: (B, 1) int64, B at most `most_rows`.
         cache: a static one; its active rows grow by one position.
     """
     from mqa_kernels import attention, linear_residual, norm_linear, norm_qkv_to_cache

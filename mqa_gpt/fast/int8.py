@@ -10,12 +10,11 @@ Rounding moves a weight by at most s / 2, and what the model computes by a littl
 while it is read. Saved like any model, such a checkpoint loads here, and not in transformers. The
 layers below are the definition and run anywhere; on a CPU `mqa_gpt.fast.compiled` is fast.
 
-On a CUDA device kernels read the integers as they are, one byte per weight: in fused steps of up
-to 16 rows (`mqa_gpt.fast.fused_step`), and in a layer by itself for up to 64 rows (16 in float32).
-With more rows a layer converts all its weights to floats in every call: in 16 bits it moves 1 + 2
-+ 2 bytes per weight where a plain layer moves 2. From some hundred rows on, as in a prefill, that
-hardly counts next to the arithmetic; for decoding a number of rows in between, plain weights are
-better.
+On a CUDA device kernels read the integers as they are, one byte per weight, for up to 64 rows (16
+in float32): in fused steps (`mqa_gpt.fast.fused_step`), and in a layer by itself. With more rows a
+layer converts all its weights to floats in every call: in 16 bits it moves 1 + 2 + 2 bytes per
+weight where a plain layer moves 2. From some hundred rows on, as in a prefill, that hardly counts
+next to the arithmetic; for decoding a number of rows in between, plain weights are better.
 """
 
 from __future__ import annotations
@@ -98,9 +97,9 @@ def reads_integers(device: torch.device, dtype: torch.dtype, rows: int) -> bool:
     """Whether a kernel, which has no gradient, computes this many rows."""
     if not HAS_TRITON or device.type != "cuda" or torch.is_grad_enabled():
         return False
-    from mqa_kernels.launch import MAX_INT8_ROWS
+    from mqa_kernels.launch import MAX_ROWS
 
-    return 1 <= rows <= MAX_INT8_ROWS.get(dtype, 0)
+    return 1 <= rows <= MAX_ROWS.get(dtype, 0)
 
 
 class Int8Linear(_Int8):

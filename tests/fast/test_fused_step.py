@@ -34,6 +34,7 @@ from tests.helpers import (
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:overflow encountered in exp")]
 
 LENGTHS = [9, 1, 5]
+MANY_LENGTHS = [1 + 5 * b % 9 for b in range(19)]  # more rows than a product normalizes itself
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 CONFIGS = [
@@ -47,43 +48,57 @@ def model_of(config: GPTConfig, dtype: torch.dtype = torch.float32) -> GPT:
     return our_model(reference_model(config).to(dtype), config).to(DEVICE)
 
 
-def filled_cache(model: GPT) -> StaticCache:
-    """After three prompts of different lengths, with room for a few tokens."""
-    cache = KVCache(model.config, 3, 12, dtype=model.dtype, device=DEVICE)
-    model(random_ids(model.config, 3, max(LENGTHS)).to(DEVICE), cache=cache)
-    cache.set_lengths(LENGTHS)
+def filled_cache(model: GPT, rows: int) -> StaticCache:
+    """After prompts of different lengths, with room for a few tokens."""
+    lengths = lengths_of(rows)
+    cache = KVCache(model.config, rows, 12, dtype=model.dtype, device=DEVICE)
+    model(random_ids(model.config, rows, max(lengths)).to(DEVICE), cache=cache)
+    cache.set_lengths(lengths)
     return StaticCache(cache, cache.lengths, torch.ones_like(cache.lengths))
+
+
+def lengths_of(rows: int) -> list[int]:
+    return LENGTHS if rows == len(LENGTHS) else MANY_LENGTHS
 
 
 @torch.inference_mode()
 def plain_steps(model: GPT, steps: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Logits (N, B, V) of N steps, each of one token per row, and the cache's contents."""
-    cache = filled_cache(model)
+    cache = filled_cache(model, len(steps[0]))
     return torch.stack([model(ids, cache=cache)[:, 0] for ids in steps]), cache.kv
 
 
 @torch.inference_mode()
 def fused_steps(model: GPT, steps: list[Tensor]) -> tuple[Tensor, Tensor]:
-    cache = filled_cache(model)
+    cache = filled_cache(model, len(steps[0]))
     logits = [fused_logits(model, fused_hidden(model, ids, cache)) for ids in steps]
-    assert cache.lengths.tolist() == [n + len(steps) for n in LENGTHS]
+    assert cache.lengths.tolist() == [n + len(steps) for n in lengths_of(len(steps[0]))]
     return torch.stack(logits), cache.kv
 
 
-def random_steps(config: GPTConfig) -> list[Tensor]:
-    return list(random_ids(config, 2, 3, 1, seed=1).to(DEVICE))
+def random_steps(config: GPTConfig, rows: int = len(LENGTHS)) -> list[Tensor]:
+    return list(random_ids(config, 2, rows, 1, seed=1).to(DEVICE))
 
 
+@pytest.fixture
+def many_float32_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for many rows take float32 too, for which they are only too slow."""
+    monkeypatch.setitem(launch.MAX_ROWS, torch.float32, 64)
+
+
+@pytest.mark.usefixtures("many_float32_rows")
+@pytest.mark.parametrize("rows", [len(LENGTHS), len(MANY_LENGTHS)])
 @pytest.mark.parametrize("config", CONFIGS, ids=["mqa", "mha", "relu"])
-def test_logits_and_cache_are_the_modules(config):
-    model, steps = model_of(config), random_steps(config)
+def test_logits_and_cache_are_the_modules(config, rows):
+    model, steps = model_of(config), random_steps(config, rows)
     for ours, expected in zip(fused_steps(model, steps), plain_steps(model, steps), strict=True):
         assert relative_error(ours, expected) <= 2e-5
 
 
+@pytest.mark.parametrize("rows", [len(LENGTHS), len(MANY_LENGTHS)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_is_as_close_to_float32_as_the_modules_are(dtype):
-    model, steps = model_of(CONFIGS[0], dtype), random_steps(CONFIGS[0])[:1]
+def test_low_precision_is_as_close_to_float32_as_the_modules_are(dtype, rows):
+    model, steps = model_of(CONFIGS[0], dtype), random_steps(CONFIGS[0], rows)[:1]
     exact, _ = plain_steps(copy.deepcopy(model).float(), steps)
     ours, _ = fused_steps(model, steps)
     plain, _ = plain_steps(model, steps)
@@ -99,9 +114,10 @@ def test_8_bit_weights_give_the_logits_and_cache_of_their_modules(config):
         assert relative_error(ours, expected) <= 2e-5
 
 
+@pytest.mark.parametrize("rows", [len(LENGTHS), len(MANY_LENGTHS)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_8_bit_weights_in_low_precision_are_as_close_to_float32_as_their_modules_are(dtype):
-    model, steps = model_of(CONFIGS[0], dtype), random_steps(CONFIGS[0])[:1]
+def test_8_bit_weights_in_low_precision_are_as_close_to_float32_as_their_modules_are(dtype, rows):
+    model, steps = model_of(CONFIGS[0], dtype), random_steps(CONFIGS[0], rows)[:1]
     quantize(model)
     exact, _ = plain_steps(copy.deepcopy(model).float(), steps)
     ours, _ = fused_steps(model, steps)
@@ -150,6 +166,13 @@ def test_tokens_are_those_of_called_steps(fused, graphs, sampling, logprobs, is_
     assert DEVICE == "cuda" or [graph.replays for graph in graphs] == [2]
 
 
+@pytest.mark.usefixtures("many_float32_rows")
+def test_tokens_of_many_rows_are_those_of_called_steps(fused, graphs):
+    model = model_of(CONFIGS[0])
+    check_same_tokens(model, random_prompts(CONFIGS[0], MANY_LENGTHS), 4, GREEDY)
+    assert len(fused) == 2
+
+
 def test_logits_that_are_not_finite_are_an_error(fused, replayed):
     model, tokens = model_of(CONFIGS[0]), []
     with torch.no_grad():
@@ -164,12 +187,20 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "architecture", lambda device: 90)
 
 
-def test_gpus_with_little_shared_memory_take_fewer_rows(monkeypatch):
-    model = OnGpu(our_model(reference_model(CONFIGS[0]), CONFIGS[0]))
-    for architecture, rows in ((80, 16), (86, 8), (89, 8), (90, 16), (100, 16), (120, 8)):
+@pytest.mark.parametrize(
+    ("dtype", "most"), [(torch.float32, 16), (torch.bfloat16, 64), (torch.float16, 64)], ids=str
+)
+def test_gpus_with_little_shared_memory_take_fewer_rows(dtype, most, monkeypatch):
+    model = OnGpu(our_model(reference_model(CONFIGS[0]).to(dtype), CONFIGS[0]))
+    for architecture, rows in ((80, most), (86, 8), (89, 8), (90, most), (100, most), (120, 8)):
         monkeypatch.setattr(launch, "architecture", lambda device, sm=architecture: sm)
         assert can_fuse(model, rows)
         assert not can_fuse(model, rows + 1)
+
+
+def test_it_is_not_taken_in_float64(hopper):
+    model = our_model(reference_model(CONFIGS[0]).double(), CONFIGS[0])
+    assert not can_fuse(OnGpu(model), 1)
 
 
 def test_it_is_taken_for_few_rows_of_untouched_modules_on_a_gpu(hopper):
