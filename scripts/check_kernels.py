@@ -53,9 +53,7 @@ SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
 REGISTERS, WARPS, BLOCKS = 65_536, 64, 32
 RESERVED = 1024  # bytes of shared memory per block that the system takes
 TENSOR_MEMORY = 512  # columns, on sm_100
-WITHOUT_PRODUCT = ("combine_kernel", "choose_kernel")
-# Arguments that no kernel writes. Only these may be read before griddepcontrol.wait.
-CONSTANT = {"norm_weight_ptr", "norm_bias_ptr", "weight_ptr", "scale_ptr", "bias_ptr"}
+WITHOUT_PRODUCT = ("combine_kernel", "choose_kernel", "norm_kernel")
 
 
 class Usage(NamedTuple):
@@ -130,7 +128,7 @@ def examine(case: Case, launch: Launch) -> Usage:
     race, hidden, all_exponentials = "", *exponentials(code)
     if metadata.launch_pdl:
         parameters = parameter_names(compiled.src.signature, case.arch)
-        race = race_with_predecessor(code, parameters, CONSTANT)
+        race = race_with_predecessor(code, parameters)
     return Usage(
         kernel,
         tiles,

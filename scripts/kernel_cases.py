@@ -32,7 +32,9 @@ from mqa_kernels import (
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}  # of each supported GPU (data sheets)
 DTYPES = ("bfloat16", "float16", "float32")
 CALLS = ("train", "ragged", "dropout", "decode", "fused", "fused_int8")
-PADDED_ROWS = (1, 8, 16)  # of a fused step
+PADDED_ROWS = {  # of a fused step
+    "bfloat16": (1, 8, 16, 32, 64), "float16": (1, 8, 16, 32, 64), "float32": (1, 8, 16),
+}  # fmt: skip
 LAYER_ROWS = {"bfloat16": (16, 32, 64), "float16": (16, 32, 64), "float32": (16,)}  # int8_linear
 
 
@@ -168,7 +170,7 @@ def call_fused(case: Case) -> None:
         return torch.empty(N) if int8 else None
 
     norm = empty(C), empty(C), 1e-5
-    for R in PADDED_ROWS:
+    for R in PADDED_ROWS[case.dtype]:
         x, wide, kv = empty(R, C), empty(R, 4 * C), 2 * G * D
         lengths, slots = torch.zeros(R, dtype=torch.int64), empty(R, 8192, G, 2 * D)
         qkv = weight(C + kv, C), empty(C + kv)

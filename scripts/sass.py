@@ -258,14 +258,11 @@ def parameter_names(signature: Mapping[str, str], architecture: int) -> dict[int
     return found
 
 
-def race_with_predecessor(
-    code: list[Instruction], parameters: Mapping[int, str], constant: set[str]
-) -> str:
+def race_with_predecessor(code: list[Instruction], parameters: Mapping[int, str]) -> str:
     """What a kernel wrongly does before griddepcontrol.wait on some path; "" if nothing.
 
     Args:
         parameters: see `parameter_names`.
-        constant: arguments that no kernel writes; only these may be read before the wait.
     """
     if not any(instruction.name == "ACQBULK" for instruction in code):
         return "does not wait for the kernel before"
@@ -279,7 +276,6 @@ def race_with_predecessor(
             # A copy has two addresses and reads the second.
             address = [operand for operand in code[i].operands if "[" in operand][-1]
             read |= origins_of(address.rpartition("[")[2], state) or {UNKNOWN}
-    read -= constant
     return f"reads {', '.join(sorted(read))} before it waits" if read else ""
 
 

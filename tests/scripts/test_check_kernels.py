@@ -321,7 +321,7 @@ def races_on_hopper(call: str, kernels: Path) -> set[tuple[str, str]]:
     """
     program = (
         "import check_kernels, kernel_cases\n"
-        "kernel_cases.PADDED_ROWS = (1,)\n"
+        "kernel_cases.PADDED_ROWS = {'bfloat16': (1,)}\n"
         f"case = kernel_cases.Case(90, 'bfloat16', 64, 1, {call!r})\n"
         "usages = check_kernels.check_case(case)\n"
         "assert not any(usage.error for usage in usages), usages\n"
@@ -365,9 +365,10 @@ def test_kernels_that_wait_too_late_are_reported(tmp_path: Path):
         ("combine_kernel", "reads lses_ptr before it waits"),
     }
     assert races_on_hopper("fused", tmp_path) == {
-        ("linear_kernel", ""),  # without a residual
-        ("linear_kernel", "reads residual_ptr before it waits"),
-        ("qkv_kernel", "reads lengths_ptr before it waits"),
+        ("linear_kernel", ""),  # without a bias and a residual
+        ("linear_kernel", "reads bias_ptr before it waits"),
+        ("linear_kernel", "reads bias_ptr, residual_ptr before it waits"),
+        ("qkv_kernel", "reads bias_ptr, lengths_ptr before it waits"),
         ("argmax_kernel", "reads x_ptr before it waits"),
         ("choose_kernel", "reads best_ptr before it waits"),
     }
