@@ -107,7 +107,7 @@ def launch(kernel: str) -> None:
     from gpu_autotune import argmax_call, backward_call, decode_call, forward_call, linear_call
 
     gpu = device.type == "cuda"
-    T, S, C, V = (1024, 16_384, 4096, 49_152) if gpu else (5, 33, 32, 48)
+    T, S, C, V = (1024, 16_384, 4096, 49_152) if gpu else (5, 600, 32, 48)
     calls: dict[str, Callable[[torch.device], Callable[[], Any]]] = {
         "forward_kernel": partial(forward_call, T),
         "combine_kernel": partial(decode_call, 1, S),
