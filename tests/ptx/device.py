@@ -33,8 +33,6 @@ MULTIPROCESSORS = 132  # H100, H200
 # Triton before 3.7.1 leaves out the fence between cp.async and wgmma that the PTX ISA demands
 # (triton #9610, #10537). Its attention kernels are tested as if cp.async needed none.
 FENCES_COPIES = Version(triton.__version__) >= Version("3.7.1")
-# Arguments that no kernel writes. Only these may be read before griddepcontrol.wait.
-CONSTANT = {"norm_weight_ptr", "norm_bias_ptr", "weight_ptr", "scale_ptr", "bias_ptr"}
 
 
 @dataclass
@@ -70,6 +68,7 @@ class Device:
             patch("mqa_kernels.launch.architecture", return_value=ARCHITECTURE),
             patch("mqa_kernels.forward.multiprocessors", return_value=MULTIPROCESSORS),
             patch("mqa_kernels.backward.multiprocessors", return_value=MULTIPROCESSORS),
+            patch("mqa_kernels.fused_ops.multiprocessors", return_value=MULTIPROCESSORS),
         ):
             knobs.cache.dir += "-ptx"
             yield self
@@ -92,11 +91,10 @@ class Device:
 
 
 def check_overlap(name: str, early: set[tuple[str, str]]) -> None:
-    """Raise if a kernel touched more than constants before it waited for its predecessor."""
-    wrong = [f"{action} {buffer}" for action, buffer in sorted(early)
-             if action == "writes" or buffer not in CONSTANT]  # fmt: skip
-    if wrong:
-        raise RaceError(f"before griddepcontrol.wait, {name} {', '.join(wrong)}")
+    """Raise if a kernel touched memory before it waited for its predecessor."""
+    if early:
+        wrong = ", ".join(f"{action} {buffer}" for action, buffer in sorted(early))
+        raise RaceError(f"before griddepcontrol.wait, {name} {wrong}")
 
 
 def raw_bits(value: Any, kind: str, name: str, memory: GlobalMemory) -> int:
