@@ -70,9 +70,9 @@ def test_every_measured_step_follows_the_same_context(model, monkeypatch):
     monkeypatch.setattr(gpu_models, "greedy_step", told)
     row = gpu_models.step_speed(model, 2, 12)
     assert contexts == 2 * [[12 + i] * 2 for i in range(gpu_models.STEPS)]  # to warm up, to measure
-    # The weights once, and 12.5 earlier tokens and the new one of two rows.
+    # The float32 weights once, and 12.5 earlier tokens and the new one of two rows.
     config = model.config
-    weights = 2 * (config.parameters - config.n_positions * config.n_embd)
-    cache = 2 * 16.5 * 2 * config.n_layer * 16 * 2
+    weights = 4 * (config.parameters - config.n_positions * config.n_embd)
+    cache = 2 * 16.5 * 2 * config.n_layer * 16 * 4
     expected = (weights + cache) / row["step_us"] * 1e6 / 1e9
     assert row["gb_per_s"] == pytest.approx(expected)
