@@ -369,6 +369,7 @@ def test_kernels_that_wait_too_late_are_reported(tmp_path: Path):
         ("linear_kernel", "reads bias_ptr before it waits"),
         ("linear_kernel", "reads bias_ptr, residual_ptr before it waits"),
         ("qkv_kernel", "reads bias_ptr, lengths_ptr before it waits"),
-        ("argmax_kernel", "reads x_ptr before it waits"),
+        ("argmax_kernel",
+         "reads norm_bias_ptr, norm_weight_ptr, weight_ptr, x_ptr before it waits"),
         ("choose_kernel", "reads best_ptr before it waits"),
-    }
+    }  # fmt: skip
