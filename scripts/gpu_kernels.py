@@ -115,7 +115,7 @@ def fused(device: torch.device) -> Iterator[Row]:
         shape = {"model": name, "dtype": dtype, "weights": "int8" if int8 else dtype}
         yield from each(
             (shape | {"rows": rows}, partial(check_step, models, rows))
-            for rows in ((1, 3, 8, 16) if device.type == "cuda" else (1, 3))
+            for rows in ((1, 3, 8, 16, 32, 64) if device.type == "cuda" else (1, 3))
         )
         steps = 200 if device.type == "cuda" else 1
         yield from each([(shape | {"steps": steps}, partial(check_replays, models.model, steps))])

@@ -91,6 +91,8 @@ def all_cases() -> Iterator[Case]:
         yield Case(90, "bfloat16", D, 1, "fused", H)
         yield Case(90, "bfloat16", D, 1, "fused_int8", H)
         yield Case(90, "float32", D, 1, "fused", H)
+        yield Case(90, "bfloat16", D, 1, "decode", H)
+    yield Case(90, "bfloat16", 128, 1, "decode", 16)
     for call in ("fused", "fused_int8", "train", "decode"):
         yield Case(90, "float16", 128, 1, call)
 

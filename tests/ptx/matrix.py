@@ -28,6 +28,7 @@ def name_of(case: Case) -> str:
 SAMPLE = [
     case("linear", rows=1, K=2048, N=20),
     case("linear", rows=8, K=1000, N=20, activation=None, int8=True),
+    case("linear", rows=20, K=1024, N=70, shipped=4096),
     case("qkv", B=2, T=3, H=4, G=1, D=64, lengths=[4, 0]),
     case("argmax", rows=3, C=768, V=20),
     case("decode", B=1, T=1, S=600, H=32, G=1, D=128, start=[590]),
@@ -41,8 +42,10 @@ SAMPLE = [
 def official_products() -> list[Case]:
     """A few outputs of every kind of tile that an official model's products use."""
     found: dict[Any, Case] = {}
-    for (H, D), int8, dtype, rows in itertools.product(
-        OFFICIAL, (False, True), (BF16, F32), (1, 8, 16)
+    for (H, D), int8, (dtype, rows) in itertools.product(
+        OFFICIAL,
+        (False, True),
+        [*itertools.product((BF16, F32), (1, 8, 16)), (BF16, 32), (BF16, 64)],
     ):
         C = H * D
         common = {"dtype": dtype, "int8": int8}
@@ -83,6 +86,9 @@ def more_products() -> list[Case]:
             case("qkv", B=3, T=2, H=6, G=3, D=20, lengths=[8, -1, 2], **common),
             case("argmax", rows=9, C=300, V=130, **common),
         ]
+        if dtype != F32:
+            found.append(case("linear", rows=37, K=600, N=72, activation="relu", **common))
+            found.append(case("argmax", rows=50, C=300, V=130, **common))
     for rows, K in ((17, 2048), (32, 768), (33, 600), (64, 2048)):
         found += [case("int8_linear", rows=rows, K=K, N=70, dtype=dtype) for dtype in (BF16, F16)]
     return [*found, case("int8_linear", rows=9, K=2048, N=40, dtype=F32)]

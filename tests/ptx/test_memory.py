@@ -34,6 +34,17 @@ def launch(code: str, order: str = "together", grid: tuple[int, ...] = (1,), ele
     return data, kernel.run(memory, [address], grid, order)
 
 
+def loaded(code: str) -> list[int]:
+    """What is in %r4 after `code`, of each of 64 threads."""
+    data, out = torch.arange(64, dtype=torch.int32), torch.full((64,), -1, dtype=torch.int32)
+    memory = GlobalMemory()
+    address = memory.address_of(data, "data_ptr")
+    distance = memory.address_of(out, "out_ptr") - address
+    code = f"{START} {code} st.global.b32 [%rd2+{distance}], %r4;"
+    Kernel(MODULE.format(threads=64, code=code), 256).run(memory, [address], (1,), "together")
+    return out.tolist()
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("right", "wrong", "message"),
@@ -67,17 +78,18 @@ def test_warps_may_store_the_same_value_to_one_place_but_not_different_ones():
 
 
 def test_copies_arrive_when_they_are_waited_for_and_not_before():
-    code = f"{COPY} cp.async.ca.shared.global [%r2+256], [%rd2], 4; cp.async.commit_group;"
-    kernel_code = code + "cp.async.wait_group 1; ld.shared.b32 %r4, [%r2];"
-    with pytest.raises(AccessError, match="shared address"):
-        launch(kernel_code)  # 256 bytes only
-    data, _ = launch(f"{COPY} {COPIED} {BARRIER} {LOAD_OTHER} {RESULT}".replace(RESULT, ""))
-    assert torch.equal(data, torch.arange(64, dtype=torch.int32))
+    other = COPY.replace("%r2", "%r3")  # to the neighbour's word, once the first has arrived
+    assert loaded(f"{COPY} {COPIED} {LOAD}") == list(range(64))
+    assert loaded(f"{COPY} {COPIED} {BARRIER} {LOAD_OTHER}") == [i ^ 32 for i in range(64)]
+    one_left = "cp.async.wait_group 1;"
+    assert loaded(f"{COPY} cp.async.commit_group; {one_left} {LOAD}") == list(range(64))
+    with pytest.raises(RaceError, match=r"while cp\.async fills it"):
+        launch(f"{COPY} {COPIED} {BARRIER} {other} {one_left} {LOAD_OTHER}")
 
 
 def test_a_copy_with_source_size_0_fills_with_zeros_and_reads_nothing():
-    code = "cp.async.ca.shared.global [%r2], [%rd1+99999], 4, %r5; cp.async.wait_group 0;"
-    launch(f"{code.replace('wait_group', 'commit_group; cp.async.wait_group')} {LOAD}")
+    copy = "cp.async.ca.shared.global [%r2], [%rd1+99999], 4, %r5; cp.async.commit_group;"
+    assert loaded(f"{STORE} {copy} {COPIED} {LOAD}") == [0] * 64
 
 
 def test_shared_memory_that_nothing_was_written_to_must_not_be_read():
@@ -107,7 +119,8 @@ def test_accesses_outside_of_a_buffer_or_misaligned_are_noticed(code, message):
 
 
 def test_a_guarded_access_outside_is_not_an_access():
-    launch("setp.lt.u32 %p1, %r1, 63; @%p1 ld.global.b32 %r4, [%rd2+4];")
+    guarded = "mov.b32 %r4, 7; setp.lt.u32 %p1, %r1, 63; @%p1 ld.global.b32 %r4, [%rd2+4];"
+    assert loaded(guarded) == [*range(1, 64), 7]
 
 
 def test_blocks_must_not_write_the_same_bytes_or_read_what_others_write():
