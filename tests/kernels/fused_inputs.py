@@ -1,4 +1,4 @@
-"""Random inputs of the fused kernels, and the shapes in which they are tested."""
+"""What the tests of the fused kernels have in common: random inputs, shapes, marks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ import torch
 from tests.kernels.error_rule import DEVICE, DTYPES
 
 EPS = 1e-5
+MARKS = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("new_memory_is_nan"),
+    # NumPy warns where exp overflows to infinity, which is right: the sigmoid of that is 0.
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp"),
+]
 
 
 def randoms(dtype, *shapes, seed=0):

@@ -7,17 +7,9 @@ pytest.importorskip("triton", reason="Triton is not available on this platform")
 
 from mqa_kernels import norm_argmax, norm_lm_head, reference
 from tests.kernels.error_rule import DEVICE
-from tests.kernels.fused_inputs import EPS, cases, norm_inputs
+from tests.kernels.fused_inputs import EPS, MARKS, cases, norm_inputs
 
-# NumPy warns where exp overflows to infinity, which is right: the sigmoid of that is 0.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:overflow encountered in exp")]
-
-
-@pytest.fixture(autouse=True)
-def _fill_new_memory_with_nan():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = MARKS
 
 
 @cases([(1, 48, 70), (3, 80, 33), (16, 48, 130)], [(17, 80, 33), (64, 48, 130)])

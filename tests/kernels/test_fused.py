@@ -22,17 +22,9 @@ from mqa_kernels import (
     tuning,
 )
 from tests.kernels.error_rule import DEVICE, DTYPES, assert_as_accurate
-from tests.kernels.fused_inputs import EPS, cases, int8_weight, norm_inputs, randoms
+from tests.kernels.fused_inputs import EPS, MARKS, cases, int8_weight, norm_inputs, randoms
 
-# NumPy warns where exp overflows to infinity, which is right: the sigmoid of that is 0.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:overflow encountered in exp")]
-
-
-@pytest.fixture(autouse=True)
-def _fill_new_memory_with_nan():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = MARKS
 
 
 # Rows, C, N: widths that are no powers of two, N that no block divides, every padding of the rows,

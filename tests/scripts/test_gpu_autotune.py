@@ -9,13 +9,11 @@ pytest.importorskip("triton", reason="Triton is not available on this platform")
 
 import gpu_autotune
 
+from tests.scripts.marks import WITHOUT_GPU
+
 CPU = torch.device("cpu")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="these are tests without a GPU"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter meets poisoned slots
-]
+pytestmark = WITHOUT_GPU
 
 
 def test_autotune_finds_the_fastest_tiles_and_names_those_that_fail(monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,20 +15,11 @@ from gpu_kernels import CASES, TINY, Case, Twins, check_attention, plain_attenti
 
 from mqa_gpt.config import PRESETS, GPTConfig
 from mqa_kernels import attention, launch
+from tests.scripts.marks import WITHOUT_GPU
 
 CPU = torch.device("cpu")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="these are tests without a GPU"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter meets poisoned slots
-]
-
-
-@pytest.fixture(autouse=True)
-def _allocations() -> Iterator[None]:
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = WITHOUT_GPU
 
 
 def test_the_reference_is_scaled_dot_product_attention_with_a_mask():

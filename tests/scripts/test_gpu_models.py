@@ -11,14 +11,11 @@ import gpu_models
 from gpu_kernels import TINY, Twins
 
 from mqa_gpt import GPT
+from tests.scripts.marks import WITHOUT_GPU
 
 CPU = torch.device("cpu")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="these are tests without a GPU"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter meets poisoned slots
-]
+pytestmark = WITHOUT_GPU
 
 
 @pytest.fixture(scope="module")

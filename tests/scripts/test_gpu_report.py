@@ -25,6 +25,8 @@ import gpu_speed
 import gpu_training
 from gpu_kernels import TINY
 
+from tests.scripts.marks import WITHOUT_GPU
+
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
@@ -35,17 +37,7 @@ for name in ("typer", "rich", "hypothesis", "pytest", "matplotlib", "pandas"):
     sys.modules[name] = None
 """
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="these are tests without a GPU"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter meets poisoned slots
-]
-
-
-@pytest.fixture(autouse=True)
-def _allocations() -> Iterator[None]:
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = WITHOUT_GPU
 
 
 def run_script(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

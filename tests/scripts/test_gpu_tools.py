@@ -9,19 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("triton", reason="Triton is not available on this platform")
 
 import gpu_tools
 
+from tests.scripts.marks import WITHOUT_GPU
+
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(torch.cuda.is_available(), reason="these are tests without a GPU"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # the interpreter meets poisoned slots
-]
+pytestmark = WITHOUT_GPU
 
 
 FAKE_TOOL = """#!/bin/sh
