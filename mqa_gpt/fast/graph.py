@@ -78,9 +78,11 @@ def stop_overlap(device: torch.device, error: RuntimeError) -> bool:
     Some GPUs refuse programmatic dependent launches in a graph (seen elsewhere on sm_120).
 
     Returns:
-        False if overlap cannot be the reason: there was none, or memory ran out.
+        False if overlap cannot be the reason: there was none, memory ran out, or the error is not
+        of CUDA, but of code that runs in the action, such as somebody's hook.
     """
-    if not HAS_TRITON or isinstance(error, torch.OutOfMemoryError):
+    is_of_cuda = "CUDA" in str(error) and not isinstance(error, torch.OutOfMemoryError)
+    if not HAS_TRITON or not is_of_cuda:  # PyTorch and Triton raise different kinds
         return False
     from mqa_kernels import launch
 

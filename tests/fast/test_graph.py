@@ -54,7 +54,7 @@ def test_where_overlap_is_refused_the_action_goes_on_without_it(
     def action() -> None:
         overlaps = launch.overlap(DEVICE)["OVERLAP"]
         if overlaps and (refused == "launch" or len(runs) == 1):
-            raise RuntimeError("invalid resource handle")
+            raise RuntimeError("Triton Error [CUDA]: invalid resource handle")
         runs.append((overlaps, cuda.stream))
 
     caller_s, replay = cuda.stream, Replay(action, DEVICE)
@@ -73,7 +73,12 @@ def test_where_overlap_is_refused_the_action_goes_on_without_it(
 
 @pytest.mark.parametrize(
     ("error", "pdl"),
-    [(RuntimeError("lost"), "0"), (torch.OutOfMemoryError("full"), "1"), (ValueError("bad"), "1")],
+    [
+        (RuntimeError("CUDA error: lost"), "0"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "1"),
+        (RuntimeError("sizes do not match"), "1"),  # of a hook
+        (ValueError("CUDA is misspelt"), "1"),
+    ],
 )
 def test_other_errors_of_an_action_are_not_hidden(cuda, overlapping, error, pdl, monkeypatch):
     monkeypatch.setenv("MQA_KERNELS_PDL", pdl)
@@ -91,7 +96,7 @@ def test_other_errors_of_an_action_are_not_hidden(cuda, overlapping, error, pdl,
 
 def test_an_error_that_remains_without_overlap_is_raised(cuda, overlapping):
     def action() -> None:
-        raise RuntimeError("illegal address")
+        raise RuntimeError("CUDA error: illegal address")
 
     with (
         pytest.warns(UserWarning, match="illegal address"),
