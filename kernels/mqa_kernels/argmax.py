@@ -57,7 +57,9 @@ def argmax_kernel(
         x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, scale,
         eps, n, num_rows, N, K, ROWS, BLOCK_N, SPLIT_K, BLOCK_K, CHUNK, STAGES,
     )  # fmt: skip
-    logits = round_to(logits, x_ptr.dtype.element_ty).to(tl.float32)  # (BLOCK_N, ROWS)
+    # ptxas would convert the sums to float16 before the wait for their products, and so make these
+    # wait for each other. It does not move an addition.
+    logits = round_to(logits + 0.0, x_ptr.dtype.element_ty).to(tl.float32)  # (BLOCK_N, ROWS)
     lowest = tl.full([1], -(2**63), tl.int64)
     packed = tl.where((n < N)[:, None], pack(logits, n[:, None]), lowest)
     rows = tl.arange(0, ROWS)

@@ -139,11 +139,16 @@ def few_rows(
 
 @triton.jit
 def many_rows(
-    x_ptr, weight_ptr, n, num_rows, N, K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, weight_ptr, scale, n, num_rows, N, K: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """weight @ x.T in two dimensions, for which sm_90 and later have instructions of their own:
-    (BLOCK_N, ROWS) float32."""
+    (BLOCK_N, ROWS) float32.
+
+    Converted weights are in registers, which `wgmma` reads while the next instructions run. Triton
+    would load the next step's weights into them without waiting for it. It waits for products whose
+    result is used in their own step, so the scale of int8 weights is applied in each step.
+    """
     rows = tl.arange(0, ROWS)
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for first in tl.range(0, K, BLOCK_K, num_stages=STAGES):
@@ -158,7 +163,11 @@ def many_rows(
             mask=(rows < num_rows)[:, None] & (k < K)[None, :],
             other=0.0,
         )  # (ROWS, BLOCK_K)
-        acc = dot(as_float(weight, x.dtype), tl.trans(x), acc)
+        if weight.dtype == tl.int8:
+            zeros = tl.zeros([BLOCK_N, ROWS], tl.float32)
+            acc += dot(as_float(weight, x.dtype), tl.trans(x), zeros) * scale[:, None]
+        else:
+            acc = dot(weight, tl.trans(x), acc)
     return acc
 
 
@@ -173,11 +182,11 @@ def matmul(
         out = few_rows(
             x_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr,
             eps, n, num_rows, N, K, ROWS, BLOCK_N, SPLIT_K, BLOCK_K, CHUNK, STAGES,
-        )  # fmt: skip
+        ) * scale[:, None]  # fmt: skip
     else:
         tl.static_assert(norm_weight_ptr is None, "x must be normalized by norm_kernel")
-        out = many_rows(x_ptr, weight_ptr, n, num_rows, N, K, ROWS, BLOCK_N, BLOCK_K, STAGES)
-    return out * scale[:, None]
+        out = many_rows(x_ptr, weight_ptr, scale, n, num_rows, N, K, ROWS, BLOCK_N, BLOCK_K, STAGES)
+    return out
 
 
 @triton.jit

@@ -171,8 +171,9 @@ def linear_tiles(
     BLOCK_K = max(BLOCK_K, 32 if int8 and dtype != torch.float32 else 16)
     CHUNK = min(triton.next_power_of_2(K), 4096 // ROWS)
     STAGES = 3 if BLOCK_K >= 128 or (int8 and (rows == 1 or (rows > 8 and BLOCK_N > 16))) else 4
-    is_wide = ROWS * BLOCK_N > 512 or (dtype == torch.float32 and rows > 1)
-    maxnreg = None if is_wide else 128
+    maxnreg = 128 if ROWS * BLOCK_N <= 512 else None
+    if dtype == torch.float32 and rows > 1:
+        maxnreg = 255 if int8 and ROWS == 16 else None  # 255: else some spill to stay at 64
     return LinearTiles(ROWS, BLOCK_N, SPLIT_K, BLOCK_K, CHUNK, STAGES, 8, maxnreg)
 
 

@@ -29,6 +29,7 @@ SAMPLE = [
     case("linear", rows=1, K=2048, N=20),
     case("linear", rows=8, K=1000, N=20, activation=None, int8=True),
     case("linear", rows=20, K=1024, N=70, shipped=4096),
+    case("linear", rows=20, K=1024, N=70, shipped=4096, int8=True),
     case("qkv", B=2, T=3, H=4, G=1, D=64, lengths=[4, 0]),
     case("argmax", rows=3, C=768, V=20),
     case("decode", B=1, T=1, S=600, H=32, G=1, D=128, start=[590]),
