@@ -73,7 +73,7 @@ def cells(table: str) -> list[list[str]]:
 def test_the_table_of_speeds_has_every_program_and_the_limit(files):
     text = tables.speeds()
     rows = cells(text)
-    assert len(rows) == 2 * (2 * 3 + 2)
+    assert len(rows) == 2 * 3 + 2  # of the shape that was measured
     assert rows[0] == [
         "tiny_starcoder_py", "decode, 1 prompt, tokens/s",
         "30.0", "20.0", "10.0", "37.5", "–", "30.0", "20.0", "37.5",
@@ -81,26 +81,40 @@ def test_the_table_of_speeds_has_every_program_and_the_limit(files):
     assert rows[4][2:6] == ["30.0", "20.0", "10.0", "60.0"]  # prefill: of the rate of products
     assert rows[6][2:5] == ["2.00", "–", "3.00"]
     assert rows[7][2:5] == ["1.25", "–", "1.25"]
-    assert {cell for row in rows[8:] for cell in row[2:]} == {"–"}
     assert "Some CPU, AVX2, 2 threads; torch 1.2, numba 1.2" in text
     assert "at most 2% away" in text
 
 
 def test_goals_that_are_not_reached_are_said_to_be_missed(files):
     found = {row[0]: row[1:] for row in cells(tables.goals())}
-    assert found["float32, 1 prompt: of the bandwidth"] == ["at least 0.92", "0.90, missed", "–"]
-    assert found["the same : CTranslate2"] == ["at least 1.00", "1.50", "–"]
-    assert found["the same : transformers float32"] == ["at least 6.00", "3.00, missed", "–"]
-    assert found["first token of a new process : transformers"][1] == "1.50"
-    assert found["the same, nothing compiled yet: seconds more"][1] == "12.00, missed"
+    assert found["float32, 1 prompt, share of the bandwidth"][:2] == [
+        "at least 0.92",
+        "0.90, missed",
+    ]
+    assert found["float32, 1 prompt, × CTranslate2"] == ["at least 1.00", "1.50", "–"]
+    assert found["int8, 1 prompt, × transformers float32"][:2] == ["at least 6.00", "3.00, missed"]
+    assert found["first token of a new process, × transformers"][1] == "1.50"
+    assert found["first token, nothing compiled yet: seconds more"][1] == "12.00, missed"
     beyond = found["memory in float32 beyond 1.06 times the weights, GB"]
     assert beyond == ["at most 0.40", "0.51, missed", "–"]
 
 
-def test_the_fastest_of_each_kind_is_bold_in_the_short_table(files):
-    assert cells(tables.short_speeds())[0] == [
-        "decode, 1 prompt", "**30.0**", "20.0", "10.0", "**30.0**", "20.0",
-    ]  # fmt: skip
+def test_what_is_faster_in_three_of_four_rounds_is_bold_in_the_short_table(files):
+    path = files / "benchmarks/results/bench_tiny_starcoder_py_float32.json"
+    report = json.loads(path.read_text())
+    for found in report["results"]:
+        rounds = {
+            "mqa-gpt": [1.0, 1.0, 1.0, 1.0, 1.0],
+            "ctranslate2 float32": [1.2, 1.2, 1.2, 1.2, 0.9],
+            "transformers": [1.2, 1.2, 1.2, 0.9, 0.9],
+        }
+        if found["batch"] == 8:
+            rounds["transformers"] = rounds["ctranslate2 float32"]
+        found["seconds"] = rounds[found["contender"]]
+    path.write_text(json.dumps(report))
+    table = cells(tables.short_speeds())
+    assert table[0] == ["decode, 1 prompt", "30.0", "20.0", "10.0", "30.0", "20.0"]
+    assert table[1] == ["decode, 8 prompts", "**30.0**", "20.0", "10.0", "30.0", "20.0"]
 
 
 def test_what_no_file_holds_is_not_made_up(files):
