@@ -57,6 +57,7 @@ def evaluate_infilling(
     edit_similarity("", "")  # fail early where rapidfuzz is missing
     records = Records() if records is None else records
     total = len(modes) * len(tasks)
+    end_ids = {*llm.tokenizer.special_ids, *llm.model.config.end_token_ids}
     shown_to_model: dict[str, Any] = {"prompt_tokens": prompt_tokens, "batch_size": batch_size}
     for number, first in itertools.product(range(len(modes)), range(0, len(tasks), CHUNK)):
         mode, chunk = modes[number], tasks[first : first + CHUNK]
@@ -68,12 +69,14 @@ def evaluate_infilling(
         waiting = chunk[done:]
         fillings = complete(llm, waiting, max_new_tokens, mode=mode, **shown_to_model, **options)
         for task, count, (filling,) in zip(waiting, bits, fillings, strict=True):
-            records.write([_record(task, mode, filling, count)])
+            # A stop string gives the reason "stop" too.
+            ended = filling.finish_reason == "stop" and filling.token_ids[-1] in end_ids
+            records.write([_record(task, mode, filling, ended, count)])
             advance(len(records.found), total)
     return summarize(records.found)
 
 
-def _record(task: Task, mode: str, filling: Completion, bits: float) -> dict[str, Any]:
+def _record(task: Task, mode: str, filling: Completion, ended: bool, bits: float) -> dict[str, Any]:
     """What is kept of a filling."""
     assert task.solution is not None
     return {
@@ -84,7 +87,7 @@ def _record(task: Task, mode: str, filling: Completion, bits: float) -> dict[str
         "solution": task.solution,
         "exact_match": exact_match(filling.text, task.solution),
         "edit_similarity": edit_similarity(filling.text, task.solution),
-        "ended": filling.finish_reason == "stop",
+        "ended": ended,
         "solution_bits": bits,
         "left_out": list(filling.cut),
     }

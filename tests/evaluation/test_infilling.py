@@ -9,7 +9,7 @@ import pytest
 from mqa_gpt import LLM
 from mqa_gpt.errors import InputError
 from mqa_gpt.evaluation import infilling
-from mqa_gpt.evaluation.completing import solution_bits
+from mqa_gpt.evaluation.completing import complete, solution_bits
 from mqa_gpt.evaluation.infilling import evaluate_infilling, summarize
 from mqa_gpt.evaluation.records import Records, open_records
 from mqa_gpt.evaluation.tasks import Task
@@ -34,13 +34,12 @@ def test_fillings_are_compared_with_what_was_there(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = iter([" add\n", "abd", "", "xyz"])
-    reasons = iter(["stop", "length", "stop", "length"])
+    # The second "stop" is that of a stop string.
+    ends = iter([([300, 0], "stop"), ([300], "length"), ([300], "stop"), ([300], "length")])
     monkeypatch.setattr(
         infilling,
         "complete",
-        lambda _, tasks, *__, **___: (
-            [Completion(next(texts), [], next(reasons), 3)] for _ in tasks
-        ),
+        lambda _, tasks, *__, **___: ([Completion(next(texts), *next(ends), 3)] for _ in tasks),
     )
     tasks = [Task(i, "x", "y", "add", kind="k") for i in range(4)]
     (found,) = evaluate_infilling(llm, tasks, 8, modes=["psm"])
@@ -53,7 +52,7 @@ def test_fillings_are_compared_with_what_was_there(
         "exact_match_error": 0.25,
         "edit_similarity": pytest.approx((1 + 2 / 3) / 4),
         "edit_similarity_error": pytest.approx(0.25),
-        "ended": 0.5,
+        "ended": 0.25,
     }
     expected = sum(solution_bits(llm, tasks, 8)) / (4 * len("add"))
     assert bits == pytest.approx(expected, rel=1e-5)
@@ -71,6 +70,15 @@ def test_kinds_and_orders_are_averaged_apart() -> None:
     ]
     assert found[0]["bits_per_byte"] == 1.5
     assert found[1]["exact_match_error"] is None
+
+
+def test_a_filling_that_a_stop_string_cuts_is_not_ended_by_the_model(llm: LLM) -> None:
+    (plain,) = next(complete(llm, TASKS[:1], 8))
+    assert plain.text
+    records = Records()
+    stop = plain.text[0]
+    evaluate_infilling(llm, TASKS[:1], 8, modes=["psm"], records=records, stop=stop)
+    assert [(one["completion"], one["ended"]) for one in records.found] == [("", False)]
 
 
 @pytest.mark.slow
