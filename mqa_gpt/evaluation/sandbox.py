@@ -107,7 +107,8 @@ def run(program: str) -> str:
     """Run a program: "passed", or why not."""
     try:
         # Globals without a __name__, as the public harnesses do it: it is "builtins".
-        exec(compile(program, "<program>", "exec"), {})
+        # Nor does this file's own `from __future__` hold in it.
+        exec(compile(program, "<program>", "exec", dont_inherit=True), {})
     except BaseException as error:  # SystemExit too: the tests have not come to their end
         try:
             reason = f"{type(error).__name__}: {error}".removesuffix(": ")

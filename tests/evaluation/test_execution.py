@@ -57,6 +57,7 @@ def restricted() -> None:
         "import threading, time\nthreading.Thread(target=time.sleep, args=(99,)).start()",
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"
         "@dataclass\nclass A:\n    x: int = 1\nassert A().x == 1",
+        "def f(x: int): return x\nassert f.__annotations__['x'] is int",
     ],
 )
 def test_ordinary_programs_pass(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +70,7 @@ def test_ordinary_programs_pass(program: str, monkeypatch: pytest.MonkeyPatch) -
     [
         ("assert 1 == 2, 'no'", "failed: AssertionError: no"),
         ("def f(:", "failed: SyntaxError"),
+        ("def f(x: Unknown): return x", "failed: NameError"),
         ("x = '\0'", "failed: SyntaxError|failed: ValueError"),
         ("x = '\ud800'", "failed: UnicodeEncodeError"),
         ("raise SystemExit(0)", "failed: SystemExit: 0"),
