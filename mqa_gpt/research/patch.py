@@ -246,8 +246,9 @@ def _fitted(values: Any, point: Point, x: Tensor, run: Pass, place: Tensor | Non
             tensor = _at_positions(tensor, point, x, run, place)
     if "T" in point.axes and point.axes.endswith("S") and tensor.shape[-1] > x.shape[-1]:
         tensor = tensor[..., : x.shape[-1]]  # of keys that come later
-    if not all(own in (1, whole) for own, whole in zip(tensor.shape, x.shape, strict=False)) or (
-        tensor.ndim != x.ndim
+    if tensor.ndim != x.ndim or not all(
+        own == whole or (own == 1 and i in (0, axis))
+        for i, (own, whole) in enumerate(zip(tensor.shape, x.shape, strict=True))
     ):
         raise InputError(
             f"the values for {point.name} are {_described(torch.as_tensor(values))}: they do not "
@@ -262,8 +263,6 @@ def _at_positions(
     """values (B or 1, ..., P, ...), from position 0 on -> at the positions of x."""
     axis = point.position_axis
     held = values.shape[axis]
-    if held == 1:
-        return values
     positions = _positions(point, x, run)  # (1 or B, T)
     beyond = (positions >= held) if place is None else (positions >= held) & place
     if beyond.any():

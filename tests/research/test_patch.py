@@ -11,6 +11,7 @@ from tests.helpers import error, random_ids, random_prompts, tiny_config, tiny_m
 
 CONFIG = tiny_config()
 NAME = "transformer.h.1.resid_mid"
+PROBS = "transformer.h.1.attn.probs"
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,13 @@ def test_values_are_taken_at_absolute_positions(model: GPT, ids: torch.Tensor) -
     assert error(torch.cat(parts, 1), whole) < 1e-4
 
 
+def test_a_recording_of_one_position_is_not_spread_over_all(model: GPT, ids: torch.Tensor) -> None:
+    first = torch.randn(2, 1, CONFIG.n_embd)
+    expected = recorded(model, ids, NAME)
+    expected[:, 0] = first[:, 0]
+    assert torch.equal(patched(model, ids, NAME, replace(first, positions=0)), expected)
+
+
 def test_patches_nest_in_the_order_in_which_they_were_entered(model: GPT, ids) -> None:
     before = recorded(model, ids, NAME)
     first, second = {NAME: add(1.0)}, {NAME: [lambda x: x * 2, add(0.5)]}
@@ -203,6 +211,11 @@ def test_rows_are_the_numbers_of_completions(model: GPT) -> None:
         ({NAME: replace(torch.zeros(3, 9, 60))}, "do not fit"),
         ({NAME: replace(torch.zeros(1, 1, 1, 9, 60))}, "do not fit"),
         ({NAME: replace(torch.zeros(5, 60))}, "end at position 4"),
+        ({NAME: replace(torch.zeros(1, 60))}, "end at position 0"),
+        ({NAME: replace(torch.zeros(2, 1, 60))}, "end at position 0"),
+        ({"transformer.h.1.attn.k_read": add(torch.zeros(1, 3, 20))}, "end at position 0"),
+        ({NAME: replace(torch.zeros(2, 9, 1))}, "do not fit"),
+        ({PROBS: replace(torch.ones(2, 3, 1, 1), positions=0)}, "do not fit"),
         ({"transformer.h.*": replace(torch.zeros(3, 2, 9, 60))}, "of 3 layers"),
         ({NAME: lambda x: x[:, :3]}, "the function for"),
         ({NAME: lambda x: None}, "the function for"),
