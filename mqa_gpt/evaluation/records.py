@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -92,22 +91,24 @@ def open_records(
     place = Path(folder)
     path = place / f"{name}.jsonl"
     with _errors(place):
+        _earlier_runs(path, settings)  # refused before anything is made
         place.mkdir(parents=True, exist_ok=True)
         file = path.open("ab+")
     with file:
         if not _lock(file):
             raise InputError(f"another run is writing to {place}: wait until it ends")
-        if (place / SETTINGS).exists():
-            earlier = read_json(place / SETTINGS, InputError)
-            _require_same(place, earlier, settings)
-            runs = [*earlier["runs"], *runs]
-        elif file.seek(0, os.SEEK_END):
-            raise InputError(f"{place} holds {name}.jsonl of something else: name another folder")
+        runs = [*_earlier_runs(path, settings), *runs]
         records = Records(place, {"settings": settings, "runs": runs}, file)
         with _errors(place):
             records.found = _read(file, path, group)
             _write(place / SETTINGS, records.report)
-        yield records
+        try:
+            yield records
+        finally:
+            if not records.found and "results" not in records.report:  # nothing to continue
+                with suppress(OSError):
+                    (place / SETTINGS).unlink()
+                    path.unlink()
 
 
 @contextmanager
@@ -149,6 +150,22 @@ def file_digest(path: str | PathLike[str]) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"cannot read {shown(str(path))}: {error.strerror}") from error
+
+
+def _earlier_runs(path: Path, settings: Mapping[str, Any]) -> list[Any]:
+    """The runs that worked in a folder; InputError if what it holds is not to be continued.
+
+    Args:
+        path: of the file of records.
+    """
+    place = path.parent
+    if (place / SETTINGS).exists():
+        earlier = read_json(place / SETTINGS, InputError)
+        _require_same(place, earlier, settings)
+        return list(earlier["runs"])
+    if path.exists() and path.stat().st_size:
+        raise InputError(f"{place} holds {path.name} of something else: name another folder")
+    return []
 
 
 def _require_same(folder: Path, earlier: Any, settings: Mapping[str, Any]) -> None:

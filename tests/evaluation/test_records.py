@@ -48,8 +48,8 @@ def test_whole_groups_are_continued_and_what_is_half_written_is_dropped(tmp_path
 
 
 def test_other_settings_are_refused_by_the_names_that_differ(tmp_path: Path) -> None:
-    with open_records(tmp_path, "samples", SETTINGS):
-        pass
+    with open_records(tmp_path, "samples", SETTINGS) as records:
+        records.write([{"a": 1}])
     other = {"kind": "test", "modes": ["psm"], "seed": 1}
     with pytest.raises(InputError) as caught, open_records(tmp_path, "samples", other):
         pass
@@ -60,6 +60,23 @@ def test_other_settings_are_refused_by_the_names_that_differ(tmp_path: Path) -> 
     assert "kind" not in message
 
 
+def test_a_refused_run_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    with open_records(tmp_path, "samples", SETTINGS) as records:
+        records.write([{"a": 1}])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(InputError, match="other settings"), open_records(tmp_path, "results", {}):
+        pass
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_that_ends_before_its_first_record_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="bad task"), open_records(tmp_path, "samples", SETTINGS):
+        raise InputError("bad task")
+    assert list(tmp_path.iterdir()) == []
+    with open_records(tmp_path, "samples", {}) as records:  # what was mended is not refused
+        records.finish({})
+
+
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
@@ -67,6 +84,8 @@ def test_a_folder_that_cannot_be_used_is_refused(tmp_path: Path) -> None:
         open_records(tmp_path / "file", "samples", SETTINGS),
     ):
         pass
+    with open_records(tmp_path / "a", "samples", SETTINGS) as records:
+        records.write([{"a": 1}])
     with (
         open_records(tmp_path / "a", "samples", SETTINGS),
         pytest.raises(InputError, match="another run is writing"),
