@@ -40,8 +40,7 @@ def lens_picture(lens: Lens, tokens: Sequence[str]) -> Any:
     """Each layer's likeliest token at each position, coloured by how sure it is of the end result.
 
     Args:
-        tokens: the text of every id in the vocabulary that occurs: those read, then by layer and
-            position those predicted; see `lens_tokens`.
+        tokens: texts of the T tokens that were read, then of all `lens.top_ids`, row by row.
     """
     L, T = lens.top_ids.shape
     read, predicted = tokens[:T], tokens[T:]

@@ -6,8 +6,10 @@
     acts["transformer.h.3"]             # (B, T, C)
 
 The names are those of `mqa_gpt.research.points`. Recording does not change what the model computes,
-bit for bit. (Where logits are asked for, a prefill computes them at all positions, not only at the
-last; their rounding may differ.) It works on every backend, with a cache and while generating.
+bit for bit, but for the rounding in two cases: where logits are asked for, a prefill computes them
+at all positions, not only at the last; and in a pass under autograd, attention is computed from the
+recorded `attn.scores`, `attn.probs`, `attn.k_read` or `attn.v_read`, so that they have gradients.
+It works on every backend, with a cache and while generating.
 Generation then runs the model's modules, not fused kernels and compiled steps: on a CUDA device as
 graphs all the same.
 """

@@ -37,6 +37,10 @@ EVERYTHING = [
     "logits",
 ]
 IN_ATTENTION = ["transformer.h.*.attn.scores", "transformer.h.*.attn.probs"]
+OUTSIDE = [
+    *(name for name in EVERYTHING if name not in ("transformer.h.*.attn.*", "logits")),
+    *(f"transformer.h.*.attn.{name}" for name in ("q", "k", "v", "z", "result", "c_proj")),
+]
 
 
 @pytest.fixture(scope="module")
@@ -163,13 +167,21 @@ def test_recording_does_not_change_a_bit(ids: torch.Tensor, context, backend: st
     model = tiny_model(backend)
     with context():
         plain = model(ids)
-        with record(model, EVERYTHING[:-1]):
+        with record(model, OUTSIDE if context is torch.enable_grad else EVERYTHING[:-1]):
             recorded = model(ids)
         assert torch.equal(model(ids), plain)
-    if context is torch.enable_grad:  # the gradients of the scores pass through the reference
-        assert error(recorded, plain) < 1e-5
-    else:
-        assert torch.equal(recorded, plain)
+    assert torch.equal(recorded, plain)
+
+
+def test_with_gradients_recorded_attention_is_the_references(ids: torch.Tensor) -> None:
+    model, reference = tiny_model("sdpa"), tiny_model("reference")
+    with record(model, IN_ATTENTION):
+        recorded = model(ids)
+    assert recorded.requires_grad
+    assert torch.equal(recorded, reference(ids))
+    assert not torch.equal(recorded, model(ids))
+    with record(model, ["transformer.h.*.attn.k_read", "transformer.h.*.attn.v_read"]):
+        assert error(model(ids), recorded) < 1e-5
 
 
 def test_afterwards_the_model_is_as_before(model: GPT, ids: torch.Tensor) -> None:
