@@ -44,7 +44,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 def logit_lens(
     text: Text,
     *,
-    last: Annotated[int, typer.Option(metavar="N", help="Show the last N positions.")] = 10,
+    last: Annotated[int, typer.Option(metavar="N", min=1, help="Show the last N positions.")] = 10,
     model: ModelOptions,
     picture: Picture = None,
     as_json: Json = False,

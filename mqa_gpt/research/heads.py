@@ -34,7 +34,13 @@ def attention_patterns(model: GPT, ids: Sequence[int]) -> Tensor:
 
 
 def previous_token_scores(patterns: Tensor) -> Tensor:
-    """How much of its attention each head spends on the previous token: (L, H, T, T) -> (L, H)."""
+    """How much of its attention each head spends on the previous token: (L, H, T, T) -> (L, H).
+
+    Raises:
+        InputError: fewer than two tokens.
+    """
+    if patterns.shape[-1] < 2:
+        raise InputError("the text has no previous token: expected at least 2 tokens")
     return patterns.diagonal(-1, dim1=-2, dim2=-1).mean(-1)
 
 
@@ -124,10 +130,13 @@ def kv_sharing(model: GPT, ids: Sequence[int]) -> Sharing:
 
     With one K/V head its effective rank says how much of the head dim is in use; with many, the
     rank of all of them says what one head would have to hold.
+
+    Raises:
+        InputError: fewer than two tokens, or more than the context.
     """
     names = [PROBS, "transformer.h.*.attn.k", "transformer.h.*.attn.v"]
     with record(model, names) as acts:
-        model(as_row(model, list(ids)))
+        model(as_row(model, list(ids), least=2))
     patterns = acts[PROBS][:, 0]  # (L, H, T, T)
     overlap = torch.stack(
         [
@@ -143,7 +152,7 @@ def kv_sharing(model: GPT, ids: Sequence[int]) -> Sharing:
 
 def most_rank(config: GPTConfig, T: int) -> int:
     """The largest rank of all K/V heads side by side on T tokens, whose mean is subtracted."""
-    return max(1, min(config.n_kv_head * config.head_dim, T - 1))
+    return min(config.n_kv_head * config.head_dim, T - 1)
 
 
 def effective_rank(x: Tensor) -> Tensor:

@@ -142,10 +142,10 @@ def unembedding(model: GPT, token: int) -> Tensor:
     return row * head.weight_scale[token] if isinstance(head, Int8Linear) else row
 
 
-def as_row(model: GPT, ids: list[int]) -> Tensor:
-    """ids as a batch of one; InputError unless the model can read them."""
-    if not 1 <= len(ids) <= model.config.n_positions:
+def as_row(model: GPT, ids: list[int], least: int = 1) -> Tensor:
+    """ids as a batch of one; InputError if there are fewer than `least` or more than fit."""
+    if not least <= len(ids) <= model.config.n_positions:
         raise InputError(
-            f"the text has {len(ids):,} tokens: expected 1 to {model.config.n_positions:,}"
+            f"the text has {len(ids):,} tokens: expected {least} to {model.config.n_positions:,}"
         )
     return torch.tensor([ids], device=model.device)

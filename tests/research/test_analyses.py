@@ -239,6 +239,9 @@ def test_the_patch_command_says_how_well_the_estimate_agrees() -> None:
     [
         (["attention"], "give a TEXT"),
         (["attention", "--prefix", "x"], "give a TEXT"),
+        (["attention", "a"], "expected at least 2"),
+        (["sharing", "a"], "the text has 1 tokens: expected 2 to"),
+        (["logit-lens", "a", "--last", "0"], "Invalid value for '--last'"),
         (["attribution", "x = ", "--token", "a b c d"], "tokens: give a text that is one"),
         (["patch", "x = 1", "x = 1"], "both answers are"),
         (["logit-lens", "x", "--picture", "nowhere/at/all.png"], "cannot write the picture"),
@@ -293,7 +296,6 @@ def test_the_scale_of_a_listing_has_one_size_whatever_its_length(demo, lines: in
 def test_a_rank_is_bounded_by_the_tokens_too() -> None:
     config = tiny_config(multi_query=True)
     assert heads.most_rank(config, 5) == 4
-    assert heads.most_rank(config, 1) == 1
     assert heads.most_rank(config, 10_000) == config.head_dim
     model = tiny_model()
     found = heads.kv_sharing(model, [1, 2, 3, 4, 5])
