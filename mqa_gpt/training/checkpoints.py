@@ -162,7 +162,7 @@ def _barrier() -> None:
 
 def _reason(error: BaseException) -> str:
     """In one line: that of a rank's exception ends with its message, after a traceback."""
-    return str(error).strip().splitlines()[-1]
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__
 
 
 def _sync(path: Path) -> None:

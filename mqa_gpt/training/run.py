@@ -77,10 +77,11 @@ def train(
         ConfigError: settings that cannot work together or here (see `checks.py`); begins with one
             of them.
         InputError: `out` is not empty and `resume` is false; or it holds no run to resume, or one
-            with other settings, which are named; or the documents are too few. What this call has
-            written of a new run is removed again; nothing else ever is.
+            with other settings, which are named; or the documents are too few.
         FloatingPointError: a bad step that the config wants to stop at; a checkpoint is written.
         RunInterruptedError: SIGINT or SIGTERM arrived; a checkpoint is written.
+
+    What an error before the first step leaves of a new run is removed; nothing else ever is.
     """
     if resume and branch_from is not None:
         raise InputError("--resume continues this run and --from another one: choose one")
@@ -258,12 +259,15 @@ def holds_run(folder: Path) -> bool:
 
 @contextmanager
 def removed_on_error(out: Path, *, is_new: bool) -> Iterator[None]:
-    """If the block ends with an InputError, remove what it has written of a new run."""
+    """If the block ends with an error, remove what it has written of a new run.
+
+    Ctrl-C is none: the run can be resumed.
+    """
     existed = out.exists()
     absent = [path for name in BEGINNING if not (path := out / name).exists()]
     try:
         yield
-    except InputError:
+    except Exception:
         if is_new:
             for path in absent:
                 if path.is_dir():

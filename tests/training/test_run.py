@@ -310,8 +310,13 @@ def test_a_run_begins_in_a_folder_of_one_that_was_killed_while_it_wrote_its_conf
 
 
 @pytest.mark.parametrize("existed", [False, True])
+@pytest.mark.parametrize("kind", [InputError, OSError, RuntimeError])
 def test_an_error_removes_only_what_the_run_has_written(
-    existed: bool, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: type[Exception],
+    existed: bool,
+    sources: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "run"
     if existed:
@@ -319,12 +324,15 @@ def test_an_error_removes_only_what_the_run_has_written(
 
     def refuse(*_: Any) -> None:
         (out / "notes.txt").write_text("written meanwhile")
-        raise InputError("too few documents")
+        raise kind("too few documents")
 
-    monkeypatch.setattr("mqa_gpt.training.run.make_model", refuse)
-    with pytest.raises(InputError, match="too few documents"):
-        start(tiny_run(sources), out)
+    with monkeypatch.context() as patch:
+        patch.setattr("mqa_gpt.training.run.make_model", refuse)
+        with pytest.raises(kind, match="too few documents"):
+            start(tiny_run(sources), out)
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    (out / "notes.txt").unlink()
+    require_folder(out, tiny_run(sources), resume=False)
 
 
 def test_resuming_removes_nothing_even_of_a_run_without_a_step(
@@ -332,15 +340,15 @@ def test_resuming_removes_nothing_even_of_a_run_without_a_step(
 ) -> None:
     config, out = tiny_run(sources, run_steps=1), tmp_path / "run"
 
-    def ends_with(error: Exception) -> Callable[..., None]:
+    def ends_with(error: BaseException) -> Callable[..., None]:
         def end(*_: Any) -> None:
             raise error
 
         return end
 
     with monkeypatch.context() as patch:
-        patch.setattr("mqa_gpt.training.run.make_model", ends_with(RuntimeError("killed")))
-        with pytest.raises(RuntimeError):
+        patch.setattr("mqa_gpt.training.run.make_model", ends_with(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
             start(config, out)
     before = contents(out)
     assert {"config.toml", "tokenizer/tokenizer.json", "data/training/index.json"} <= before.keys()
