@@ -31,11 +31,22 @@ def require_runnable(config: RunConfig, ranks: World, *, is_prepared: bool = Fal
             disk; begins with the setting.
     """
     require_shared_batch(config.run, ranks)
-    pretrained = config.model.pretrained
+    pretrained, backend = config.model.pretrained, config.model.backend
+    if config.data.within_documents and backend not in ("auto", "sdpa"):
+        raise ConfigError(
+            f"model.backend is {shown(backend)}, but data.within_documents is true, which only "
+            "sdpa can do: choose sdpa or auto"
+        )
     if ranks.tensor_mesh is not None:
         with naming("model.pretrained", pretrained):
             sizes = given_sizes(config)
         require_equal_shares(sizes, ranks.tensor_mesh.size())
+        optimizer = config.optimizer
+        if optimizer.name == "muon" and not optimizer.split_qkv and sizes.n_kv_head == 1:
+            raise ConfigError(
+                "optimizer.split_qkv is false, but tensor-parallel ranks hold queries, keys and "
+                "values apart: set it to true, or leave --tensor-parallel out"
+            )
     if is_prepared:
         return
     source = config.tokenizer.source or pretrained

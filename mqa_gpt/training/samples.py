@@ -28,7 +28,7 @@ from mqa_gpt.errors import ConfigError, InputError, require_int
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training.documents import SourceConfig
 from mqa_gpt.training.infilling import InfillingConfig
-from mqa_gpt.training.packing import MASKED, MIDDLE, Packer, Part
+from mqa_gpt.training.packing import LEAST_LENGTH, MASKED, MIDDLE, Packer, Part
 from mqa_gpt.training.shards import Corpus
 
 LOOKED_AT = 32  # sequences that are searched for a hole
@@ -40,7 +40,7 @@ class DataConfig(SourceConfig):
     """The section `[data]`: which documents are read (see `SourceConfig`) and how they are packed.
 
     Attributes:
-        length: T, tokens per sequence.
+        length: T, tokens per sequence; with infilling at least 16.
         infilling: see `InfillingConfig`.
         within_documents: let no token attend to another document of its sequence.
         shuffle_tokens: about how many tokens the blocks have within which sequences are shuffled.
@@ -55,6 +55,11 @@ class DataConfig(SourceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_int(ConfigError, "data.length", self.length, 1)
+        if self.infilling.is_used and self.length < LEAST_LENGTH:
+            raise ConfigError(
+                f"data.length is {self.length}: infilling needs at least {LEAST_LENGTH}; raise it, "
+                "or set data.infilling.rate to 0"
+            )
         require_int(ConfigError, "data.shuffle_tokens", self.shuffle_tokens, 1)
 
 

@@ -227,7 +227,7 @@ def test_what_infilling_adds_displaces_little() -> None:
 def test_a_corpus_shorter_than_a_sequence_is_refused() -> None:
     short = corpus_in_memory([TokenizedDocument([9, 9, 9])])
     with pytest.raises(InputError, match="have 4 tokens, fewer than one sequence of 5"):
-        Samples(short, TOKENIZER, DataConfig(length=5))
+        Samples(short, TOKENIZER, DataConfig(length=5, infilling=LEFT))
     assert len(Samples(short, TOKENIZER, DataConfig(length=4, infilling=LEFT))) == 1
 
 
@@ -236,6 +236,25 @@ def test_infilling_needs_its_control_tokens() -> None:
     with pytest.raises(ConfigError, match="no fill-in-the-middle tokens"):
         Samples(corpus(), without, DataConfig())
     Samples(corpus(), without, DataConfig(length=48, infilling=LEFT))
+
+
+@pytest.mark.parametrize(
+    "infilling", [InfillingConfig(), InfillingConfig(rate=0.0, late_rate=0.1)], ids=["rate", "late"]
+)
+def test_windows_too_small_for_a_piece_are_refused_where_holes_are_cut(
+    infilling: InfillingConfig,
+) -> None:
+    with pytest.raises(ConfigError, match=r"data.length is 15: infilling needs at least 16"):
+        DataConfig(length=15, infilling=infilling)
+    DataConfig(length=1, infilling=LEFT)
+
+
+@pytest.mark.parametrize("text", ["🙂🙃" * 60, "aé🙂 " * 60, "x\n" * 90])
+def test_the_smallest_windows_with_infilling_are_filled(text: str) -> None:
+    one = corpus_in_memory([TokenizedDocument(TOKENIZER.encode(text)) for _ in range(3)])
+    data = Samples(one, TOKENIZER, DataConfig(length=16, infilling=InfillingConfig(rate=1.0)))
+    kinds = data.rows(range(len(data))).kinds
+    assert (kinds == MIDDLE).any()
 
 
 @pytest.mark.parametrize("key", ["length", "shuffle_tokens"])
