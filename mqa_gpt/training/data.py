@@ -11,7 +11,7 @@ from mqa_gpt.tokenizer import TOKENIZER_FILE, Tokenizer
 from mqa_gpt.training.checks import require_tokenizer
 from mqa_gpt.training.config import DATA_FOLDER, TOKENIZER_FOLDER, RunConfig
 from mqa_gpt.training.documents import Report
-from mqa_gpt.training.parallel import World
+from mqa_gpt.training.parallel import on_first
 from mqa_gpt.training.prepare import held_out_documents, prepare, training_documents
 from mqa_gpt.training.samples import Samples
 from mqa_gpt.training.vocabulary import train_tokenizer
@@ -34,7 +34,7 @@ class Data(NamedTuple):
     report: Report
 
 
-def load_data(config: RunConfig, out: Path, world: World, say: Callable[[str], None]) -> Data:
+def load_data(config: RunConfig, out: Path, say: Callable[[str], None]) -> Data:
     """Make a run's tokenizer and corpora in its folder, or open those of an earlier call there.
 
     The first rank makes them while the others wait.
@@ -42,13 +42,13 @@ def load_data(config: RunConfig, out: Path, world: World, say: Callable[[str], N
     Raises:
         InputError: the sources, the tokenizer or the folder cannot be used.
     """
-    if world.is_first:
-        save_tokenizer(config, out / TOKENIZER_FOLDER, say)
-        tokenizer = Tokenizer.from_pretrained(out / TOKENIZER_FOLDER)
-        require_tokenizer(config, tokenizer)
-        prepare(config.data, tokenizer, out / DATA_FOLDER)
-    world.wait()
+    return on_first(lambda: _load(config, out, say)) or _load(config, out, say)
+
+
+def _load(config: RunConfig, out: Path, say: Callable[[str], None]) -> Data:
+    save_tokenizer(config, out / TOKENIZER_FOLDER, say)
     tokenizer = Tokenizer.from_pretrained(out / TOKENIZER_FOLDER)
+    require_tokenizer(config, tokenizer)
     corpora = prepare(config.data, tokenizer, out / DATA_FOLDER)
     for line in corpora.report.lines():
         say(line)

@@ -33,7 +33,7 @@ from mqa_gpt.training.export import export, gathered, written_texts
 from mqa_gpt.training.log import LOG_FILE, RunLog, require_tensorboard
 from mqa_gpt.training.loop import Step, Trainer
 from mqa_gpt.training.model import make_model
-from mqa_gpt.training.parallel import World, world
+from mqa_gpt.training.parallel import World, on_first, world
 from mqa_gpt.training.shards import is_prepared
 from mqa_gpt.training.signals import RunInterruptedError, Signals, caught_signals
 from mqa_gpt.training.speed import Speed, speed_of
@@ -87,20 +87,26 @@ def train(
         raise InputError("--resume continues this run and --from another one: choose one")
     with world(device, tensor_parallel) as ranks:
         tell = say if ranks.is_first else _say_nothing
-        if tensorboard:
-            require_tensorboard()
-        require_folder(out, config, resume)
-        has_data = branch_from is not None or (resume and is_prepared(out / DATA_FOLDER))
-        require_runnable(config, ranks, is_prepared=has_data)
-        ranks.wait()  # before one of them makes it
+
+        def check() -> None:
+            if tensorboard:
+                require_tensorboard()
+            require_folder(out, config, resume)
+            has_data = branch_from is not None or (resume and is_prepared(out / DATA_FOLDER))
+            require_runnable(config, ranks, is_prepared=has_data)
+
+        def begin() -> str:
+            if branch_from is not None:
+                return branch(branch_from, out, config)
+            prepare_folder(out, config)
+            return ""
+
+        on_first(check)
         with removed_on_error(out, is_new=ranks.is_first and not resume):
-            branched = None
-            if ranks.is_first and branch_from is not None:
-                branched = branch(branch_from, out, config)
+            branched = on_first(begin)
+            if branched:
                 tell(branched)
-            elif ranks.is_first:
-                prepare_folder(out, config)
-            data = load_data(config, out, ranks, tell)
+            data = load_data(config, out, tell)
             model = make_model(config, data.tokenizer, ranks.device)
             trainer = Trainer(config, model, data.training, data.held_out, ranks)
         for note in notes(config, data.training):
@@ -116,7 +122,7 @@ def train(
         log = RunLog(out if ranks.is_first else None, trainer.state.step, tensorboard)
         with closing(log), caught_signals() as signals:
             log.write("start", trainer.state.step, **machine_facts(ranks, speed))
-            if branched is not None:
+            if branched:
                 log.write("event", trainer.state.step, message=branched)
             Run(trainer, data.tokenizer, out, log, speed, signals, tell).steps()
         with trainer.averaged():
