@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import CheckpointError, ConfigError, shown
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training.config import RunConfig
@@ -57,8 +58,8 @@ def require_runnable(config: RunConfig, ranks: World, *, is_prepared: bool = Fal
     with naming("tokenizer.source" if config.tokenizer.source else "model.pretrained", source):
         tokenizer = Tokenizer.from_pretrained(source)
     with naming("model.pretrained", pretrained):
-        model_config(config, tokenizer)
-    require_tokenizer(config, tokenizer)
+        sizes = model_config(config, tokenizer)
+    require_tokenizer(config, tokenizer, sizes)
 
 
 @contextmanager
@@ -70,13 +71,16 @@ def naming(key: str, value: str | None) -> Iterator[None]:
         raise ConfigError(f"{key} is {shown(value)}: {error}") from None
 
 
-def require_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
+def require_tokenizer(config: RunConfig, tokenizer: Tokenizer, sizes: GPTConfig) -> None:
     """Check that a tokenizer has what a run's data and texts need.
+
+    Args:
+        sizes: of the run's model.
 
     Raises:
         ConfigError: it lacks control tokens, or a text to continue does not fit into the context.
     """
-    run, sizes = config.run, model_config(config, tokenizer)
+    run = config.run
     require_tokens(tokenizer, config.data.infilling)
     if run.holes and tokenizer.fim is None:
         raise ConfigError("run.holes is given, but the tokenizer has no fill-in-the-middle tokens")

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
+from mqa_gpt.checkpoints.headers import read_config
 from mqa_gpt.errors import ConfigError, InputError
 from mqa_gpt.machine import cpu_name
+from mqa_gpt.model import GPT
 from mqa_gpt.progress import duration_text, progress
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training import checkpoints
@@ -22,6 +24,7 @@ from mqa_gpt.training.checks import notes, require_runnable
 from mqa_gpt.training.config import (
     CONFIG_FILE,
     DATA_FOLDER,
+    SIZES_FILE,
     TOKENIZER_FOLDER,
     RunConfig,
     differences,
@@ -42,7 +45,10 @@ MODEL_FOLDER = "model"
 
 # What a new run may have written before its first step.
 CONFIG_PART = f"{CONFIG_FILE}.part"  # while it is written; a killed process may leave it
-BEGINNING = (CONFIG_FILE, TOKENIZER_FOLDER, DATA_FOLDER, checkpoints.FOLDER, LOG_FILE)
+BEGINNING = (
+    *(CONFIG_FILE, TOKENIZER_FOLDER, DATA_FOLDER, SIZES_FILE),
+    *(checkpoints.FOLDER, LOG_FILE),
+)
 
 
 def train(
@@ -59,8 +65,9 @@ def train(
     """Train as a config says; every rank calls this.
 
     Args:
-        out: the run's folder, empty or to be made. It gets `config.toml`, `log.jsonl`, `tokenizer`,
-            `data`, `checkpoints`, and at the end `model`, a checkpoint for transformers.
+        out: the run's folder, empty or to be made. It gets `config.toml`, `config.json` (the
+            model's), `log.jsonl`, `tokenizer`, `data`, `checkpoints`, and at the end `model`, a
+            checkpoint for transformers.
         resume: continue from the last checkpoint in `out`; what follows is what an uninterrupted
             run would have computed, bit for bit, on the same machine and number of ranks.
         branch_from: the folder of another run from whose last checkpoint this one continues, with
@@ -107,12 +114,16 @@ def train(
             if branched:
                 tell(branched)
             data = load_data(config, out, tell)
-            model = make_model(config, data.tokenizer, ranks.device)
+            found = checkpoints.complete(out)
+            if found:
+                model = GPT(read_config(out)).to(ranks.device)
+                model.set_backend(config.model.backend)
+            else:
+                model = make_model(config, data.tokenizer, ranks.device)
             trainer = Trainer(config, model, data.training, data.held_out, ranks)
         for note in notes(config, data.training):
             tell(f"note: {note}")
-        resume = resume or branch_from is not None
-        if resume and (found := checkpoints.complete(out)):
+        if found:
             trainer.load(found[-1])
         tell(
             f"{model.config.parameters:,} parameters on {ranks.ranks} x {ranks.device.type}, "
