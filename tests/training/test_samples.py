@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from mqa_gpt.errors import ConfigError, InputError
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training.infilling import InfillingConfig
+from mqa_gpt.training.loss import IGNORED
 from mqa_gpt.training.packing import CONTEXT, LEFT_TO_RIGHT, MASKED, MIDDLE
-from mqa_gpt.training.samples import IGNORED, Batch, DataConfig, Samples
+from mqa_gpt.training.samples import Batch, DataConfig, Samples
 from mqa_gpt.training.shards import Corpus, TokenizedDocument, corpus_in_memory
 from tests.helpers import SPECIALS, byte_tokenizer
 from tests.training.texts import CODE
@@ -36,11 +37,9 @@ def corpus() -> Corpus:
     )
 
 
-def samples(
-    infilling: InfillingConfig = LEFT, seed: int = 0, workers: int = 0, **data: object
-) -> Samples:
+def samples(infilling: InfillingConfig = LEFT, seed: int = 0, **data: object) -> Samples:
     config = DataConfig(**{"length": 48, "shuffle_tokens": 600, **data}, infilling=infilling)  # type: ignore[arg-type]
-    return Samples(corpus(), TOKENIZER, config, seed=seed, workers=workers)
+    return Samples(corpus(), TOKENIZER, config, seed=seed)
 
 
 def assert_same(batch: Batch, other: Batch) -> None:
@@ -146,12 +145,6 @@ def test_numbers_may_be_read_in_any_order() -> None:
     numbers = random.Random(0).sample(range(1000), 30)
     batch, all_ = samples(HALF).rows(numbers), _thousand()
     assert torch.equal(batch.ids, all_.ids[numbers])
-
-
-@pytest.mark.slow
-def test_a_worker_makes_the_same_blocks() -> None:
-    data = samples(HALF, workers=1)
-    assert_same(data.rows(range(7, 307)), everything(7, 300))
 
 
 def test_making_samples_draws_nothing_from_the_global_generators() -> None:
