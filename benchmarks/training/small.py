@@ -22,7 +22,7 @@ from mqa_gpt.progress import progress
 from mqa_gpt.training.config import RunConfig
 from mqa_gpt.training.data import Data, load_data
 from mqa_gpt.training.loop import Trainer
-from mqa_gpt.training.parallel import World, world
+from mqa_gpt.training.parallel import World
 
 SOURCES = ("python-standard-library",)
 # The modules that are held out of the demo checkpoint's training too.
@@ -112,8 +112,7 @@ def run_config(options: argparse.Namespace, **sections: dict[str, Any]) -> RunCo
 
 def load(options: argparse.Namespace, config: RunConfig) -> Data:
     """The data of all runs of an experiment, made at the first call."""
-    with world(options.device) as alone:
-        return load_data(config, options.work, alone, print)
+    return load_data(config, options.work, print)
 
 
 def train(

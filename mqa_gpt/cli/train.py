@@ -15,7 +15,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from typer.core import TyperGroup
 
 from mqa_gpt.cli.options import Json
-from mqa_gpt.cli.output import note, print_json, write
+from mqa_gpt.cli.output import BAD_INPUT, note, print_json, write
 from mqa_gpt.errors import ConfigError, InputError
 from mqa_gpt.training.config import located, read_run_config, settings_text
 from mqa_gpt.training.toml_file import TomlError, read_toml
@@ -110,6 +110,7 @@ def run(
       mqa-gpt train configs/overfit.toml --out run --set run.steps=100 --resume
       mqa-gpt train configs/overfit.toml --out longer --set run.steps=200 --from run
     """
+    from mqa_gpt.training.parallel import FirstRankError
     from mqa_gpt.training.plan import plan_run
     from mqa_gpt.training.run import MODEL_FOLDER
     from mqa_gpt.training.run import train as start
@@ -117,6 +118,16 @@ def run(
 
     read = read_run_config(config, settings or [])
     if dry_run:
+        given = {
+            "--resume": resume,
+            "--from": branch_from,
+            "--tensor-parallel": tensor_parallel > 1,
+        }
+        for option, is_given in given.items():
+            if is_given:
+                raise InputError(
+                    f"--dry-run takes a few steps of a new run in one process: leave {option} out"
+                )
         with _located(config, settings):
             plan = plan_run(read, device=device, say=note)
         if as_json:
@@ -141,6 +152,8 @@ def run(
                 tensorboard=tensorboard,
                 say=_say,
             )
+    except FirstRankError:  # which that rank says
+        raise typer.Exit(BAD_INPUT) from None
     except RunInterruptedError as interruption:
         if interruption.number == signal.SIGINT:
             raise KeyboardInterrupt from None

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mqa_gpt.errors import ConfigError, require_number
 
@@ -71,14 +70,3 @@ class WeightAverage:
             own = parameter.detach().clone()
             parameter.copy_(self.weights[name])
             self.weights[name].copy_(own)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The average, by parameter name, and how many updates made it."""
-        return {"weights": self.weights, "updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` gave: later averages are the same, bit for bit."""
-        self.updates = state["updates"]
-        for name, weight in self.weights.items():
-            saved: Tensor = state["weights"][name]
-            weight.copy_(saved)

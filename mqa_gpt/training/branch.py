@@ -14,6 +14,7 @@ from mqa_gpt.training.config import (
     CONFIG_FILE,
     DATA_FOLDER,
     FREE_IN_BRANCH,
+    SIZES_FILE,
     TOKENIZER_FOLDER,
     RunConfig,
     differences,
@@ -69,7 +70,8 @@ def branch(source: Path, out: Path, config: RunConfig) -> str:
                 shutil.copytree(source / name, folder / name, copy_function=_link)
         target = folder / checkpoints.FOLDER / last.name
         shutil.copytree(last, target, copy_function=_link)
-        shutil.copy(source / LOG_FILE, folder / LOG_FILE)
+        for name in (SIZES_FILE, LOG_FILE):
+            shutil.copy(source / name, folder / name)
         (folder / CONFIG_FILE).write_text(to_toml(config), encoding="utf-8")
     settings = "; ".join(differences(old, config, free=())) or "the same settings"
     return f"continues from step {step:,} of {source} with {settings}"

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mqa_gpt.errors import CheckpointError
+from mqa_gpt.training.parallel import on_first
 
 FOLDER, STATE_FILE, UNFINISHED = "checkpoints", "state.json", ".unfinished-"
 
@@ -62,27 +63,29 @@ def save(run: Path, state: RunState, tensors: Mapping[str, Tensor], keep: int) -
     """
     folder = run / FOLDER / f"step-{state.step:08d}"
     temporary = folder.with_name(UNFINISHED + folder.name)
-    is_first = _rank() == 0
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def finish() -> None:
+        (temporary / STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+        for path in (temporary / STATE_FILE, temporary):
+            _sync(path)
+        if folder.exists():  # of the same step, before it was resumed
+            _remove(folder)
+        temporary.rename(folder)
+        _sync(folder.parent)
+        _retain(run, keep)
+
     try:
-        if is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        _barrier()
+        on_first(begin)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is ", UserWarning)
             state_dict_saver.save(
                 dict(tensors), checkpoint_id=temporary, no_dist=not dist.is_initialized()
             )
-        if is_first:
-            (temporary / STATE_FILE).write_text(json.dumps(asdict(state)), encoding="utf-8")
-            for path in (temporary / STATE_FILE, temporary):
-                _sync(path)
-            if folder.exists():  # of the same step, before it was resumed
-                _remove(folder)
-            temporary.rename(folder)
-            _sync(folder.parent)
-            _retain(run, keep)
-        _barrier()
+        on_first(finish)
     except (OSError, CheckpointException) as error:
         raise CheckpointError(
             f"the checkpoint of step {state.step} cannot be written to {folder.parent} "
@@ -151,18 +154,9 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def _reason(error: BaseException) -> str:
     """In one line: that of a rank's exception ends with its message, after a traceback."""
-    return str(error).strip().splitlines()[-1]
+    return str(error).strip().rpartition("\n")[2] or type(error).__name__
 
 
 def _sync(path: Path) -> None:

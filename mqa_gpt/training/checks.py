@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import CheckpointError, ConfigError, shown
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training.config import RunConfig
@@ -31,11 +32,22 @@ def require_runnable(config: RunConfig, ranks: World, *, is_prepared: bool = Fal
             disk; begins with the setting.
     """
     require_shared_batch(config.run, ranks)
-    pretrained = config.model.pretrained
+    pretrained, backend = config.model.pretrained, config.model.backend
+    if config.data.within_documents and backend not in ("auto", "sdpa"):
+        raise ConfigError(
+            f"model.backend is {shown(backend)}, but data.within_documents is true, which only "
+            "sdpa can do: choose sdpa or auto"
+        )
     if ranks.tensor_mesh is not None:
         with naming("model.pretrained", pretrained):
             sizes = given_sizes(config)
         require_equal_shares(sizes, ranks.tensor_mesh.size())
+        optimizer = config.optimizer
+        if optimizer.name == "muon" and not optimizer.split_qkv and sizes.n_kv_head == 1:
+            raise ConfigError(
+                "optimizer.split_qkv is false, but tensor-parallel ranks hold queries, keys and "
+                "values apart: set it to true, or leave --tensor-parallel out"
+            )
     if is_prepared:
         return
     source = config.tokenizer.source or pretrained
@@ -46,8 +58,8 @@ def require_runnable(config: RunConfig, ranks: World, *, is_prepared: bool = Fal
     with naming("tokenizer.source" if config.tokenizer.source else "model.pretrained", source):
         tokenizer = Tokenizer.from_pretrained(source)
     with naming("model.pretrained", pretrained):
-        model_config(config, tokenizer)
-    require_tokenizer(config, tokenizer)
+        sizes = model_config(config, tokenizer)
+    require_tokenizer(config, tokenizer, sizes)
 
 
 @contextmanager
@@ -59,13 +71,16 @@ def naming(key: str, value: str | None) -> Iterator[None]:
         raise ConfigError(f"{key} is {shown(value)}: {error}") from None
 
 
-def require_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
+def require_tokenizer(config: RunConfig, tokenizer: Tokenizer, sizes: GPTConfig) -> None:
     """Check that a tokenizer has what a run's data and texts need.
+
+    Args:
+        sizes: of the run's model.
 
     Raises:
         ConfigError: it lacks control tokens, or a text to continue does not fit into the context.
     """
-    run, sizes = config.run, model_config(config, tokenizer)
+    run = config.run
     require_tokens(tokenizer, config.data.infilling)
     if run.holes and tokenizer.fim is None:
         raise ConfigError("run.holes is given, but the tokenizer has no fill-in-the-middle tokens")

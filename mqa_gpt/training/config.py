@@ -155,6 +155,7 @@ _LEAST = {
 
 # In a run's folder: every setting, and what is made of the documents.
 CONFIG_FILE, TOKENIZER_FOLDER, DATA_FOLDER = "config.toml", "tokenizer", "data"
+SIZES_FILE = "config.json"  # of its model, as in a checkpoint: `read_config` reads it
 
 # What may differ when a run is resumed: it has no influence on the steps that are done.
 FREE_ON_RESUME = tuple(
@@ -405,4 +406,5 @@ def _toml_value(value: Any) -> str:
         return f"{{ {inside} }}" if inside else "{}"
     if isinstance(value, list):
         return f"[{', '.join(map(_toml_value, value))}]"
-    return json.dumps(value, ensure_ascii=False)  # TOML writes text, numbers and booleans alike
+    # TOML writes text, numbers and booleans as JSON does, but never U+007F as it is.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f")

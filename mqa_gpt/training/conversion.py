@@ -36,6 +36,7 @@ from mqa_gpt.training.qkv import join_qkv, split_qkv
 Method = Literal["aligned", "mean", "first"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
+LEAST_TEXT = 10  # tokens per dimension of the model, of which "aligned" makes a better head
 RIDGE = 1e-3  # added to the diagonal of covariances, as a share of its mean
 
 
@@ -97,7 +98,8 @@ def to_mqa(model: GPT, method: Method = "aligned", batches: Sequence[Tensor] = (
             fitted to the outputs of the original attention.
 
     Raises:
-        InputError: the model has 8-bit weights, or ids are given to another method.
+        InputError: the model has 8-bit weights; or ids are given to another method, or fewer than
+            ten per dimension of the model, with which "aligned" would be worse than without.
     """
     if method != "aligned" and len(batches):
         raise InputError(f"method is {method!r}, which reads no text: leave the text out")
@@ -108,6 +110,12 @@ def to_mqa(model: GPT, method: Method = "aligned", batches: Sequence[Tensor] = (
     if method == "first":
         return _converted(
             model, lambda heads, _: heads._replace(k=heads.k[:1], v=heads.v[:1]), multi_query=True
+        )
+    tokens, C = sum(ids.numel() for ids in batches), model.config.n_embd
+    if batches and tokens < LEAST_TEXT * C:
+        raise InputError(
+            f"{tokens:,} tokens are too few for n_embd {C:,}: give at least {LEAST_TEXT * C:,}, or "
+            "leave the text out"
         )
     moments = measure_moments(model, batches) if batches else assume_moments(model)
     converted = _converted(
@@ -282,10 +290,17 @@ def fit_outputs(converted: GPT, original: GPT, batches: Iterable[Tensor]) -> Non
 
 
 def text_batches(texts: Iterable[str], tokenizer: Tokenizer, config: GPTConfig) -> list[Tensor]:
-    """Texts as ids for `to_mqa`: each one's windows of at most 512 tokens, (1, T) int64 each."""
+    """Texts as ids for `to_mqa`: each one's windows of at most 512 tokens, (1, T) int64 each.
+
+    Raises:
+        InputError: there are texts, but none has two tokens.
+    """
     length = min(512, config.n_positions)
     ids = [torch.tensor(tokenizer.encode(text)) for text in texts]
-    return [window[None] for row in ids for window in torch.split(row, length) if len(window) > 1]
+    windows = [window for row in ids for window in torch.split(row, length) if len(window) > 1]
+    if ids and not windows:
+        raise InputError("the text has no two tokens: give more, or leave it out")
+    return [window[None] for window in windows]
 
 
 @torch.no_grad()

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from mqa_gpt.checkpoints.headers import read_config
 from mqa_gpt.errors import InputError
 from mqa_gpt.tokenizer import TOKENIZER_FILE, Tokenizer
 from mqa_gpt.training.checks import require_tokenizer
-from mqa_gpt.training.config import DATA_FOLDER, TOKENIZER_FOLDER, RunConfig
+from mqa_gpt.training.config import DATA_FOLDER, SIZES_FILE, TOKENIZER_FOLDER, RunConfig
 from mqa_gpt.training.documents import Report
-from mqa_gpt.training.parallel import World
+from mqa_gpt.training.model import model_config
+from mqa_gpt.training.parallel import on_first
 from mqa_gpt.training.prepare import held_out_documents, prepare, training_documents
 from mqa_gpt.training.samples import Samples
 from mqa_gpt.training.vocabulary import train_tokenizer
@@ -34,21 +36,24 @@ class Data(NamedTuple):
     report: Report
 
 
-def load_data(config: RunConfig, out: Path, world: World, say: Callable[[str], None]) -> Data:
-    """Make a run's tokenizer and corpora in its folder, or open those of an earlier call there.
+def load_data(config: RunConfig, out: Path, say: Callable[[str], None]) -> Data:
+    """Make a run's tokenizer, sizes and corpora in its folder, or open what an earlier call made.
 
     The first rank makes them while the others wait.
 
     Raises:
         InputError: the sources, the tokenizer or the folder cannot be used.
     """
-    if world.is_first:
-        save_tokenizer(config, out / TOKENIZER_FOLDER, say)
-        tokenizer = Tokenizer.from_pretrained(out / TOKENIZER_FOLDER)
-        require_tokenizer(config, tokenizer)
-        prepare(config.data, tokenizer, out / DATA_FOLDER)
-    world.wait()
+    return on_first(lambda: _load(config, out, say)) or _load(config, out, say)
+
+
+def _load(config: RunConfig, out: Path, say: Callable[[str], None]) -> Data:
+    save_tokenizer(config, out / TOKENIZER_FOLDER, say)
     tokenizer = Tokenizer.from_pretrained(out / TOKENIZER_FOLDER)
+    sizes = out / SIZES_FILE
+    if not sizes.exists():
+        _write(sizes, model_config(config, tokenizer).to_json())
+    require_tokenizer(config, tokenizer, read_config(out))
     corpora = prepare(config.data, tokenizer, out / DATA_FOLDER)
     for line in corpora.report.lines():
         say(line)
@@ -79,6 +84,10 @@ def save_tokenizer(config: RunConfig, folder: Path, say: Callable[[str], None]) 
         texts = (document.prompt + document.text for document in documents)
         text = train_tokenizer(texts, config.tokenizer.vocab_size).to_str()
     folder.mkdir(parents=True, exist_ok=True)
+    _write(file, text)
+
+
+def _write(file: Path, text: str) -> None:
     temporary = file.with_suffix(".part")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)

@@ -18,6 +18,7 @@ import gzip
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -272,7 +273,7 @@ def _read_json_lines(path: Path, name: str, report: Report) -> Iterator[Record]:
                     yield place, values
                 else:
                     report.leave_out(place, "not a JSON object")
-    except (OSError, EOFError) as error:  # the latter: a gzip file that is cut off
+    except (OSError, EOFError, zlib.error) as error:  # the last two: a damaged gzip file
         report.leave_out(name, f"cannot be read ({error})")
 
 
@@ -288,11 +289,18 @@ def _read_parquet(path: Path, name: str, report: Report) -> Iterator[Record]:
             columns = [column for column in file.schema_arrow.names if column in wanted]
             number = 0
             for batch in file.iter_batches(batch_size=256, columns=columns):
-                for values in batch.to_pylist():
+                for row in range(batch.num_rows):
                     number += 1
-                    yield f"{name}:{number}", values
+                    place = f"{name}:{number}"
+                    try:
+                        (values,) = batch.slice(row, 1).to_pylist()
+                    except UnicodeDecodeError:
+                        report.leave_out(place, NOT_UTF8)
+                        continue
+                    yield place, values
     except (OSError, pyarrow.ArrowException) as error:
-        report.leave_out(name, f"cannot be read ({str(error).splitlines()[0]})")
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        report.leave_out(name, f"cannot be read ({reason})")
 
 
 def _accept(

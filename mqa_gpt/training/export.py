@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from mqa_gpt.checkpoints.headers import read_config
 from mqa_gpt.checkpoints.save import save_model
 from mqa_gpt.errors import InputError
 from mqa_gpt.fim import infill_prompt
@@ -20,7 +21,6 @@ from mqa_gpt.training.config import (
     read_run_config,
     require_run,
 )
-from mqa_gpt.training.model import model_config
 from mqa_gpt.training.parallel import World, whole
 from mqa_gpt.training.tensor_parallel import fused
 
@@ -115,7 +115,7 @@ def export_checkpoint(
         raise InputError(f"{run} has no such checkpoint: there are those of the steps {known}")
     require_empty(folder)
     tokenizer = Tokenizer.from_pretrained(run / TOKENIZER_FOLDER)
-    model = GPT(model_config(config, tokenizer))
+    model = GPT(read_config(run))
     part = "average" if config.averaging.decay and not raw else "model"
     tensors = {f"{part}.{name}": p.detach() for name, p in model.named_parameters()}
     checkpoints.load(chosen, tensors)

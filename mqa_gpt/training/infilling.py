@@ -76,6 +76,11 @@ class InfillingConfig:
             least = require_int(ConfigError, f"data.infilling.piece_tokens[{i}]", tokens, least)
 
     @property
+    def is_used(self) -> bool:
+        """Whether any document is rearranged, in whatever epoch."""
+        return self.rate > 0 or (self.late_rate or 0) > 0
+
+    @property
     def shares(self) -> tuple[float, float, float]:
         """Of the kinds of holes, in the order of `KINDS`."""
         return self.characters, self.lines, self.nodes

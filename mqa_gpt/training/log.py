@@ -73,11 +73,12 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     records = []
     path = folder / LOG_FILE
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except ValueError:
-                break
+        with path.open("rb") as lines:  # bytes end at "\n" only, str.splitlines at U+2028 too
+            for line in lines:
+                try:
+                    records.append(json.loads(line))
+                except ValueError:
+                    break
     return records
 
 

@@ -71,9 +71,8 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """The optimizers of a model: each parameter that requires a gradient is in one of them.
 
-    `torch.distributed.checkpoint.state_dict.get_optimizer_state_dict` saves the list as one. Each
-    group keeps its rates of the peak as "peak_lr" and "peak_weight_decay"; `set_rates` makes "lr"
-    and "weight_decay" of them before a step. For a sharded model, call this after sharding.
+    Each group keeps its rates of the peak as "peak_lr" and "peak_weight_decay"; `set_rates` makes
+    "lr" and "weight_decay" of them before a step. For a sharded model, call this after sharding.
 
     Args:
         fused_adamw: update each parameter in one pass, which is faster. On a CPU this rounds the

@@ -38,6 +38,7 @@ LEFT_TO_RIGHT, CONTEXT, MIDDLE, MASKED = range(4)
 LEAST_TOKENS = 64  # less text than this is not rearranged
 SLACK = 8  # tokens by which a text grows, as a rule, when it is cut into three
 PROMPT_TOKENS = 3  # <prefix>, <suffix>, <middle>
+LEAST_LENGTH = PROMPT_TOKENS + SLACK + 4 + 1  # with the bytes of a character and <|endoftext|>
 
 
 def middle_left(kinds: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ def require_tokens(tokenizer: Tokenizer, infilling: InfillingConfig) -> int:
     end = tokenizer.end_of_text_id
     if end is None:
         raise ConfigError("tokenizer.source has no <|endoftext|>, which packing needs: use another")
-    if (infilling.rate or infilling.late_rate) and tokenizer.fim is None:
+    if infilling.is_used and tokenizer.fim is None:
         raise ConfigError(
             "data.infilling.rate is above 0, but the tokenizer has no fill-in-the-middle tokens "
             "such as <fim_prefix>: use another one, or set it to 0"

@@ -7,9 +7,10 @@ torchrun the world is one rank, and nothing here communicates.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,12 @@ from mqa_gpt.errors import ConfigError, InputError
 from mqa_gpt.model import Block
 from mqa_gpt.training.config import LoopConfig
 from mqa_gpt.training.ordered import OrderedReduceScatter
+
+T = TypeVar("T")
+
+
+class FirstRankError(InputError):
+    """On the other ranks: what the first one has ended with, and says."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,6 @@ class World:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(parts, tensor, group=self.mesh.get_group())
         return torch.stack(parts)
-
-    def wait(self) -> None:
-        """Return when all ranks are here."""
-        if self.ranks > 1:
-            dist.barrier()
 
     def largest(self, value: int) -> int:
         """The largest value of all ranks, on each of them."""
@@ -116,6 +118,28 @@ def world(device: str | None = None, tensor_parallel: int = 1) -> Iterator[World
         )
     finally:
         dist.destroy_process_group()
+
+
+def on_first(function: Callable[[], T]) -> T | None:
+    """Call a function on the first rank, while the others wait; its result, on them None.
+
+    If it fails, all ranks end: its error is raised on the first one, FirstRankError on the others.
+    """
+    if not dist.is_initialized():
+        return function()
+    result = failure = None
+    if dist.get_rank() == 0:
+        try:
+            result = function()
+        except Exception as error:
+            failure = error
+    message = [None if failure is None else str(failure)]
+    dist.broadcast_object_list(message, 0)
+    if failure is not None:
+        raise failure
+    if message[0] is not None:
+        raise FirstRankError(message[0])
+    return result
 
 
 def require_shared_batch(run: LoopConfig, ranks: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mqa_gpt.errors import InputError
 from mqa_gpt.machine import available_memory, peak_memory
 from mqa_gpt.progress import duration_text
 from mqa_gpt.training.checks import notes, require_runnable
@@ -80,15 +82,17 @@ class Plan:
 def plan_run(
     config: RunConfig, *, device: str | None = None, say: Callable[[str], None] = print
 ) -> Plan:
-    """Prepare a run in a temporary folder, take a few steps, and leave nothing behind.
+    """Prepare a run in a temporary folder, take a few steps in this process, and leave nothing.
 
     Args:
         device: as in `train`.
         say: gets what is worth saying about the data.
 
     Raises:
-        InputError: as `train`.
+        InputError: as `train`; or torchrun has started several ranks.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("a dry run takes one process: start it without torchrun")
     with world(device) as ranks, tempfile.TemporaryDirectory() as folder:
         return _plan(config, Path(folder), ranks, say)
 
@@ -96,7 +100,7 @@ def plan_run(
 def _plan(config: RunConfig, folder: Path, ranks: World, say: Callable[[str], None]) -> Plan:
     run = config.run
     require_runnable(config, ranks)
-    data = load_data(config, folder, ranks, say)
+    data = load_data(config, folder, say)
     sizes = model_config(config, data.tokenizer)
     per_parameter = 4 + 4 + (4 if config.optimizer.name == "muon" else 8)
     per_parameter += 4 if config.averaging.decay else 0

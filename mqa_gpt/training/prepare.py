@@ -86,7 +86,7 @@ def held_out_documents(config: SourceConfig) -> list[Document]:
 
 def is_held_out(name: str, config: SourceConfig) -> bool:
     """Whether a document of this name is kept from training."""
-    digest = hashlib.sha256(name.encode()).digest()
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()
     drawn = int.from_bytes(digest[:8], "little") / 2**64
     return fits(name, config.held_out) or drawn < config.held_out_share
 

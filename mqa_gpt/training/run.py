@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
+from mqa_gpt.checkpoints.headers import read_config
 from mqa_gpt.errors import ConfigError, InputError
 from mqa_gpt.machine import cpu_name
+from mqa_gpt.model import GPT
 from mqa_gpt.progress import duration_text, progress
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training import checkpoints
@@ -22,6 +24,7 @@ from mqa_gpt.training.checks import notes, require_runnable
 from mqa_gpt.training.config import (
     CONFIG_FILE,
     DATA_FOLDER,
+    SIZES_FILE,
     TOKENIZER_FOLDER,
     RunConfig,
     differences,
@@ -33,7 +36,7 @@ from mqa_gpt.training.export import export, gathered, written_texts
 from mqa_gpt.training.log import LOG_FILE, RunLog, require_tensorboard
 from mqa_gpt.training.loop import Step, Trainer
 from mqa_gpt.training.model import make_model
-from mqa_gpt.training.parallel import World, world
+from mqa_gpt.training.parallel import World, on_first, world
 from mqa_gpt.training.shards import is_prepared
 from mqa_gpt.training.signals import RunInterruptedError, Signals, caught_signals
 from mqa_gpt.training.speed import Speed, speed_of
@@ -42,7 +45,10 @@ MODEL_FOLDER = "model"
 
 # What a new run may have written before its first step.
 CONFIG_PART = f"{CONFIG_FILE}.part"  # while it is written; a killed process may leave it
-BEGINNING = (CONFIG_FILE, TOKENIZER_FOLDER, DATA_FOLDER, checkpoints.FOLDER, LOG_FILE)
+BEGINNING = (
+    *(CONFIG_FILE, TOKENIZER_FOLDER, DATA_FOLDER, SIZES_FILE),
+    *(checkpoints.FOLDER, LOG_FILE),
+)
 
 
 def train(
@@ -59,8 +65,9 @@ def train(
     """Train as a config says; every rank calls this.
 
     Args:
-        out: the run's folder, empty or to be made. It gets `config.toml`, `log.jsonl`, `tokenizer`,
-            `data`, `checkpoints`, and at the end `model`, a checkpoint for transformers.
+        out: the run's folder, empty or to be made. It gets `config.toml`, `config.json` (the
+            model's), `log.jsonl`, `tokenizer`, `data`, `checkpoints`, and at the end `model`, a
+            checkpoint for transformers.
         resume: continue from the last checkpoint in `out`; what follows is what an uninterrupted
             run would have computed, bit for bit, on the same machine and number of ranks.
         branch_from: the folder of another run from whose last checkpoint this one continues, with
@@ -77,35 +84,46 @@ def train(
         ConfigError: settings that cannot work together or here (see `checks.py`); begins with one
             of them.
         InputError: `out` is not empty and `resume` is false; or it holds no run to resume, or one
-            with other settings, which are named; or the documents are too few. What this call has
-            written of a new run is removed again; nothing else ever is.
+            with other settings, which are named; or the documents are too few.
         FloatingPointError: a bad step that the config wants to stop at; a checkpoint is written.
         RunInterruptedError: SIGINT or SIGTERM arrived; a checkpoint is written.
+
+    What an error before the first step leaves of a new run is removed; nothing else ever is.
     """
     if resume and branch_from is not None:
         raise InputError("--resume continues this run and --from another one: choose one")
     with world(device, tensor_parallel) as ranks:
         tell = say if ranks.is_first else _say_nothing
-        if tensorboard:
-            require_tensorboard()
-        require_folder(out, config, resume)
-        has_data = branch_from is not None or (resume and is_prepared(out / DATA_FOLDER))
-        require_runnable(config, ranks, is_prepared=has_data)
-        ranks.wait()  # before one of them makes it
+
+        def check() -> None:
+            if tensorboard:
+                require_tensorboard()
+            require_folder(out, config, resume)
+            has_data = branch_from is not None or (resume and is_prepared(out / DATA_FOLDER))
+            require_runnable(config, ranks, is_prepared=has_data)
+
+        def begin() -> str:
+            if branch_from is not None:
+                return branch(branch_from, out, config)
+            prepare_folder(out, config)
+            return ""
+
+        on_first(check)
         with removed_on_error(out, is_new=ranks.is_first and not resume):
-            branched = None
-            if ranks.is_first and branch_from is not None:
-                branched = branch(branch_from, out, config)
+            branched = on_first(begin)
+            if branched:
                 tell(branched)
-            elif ranks.is_first:
-                prepare_folder(out, config)
-            data = load_data(config, out, ranks, tell)
-            model = make_model(config, data.tokenizer, ranks.device)
+            data = load_data(config, out, tell)
+            found = checkpoints.complete(out)
+            if found:
+                model = GPT(read_config(out)).to(ranks.device)
+                model.set_backend(config.model.backend)
+            else:
+                model = make_model(config, data.tokenizer, ranks.device)
             trainer = Trainer(config, model, data.training, data.held_out, ranks)
         for note in notes(config, data.training):
             tell(f"note: {note}")
-        resume = resume or branch_from is not None
-        if resume and (found := checkpoints.complete(out)):
+        if found:
             trainer.load(found[-1])
         tell(
             f"{model.config.parameters:,} parameters on {ranks.ranks} x {ranks.device.type}, "
@@ -115,7 +133,7 @@ def train(
         log = RunLog(out if ranks.is_first else None, trainer.state.step, tensorboard)
         with closing(log), caught_signals() as signals:
             log.write("start", trainer.state.step, **machine_facts(ranks, speed))
-            if branched is not None:
+            if branched:
                 log.write("event", trainer.state.step, message=branched)
             Run(trainer, data.tokenizer, out, log, speed, signals, tell).steps()
         with trainer.averaged():
@@ -258,12 +276,15 @@ def holds_run(folder: Path) -> bool:
 
 @contextmanager
 def removed_on_error(out: Path, *, is_new: bool) -> Iterator[None]:
-    """If the block ends with an InputError, remove what it has written of a new run."""
+    """If the block ends with an error, remove what it has written of a new run.
+
+    Ctrl-C is none: the run can be resumed.
+    """
     existed = out.exists()
     absent = [path for name in BEGINNING if not (path := out / name).exists()]
     try:
         yield
-    except InputError:
+    except Exception:
         if is_new:
             for path in absent:
                 if path.is_dir():

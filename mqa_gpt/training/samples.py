@@ -1,7 +1,7 @@
 """Samples: the training sequences of a corpus, numbered once and for all.
 
 Sample number i is a function of the corpus, the settings, the seed and i alone. It does not depend
-on ranks, batch sizes, workers, or on what was read before, so a run that knows its number of steps
+on ranks, batch sizes, or on what was read before, so a run that knows its number of steps
 knows its place in the data, and any number of ranks can read the same samples in the same order.
 
 An epoch is every document once, in an order of its own. Its length in samples is known beforehand:
@@ -14,25 +14,23 @@ infilling adds, a few tokens per piece, displaces the end of each block, another
 from __future__ import annotations
 
 import hashlib
-import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from mqa_gpt.errors import ConfigError, InputError, require_int
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training.documents import SourceConfig
 from mqa_gpt.training.infilling import InfillingConfig
-from mqa_gpt.training.packing import MASKED, MIDDLE, Packer, Part
+from mqa_gpt.training.loss import IGNORED
+from mqa_gpt.training.packing import LEAST_LENGTH, MASKED, MIDDLE, Packer, Part
 from mqa_gpt.training.shards import Corpus
 
 LOOKED_AT = 32  # sequences that are searched for a hole
-IGNORED = -100  # label of a position that no loss is computed for
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class DataConfig(SourceConfig):
     """The section `[data]`: which documents are read (see `SourceConfig`) and how they are packed.
 
     Attributes:
-        length: T, tokens per sequence.
+        length: T, tokens per sequence; with infilling at least 16.
         infilling: see `InfillingConfig`.
         within_documents: let no token attend to another document of its sequence.
         shuffle_tokens: about how many tokens the blocks have within which sequences are shuffled.
@@ -55,6 +53,11 @@ class DataConfig(SourceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_int(ConfigError, "data.length", self.length, 1)
+        if self.infilling.is_used and self.length < LEAST_LENGTH:
+            raise ConfigError(
+                f"data.length is {self.length}: infilling needs at least {LEAST_LENGTH}; raise it, "
+                "or set data.infilling.rate to 0"
+            )
         require_int(ConfigError, "data.shuffle_tokens", self.shuffle_tokens, 1)
 
 
@@ -99,9 +102,6 @@ class Samples:
         tokenizer: the one that made their ids.
         config: how they are rearranged and packed.
         seed: of order and infilling.
-        workers: processes that make the next blocks while the last ones are used; 0 makes each
-            when it is needed. (A script that asks for some needs the usual
-            `if __name__ == "__main__"`.)
 
     Raises:
         InputError: the corpus is shorter than one sequence.
@@ -115,13 +115,10 @@ class Samples:
         config: DataConfig,
         *,
         seed: int = 0,
-        workers: int = 0,
     ) -> None:
-        self.config, self.workers = config, workers
+        self.config = config
         self._blocks = Blocks(corpus, tokenizer, config, seed)
         self._kept: dict[int, Block] = {}  # the last two that were read
-        self._stream: Iterator[Block] = iter(())
-        self._next = -1  # number of the block that the stream gives next
 
     def __len__(self) -> int:
         """Samples per epoch."""
@@ -167,25 +164,12 @@ class Samples:
 
     def _block(self, number: int) -> Block:
         if number not in self._kept:
-            if number != self._next:
-                # A DataLoader for its workers: they run ahead, and end when this process does.
-                loader = DataLoader(
-                    self._blocks,
-                    batch_size=None,
-                    sampler=itertools.count(number),
-                    num_workers=self.workers,
-                    prefetch_factor=1 if self.workers else None,
-                    multiprocessing_context="spawn" if self.workers else None,
-                    generator=torch.Generator(),  # leaves the global one as it is
-                )
-                self._stream, self._next = iter(loader), number
             self._kept = {n: b for n, b in self._kept.items() if n == number - 1}
-            self._kept[number] = next(self._stream)
-            self._next += 1
+            self._kept[number] = self._blocks[number]
         return self._kept[number]
 
 
-class Blocks(Dataset[Block]):
+class Blocks:
     """The blocks of all epochs, each made from its number alone."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, config: DataConfig, seed: int) -> None:

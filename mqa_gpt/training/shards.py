@@ -100,23 +100,6 @@ class Corpus:
             )
         return view.tolist()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A worker process maps the files itself instead of getting a copy."""
-        if self.folder is not None:
-            return open_corpus, (self.folder,)
-        tokens = [array(view.format, view) for view in self.shards]
-        return _from_arrays, (self.lengths, self.prompts, self.checksums, tokens, self.firsts)
-
-
-def _from_arrays(
-    lengths: Tensor,
-    prompts: Tensor,
-    checksums: array[int],
-    tokens: list[array[int]],
-    firsts: list[int],
-) -> Corpus:
-    return Corpus(lengths, prompts, checksums, [memoryview(part) for part in tokens], firsts)
-
 
 def corpus_in_memory(documents: Iterable[TokenizedDocument]) -> Corpus:
     """A corpus that fits in memory; documents without tokens are left out."""
@@ -148,26 +131,37 @@ def write_corpus(
         OSError: it cannot be written; nothing is left of it.
     """
     type_name = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    records = array("I")
+    records, tokens = array("I"), array(WIDTHS[type_name])
     shards: list[dict[str, Any]] = []
+    written = 0  # documents in earlier shards
+
+    def flush(folder: Path) -> None:
+        nonlocal written
+        documents = len(records) // 3
+        shard = {"documents": documents - written, "tokens": len(tokens)}
+        shards.append({"file": shard_name(len(shards)), **shard})
+        _write(folder / shards[-1]["file"], tokens)
+        del tokens[:]
+        written = documents
+
     with written_at_once(Path(folder)) as temporary:
-        for batch in _batches(documents, shard_tokens):
-            tokens = array(WIDTHS[type_name])
-            for document in batch:
+        for document in documents:
+            if document.ids:
                 part = array(WIDTHS[type_name], document.ids)
                 records.extend((len(part), document.prompt, zlib.crc32(part)))
                 tokens.extend(part)
-            name = shard_name(len(shards))
-            _write(temporary / name, tokens.tobytes())
-            shards.append({"file": name, "documents": len(batch), "tokens": len(tokens)})
-        _write(temporary / DOCUMENTS_FILE, records.tobytes())
+            if len(tokens) >= shard_tokens:
+                flush(temporary)
+        if tokens:
+            flush(temporary)
+        _write(temporary / DOCUMENTS_FILE, records)
         index = {
             "format": FORMAT,
             "version": VERSION,
             "byteorder": sys.byteorder,
             "tokenizer": fingerprint(tokenizer),
             "dtype": type_name,
-            "documents": sum(shard["documents"] for shard in shards),
+            "documents": written,
             "tokens": sum(shard["tokens"] for shard in shards),
             "shards": shards,
         }
@@ -248,24 +242,6 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
 
 
-def _batches(
-    documents: Iterable[TokenizedDocument], shard_tokens: int
-) -> Iterator[list[TokenizedDocument]]:
-    """Documents in groups of about `shard_tokens` tokens; empty ones are left out."""
-    batch: list[TokenizedDocument] = []
-    tokens = 0
-    for document in documents:
-        if not document.ids:
-            continue
-        batch.append(document)
-        tokens += len(document.ids)
-        if tokens >= shard_tokens:
-            yield batch
-            batch, tokens = [], 0
-    if batch:
-        yield batch
-
-
 def _columns(records: array[int]) -> tuple[Tensor, Tensor, array[int]]:
     """Lengths and prompts, int64, and checksums of the documents."""
     if not records:
@@ -312,7 +288,7 @@ def _map(file: Path, size: int) -> memoryview:
     return memoryview(b"")
 
 
-def _write(file: Path, data: bytes) -> None:
+def _write(file: Path, data: bytes | array[int]) -> None:
     with file.open("wb") as opened:
         opened.write(data)
         opened.flush()

@@ -30,6 +30,7 @@ from torch.distributed.tensor.parallel import (
 from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import InputError
 from mqa_gpt.model import GPT, Block
+from mqa_gpt.training.parallel import whole
 from mqa_gpt.training.qkv import join_qkv, split_qkv
 
 PARTS = ("q", "k", "v")
@@ -123,7 +124,7 @@ def fused(tensors: Mapping[str, Tensor], config: GPTConfig) -> dict[str, Tensor]
         if part is None:
             joined[name] = tensor
         elif part == "q":
-            q, k, v = (_whole(tensors[_renamed(name, other)]) for other in PARTS)
+            q, k, v = (whole(tensors[_renamed(name, other)]) for other in PARTS)
             joined[_renamed(name, None)] = q.clone() if q.ndim == 0 else join_qkv(q, k, v, config)
     return joined
 
@@ -154,7 +155,3 @@ def _renamed(name: str, part: str | None) -> str:
     """The name of another part, or with None that of the whole."""
     *path, _, kind = name.split(".")
     return ".".join([*path, *([part] if part else []), kind])
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

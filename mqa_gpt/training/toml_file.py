@@ -77,5 +77,6 @@ def read_toml(path: Path) -> TomlFile:
     except tomllib.TOMLDecodeError as error:
         found = PLACE.fullmatch(str(error))
         what = str(error) if found is None else found[1]
-        line = len(text.splitlines()) if found is None or found[2] is None else found[2]
+        end = text.rstrip("\n").count("\n") + 1
+        line = end if found is None or found[2] is None else found[2]
         raise TomlError(f"{path}:{line}: not TOML: {what[0].lower()}{what[1:]}") from None

@@ -56,6 +56,22 @@ def test_heads_become_one_and_losses_on_the_text_are_reported(mha: Path, tmp_pat
     assert losses["mean"] is None
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the text has no two tokens: give more, or leave it out"),
+        (TEXT[:100], "100 tokens are too few for n_embd 60: give at least 600, or leave the text"),
+    ],
+    ids=["none", "little"],
+)
+def test_too_little_text_is_refused(text: str, message: str, mha: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.py").write_text(text)
+    result = convert("--model", mha, "--out", tmp_path / "out", "--text", tmp_path / "text.py")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_head_becomes_many_with_the_same_logits(mha: Path, tmp_path: Path) -> None:
     convert("--model", mha, "--out", tmp_path / "mqa")
     result = convert("--model", tmp_path / "mqa", "--to", "mha", "--out", tmp_path / "back")

@@ -71,6 +71,27 @@ def test_a_dry_run_reports_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "option", [["--resume"], ["--from", "run"], ["--tensor-parallel", "2"]], ids=lambda o: o[0]
+)
+def test_what_a_dry_run_would_not_heed_is_refused(option: list[str], config: str) -> None:
+    assert refusal("train", config, "--dry-run", *option) == (
+        f"--dry-run takes a few steps of a new run in one process: leave {option[0]} out"
+    )
+
+
+@pytest.mark.slow
+def test_only_the_first_of_the_ranks_says_what_is_wrong(config: str, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    wrong = ["--set", "data.include=['*.none']", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    command = [*torchrun, "2", "-m", "mqa_gpt", "train", config, *wrong]
+    done = subprocess.run(command, env=environment(), stderr=subprocess.PIPE, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count(b"there are no documents to train on") == 1
+    assert b"gloo" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_bad_input_is_refused_in_one_line(config: str, tmp_path: Path) -> None:
     assert refusal("train", config) == "--out is missing: name a folder for the run"
     assert refusal("train", "none.toml").startswith("none.toml cannot be read")

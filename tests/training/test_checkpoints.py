@@ -75,6 +75,17 @@ def test_a_failure_leaves_the_others_and_says_what_to_do(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
+def test_an_error_without_words_is_named_by_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(path: Path) -> None:
+        raise OSError
+
+    monkeypatch.setattr(checkpoints, "_sync", end)
+    with pytest.raises(CheckpointError, match=r"cannot be written to .* \(OSError\)"):
+        write(tmp_path, 2)
+
+
 def test_a_damaged_one_or_one_of_another_model_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"step-00000001 cannot be loaded .*remove it"):

@@ -127,6 +127,38 @@ def test_ranks_that_cannot_share_a_layer_are_refused_before_anything_is_opened(
         require_runnable(tiny_run(sources), ranks, is_prepared=is_prepared)
 
 
+@pytest.mark.parametrize("is_prepared", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_backend_that_cannot_stay_within_documents_is_refused(
+    backend: str, is_prepared: bool, sources: Path
+) -> None:
+    def config(backend: str) -> RunConfig:
+        return tiny_run(sources, model_backend=backend, data_within_documents=True)
+
+    ranks = World(0, 1, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=f"^model.backend is '{backend}', but data.within_"):
+        require_runnable(config(backend), ranks, is_prepared=is_prepared)
+    for able in ("auto", "sdpa"):
+        require_runnable(config(able), ranks, is_prepared=is_prepared)
+
+
+@pytest.mark.parametrize("is_prepared", [False, True])
+def test_muon_on_a_whole_c_attn_is_refused_where_ranks_divide_it(
+    is_prepared: bool, sources: Path
+) -> None:
+    mesh: Any = SimpleNamespace(size=lambda: 2)
+    ranks = World(0, 1, torch.device("cpu"), tensor_mesh=mesh)
+
+    def config(**changes: Any) -> RunConfig:
+        return tiny_run(sources, **{"optimizer_split_qkv": False, **changes})
+
+    with pytest.raises(ConfigError, match=r"^optimizer.split_qkv is false, but tensor-parallel"):
+        require_runnable(config(optimizer_name="muon"), ranks, is_prepared=is_prepared)
+    require_runnable(config(), ranks, is_prepared=is_prepared)
+    multi_head = config(optimizer_name="muon", model_multi_query=False)
+    require_runnable(multi_head, ranks, is_prepared=is_prepared)
+
+
 @pytest.mark.usefixtures("reads_nothing")
 def test_packages_that_are_missing_are_missed_first(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -195,26 +227,21 @@ def test_what_will_have_no_effect_is_noted(sources: Path, tmp_path: Path) -> Non
     )
 
 
-def test_infilling_that_can_never_happen_is_noted(sources: Path, tmp_path: Path) -> None:
+def test_infilling_that_can_never_happen_is_noted(tmp_path: Path) -> None:
     lines = (f'{{"prompt": "{i} * 2 =", "completion": " {2 * i}"}}\n' for i in range(200))
     (tmp_path / "prompts.jsonl").write_text("".join(lines))
-    for name, source, length in (
-        ("prompts", tmp_path / "prompts.jsonl", 40),
-        ("short", sources, 10),
-    ):
-        config = tiny_run(
-            source,
-            run_steps=1,
-            schedule_warmup_steps=0,
-            data_held_out=[],
-            data_length=length,
-            data_infilling={"rate": 0.25},
-        )
-        (line,) = said_by(config, tmp_path / name)
-        assert line == (
-            "data.infilling.rate is 0.25, but no hole can be cut: the documents have prompts, or "
-            f"data.length, {length}, leaves no room"
-        )
+    config = tiny_run(
+        tmp_path / "prompts.jsonl",
+        run_steps=1,
+        schedule_warmup_steps=0,
+        data_held_out=[],
+        data_infilling={"rate": 0.25},
+    )
+    (line,) = said_by(config, tmp_path / "prompts")
+    assert line == (
+        "data.infilling.rate is 0.25, but no hole can be cut: the documents have prompts, or "
+        "data.length, 40, leaves no room"
+    )
 
 
 def test_a_resumed_run_needs_its_sources_no_more(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -65,6 +66,14 @@ def test_sections_become_the_settings_of_their_parts(file: Path) -> None:
     assert config.run.steps == 7
     assert config.run.holes == (("before\n", "\né"),)
     assert config.optimizer.name == "adamw"
+
+
+def test_any_text_is_written_and_read_back_the_same(file: Path, tmp_path: Path) -> None:
+    config = read_run_config(file)
+    texts = ("".join(map(chr, range(0x00, 0x100))), "\u2028\ufeff🙂")
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, prompts=texts))
+    (tmp_path / "copy.toml").write_bytes(to_toml(config).encode())
+    assert read_run_config(tmp_path / "copy.toml") == config
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

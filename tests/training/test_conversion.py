@@ -31,7 +31,7 @@ def mha(**changes: object) -> GPT:
 
 
 def batches(count: int = 3) -> list[Tensor]:
-    return [random_ids(tiny_config(), 4, 40, seed=10 + i) for i in range(count)]
+    return [random_ids(tiny_config(), 16, 40, seed=10 + i) for i in range(count)]
 
 
 @torch.no_grad()
@@ -218,6 +218,9 @@ def test_what_cannot_be_converted_is_refused() -> None:
     model = tiny_model(multi_query=False)
     with pytest.raises(InputError, match="method is 'mean', which reads no text"):
         to_mqa(model, "mean", batches(1))
+    few = [random_ids(model.config, 1, 599)]
+    with pytest.raises(InputError, match="599 tokens are too few for n_embd 60: give at least 600"):
+        to_mqa(model, batches=few)
     quantize(model)
     with pytest.raises(InputError, match="8-bit integers"):
         to_mqa(model)

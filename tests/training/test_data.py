@@ -11,23 +11,20 @@ import torch
 from mqa_gpt.errors import InputError
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training.data import load_data
-from mqa_gpt.training.parallel import World
 from tests.helpers import SPECIALS, byte_tokenizer
 from tests.training.runs import say_nothing, tiny_run, write_sources
-
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 def test_a_tokenizer_is_trained_and_the_data_is_not_read_again(tmp_path: Path) -> None:
     sources = write_sources(tmp_path / "sources")
     said: list[str] = []
-    first = load_data(tiny_run(sources), tmp_path / "run", ALONE, said.append)
+    first = load_data(tiny_run(sources), tmp_path / "run", said.append)
     assert said[0] == "training the tokenizer"
     assert first.tokenizer.vocab_size == 290
     assert first.held_out is not None
     assert f"{len(first.training):,} sequences of 40 tokens per epoch" in said
     shutil.rmtree(sources)
-    again = load_data(tiny_run(sources), tmp_path / "run", ALONE, say_nothing)
+    again = load_data(tiny_run(sources), tmp_path / "run", say_nothing)
     assert again.tokenizer.to_json() == first.tokenizer.to_json()
     assert torch.equal(again.training.rows([3, 4]).ids, first.training.rows([3, 4]).ids)
 
@@ -35,7 +32,7 @@ def test_a_tokenizer_is_trained_and_the_data_is_not_read_again(tmp_path: Path) -
 def test_the_tokenizer_does_not_see_what_is_held_out(tmp_path: Path) -> None:
     sources = write_sources(tmp_path / "sources")
     (sources / "module_1.py").write_text("unheard_of_word = 1\n" * 100)
-    data = load_data(tiny_run(sources), tmp_path / "run", ALONE, say_nothing)
+    data = load_data(tiny_run(sources), tmp_path / "run", say_nothing)
     assert len(data.tokenizer.encode("unheard_of_word")) > 8
 
 
@@ -43,7 +40,7 @@ def test_a_tokenizer_may_be_given(tmp_path: Path) -> None:
     (tmp_path / "given").mkdir()
     byte_tokenizer(*SPECIALS).save(str(tmp_path / "given/tokenizer.json"))
     config = tiny_run(write_sources(tmp_path / "sources"), tokenizer_source=str(tmp_path / "given"))
-    data = load_data(config, tmp_path / "run", ALONE, say_nothing)
+    data = load_data(config, tmp_path / "run", say_nothing)
     assert data.tokenizer.to_json() == Tokenizer.from_pretrained(tmp_path / "given").to_json()
 
 
@@ -52,12 +49,12 @@ def test_too_few_held_out_documents_for_a_sequence_are_said_to_be_those(tmp_path
     (sources / "held.py").write_text("x = 1\n")
     config = tiny_run(sources, data_held_out=["held.py"])
     with pytest.raises(InputError, match="held-out documents: the documents have"):
-        load_data(config, tmp_path / "run", ALONE, say_nothing)
+        load_data(config, tmp_path / "run", say_nothing)
 
 
 def test_that_nothing_is_held_out_is_said(tmp_path: Path) -> None:
     sources = write_sources(tmp_path / "sources", 4)
     said: list[str] = []
     config = tiny_run(sources, data_held_out=[])
-    assert load_data(config, tmp_path / "run", ALONE, said.append).held_out is None
+    assert load_data(config, tmp_path / "run", said.append).held_out is None
     assert any(line.startswith("nothing is held out") for line in said)

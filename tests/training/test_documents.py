@@ -180,6 +180,37 @@ def test_a_gzip_file_that_is_cut_off_gives_what_it_has(tmp_path: Path) -> None:
     assert any("cannot be read" in reason for reason in report.left_out)
 
 
+def test_a_gzip_file_with_a_damaged_block_is_left_out(tmp_path: Path) -> None:
+    data = bytearray(gzip.compress(b'{"content": "x"}\n' * 9))
+    data[10] ^= 0xFF  # the kind of its first block
+    (tmp_path / "data.jsonl.gz").write_bytes(data)
+    documents, report = read(tmp_path)
+    assert documents == []
+    (reason,) = report.left_out
+    assert reason.startswith("cannot be read (Error -3 while decompressing data")
+
+
+def test_a_row_of_a_table_that_is_not_utf8_is_left_out_alone(tmp_path: Path) -> None:
+    data = pyarrow.array([b"one", b"caf\xe9", b"three"], pyarrow.binary())
+    column = pyarrow.Array.from_buffers(pyarrow.string(), len(data), data.buffers())
+    parquet.write_table(pyarrow.table({"content": column}), tmp_path / "data.parquet")
+    documents, report = read(tmp_path)
+    assert [document.text for document in documents] == ["one", "three"]
+    assert report.names == {"not UTF-8": ["data.parquet:2"]}
+
+
+def test_an_error_without_words_is_named_by_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise pyarrow.ArrowInvalid
+
+    monkeypatch.setattr(parquet, "ParquetFile", refuse)
+    (tmp_path / "data.parquet").touch()
+    _, report = read(tmp_path)
+    assert report.names == {"cannot be read (ArrowInvalid)": ["data.parquet"]}
+
+
 def test_parquet_without_pyarrow_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

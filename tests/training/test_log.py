@@ -41,6 +41,27 @@ def test_a_resumed_run_drops_what_it_writes_again(tmp_path: Path) -> None:
     assert read_log(tmp_path) == []
 
 
+def test_texts_with_any_line_break_do_not_end_a_record(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    text = "a\x0b\x0c\r\x1c\x85b\u2028c\u2029d\n"
+    log.write("sample", 1, text=text)
+    log.write("train", 2, loss=2.0)
+    log.close()
+    RunLog(tmp_path, 2).close()
+    assert [record["step"] for record in read_log(tmp_path)] == [1, 2]
+    assert read_log(tmp_path)[0]["text"] == text
+
+
+def test_a_record_that_was_cut_off_inside_a_character_is_left_out(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log.write("train", 1, loss=2.0)
+    log.write("sample", 1, text="é")
+    log.close()
+    data = (tmp_path / LOG_FILE).read_bytes()
+    (tmp_path / LOG_FILE).write_bytes(data[: data.index(b"\xc3") + 1])
+    assert [record["kind"] for record in read_log(tmp_path)] == ["train"]
+
+
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     log = RunLog(None, tensorboard=True)

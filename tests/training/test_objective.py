@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mqa_gpt import GPT
+from mqa_gpt.training.loss import IGNORED
 from mqa_gpt.training.objective import Objective, add_gradients, mean_losses
 from mqa_gpt.training.packing import CONTEXT, LEFT_TO_RIGHT, MASKED, MIDDLE
 from mqa_gpt.training.parallel import World
-from mqa_gpt.training.samples import IGNORED, Batch
+from mqa_gpt.training.samples import Batch
 from tests.helpers import random_ids, relative_error, tiny_config, tiny_model
 
 ALONE = World(0, 1, torch.device("cpu"))

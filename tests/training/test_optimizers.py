@@ -188,50 +188,6 @@ def test_a_run_that_is_saved_and_resumed_is_the_same_bit_for_bit(name: str) -> N
         assert torch.equal(mine, its)
 
 
-def test_the_state_of_both_is_saved_as_one_by_distributed_checkpoint(tmp_path: object) -> None:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import (
-        get_optimizer_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    model = tiny_model()
-    steppers = make_optimizers(model, MUON)
-    take_step(model, steppers)
-    dcp.save({"optimizer": get_optimizer_state_dict(model, steppers)}, checkpoint_id=str(tmp_path))
-    saved = [
-        {k: v.clone() for k, v in stepper.state[p].items()}
-        for stepper in steppers
-        for group in stepper.param_groups
-        for p in group["params"]
-    ]
-
-    again = make_optimizers(model, MUON)
-    state = {"optimizer": get_optimizer_state_dict(model, again)}
-    dcp.load(state, checkpoint_id=str(tmp_path))
-    set_optimizer_state_dict(model, again, state["optimizer"])
-    loaded = [
-        stepper.state[p]
-        for stepper in again
-        for group in stepper.param_groups
-        for p in group["params"]
-    ]
-    assert len(saved) == len(loaded) == len(list(model.parameters()))
-    for mine, its in zip(loaded, saved, strict=True):
-        assert mine.keys() == its.keys()
-        assert all(torch.equal(mine[key], its[key]) for key in its)
-
-
-def test_asking_for_the_state_before_the_first_step_leaves_the_weights_as_they_are() -> None:
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    model = tiny_model()
-    before = [p.detach().clone() for p in model.parameters()]
-    get_optimizer_state_dict(model, make_optimizers(model, MUON))
-    for mine, its in zip(model.parameters(), before, strict=True):
-        assert torch.equal(mine, its)
-
-
 def test_muon_is_torchs_muon_with_its_state() -> None:
     model = tiny_model()
     muon, _ = make_optimizers(model, MUON)

@@ -10,6 +10,7 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from mqa_gpt.training.config import RunConfig
 from mqa_gpt.training.loop import Trainer
 from mqa_gpt.training.model import make_model
 from mqa_gpt.training.objective import Objective
-from mqa_gpt.training.parallel import shard, world
+from mqa_gpt.training.parallel import FirstRankError, shard, world
+from mqa_gpt.training.plan import plan_run
 from mqa_gpt.training.run import train
 from mqa_gpt.training.signals import RunInterruptedError
 from tests.helpers import SPECIALS, byte_tokenizer, relative_error
@@ -84,11 +86,15 @@ def start(config: RunConfig, out: Path, resume: bool = False, tensor_parallel: i
     )
 
 
-SHORT = {"run_steps": 5, "run_evaluate_every": 3, "run_save_every": 2}
+SHORT = {
+    **{"run_steps": 5, "run_evaluate_every": 3, "run_save_every": 2},
+    # So large that Adam does not blow up rounding, and that a decay of none would be seen.
+    **{"optimizer_eps": 1e-2, "optimizer_weight_decay": 0.5},
+}
 
 
 def assert_close_runs(one: Path, other: Path) -> None:
-    """The losses are the same but for rounding, and the checkpoints hold the same tensors."""
+    """Losses and weights are the same but for rounding, the checkpoints' tensors of one shape."""
     for mine, its in zip(results(one), results(other), strict=True):
         assert mine.keys() == its.keys()
         for key, value in mine.items():
@@ -100,6 +106,8 @@ def assert_close_runs(one: Path, other: Path) -> None:
     assert mine.keys() == its.keys()
     for name, tensor in mine.items():
         assert tensor.shape == its[name].shape, name
+        if name.startswith(("model.", "average.")):
+            assert relative_error(its[name], tensor) < 1e-4, name
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -184,6 +192,48 @@ def refused(config: RunConfig, out: Path) -> None:
     """A run whose batch cannot be shared."""
     with pytest.raises(InputError, match="which 2 ranks cannot share equally"):
         start(config, out)
+
+
+def test_an_error_of_the_first_rank_ends_all(sources: Path, tmp_path: Path) -> None:
+    nothing = tiny_run(sources, data_include=["*.none"])
+    on_ranks(2, ends_with, "there are no documents to train on", nothing, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    longer = tiny_run(sources, run_steps=20)
+    on_ranks(2, ends_with, "nowhere holds no run", longer, tmp_path / "run", Path("nowhere"))
+    on_ranks(2, ends_with, "a dry run takes one process", nothing, None)
+
+
+def ends_with(
+    message: str, config: RunConfig, out: Path | None, source: Path | None = None
+) -> None:
+    """A run or a dry run that is refused: with words on the first rank, quietly on the others."""
+    begin = plan_run if out is None else partial(train, out=out, branch_from=source)
+    with pytest.raises(InputError, match=message) as caught:
+        begin(config, device="cpu", say=say_nothing)
+    is_first = os.environ["RANK"] == "0"
+    assert isinstance(caught.value, FirstRankError) != (is_first or out is None)
+
+
+def test_a_checkpoint_that_the_first_rank_cannot_write_ends_all(
+    sources: Path, tmp_path: Path
+) -> None:
+    for name in ("mkdir", "rename"):
+        on_ranks(2, without_disk, name, tiny_run(sources), tmp_path / name)
+
+
+def without_disk(name: str, config: RunConfig, out: Path) -> None:
+    """A run whose first checkpoint finds the disk full when it is begun, or when it is ended."""
+    original = getattr(Path, name)
+
+    def refuse(self: Path, *arguments: Any, **options: Any) -> Any:
+        if checkpoints.UNFINISHED in self.name and "step" in self.name:
+            raise OSError(28, "No space left on device")
+        return original(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, name, refuse)
+        with pytest.raises(InputError, match="No space left on device"):
+            start(config, out)
 
 
 def test_embedding_and_head_stay_one_parameter(sources: Path, tmp_path: Path) -> None:

@@ -144,3 +144,9 @@ def test_a_tokenizer_can_be_trained_on_the_same_documents(folder: Path) -> None:
     data = config(folder)
     found = training_documents(data, held_out_documents(data), Report())
     assert [document.name for document in found] == ["one.py", "other.py", "part.py"]
+
+
+@pytest.mark.parametrize("name", ["caf\udce9.py", "\ud800.py"])
+def test_a_name_that_is_not_utf8_is_held_out_or_not_like_any_other(name: str) -> None:
+    assert not is_held_out(name, SourceConfig(held_out_share=0.0))
+    assert is_held_out(name, SourceConfig(held_out_share=1.0))

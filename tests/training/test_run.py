@@ -10,6 +10,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mqa_gpt import GPT, LLM
 from mqa_gpt.errors import InputError
 from mqa_gpt.training import checkpoints
 from mqa_gpt.training.config import RunConfig, to_toml
+from mqa_gpt.training.export import export_checkpoint
 from mqa_gpt.training.log import LOG_FILE, read_log
 from mqa_gpt.training.loop import Trainer
 from mqa_gpt.training.run import prepare_folder, require_folder, train
@@ -231,6 +233,22 @@ def test_a_bad_step_is_skipped_and_said_where_the_config_wants_that(
     assert all(tensor.isfinite().all() for tensor in last_tensors(tmp_path / "run").values())
 
 
+@pytest.mark.slow
+def test_the_average_is_resumed_bit_for_bit_after_a_skipped_step(
+    sources: Path, tmp_path: Path, before_step: Any
+) -> None:
+    config = tiny_run(sources, run_on_bad_step="skip", averaging_decay=0.9)
+    for name in ("whole", "broken"):
+        with pytest.MonkeyPatch.context() as patch, suppress(RuntimeError):
+            spoil_gradients(patch, 3, math.inf)
+            start(config, tmp_path / name)
+        if name == "whole":
+            before_step(6, fail)
+    start(config, tmp_path / "broken", resume=True)
+    assert checkpoints.read_state(checkpoints.complete(tmp_path / "broken")[-1]).skipped == 1
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
 def test_another_config_is_refused_with_the_settings_that_differ(
     sources: Path, tmp_path: Path
 ) -> None:
@@ -310,8 +328,13 @@ def test_a_run_begins_in_a_folder_of_one_that_was_killed_while_it_wrote_its_conf
 
 
 @pytest.mark.parametrize("existed", [False, True])
+@pytest.mark.parametrize("kind", [InputError, OSError, RuntimeError])
 def test_an_error_removes_only_what_the_run_has_written(
-    existed: bool, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: type[Exception],
+    existed: bool,
+    sources: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "run"
     if existed:
@@ -319,12 +342,15 @@ def test_an_error_removes_only_what_the_run_has_written(
 
     def refuse(*_: Any) -> None:
         (out / "notes.txt").write_text("written meanwhile")
-        raise InputError("too few documents")
+        raise kind("too few documents")
 
-    monkeypatch.setattr("mqa_gpt.training.run.make_model", refuse)
-    with pytest.raises(InputError, match="too few documents"):
-        start(tiny_run(sources), out)
+    with monkeypatch.context() as patch:
+        patch.setattr("mqa_gpt.training.run.make_model", refuse)
+        with pytest.raises(kind, match="too few documents"):
+            start(tiny_run(sources), out)
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    (out / "notes.txt").unlink()
+    require_folder(out, tiny_run(sources), resume=False)
 
 
 def test_resuming_removes_nothing_even_of_a_run_without_a_step(
@@ -332,15 +358,15 @@ def test_resuming_removes_nothing_even_of_a_run_without_a_step(
 ) -> None:
     config, out = tiny_run(sources, run_steps=1), tmp_path / "run"
 
-    def ends_with(error: Exception) -> Callable[..., None]:
+    def ends_with(error: BaseException) -> Callable[..., None]:
         def end(*_: Any) -> None:
             raise error
 
         return end
 
     with monkeypatch.context() as patch:
-        patch.setattr("mqa_gpt.training.run.make_model", ends_with(RuntimeError("killed")))
-        with pytest.raises(RuntimeError):
+        patch.setattr("mqa_gpt.training.run.make_model", ends_with(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
             start(config, out)
     before = contents(out)
     assert {"config.toml", "tokenizer/tokenizer.json", "data/training/index.json"} <= before.keys()
@@ -415,6 +441,29 @@ def test_a_run_may_start_from_the_weights_of_a_checkpoint(sources: Path, tmp_pat
     assert second.config.resid_pdrop == 0.25
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_a_run_needs_the_checkpoint_that_it_started_from_no_more(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before_step: Any
+) -> None:
+    start(tiny_run(sources, run_steps=1), tmp_path / "first")
+    monkeypatch.chdir(tmp_path / "first")
+    config = tiny_run(sources, run_steps=4, run_save_every=2, run_evaluate_every=0)
+    model = dataclasses.replace(config.model, pretrained="model", sizes={"resid_pdrop": 0.25})
+    config = dataclasses.replace(config, model=model)
+    start(config, tmp_path / "whole")
+    before_step(3, fail)
+    with pytest.raises(RuntimeError, match="had died"):
+        start(config, tmp_path / "second")
+    monkeypatch.chdir(tmp_path)
+    export_checkpoint(tmp_path / "second", tmp_path / "exported")
+    assert GPT.from_pretrained(tmp_path / "exported").config.resid_pdrop == 0.25
+    longer = dataclasses.replace(config, run=dataclasses.replace(config.run, steps=5))
+    train(
+        longer, tmp_path / "branch", branch_from=tmp_path / "second", device="cpu", say=say_nothing
+    )
+    start(config, tmp_path / "second", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "second")
 
 
 @pytest.mark.slow

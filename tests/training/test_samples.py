@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from mqa_gpt.errors import ConfigError, InputError
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training.infilling import InfillingConfig
+from mqa_gpt.training.loss import IGNORED
 from mqa_gpt.training.packing import CONTEXT, LEFT_TO_RIGHT, MASKED, MIDDLE
-from mqa_gpt.training.samples import IGNORED, Batch, DataConfig, Samples
+from mqa_gpt.training.samples import Batch, DataConfig, Samples
 from mqa_gpt.training.shards import Corpus, TokenizedDocument, corpus_in_memory
 from tests.helpers import SPECIALS, byte_tokenizer
 from tests.training.texts import CODE
@@ -36,11 +37,9 @@ def corpus() -> Corpus:
     )
 
 
-def samples(
-    infilling: InfillingConfig = LEFT, seed: int = 0, workers: int = 0, **data: object
-) -> Samples:
+def samples(infilling: InfillingConfig = LEFT, seed: int = 0, **data: object) -> Samples:
     config = DataConfig(**{"length": 48, "shuffle_tokens": 600, **data}, infilling=infilling)  # type: ignore[arg-type]
-    return Samples(corpus(), TOKENIZER, config, seed=seed, workers=workers)
+    return Samples(corpus(), TOKENIZER, config, seed=seed)
 
 
 def assert_same(batch: Batch, other: Batch) -> None:
@@ -148,12 +147,6 @@ def test_numbers_may_be_read_in_any_order() -> None:
     assert torch.equal(batch.ids, all_.ids[numbers])
 
 
-@pytest.mark.slow
-def test_a_worker_makes_the_same_blocks() -> None:
-    data = samples(HALF, workers=1)
-    assert_same(data.rows(range(7, 307)), everything(7, 300))
-
-
 def test_making_samples_draws_nothing_from_the_global_generators() -> None:
     states = torch.get_rng_state(), random.getstate()
     samples(HALF).rows(range(30))
@@ -227,7 +220,7 @@ def test_what_infilling_adds_displaces_little() -> None:
 def test_a_corpus_shorter_than_a_sequence_is_refused() -> None:
     short = corpus_in_memory([TokenizedDocument([9, 9, 9])])
     with pytest.raises(InputError, match="have 4 tokens, fewer than one sequence of 5"):
-        Samples(short, TOKENIZER, DataConfig(length=5))
+        Samples(short, TOKENIZER, DataConfig(length=5, infilling=LEFT))
     assert len(Samples(short, TOKENIZER, DataConfig(length=4, infilling=LEFT))) == 1
 
 
@@ -236,6 +229,25 @@ def test_infilling_needs_its_control_tokens() -> None:
     with pytest.raises(ConfigError, match="no fill-in-the-middle tokens"):
         Samples(corpus(), without, DataConfig())
     Samples(corpus(), without, DataConfig(length=48, infilling=LEFT))
+
+
+@pytest.mark.parametrize(
+    "infilling", [InfillingConfig(), InfillingConfig(rate=0.0, late_rate=0.1)], ids=["rate", "late"]
+)
+def test_windows_too_small_for_a_piece_are_refused_where_holes_are_cut(
+    infilling: InfillingConfig,
+) -> None:
+    with pytest.raises(ConfigError, match=r"data.length is 15: infilling needs at least 16"):
+        DataConfig(length=15, infilling=infilling)
+    DataConfig(length=1, infilling=LEFT)
+
+
+@pytest.mark.parametrize("text", ["🙂🙃" * 60, "aé🙂 " * 60, "x\n" * 90])
+def test_the_smallest_windows_with_infilling_are_filled(text: str) -> None:
+    one = corpus_in_memory([TokenizedDocument(TOKENIZER.encode(text)) for _ in range(3)])
+    data = Samples(one, TOKENIZER, DataConfig(length=16, infilling=InfillingConfig(rate=1.0)))
+    kinds = data.rows(range(len(data))).kinds
+    assert (kinds == MIDDLE).any()
 
 
 @pytest.mark.parametrize("key", ["length", "shuffle_tokens"])

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-import pickle
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -68,14 +69,6 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(tmp_path: Path) -> None:
     assert (tmp_path / "corpus" / shard_name(0)).stat().st_size == 4
 
 
-def test_another_process_maps_the_files_itself(folder: Path) -> None:
-    corpus = open_corpus(folder, TOKENIZER)
-    pickled = pickle.dumps(corpus)
-    assert len(pickled) < 400
-    assert read(pickle.loads(pickled)) == KEPT
-    assert read(pickle.loads(pickle.dumps(corpus_in_memory(DOCUMENTS)))) == KEPT
-
-
 def test_a_changed_byte_is_found_when_its_document_is_read(folder: Path) -> None:
     data = bytearray((folder / shard_name(1)).read_bytes())
     data[100] ^= 1
@@ -138,6 +131,24 @@ def test_an_index_that_is_no_json_or_missing_is_refused(folder: Path) -> None:
     assert not is_corpus(folder)
     with pytest.raises(InputError, match="it is no corpus"):
         open_corpus(folder)
+
+
+def test_a_document_is_kept_as_bytes_only(tmp_path: Path) -> None:
+    class Ids(list[int]):
+        """A list that tells when it is freed."""
+
+    made: list[weakref.ref[Ids]] = []
+
+    def documents() -> Iterator[TokenizedDocument]:
+        for i in range(100):
+            ids = Ids([i] * 10)
+            made.append(weakref.ref(ids))
+            yield TokenizedDocument(ids)
+            del ids
+            assert sum(ref() is not None for ref in made) <= 1
+
+    write_corpus(tmp_path / "corpus", documents(), TOKENIZER)
+    assert len(open_corpus(tmp_path / "corpus")) == 100
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path: Path) -> None:
