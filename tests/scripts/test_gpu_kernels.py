@@ -133,6 +133,20 @@ def test_a_step_that_depends_on_overlap_fails(twins, monkeypatch):
     assert row["equal"] == 1  # the cache
 
 
+def test_no_kernel_that_fills_memory_lies_between_those_that_overlap(twins, monkeypatch):
+    step, filled = gpu_kernels.fused_step, []
+
+    def seen(*arguments):
+        filled.append(bool(torch.empty(8).isnan().all()))
+        return step(*arguments)
+
+    monkeypatch.setattr(gpu_kernels, "fused_step", seen)
+    gpu_kernels.poison_allocations()
+    assert gpu_kernels.check_replays(twins.model, 1)["passed"]
+    assert filled == [False, False]  # with overlap, and without
+    assert torch.empty(8).isnan().all()  # the checks that follow
+
+
 def test_an_action_is_run_once_before_it_is_recorded(cuda):
     count = torch.zeros(1)
     replay = gpu_kernels.recorded(lambda: count.add_(1), torch.device("cuda"))
