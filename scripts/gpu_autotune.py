@@ -16,10 +16,10 @@ from unittest.mock import patch
 import torch
 from gpu_kernels import Row, each, recorded
 from gpu_models import seconds_of
-from gpu_speed import inputs
+from gpu_speed import D, inputs
 from torch import Tensor
 
-from mqa_kernels import attention, norm_argmax, norm_linear
+from mqa_kernels import attention, norm_argmax, norm_linear, norm_qkv_to_cache
 
 Change = dict[str, int | None]  # fields of the chosen tiles, and what they become
 
@@ -148,6 +148,14 @@ def backward_call(T: int, device: torch.device) -> Callable[[], Any]:
 def linear_call(rows: int, K: int, N: int, device: torch.device) -> Callable[[], Tensor]:
     x, norm, weight = product_inputs(rows, K, N, device)
     return lambda: norm_linear(x, norm[0], norm[1], 1e-5, weight)
+
+
+def qkv_call(rows: int, K: int, device: torch.device) -> Callable[[], Tensor]:
+    size = min(D, K)  # of the one key/value head
+    x, norm, weight = product_inputs(rows, K, K + 2 * size, device)
+    slots = torch.zeros(rows, 1024, 1, 2 * size, dtype=x.dtype, device=device)
+    lengths = torch.full((rows,), 500, device=device)
+    return lambda: norm_qkv_to_cache(x, norm[0], norm[1], 1e-5, weight, None, slots, lengths)
 
 
 def argmax_call(rows: int, K: int, N: int, device: torch.device) -> Callable[[], Any]:
