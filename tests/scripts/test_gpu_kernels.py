@@ -126,9 +126,9 @@ def test_a_step_that_depends_on_overlap_fails(twins, monkeypatch):
         return logits + overlaps, *chosen
 
     monkeypatch.setattr(launch, "overlap", lambda device: dict(launch.NO_OVERLAP))
-    assert gpu_kernels.check_replays(twins.model, 1)["passed"]
+    assert gpu_kernels.check_replays(twins.model, 3, 1)["passed"]
     monkeypatch.setattr(gpu_kernels, "fused_step", racing)
-    row = gpu_kernels.check_replays(twins.model, 1)
+    row = gpu_kernels.check_replays(twins.model, 3, 1)
     assert not row["passed"]
     assert row["equal"] == 1  # the cache
 
@@ -142,7 +142,7 @@ def test_no_kernel_that_fills_memory_lies_between_those_that_overlap(twins, monk
 
     monkeypatch.setattr(gpu_kernels, "fused_step", seen)
     gpu_kernels.poison_allocations()
-    assert gpu_kernels.check_replays(twins.model, 1)["passed"]
+    assert gpu_kernels.check_replays(twins.model, 3, 1)["passed"]
     assert filled == [False, False]  # with overlap, and without
     assert torch.empty(8).isnan().all()  # the checks that follow
 
