@@ -153,14 +153,19 @@ def shallow(device: torch.device) -> dict[str, GPTConfig]:
     return {name: replace(GPTConfig.preset(name), n_layer=2) for name in MODELS}
 
 
-def each(cases: Iterable[tuple[Row, Callable[[], Row]]]) -> Iterator[Row]:
-    """A row per case: what it is, then what its action finds or the error it ends with."""
+def each(cases: Iterable[tuple[Row, Callable[[], Row]]], may_refuse: bool = False) -> Iterator[Row]:
+    """A row per case: what it is, then what its action finds or the error it ends with.
+
+    A measurement may be refused for want of memory, with no verdict; a check that is has failed.
+    """
     for case, action in cases:
         begin = time.monotonic()
         try:
             found = action()
         except torch.OutOfMemoryError as error:
             found = {"refused": str(error).splitlines()[0]}
+            if not may_refuse:
+                found["passed"] = False
         except Exception:
             found = {"passed": False, "error": traceback.format_exc()}
         yield case | found | {"wall_s": time.monotonic() - begin}

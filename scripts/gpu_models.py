@@ -207,13 +207,14 @@ def measured(
             model = GPT(config).bfloat16().eval()
         if weights == "int8":
             quantize(model)
-        yield from each(
+        cases = (
             (
                 {"model": name, "weights": weights, "batch": batch, "tokens": tokens},
                 partial(measure, model, batch, tokens),
             )
             for batch, tokens in (sizes if device.type == "cuda" else SMALL)
         )
+        yield from each(cases, may_refuse=True)
         del model  # before the next one is made
 
 

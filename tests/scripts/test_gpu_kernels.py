@@ -167,7 +167,7 @@ def test_the_cases_hold_every_official_shape_and_kind_of_row():
     assert math.prod((len(gpu_kernels.LARGE.start), 2048, 32, 128)) > 2**31
 
 
-def test_out_of_memory_is_a_refusal_and_another_error_a_failure():
+def test_out_of_memory_fails_a_check_but_not_a_measurement():
     def fails(error: Exception):
         def action():
             raise error
@@ -175,8 +175,9 @@ def test_out_of_memory_is_a_refusal_and_another_error_a_failure():
         return action
 
     cases = [({"n": 1}, fails(torch.OutOfMemoryError("full"))), ({"n": 2}, fails(ValueError("no")))]
-    refused, failed = gpu_kernels.each(cases)
-    assert refused["refused"] == "full"
-    assert "passed" not in refused
-    assert not failed["passed"]
-    assert failed["error"].endswith("ValueError: no\n")
+    for measures in (False, True):
+        refused, failed = gpu_kernels.each(cases, may_refuse=measures)
+        assert refused["refused"] == "full"
+        assert refused.get("passed") is (None if measures else False)
+        assert failed["passed"] is False
+        assert failed["error"].endswith("ValueError: no\n")
