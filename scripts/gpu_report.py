@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         "(default: %(default)s, the newest here)",
     )  # fmt: skip
     parser.add_argument(
-        "--limit", type=float, default=150, metavar="SECONDS",
+        "--limit", type=float, default=300, metavar="SECONDS",
         help="a section that takes longer is stopped (default: %(default)s)",
     )  # fmt: skip
     options = parser.parse_args(arguments)

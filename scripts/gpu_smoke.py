@@ -9,7 +9,9 @@ from functools import partial
 import torch
 from gpu_kernels import (
     CASES,
+    REPLAYED,
     SMALL_CASES,
+    Case,
     Row,
     Twins,
     check_attention,
@@ -27,7 +29,9 @@ def smoke(device: torch.device) -> Iterator[Row]:
     """Attention both ways, a fused step, a recorded step whose kernels overlap, and a verdict."""
     poison_allocations()
     # Training of a ragged batch, and one token of two rows whose keys are split.
-    cases = [CASES[2], CASES[1]] if device.type == "cuda" else SMALL_CASES[:1]
+    cases = [SMALL_CASES[0], Case(1, 400, 4, 1, 16, (399, 200))]
+    if device.type == "cuda":
+        cases = [CASES[2], CASES[1]]
     checks: dict[str, Callable[[], Row]] = {
         f"attention, {case.T} of {case.S}": partial(check_attention, device, case, torch.bfloat16)
         for case in cases
@@ -36,8 +40,12 @@ def smoke(device: torch.device) -> Iterator[Row]:
     for int8 in (False, True):
         models = Twins(replace(config, n_layer=1), torch.bfloat16, int8, device)
         weights = "int8" if int8 else "bfloat16"
-        checks[f"fused step, {weights}"] = partial(check_step, models, 1)
-        checks[f"recorded step, {weights}"] = partial(check_replays, models.model, 3)
+        for rows in (1, 17):
+            checks[f"fused step, {weights}, {rows} rows"] = partial(check_step, models, rows)
+        for rows in REPLAYED:
+            checks[f"recorded step, {weights}, {rows} rows"] = partial(
+                check_replays, models.model, rows, 3
+            )
     passed = True
     for row in each(({"check": name}, check) for name, check in checks.items()):
         passed = passed and bool(row.get("passed"))

@@ -36,10 +36,11 @@ def attention(device: torch.device) -> Iterator[Row]:
         ("backward", backward_speed, PASSES),
         ("decode", decode_speed, CACHES),
     ):
-        yield from each(
+        cases = (
             ({"attention": name, "batch": B, "tokens": T}, partial(measure, device, B, T))
             for B, T in (sizes if gpu else SMALL)
         )
+        yield from each(cases, may_refuse=True)
 
 
 @torch.inference_mode()

@@ -3,9 +3,9 @@
     PYTHONPATH=.:kernels python3 scripts/gpu_tools.py --out tools
     PYTHONPATH=.:kernels python3 scripts/gpu_tools.py --out tools --tool memcheck --kernel dq_kernel
 
-Writes what each tool prints about each kernel to `<tool>_<kernel>.txt`, and a line per run to the
-terminal. Says so where a tool is not installed, or may not read the counters. The exit status is 1
-if a kernel has an error, or no tool ran.
+Writes what each tool prints about all kernels to `<tool>.txt`, and a line per run to the terminal.
+Says so where a tool is not installed, or may not read the counters. The exit status is 1 if a
+kernel has an error or was not looked at, or no tool ran.
 """
 
 from __future__ import annotations
@@ -28,11 +28,15 @@ KERNELS = (
     "dq_kernel",
     "dkv_kernel",
     "linear_kernel",
+    "norm_kernel",
+    "qkv_kernel",
     "argmax_kernel",
+    "choose_kernel",
 )
-# Its program and options, {} for the kernel.
+# Its program and options, {} for the kernel. Left to itself, ncu would slow the GPU's clocks.
 TOOLS = {
-    "ncu": "ncu --set full --kernel-name regex:^{}$ --launch-skip 1 --launch-count 1",
+    "ncu": "ncu --set full --clock-control none --kernel-name regex:^{}$ --launch-skip 1 "
+    "--launch-count 1",
     "memcheck": f"compute-sanitizer --tool memcheck --error-exitcode {FOUND_ERRORS} "
     "--kernel-name kernel_substring={}",
     "racecheck": f"compute-sanitizer --tool racecheck --error-exitcode {FOUND_ERRORS} "
@@ -58,8 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
         if program is None:
             print(f"{tool}: {TOOLS[tool].split()[0]} is not installed here", flush=True)
             continue
+        path = options.out / f"{tool}.txt"
+        path.unlink(missing_ok=True)
         for kernel in options.kernel:
-            verdicts.append(inspect(tool, program, kernel, options.out, options.limit))
+            verdicts.append(inspect(tool, program, kernel, path, options.limit))
             print(f"{tool} {kernel}: {verdicts[-1]}", flush=True)
     return 0 if verdicts and all(verdict == "done" for verdict in verdicts) else 1
 
@@ -73,14 +79,14 @@ def find_program(name: str) -> str | None:
     return shutil.which(name) or (str(found[-1]) if found else None)
 
 
-def inspect(tool: str, program: str, kernel: str, out: Path, limit: float) -> str:
-    """Run a kernel in a tool: "done", or what went wrong."""
+def inspect(tool: str, program: str, kernel: str, path: Path, limit: float) -> str:
+    """Run a kernel in a tool, whose output is appended to a file: "done", or what went wrong."""
     command = [program, *TOOLS[tool].format(kernel).split()[1:]]
     command += [sys.executable, str(Path(__file__).resolve()), "--run", kernel]
     # Memory that PyTorch keeps would hide what lies outside of a tensor.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    path = out / f"{tool}_{kernel}.txt"
-    with path.open("w") as file:
+    with path.open("a+", errors="replace") as file:
+        begin = file.tell()
         try:
             status = subprocess.run(
                 command, env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
@@ -88,9 +94,12 @@ def inspect(tool: str, program: str, kernel: str, out: Path, limit: float) -> st
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
             return f"stopped after {limit:g} s; see {path}"
-    text = path.read_text(errors="replace")
+        file.seek(begin)
+        text = file.read()
     if "ERR_NVGPUCTRPERM" in text:
         return "this user may not read the GPU's performance counters"
+    if "No kernels were profiled" in text:
+        return f"no kernel was profiled; see {path}"
     if status == FOUND_ERRORS:
         return f"errors found; see {path}"
     return "done" if status == 0 else f"exit status {status}; see {path}"
@@ -104,7 +113,14 @@ def launch(kernel: str) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
-    from gpu_autotune import argmax_call, backward_call, decode_call, forward_call, linear_call
+    from gpu_autotune import (
+        argmax_call,
+        backward_call,
+        decode_call,
+        forward_call,
+        linear_call,
+        qkv_call,
+    )
 
     gpu = device.type == "cuda"
     T, S, C, V = (1024, 16_384, 4096, 49_152) if gpu else (5, 600, 32, 48)
@@ -114,7 +130,10 @@ def launch(kernel: str) -> None:
         "dq_kernel": partial(backward_call, T),
         "dkv_kernel": partial(backward_call, T),
         "linear_kernel": partial(linear_call, 1, C, 4 * C),
+        "norm_kernel": partial(linear_call, 33, C, 4 * C),
+        "qkv_kernel": partial(qkv_call, 1, C),
         "argmax_kernel": partial(argmax_call, 1, C, V),
+        "choose_kernel": partial(argmax_call, 1, C, V),
     }
     call = calls[kernel](device)
     for _ in range(2):

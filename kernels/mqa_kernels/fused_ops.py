@@ -57,7 +57,7 @@ def norm_linear(
     C, N = check_rows(x, weight, weight_scale)
     check_all(x, {"norm_weight": (norm_weight, (C,)), "norm_bias": (norm_bias, (C,))})
     check_all(x, {"bias": (bias, (N,))})
-    return _norm_linear(x, norm_weight, norm_bias, eps, weight, bias, activation, weight_scale)
+    return _linear(x, weight, weight_scale, bias, None, norm_weight, norm_bias, eps, activation)
 
 
 def norm_lm_head(
@@ -109,7 +109,7 @@ def linear_residual(
     """
     _, N = check_rows(x, weight, weight_scale)
     check_all(x, {"bias": (bias, (N,)), "residual": (residual, (len(x), N))})
-    return _linear_residual(x, weight, bias, residual, weight_scale)
+    return _linear(x, weight, weight_scale, bias, residual)
 
 
 def int8_linear(
@@ -126,7 +126,7 @@ def int8_linear(
     """
     _, N = check_rows(x, weight, weight_scale)
     check_all(x, {"bias": (bias, (N,))})
-    return _int8_linear(x, weight, weight_scale, bias)
+    return _linear(x, weight, weight_scale, bias)
 
 
 def norm_qkv_to_cache(
@@ -201,17 +201,19 @@ def _norm_many(
     return out, None, None
 
 
+@torch.library.custom_op("mqa_kernels::linear", mutates_args=())
 def _linear(
     x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
     weight: Tensor,
     weight_scale: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 0.0,
+    activation: str = "none",
 ) -> Tensor:
+    """activation(layer_norm(x) @ weight.T + bias) + residual; what is None is left out."""
     (rows, K), N = x.shape, len(weight)
     out = x.new_empty((rows, N))
     int8 = weight_scale is not None
@@ -224,36 +226,6 @@ def _linear(
             PREFETCH=prefetch_bytes(weight, tiles.BLOCK_N), **launch.overlap(x.device),
         )  # fmt: skip
     return out
-
-
-@torch.library.custom_op("mqa_kernels::norm_linear", mutates_args=())
-def _norm_linear(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    weight_scale: Tensor | None = None,
-) -> Tensor:
-    return _linear(x, norm_weight, norm_bias, eps, weight, weight_scale, bias, None, activation)
-
-
-@torch.library.custom_op("mqa_kernels::linear_residual", mutates_args=())
-def _linear_residual(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    weight_scale: Tensor | None = None,
-) -> Tensor:
-    return _linear(x, None, None, 0.0, weight, weight_scale, bias, residual, "none")
-
-
-@torch.library.custom_op("mqa_kernels::int8_linear", mutates_args=())
-def _int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    return _linear(x, None, None, 0.0, weight, weight_scale, bias, None, "none")
 
 
 @torch.library.custom_op("mqa_kernels::norm_qkv_to_cache", mutates_args=("slots",))
@@ -311,18 +283,8 @@ def _norm_argmax(
     return ids, values
 
 
-@_norm_linear.register_fake
-def _(x, norm_weight, norm_bias, eps, weight, bias, activation, weight_scale=None):
-    return x.new_empty((len(x), len(weight)))
-
-
-@_linear_residual.register_fake
-def _(x, weight, bias, residual, weight_scale=None):
-    return torch.empty_like(residual)
-
-
-@_int8_linear.register_fake
-def _(x, weight, weight_scale, bias):
+@_linear.register_fake
+def _(x, weight, *others):
     return x.new_empty((len(x), len(weight)))
 
 

@@ -1,9 +1,10 @@
-"""The model's decode step in the kernels of `mqa_kernels`, five or seven to a layer, for few rows.
+"""The model's decode step in the kernels of `mqa_kernels`, for few rows.
 
 With few rows a step takes the time of reading the weights, if nothing interrupts the reading. The
 modules of `mqa_gpt.model` start about a dozen kernels per layer, most of which read hardly
 anything. Here each weight is read by a kernel that does all the work between it and the next
-weight.
+weight. A layer is four products and attention, which is two launches where its keys are split; with
+more than 16 rows two layer norms more.
 """
 
 from __future__ import annotations

@@ -60,13 +60,17 @@ def test_each_step_is_the_same_work_on_the_same_memory(kind: int) -> None:
     assert cache.lengths.tolist() == [9 + 4, 4 + 4, 0]
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])
 @pytest.mark.parametrize("kind", range(3))
-def test_a_step_never_asks_its_device_nor_copies_to_it(kind: int) -> None:
+def test_a_step_never_asks_its_device_nor_copies_to_it(
+    kind: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the "meta" device, which has no contents, reading a tensor on the host is an error.
 
     Tensors of the host that go to the device would show among the operations.
     """
     attention = pytest.importorskip("mqa_kernels").attention
+    monkeypatch.setattr("mqa_gpt.fast.decode_step.can_fuse", lambda *_: fused)
     with torch.device("meta"):
         model = GPT(CONFIG).eval()
     for block in model.transformer.h:
@@ -80,7 +84,9 @@ def test_a_step_never_asks_its_device_nor_copies_to_it(kind: int) -> None:
         for x in tree_leaves((args, kwargs, out))
         if isinstance(x, Tensor)
     ]
-    assert {name for name, _ in tensors} >= {"mqa_kernels.attention_forward.default"}
+    names = {name for name, _ in tensors}
+    assert "mqa_kernels.attention_forward.default" in names
+    assert ("mqa_kernels.norm_qkv_to_cache.default" in names) == fused
     assert [name for name, x in tensors if x.device.type != "meta"] == []
 
 

@@ -249,12 +249,13 @@ class TestOperators:
     def test_opcheck_accepts_them(self):
         inputs, _ = norm_inputs(torch.float32, 4, 48, 48 + 32)
         ops = torch.ops.mqa_kernels
-        torch.library.opcheck(ops.norm_linear, (*inputs, "gelu"))
+        x, *norm, weight, bias = inputs
+        torch.library.opcheck(ops.linear, (x, weight, None, bias, None, *norm, "gelu"))
         torch.library.opcheck(ops.norm_argmax, (*inputs[:4], *int8_weight(80, 48)[0]))
-        x = torch.randn(20, 48, dtype=torch.bfloat16, device=DEVICE)
-        torch.library.opcheck(ops.int8_linear, (x, *int8_weight(80, 48)[0], None))
         residual = torch.randn(4, 80, device=DEVICE)
-        torch.library.opcheck(ops.linear_residual, (inputs[0], *inputs[4:], residual))
+        torch.library.opcheck(ops.linear, (x, weight, None, bias, residual))
+        x = torch.randn(20, 48, dtype=torch.bfloat16, device=DEVICE)
+        torch.library.opcheck(ops.linear, (x, *int8_weight(80, 48)[0], None))
         slots = torch.zeros(2, 5, 1, 32, device=DEVICE)
         lengths = torch.tensor([3, 0], device=DEVICE)
         torch.library.opcheck(ops.norm_qkv_to_cache, (*inputs, slots, lengths))
@@ -298,8 +299,9 @@ class TestRefusals:
             norm_linear(*self.inputs(), "silu")
         with pytest.raises(KeyError, match="silu"):
             reference.norm_linear(*self.inputs(), "silu")
+        x, *norm, weight, bias = self.inputs()
         with pytest.raises(Exception, match="unknown activation"):  # of the compiler or interpreter
-            torch.ops.mqa_kernels.norm_linear(*self.inputs(), "silu")
+            torch.ops.mqa_kernels.linear(x, weight, None, bias, None, *norm, "silu")
 
     def test_an_unknown_dtype_for_int8_linear(self):
         x = torch.zeros(20, 48, dtype=torch.float64, device=DEVICE)

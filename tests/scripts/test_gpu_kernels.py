@@ -126,11 +126,25 @@ def test_a_step_that_depends_on_overlap_fails(twins, monkeypatch):
         return logits + overlaps, *chosen
 
     monkeypatch.setattr(launch, "overlap", lambda device: dict(launch.NO_OVERLAP))
-    assert gpu_kernels.check_replays(twins.model, 1)["passed"]
+    assert gpu_kernels.check_replays(twins.model, 3, 1)["passed"]
     monkeypatch.setattr(gpu_kernels, "fused_step", racing)
-    row = gpu_kernels.check_replays(twins.model, 1)
+    row = gpu_kernels.check_replays(twins.model, 3, 1)
     assert not row["passed"]
     assert row["equal"] == 1  # the cache
+
+
+def test_no_kernel_that_fills_memory_lies_between_those_that_overlap(twins, monkeypatch):
+    step, filled = gpu_kernels.fused_step, []
+
+    def seen(*arguments):
+        filled.append(bool(torch.empty(8).isnan().all()))
+        return step(*arguments)
+
+    monkeypatch.setattr(gpu_kernels, "fused_step", seen)
+    gpu_kernels.poison_allocations()
+    assert gpu_kernels.check_replays(twins.model, 3, 1)["passed"]
+    assert filled == [False, False]  # with overlap, and without
+    assert torch.empty(8).isnan().all()  # the checks that follow
 
 
 def test_an_action_is_run_once_before_it_is_recorded(cuda):
@@ -153,7 +167,7 @@ def test_the_cases_hold_every_official_shape_and_kind_of_row():
     assert math.prod((len(gpu_kernels.LARGE.start), 2048, 32, 128)) > 2**31
 
 
-def test_out_of_memory_is_a_refusal_and_another_error_a_failure():
+def test_out_of_memory_fails_a_check_but_not_a_measurement():
     def fails(error: Exception):
         def action():
             raise error
@@ -161,8 +175,9 @@ def test_out_of_memory_is_a_refusal_and_another_error_a_failure():
         return action
 
     cases = [({"n": 1}, fails(torch.OutOfMemoryError("full"))), ({"n": 2}, fails(ValueError("no")))]
-    refused, failed = gpu_kernels.each(cases)
-    assert refused["refused"] == "full"
-    assert "passed" not in refused
-    assert not failed["passed"]
-    assert failed["error"].endswith("ValueError: no\n")
+    for measures in (False, True):
+        refused, failed = gpu_kernels.each(cases, may_refuse=measures)
+        assert refused["refused"] == "full"
+        assert refused.get("passed") is (None if measures else False)
+        assert failed["passed"] is False
+        assert failed["error"].endswith("ValueError: no\n")

@@ -52,6 +52,18 @@ def test_replays_that_choose_other_tokens_than_the_modules_fail(model, monkeypat
     }  # fmt: skip
 
 
+def test_the_rate_of_generation_has_no_part_in_reading_prompts_nor_in_recording(model, monkeypatch):
+    clock = [0.0]
+
+    def generate(model, prompts, count):
+        clock[0] += 5 + 7 * (count > 1) + 0.25 * (count - 1)  # prompts, recording, steps
+
+    monkeypatch.setattr(gpu_models, "generate", generate)
+    monkeypatch.setattr(gpu_models.time, "perf_counter", lambda: clock[0])
+    row = gpu_models.generation_speed(model, 3, 12)
+    assert (row["first_token_s"], row["generated_per_s"]) == (5, 3 / 0.25)
+
+
 def test_every_measured_step_follows_the_same_context(model, monkeypatch):
     contexts, greedy_step = [], gpu_models.greedy_step
 

@@ -22,8 +22,10 @@ import gpu_models
 import gpu_report
 import gpu_smoke
 import gpu_speed
+import gpu_tools
 import gpu_training
 from gpu_kernels import TINY
+from triton.runtime.interpreter import GridExecutor
 
 from tests.scripts.marks import WITHOUT_GPU
 
@@ -71,9 +73,15 @@ class TestSections:
         assert re.fullmatch(r"\d+\.\d+\.\d+", row["ptxas"])
         assert row["ptxas"] in row["assemblers"]
 
-    def test_smoke_runs_every_kernel_and_says_so(self):
+    def test_smoke_runs_every_kernel_and_says_so(self, monkeypatch):
+        launched, call = set(), GridExecutor.__call__
+        monkeypatch.setattr(
+            GridExecutor, "__call__",
+            lambda self, *x, **y: (launched.add(self.fn.__name__), call(self, *x, **y)),
+        )  # fmt: skip
         *rows, last = gpu_smoke.smoke(CPU)
         assert all(row["passed"] for row in rows), rows
+        assert launched == set(gpu_tools.KERNELS)
         assert last == {
             "verdict": "every kernel runs, and in graphs without overlap",
             "passed": True,
@@ -99,9 +107,11 @@ class TestSections:
         rows = list(gpu_kernels.fused(CPU))
         assert all(row["passed"] for row in rows), rows
         kinds = [("bfloat16", "bfloat16"), ("bfloat16", "int8"), ("float16", "float16")]
-        steps = [(r["dtype"], r["weights"], r["rows"]) for r in rows if "rows" in r]
+        steps = [(r["dtype"], r["weights"], r["rows"]) for r in rows if "steps" not in r]
         assert steps == [(*kind, count) for kind in kinds for count in (1, 3)]
-        assert [row["equal"] for row in rows if "steps" in row] == [2, 2, 2]  # and the cache
+        replays = [row for row in rows if "steps" in row]
+        assert [row["rows"] for row in replays] == [3, 33] * 3
+        assert [row["equal"] for row in replays] == [2] * 6  # and the cache
 
     def test_parity_compares_with_transformers_and_replays_with_modules(self):
         rows = list(gpu_models.parity(CPU))

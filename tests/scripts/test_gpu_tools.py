@@ -25,6 +25,7 @@ FAKE_TOOL = """#!/bin/sh
 echo "$0 $*"
 while [ "$1" != "{python}" ]; do shift; done
 test "$4" = dkv_kernel && exit 9
+test "$4" = dq_kernel && echo "==WARNING== No kernels were profiled." && exit
 exec "$@"
 """
 
@@ -34,18 +35,25 @@ def test_tools_run_on_single_kernels_and_missing_ones_are_named(tmp_path, monkey
     tool.write_text(FAKE_TOOL.format(python=sys.executable))
     tool.chmod(0o755)
     monkeypatch.setattr(gpu_tools.shutil, "which", {"compute-sanitizer": str(tool)}.get)
-    kernels = ["linear_kernel", "dkv_kernel"]
+    kernels = ["linear_kernel", "dkv_kernel", "dq_kernel"]
     arguments = ["--out", str(tmp_path), "--tool", "ncu", "memcheck", "--kernel", *kernels]
     monkeypatch.setattr(gpu_tools, "Path", FolderWithoutTools)
     assert gpu_tools.main([*arguments, "--limit", "600"]) == 1
     assert capsys.readouterr().out.splitlines() == [
         "ncu: ncu is not installed here",
         "memcheck linear_kernel: done",
-        f"memcheck dkv_kernel: errors found; see {tmp_path}/memcheck_dkv_kernel.txt",
+        f"memcheck dkv_kernel: errors found; see {tmp_path}/memcheck.txt",
+        f"memcheck dq_kernel: no kernel was profiled; see {tmp_path}/memcheck.txt",
     ]
-    printed = (tmp_path / "memcheck_linear_kernel.txt").read_text()
-    assert "--tool memcheck --error-exitcode 9 --kernel-name kernel_substring=linear_ker" in printed
+    printed = (tmp_path / "memcheck.txt").read_text()
+    for kernel in kernels:
+        command = f"--tool memcheck --error-exitcode 9 --kernel-name kernel_substring={kernel} "
+        assert printed.count(command) == 1
     assert gpu_tools.main([*arguments[:4], "--kernel", "linear_kernel"]) == 1  # no tool ran
+
+
+def test_ncu_leaves_the_clocks_of_the_gpu_as_they_are():
+    assert "--clock-control none" in gpu_tools.TOOLS["ncu"]
 
 
 class FolderWithoutTools(type(Path())):
