@@ -34,7 +34,10 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 # kernels/README.md says so.
-KNOWN_PROBLEMS = {"3.6.0": ["48 bytes spilled", *4 * ["8 bytes spilled"]]}
+KNOWN_PROBLEMS = {
+    "3.6.0": ["48 bytes spilled", *4 * ["8 bytes spilled"]],
+    "3.7.1 with ptxas 13.5.37": ["16 bytes spilled", "40 bytes spilled", "8 bytes spilled"],
+}
 
 RECORDED = json.loads((ROOT / "benchmarks/results/kernel_resources.json").read_text())
 LARGE = Case(90, "bfloat16", 128, 1, "train")
