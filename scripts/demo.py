@@ -20,7 +20,7 @@ class Stack:
     def __init__(self):
         self.items = []
 
-    def push(self, item):"""
+    def __len__(self):"""
 BEFORE_HOLE = """\
 def find(names, name):
     for i, n in"""
