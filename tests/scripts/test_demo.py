@@ -25,7 +25,7 @@ def test_it_completes_and_infills_with_the_bundled_checkpoint_and_reports_the_sp
     completing, others = capsys.readouterr().out.split("It fills a hole")
     infilling, limit = others.split("So small")
     assert re.match(r"The demo checkpoint: \d\.\d million parameters\n", completing)
-    assert f"{METHOD}\n        self.items.append(item)\n" in completing
+    assert f"{METHOD}\n        return len(self.items)\n" in completing
     assert f"{BEFORE_HOLE} enumerate(names):{AFTER_HOLE}" in infilling
     assert FUNCTION in limit
     for part in (completing, infilling, limit):

@@ -34,7 +34,7 @@ def test_the_losses_in_the_docs_are_those_of_the_result() -> None:
 def test_it_runs(
     tiny_experiment: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversion, "TEXT_SEQUENCES", 4)
+    monkeypatch.setattr(conversion, "TEXT_SEQUENCES", 8)
     monkeypatch.setattr(conversion, "TEXT_BATCH", 2)
     monkeypatch.setattr(conversion, "FAR", 100)
     assert conversion.main([*tiny_experiment, "--uptraining=0.5", "--repeats=2"]) == 0

@@ -31,7 +31,7 @@ def test_the_losses_on_the_page_are_those_of_the_result() -> None:
 def test_it_runs(
     tiny_experiment: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversion, "TEXT_SEQUENCES", 4)
+    monkeypatch.setattr(conversion, "TEXT_SEQUENCES", 8)
     monkeypatch.setattr(conversion, "TEXT_BATCH", 2)
     monkeypatch.setattr(conversion, "FAR", 100)
     options = [*tiny_experiment, "--share", "0.25", "0.5", "--uptraining-lr", "1e-3", "1e-2"]
