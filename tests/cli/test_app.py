@@ -37,9 +37,10 @@ from mqa_gpt.verify.report import PromptReport, VerifyReport
 from tests.helpers import SPECIALS, byte_tokenizer
 
 CONTEXT = 20_000  # long enough that Ctrl-C comes in time on a busy machine
+SHORT_CONTEXT = 500  # for what reads or fills all of it
 
 
-def spelling_checkpoint(folder: Path) -> Path:
+def spelling_checkpoint(folder: Path, context: int = CONTEXT) -> Path:
     """A model that knows what follows each byte, whatever was before: a to b to ... z to the end,
     0 to 1 to ... 9 to 0, é to €; the end of text to a, and what opens an infilling's middle to m.
     """
@@ -47,7 +48,7 @@ def spelling_checkpoint(folder: Path) -> Path:
     size = tokenizer.get_vocab_size()
     config = GPTConfig(
         vocab_size=size,
-        n_positions=CONTEXT,
+        n_positions=context,
         n_embd=size,
         n_inner=1,
         n_layer=1,
@@ -77,6 +78,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = spelling_checkpoint(tmp_path_factory.mktemp("cli") / "checkpoint")
     LLM.load(path).generate("a", 2)  # compiles, once: the commands that are tested do not say so
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(spelling_checkpoint(tmp_path_factory.mktemp("cli") / "short", SHORT_CONTEXT))
 
 
 def invoke(*arguments: str, stdin: str | bytes | None = None) -> Result:
@@ -258,15 +264,15 @@ def test_length_options_reach_the_library(folder: str):
 
 
 @pytest.mark.slow
-def test_a_completion_may_fill_the_context_go_past_its_end_and_be_cut_to_it(folder: str):
-    run = ["generate", "-m", folder, "--json"]
+def test_a_completion_may_fill_the_context_go_past_its_end_and_be_cut_to_it(short: str):
+    run = ["generate", "-m", short, "--json"]
     (filled,) = json.loads(invoke(*run, "0", "--max-new-tokens", "fit").stdout)["completions"]
-    assert len(filled["token_ids"]) == CONTEXT - 1
+    assert len(filled["token_ids"]) == SHORT_CONTEXT - 1
     (longer,) = json.loads(invoke(*run, "y", "--min-new-tokens", "3").stdout)["completions"]
     assert len(longer["token_ids"]) >= 3
     (past,) = json.loads(invoke(*run, "y", "--ignore-eos").stdout)["completions"]
     assert (past["finish_reason"], len(past["token_ids"])) == ("length", 64)
-    result = invoke(*run[:-1], "-", "--truncate", stdin="0" + "a" * CONTEXT)
+    result = invoke(*run[:-1], "-", "--truncate", stdin="0" + "a" * SHORT_CONTEXT)
     assert (result.exit_code, result.stdout[:3]) == (0, "bcd")
     assert "note: cut the first 65 tokens of prompt 0" in result.stderr
 
@@ -424,10 +430,10 @@ def test_control_tokens_in_an_infilling_are_plain_text(folder: str, mode: str):
 
 
 @pytest.mark.slow
-def test_a_text_that_is_too_long_is_cut_only_when_asked_and_says_what(folder: str):
-    run = ["infill", "-m", folder, "--prefix", "a" * CONTEXT, "--suffix", "z" * 10]
+def test_a_text_that_is_too_long_is_cut_only_when_asked_and_says_what(short: str):
+    run = ["infill", "-m", short, "--prefix", "a" * SHORT_CONTEXT, "--suffix", "z" * 10]
     refused = refusal(*run)
-    assert f"the context of {CONTEXT:,} tokens" in refused
+    assert f"the context of {SHORT_CONTEXT:,} tokens" in refused
     assert "--truncate" in refused
     result = invoke(*run, "--truncate", "--max-new-tokens", "7")
     assert result.stdout == "mnopqrs"
