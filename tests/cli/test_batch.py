@@ -24,7 +24,14 @@ import torch
 from mqa_gpt import GPT, LLM
 from mqa_gpt.cli import jsonl
 from mqa_gpt.cli.jsonl import read_items
-from tests.cli.test_app import CONTEXT, environment, invoke, refusal, spelling_checkpoint
+from tests.cli.test_app import (
+    CONTEXT,
+    SHORT_CONTEXT,
+    environment,
+    invoke,
+    refusal,
+    spelling_checkpoint,
+)
 
 PROMPTS: list[dict[str, Any]] = [
     {"id": "long", "prompt": "0"},  # counts up to the limit; the others end with z, or at 9
@@ -44,6 +51,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(spelling_checkpoint(tmp_path_factory.mktemp("batch") / "short", SHORT_CONTEXT))
+
+
+@pytest.fixture(scope="module")
 def loaded(folder: str) -> LLM:
     return LLM.load(folder)
 
@@ -55,6 +67,13 @@ def run(loaded: LLM, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_lines(tmp_path / "in", PROMPTS)
     files = [str(tmp_path / "in"), "--output", str(tmp_path / "out")]
     return ["batch", *files, "-m", folder, "--batch-size", "2", "--max-new-tokens", "12"]
+
+
+@pytest.fixture
+def short_run(run: list[str], short: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The same with a model of a short context."""
+    monkeypatch.undo()  # of LLM.load: this model is loaded
+    return [short if part == run[run.index("-m") + 1] else part for part in run]
 
 
 def write_lines(path: Path, entries: list[Any]) -> None:
@@ -332,36 +351,36 @@ def test_a_line_that_cannot_be_used_is_named(run: list[str], tmp_path: Path, lin
 @pytest.mark.slow
 @pytest.mark.parametrize("as_json", [False, True])
 def test_prompts_that_are_too_long_are_left_out_and_named(
-    run: list[str], tmp_path: Path, as_json: bool
+    short_run: list[str], tmp_path: Path, as_json: bool
 ):
-    long = "a" * (CONTEXT - 11)
+    long = "a" * (SHORT_CONTEXT - 11)
     lines = [PROMPTS[0], *({"id": i, "prompt": long} for i in range(20, 32)), PROMPTS[1]]
     lines += [{"id": "fits", "prompt": long[1:]}, {"id": "hole", "prefix": "", "suffix": long[3:]}]
     write_lines(tmp_path / "in", lines)
-    result = invoke(*run, *["--json"] * as_json)
+    result = invoke(*short_run, *["--json"] * as_json)
     assert result.exit_code == 2
     assert [entry["id"] for entry in results(tmp_path / "out")] == ["long", 7, "fits"]
-    why = "leave no room for 12 new ones in the context of 20,000"
+    why = "leave no room for 12 new ones in the context of 500"
     told = result.stderr.splitlines()
-    assert f"left out: line 2 (id 20): 19,989 tokens {why}" in told
+    assert f"left out: line 2 (id 20): 489 tokens {why}" in told
     assert sum(line.startswith("left out: ") for line in told) == 10
     assert told[-1] == "13 in all; --truncate cuts prompts that are too long"
     if as_json:
         report = json.loads(result.stdout)
         assert (report["prompts"], report["written"], len(report["left_out"])) == (16, 3, 13)
-        assert report["left_out"]["line 16 (id 'hole')"] == f"19,989 tokens {why}"
+        assert report["left_out"]["line 16 (id 'hole')"] == f"489 tokens {why}"
     else:
         assert any(line.startswith("3 of 16 results") for line in told)
 
 
 def test_a_model_is_not_loaded_where_every_prompt_is_too_long(
-    run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(LLM, "load", mock.Mock(side_effect=AssertionError))
-    write_lines(tmp_path / "in", [{"id": 1, "prompt": "a" * CONTEXT}])
-    result = invoke(*run)
+    write_lines(tmp_path / "in", [{"id": 1, "prompt": "a" * SHORT_CONTEXT}])
+    result = invoke(*short_run)
     assert result.exit_code == 2
-    assert "left out: line 1 (id 1): 20,000 tokens" in result.stderr
+    assert "left out: line 1 (id 1): 500 tokens" in result.stderr
 
 
 def test_lines_of_benchmarks_are_taken_and_keys_without_effect_are_named(
@@ -420,14 +439,14 @@ def test_a_line_may_have_options_of_its_own(run: list[str], tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_prompt_that_is_too_long_is_cut_when_asked_and_a_later_run_completes_it(
-    run: list[str], tmp_path: Path
+    short_run: list[str], tmp_path: Path
 ):
-    write_lines(tmp_path / "in", [PROMPTS[1], {"id": "long", "prompt": "0" + "w" * CONTEXT}])
-    assert invoke(*run).exit_code == 2
-    assert invoke(*run, "--truncate").exit_code == 0
+    write_lines(tmp_path / "in", [PROMPTS[1], {"id": "long", "prompt": "0" + "w" * SHORT_CONTEXT}])
+    assert invoke(*short_run).exit_code == 2
+    assert invoke(*short_run, "--truncate").exit_code == 0
     found = results(tmp_path / "out")
     assert found[1]["completions"][0]["text"] == "xyz"
-    assert found[1]["prompt_tokens"] == CONTEXT - 12
+    assert found[1]["prompt_tokens"] == SHORT_CONTEXT - 12
     assert [entry.get("truncated") for entry in found] == [None, True]
 
 
