@@ -18,9 +18,8 @@ from torch import Tensor
 
 from mqa_gpt.errors import InputError
 from mqa_gpt.fast.int8 import Int8Linear
-from mqa_gpt.model import GPT
+from mqa_gpt.model import GPT, Block
 from mqa_gpt.research.record import record
-from mqa_gpt.research.wraps import attention_of
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,8 @@ def logit_attribution(
     with record(model, [*names, last]) as acts:
         model(row)
     heads, mlps = acts[names[0]][:, 0, position], acts[names[1]][:, 0, position]  # (L, H, C)
-    biases = torch.stack(
-        [attention_of(model, i).c_proj.bias for i in range(model.config.n_layer)]
-    )  # (L, C)
+    layers = cast(list[Block], model.transformer.h)
+    biases = torch.stack([layer.attn.c_proj.bias for layer in layers])  # (L, C)
     norm, stream = model.transformer.ln_f, acts[last][0, position]
     direction = unembedding(model, token)  # (C,)
     if against is not None:

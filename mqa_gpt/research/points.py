@@ -31,7 +31,7 @@ TransformerLens' names for the same tensors are accepted too: `blocks.3.attn.hoo
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache, lru_cache
@@ -43,6 +43,7 @@ from mqa_gpt.errors import InputError, shown
 from mqa_gpt.model import GPT
 
 LAYERS = "transformer.h."
+INSIDE_ATTENTION = ("k_read", "v_read", "scores", "probs")
 
 
 class Site(NamedTuple):
@@ -55,6 +56,9 @@ class Site(NamedTuple):
 
     module: str
     kind: str
+
+
+WHOLE = Site("", "forward")  # the model itself
 
 
 class Point(NamedTuple):
@@ -254,15 +258,55 @@ def matches(name: str, pattern: str) -> bool:
     return len(names) == len(patterns) and all(map(fnmatchcase, names, patterns))
 
 
-def points_of(model: GPT, names: str | Sequence[str]) -> dict[str, list[Point]]:
-    """The points that each of the names stands for.
+class Selection:
+    """Points that were asked for, in the forms in which a forward pass needs them.
+
+    Attributes:
+        asked: the points that each name stands for.
+        points: all of them by their own names.
+        at: the points at each site.
+        wrapped: what has to be wrapped to see them, in this order; the whole model first.
+    """
+
+    def __init__(self, asked: Mapping[str, Sequence[Point]]) -> None:
+        self.asked = asked
+        self.points = {point.name: point for some in asked.values() for point in some}
+        self.at: dict[Site, list[Point]] = {}
+        for point in self.points.values():
+            self.at.setdefault(point.site, []).append(point)
+        self.wrapped = tuple(dict.fromkeys((WHOLE, *map(_wrapped_at, self.at))))
+
+
+def select(model: GPT, names: str | Sequence[str]) -> Selection:
+    """The points that the names stand for.
 
     Raises:
         InputError: not a GPT, or a name that stands for none.
     """
     if not isinstance(model, GPT):
         raise InputError(f"the model is {shown(model)}: expected a GPT, such as LLM.model")
-    names = [names] if isinstance(names, str) else names
+    names = (names,) if isinstance(names, str) else names
     if isinstance(names, bytes) or not isinstance(names, Sequence) or not names:
         raise InputError(f"names are {shown(names)}: expected a name such as transformer.h.3.mlp")
-    return {name: find_points(model, name) for name in names}
+    if all(isinstance(name, str) for name in names):
+        known = _select_parts(tuple(names), len(model.transformer.h))
+        if known is not None:
+            return known
+    return Selection({name: find_points(model, name) for name in names})
+
+
+@lru_cache
+def _select_parts(names: tuple[str, ...], count: int) -> Selection | None:
+    """The selection, if it is the same for all models of so many layers, whatever their modules."""
+    asked = {}
+    for name in names:
+        layer, _, inner = plain_name(name).removeprefix(LAYERS).partition(".")
+        if not plain_name(name).startswith(LAYERS) or (inner and inner not in _PARTS):
+            return None
+        asked[name] = _same_in_all(_layers(layer, count), inner)
+    return Selection(asked) if all(asked.values()) else None
+
+
+def _wrapped_at(site: Site) -> Site:
+    """What is wrapped to see a site: a module's forward pass, or its attention function."""
+    return Site(site.module, "attend" if site.kind in INSIDE_ATTENTION else "forward")

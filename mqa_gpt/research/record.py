@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from mqa_gpt.errors import InputError, shown
-from mqa_gpt.model import GPT, MultiQueryAttention
-from mqa_gpt.research.points import Point, matches, plain_name, points_of
+from mqa_gpt.model import GPT
+from mqa_gpt.research.points import Point, Selection, matches, plain_name, select
 from mqa_gpt.research.wraps import Pass, Probe, attention_of, part_of, watching
 
 
@@ -48,8 +48,7 @@ def record(model: GPT, names: str | Sequence[str]) -> Iterator[Activations]:
         InputError: an unknown name, or a compiled model; inside the context, a pass that does not
             reach a point.
     """
-    asked = points_of(model, names)
-    recorder = _Recorder(model, {point.name: point for some in asked.values() for point in some})
+    recorder = _Recorder(model, select(model, names))
     with watching(recorder):
         yield Activations(recorder)
 
@@ -60,7 +59,6 @@ class _Saved(NamedTuple):
 
     tensor: Tensor
     part: str
-    attn: MultiQueryAttention | None
     version: int | None
 
 
@@ -70,9 +68,8 @@ class _Recorder(Probe):
 
     is_patch = False
 
-    def __init__(self, model: GPT, points: Mapping[str, Point]) -> None:
-        super().__init__(model, points.values())
-        self.points = points
+    def __init__(self, model: GPT, selection: Selection) -> None:
+        super().__init__(model, selection)
         self.passes: list[tuple[Pass, dict[str, _Saved]]] = []
 
     def visit(self, point: Point, x: Tensor, run: Pass) -> Tensor:
@@ -83,17 +80,35 @@ class _Recorder(Probe):
         name, _, part, axes, layer = point
         if name in saved:
             raise InputError(f"{name} is computed more than once in a forward pass")
-        attn = None
-        if part not in ("", "shared"):
-            attn = attention_of(self.model, layer or 0)
         is_cache = run.memory is not None and "T" not in axes  # which later passes write to
         if is_cache or x.is_inference():
-            saved[name] = _Saved(part_of(part, x, attn).clone(), "", None, None)
+            form = part_of(part, x, attention_of(self.model, layer)).clone()
+            saved[name] = _Saved(form, "", None)
             return x
         if x.requires_grad and torch.is_grad_enabled():
             x.retain_grad()
-        saved[name] = _Saved(x, part, attn, x._version)
+        saved[name] = _Saved(x, part, x._version)
         return x
+
+    def value(self, point: Point, saved: _Saved) -> Tensor:
+        """What a point was."""
+        if saved.version is not None and saved.tensor._version != saved.version:
+            raise InputError(
+                f"{point.name} was written to after it was recorded: a hook of your own, or code "
+                "that uses the model's output, works in place; let it make a copy"
+            )
+        return part_of(saved.part, saved.tensor, attention_of(self.model, point.layer))
+
+    def gradient(self, point: Point, saved: _Saved) -> Tensor:
+        """What a function's gradient by a point is, after its `backward`."""
+        gradient = saved.tensor.grad if saved.tensor.requires_grad else None
+        if gradient is None:
+            raise InputError(
+                f"{point.name} has no gradient: run the model outside of torch.no_grad() and "
+                "inference_mode(), with parameters that require gradients, and call backward() on "
+                "a function of its output (attn.result has the gradient of attn, for every head)"
+            )
+        return part_of(saved.part, gradient, attention_of(self.model, point.layer))
 
     def take(self) -> tuple[Pass, dict[str, _Saved]]:
         """What was recorded of the last pass, which is forgotten; see `WatchedReplay`."""
@@ -116,26 +131,6 @@ def _copies(saved: Collection[_Saved]) -> list[_Saved]:
     return [one._replace(tensor=new, version=None) for one, new in pairs]
 
 
-def _value(point: Point, saved: _Saved) -> Tensor:
-    if saved.version is not None and saved.tensor._version != saved.version:
-        raise InputError(
-            f"{point.name} was written to after it was recorded: a hook of your own, or code that "
-            "uses the model's output, works in place; let it make a copy"
-        )
-    return part_of(saved.part, saved.tensor, saved.attn)
-
-
-def _gradient(point: Point, saved: _Saved) -> Tensor:
-    gradient = saved.tensor.grad if saved.tensor.requires_grad else None
-    if gradient is None:
-        raise InputError(
-            f"{point.name} has no gradient: run the model outside of torch.no_grad() and "
-            "inference_mode(), with parameters that require gradients, and call backward() on a "
-            "function of its output (attn.result has the gradient of attn, for every head)"
-        )
-    return part_of(saved.part, gradient, saved.attn)
-
-
 class Activations(Mapping[str, Any]):
     """What was recorded, by name; a wildcard for layers stacks them in front: (L, B, T, ...).
 
@@ -155,13 +150,13 @@ class Activations(Mapping[str, Any]):
 
     def __init__(self, recorder: _Recorder) -> None:
         self._recorder = recorder
-        self._get: Callable[[Point, _Saved], Tensor] = _value
+        self._get: Callable[[Point, _Saved], Tensor] = recorder.value
 
     @property
     def grad(self) -> Activations:
         """The gradients, with the same names and shapes."""
         other = copy.copy(self)
-        other._get = _gradient
+        other._get = self._recorder.gradient
         return other
 
     @property

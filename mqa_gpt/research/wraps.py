@@ -38,10 +38,7 @@ from mqa_gpt.cache import KVCache
 from mqa_gpt.errors import InputError, shown
 from mqa_gpt.fast.int8 import Int8Linear
 from mqa_gpt.model import GPT, Block, MultiQueryAttention
-from mqa_gpt.research.points import Point, Site
-
-INSIDE_ATTENTION = ("k_read", "v_read", "scores", "probs")
-WHOLE = Site("", "forward")  # the model itself
+from mqa_gpt.research.points import INSIDE_ATTENTION, WHOLE, Point, Selection, Site
 
 
 class Probe:
@@ -49,17 +46,16 @@ class Probe:
 
     is_patch: ClassVar[bool]
 
-    def __init__(self, model: GPT, points: Iterable[Point]) -> None:
+    def __init__(self, model: GPT, selection: Selection) -> None:
         parts = (model, model.transformer, *model.transformer.h)
         if any(module._compiled_call_impl for module in parts):
             raise InputError("the model is compiled: take it uncompiled, since that code is fixed")
         self.model = model
         self.runs = 0  # forward passes
         self.is_open = True  # until its context ends
-        self.at: dict[Site, list[Point]] = {}
-        for point in points:
-            self.at.setdefault(point.site, []).append(point)
-        self.wrapped = dict.fromkeys((WHOLE, *map(_wrapped_at, self.at)))  # in this order
+        self.points = selection.points
+        self.at = selection.at
+        self.wrapped = selection.wrapped
 
     def visit(self, point: Point, x: Tensor, run: Pass) -> Tensor:
         """Look at, or replace, what is seen at the point's site."""
@@ -180,9 +176,10 @@ class Wraps:
         covers, done = self._covers, []
         try:
             for part in probe.wrapped:
-                if part not in covers:
-                    covers[part] = self._cover(part)
-                covers[part].uses += 1
+                cover = covers.get(part)
+                if cover is None:
+                    cover = covers[part] = self._cover(part)
+                cover.uses += 1
                 done.append(part)
         except BaseException:
             self._release(done)
@@ -202,15 +199,12 @@ class Wraps:
 
     def _cover(self, part: Site) -> _Cover:
         """Put a wrap in place."""
-        if part == WHOLE:
-            return _Cover(self.model, "forward", self._whole(self.model.forward))
+        if part is WHOLE:
+            return _Cover(self.model, part, self._whole)
         module = module_at(self.model, part.module)
-        if part.kind == "attend":
-            attn = cast(MultiQueryAttention, module)
-            return _Cover(attn, "attend", self._attend(part.module, attn.attend))
-        return _Cover(module, "forward", self._module(part.module, module))
+        return _Cover(module, part, self._attend if part.kind == "attend" else self._module)
 
-    def _whole(self, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _whole(self, _: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """The model's forward pass, in which its parts can ask what pass they are in."""
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -242,9 +236,9 @@ class Wraps:
         probes = self._own_probes()
         return None if any(probe.is_patch for probe in probes) else probes
 
-    def _module(self, name: str, module: nn.Module) -> Callable[..., Any]:
+    def _module(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         """A module whose input and output are shown."""
-        plain, model = module.forward, self.model
+        model = self.model
         before, heads, after = _around(name)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -256,8 +250,8 @@ class Wraps:
                 args = (run.visit(before, args[0]), *args[1:])
             output = plain(*args, **kwargs)
             if heads in run.wanted:
-                attn = module_at(model, name.removesuffix(".c_proj"))
-                parts = head_results(module, args[0], cast(int, attn.n_head))  # (B, T, H, C)
+                attn = cast(MultiQueryAttention, module_at(model, name.removesuffix(".c_proj")))
+                parts = head_results(attn.c_proj, args[0], attn.n_head)  # (B, T, H, C)
                 changed = run.visit(heads, parts)
                 # An edit changes the sum by as much as it changes the parts.
                 output = output if changed is parts else output + (changed - parts).sum(2)
@@ -326,24 +320,27 @@ def _is_record(probe: Probe) -> bool:
     return not probe.is_patch
 
 
-@cache
-def _wrapped_at(site: Site) -> Site:
-    """What is wrapped to see a site: a module's forward pass, or its attention function."""
-    return Site(site.module, "attend" if site.kind in INSIDE_ATTENTION else "forward")
-
-
 class _Cover:
-    """A wrap that hides an attribute of an instance or its class."""
+    """A wrap that hides an attribute of an instance or its class.
+
+    Args:
+        owner: the module.
+        part: its name, and the attribute's.
+        make: gives the wrap, from the module's name and what the wrap hides.
+    """
 
     __slots__ = ("before", "name", "own", "uses", "wrap")
 
-    def __init__(self, owner: nn.Module, name: str, wrap: Callable[..., Any]) -> None:
+    def __init__(
+        self, owner: nn.Module, part: Site, make: Callable[[str, Callable[..., Any]], Any]
+    ) -> None:
+        module, self.name = part
         self.uses = 0
-        self.own = vars(owner)  # `nn.Module.__setattr__` would first ask what kind of thing this is
-        self.name, self.wrap = name, wrap
-        self.before = self.own.get(name)  # None: only the class has it
-        wrap.watches = self.before or getattr(owner, name)  # type: ignore[attr-defined]  # for `is_plain`
-        self.own[name] = wrap
+        self.own = own = vars(owner)  # `__setattr__` would first ask what kind of thing this is
+        self.before = own.get(self.name)  # None: only the class has it
+        plain = self.before or getattr(owner, self.name)
+        self.wrap = own[self.name] = make(module, plain)
+        self.wrap.watches = plain  # for `is_plain`
 
     def remove(self) -> None:
         """Bring back what was hidden."""
@@ -357,9 +354,14 @@ class _Cover:
 
 def module_at(model: nn.Module, name: str) -> nn.Module:
     """`model.get_submodule(name)`, several times faster."""
-    for part in name.split("."):
-        model = cast(nn.Module, model._modules[part])
+    for part in _path(name):
+        model = model._modules[part]  # type: ignore[assignment]  # a KeyError if there is none
     return model
+
+
+@cache
+def _path(name: str) -> tuple[str, ...]:
+    return tuple(name.split("."))
 
 
 def each_head(x: Tensor, heads: int) -> Tensor:
@@ -377,9 +379,9 @@ def head_results(c_proj: nn.Module, z: Tensor, heads: int) -> Tensor:
     return torch.einsum("bthd,chd->bthc", z, weight.view(len(weight), heads, -1))
 
 
-def attention_of(model: GPT, layer: int) -> MultiQueryAttention:
-    """A layer's attention module."""
-    return cast(Block, model.transformer.h[layer]).attn
+def attention_of(model: GPT, layer: int | None) -> MultiQueryAttention | None:
+    """A layer's attention module; None for what is in no layer."""
+    return None if layer is None else cast(Block, model.transformer.h[layer]).attn
 
 
 def part_of(part: str, x: Tensor, attn: MultiQueryAttention | None) -> Tensor:

@@ -136,6 +136,13 @@ def test_values_are_taken_at_absolute_positions(model: GPT, ids: torch.Tensor) -
     assert error(torch.cat(parts, 1), whole) < 1e-4
 
 
+def test_an_empty_list_of_edits_changes_nothing(model: GPT, ids: torch.Tensor) -> None:
+    plain = model(ids)
+    for name in ("transformer.h.1", "transformer.h.1.resid_mid", "transformer.h.1.attn.q"):
+        with patch(model, {name: []}):
+            assert torch.equal(model(ids), plain)
+
+
 def test_a_recording_of_one_position_is_not_spread_over_all(model: GPT, ids: torch.Tensor) -> None:
     first = torch.randn(2, 1, CONFIG.n_embd)
     expected = recorded(model, ids, NAME)
