@@ -15,8 +15,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Fixtures for every module. After the lines above, since it imports the kernels.
-pytest_plugins = ["tests.fake_cuda"]
+# For every module. After the lines above, since they import Triton.
+pytest_plugins = ["tests.fake_cuda", "tests.fast_interpreter"]
 
 # One thread is fastest for models this small, and lets pytest-xdist use the other cores.
 torch.set_num_threads(1)
