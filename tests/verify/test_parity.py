@@ -171,12 +171,16 @@ def test_float32_greedy_tokens_of_a_ragged_batch_are_those_of_transformers(
             break
     else:
         pytest.fail(f"{ATTEMPTS} random batches all have a near tie that rounding may decide")
-    for model in (our_model(reference, config, backend) for backend in (*BACKENDS, "auto")):
+    backends = (*BACKENDS, "auto")
+    for backend in backends:
+        model = our_model(reference, config, backend)
         ids, logits = our_greedy(model, prompts, NEW_TOKENS)
         assert ids.tolist() == expected_ids.tolist()
         assert relative_error(logits, expected) <= TOLERANCE
-        for way, rows in loops(model, prompts).items():
-            assert rows == expected_ids.tolist(), way
+        # The ways of the engine take most of the time. Each backend meets every kind in turn.
+        if backend == backends[seed // 3 % 3]:
+            for way, rows in loops(model, prompts).items():
+                assert rows == expected_ids.tolist(), way
 
 
 def loops(model: GPT, prompts: list[list[int]]) -> dict[str, list[list[int]]]:
