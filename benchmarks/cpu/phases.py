@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from types import FunctionType
 from typing import Any
 from unittest.mock import patch
@@ -24,7 +25,7 @@ from mqa_kernels.cpu import program
 from mqa_kernels.cpu.simd import at, kernel, pointer
 
 PHASES = ("embed", "norms", "linear", "append", "attention")  # functions that `forward` calls
-INTEGERS = np.empty(0, np.int64)
+INTEGERS, INTS = np.empty(0, np.int64), np.empty(0, np.intc)
 
 # The parts in the order of their phases.
 BLOCK = (
@@ -53,13 +54,8 @@ def timed_forward(layers: int, *, of_process: bool = False) -> Iterator[dict[str
     """
     if not hasattr(time, "clock_gettime") or sys.platform == "win32":
         raise InputError("this system has no clock_gettime, by which phases are timed")
-    # Seconds and nanoseconds at the start and after each phase, which has a number.
-    stamps = np.zeros((1 + program.PHASES * layers + 3, 2), np.int64)
-    which = time.CLOCK_PROCESS_CPUTIME_ID if of_process else time.CLOCK_MONOTONIC
-    read_clock = _clock(stamps, which)
-    names = {name: _timed(getattr(forward_module, name), read_clock) for name in PHASES}
-    plain = forward_module.forward
-    compiled = kernel(FunctionType(plain.__code__, vars(forward_module) | names, "forward"))
+    compiled, which, stamps = _compiled(layers)
+    which[:] = time.CLOCK_PROCESS_CPUTIME_ID if of_process else time.CLOCK_MONOTONIC
 
     seconds: dict[str, float] = defaultdict(float)
     call = program.Program.__call__
@@ -80,7 +76,20 @@ def timed_forward(layers: int, *, of_process: bool = False) -> Iterator[dict[str
         yield seconds
 
 
-def _clock(stamps: np.ndarray, which: int) -> Any:
+@cache
+def _compiled(layers: int) -> tuple[Any, np.ndarray, np.ndarray]:
+    """The pass with a clock in it; which clock (1,); and its stamps, seconds and nanoseconds at the
+    start and after each phase, which has a number."""
+    which = np.zeros(1, np.intc)
+    stamps = np.zeros((1 + program.PHASES * layers + 3, 2), np.int64)
+    read_clock = _clock(which, stamps)
+    names = {name: _timed(getattr(forward_module, name), read_clock) for name in PHASES}
+    plain = forward_module.forward
+    timed = FunctionType(plain.__code__, vars(forward_module) | names, "forward")
+    return kernel(timed), which, stamps
+
+
+def _clock(which: np.ndarray, stamps: np.ndarray) -> Any:
     """A compiled function of a phase's number that writes the time to its row of `stamps`.
 
     The first thread to leave a phase does so. One that the system started late runs through the
@@ -88,12 +97,12 @@ def _clock(stamps: np.ndarray, which: int) -> Any:
     """
     gettime = ctypes.CDLL(None).clock_gettime
     gettime.argtypes, gettime.restype = [ctypes.c_int, ctypes.POINTER(ctypes.c_int64)], ctypes.c_int
-    address = stamps.ctypes.data
+    clock, address = which.ctypes.data, stamps.ctypes.data
 
     def read_clock(phase):  # type: ignore[no-untyped-def]
         stamp = at(pointer(address, INTEGERS), 2 * phase)
         if stamp[1] == 0:
-            gettime(which, stamp)
+            gettime(pointer(clock, INTS)[0], stamp)
 
     return kernel(read_clock)
 
