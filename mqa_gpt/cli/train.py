@@ -17,8 +17,6 @@ from typer.core import TyperGroup
 from mqa_gpt.cli.options import Json
 from mqa_gpt.cli.output import BAD_INPUT, note, print_json, write
 from mqa_gpt.errors import ConfigError, InputError
-from mqa_gpt.training.config import located, read_run_config, settings_text
-from mqa_gpt.training.toml_file import TomlError, read_toml
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 
@@ -110,6 +108,7 @@ def run(
       mqa-gpt train configs/overfit.toml --out run --set run.steps=100 --resume
       mqa-gpt train configs/overfit.toml --out longer --set run.steps=200 --from run
     """
+    from mqa_gpt.training.config import read_run_config, settings_text
     from mqa_gpt.training.parallel import FirstRankError
     from mqa_gpt.training.plan import plan_run
     from mqa_gpt.training.run import MODEL_FOLDER
@@ -172,6 +171,9 @@ def run(
 @contextmanager
 def _located(config: Path, settings: list[str] | None) -> Iterator[None]:
     """An error about a setting names the file and the line of it, or the option."""
+    from mqa_gpt.training.config import located
+    from mqa_gpt.training.toml_file import TomlError, read_toml
+
     try:
         yield
     except TomlError:  # has its place already, maybe in the config of another run
