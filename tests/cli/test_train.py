@@ -164,23 +164,26 @@ def test_a_run_is_continued_from_another_with_another_length(config: str, tmp_pa
     assert both.startswith("--resume continues this run and --from another one")
 
 
+LONG = ["--set", "run.steps=150", "--set", "run.save_every=0", "--set", "run.evaluate_every=0"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(config: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A long run that nothing has interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert invoke("train", config, "--device", "cpu", *LONG, "--out", str(out)).exit_code == 0
+    return out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_with_its_exit_status_and_the_run_can_go_on(
-    number: signal.Signals, status: int, config: str, tmp_path: Path
+    number: signal.Signals, status: int, config: str, whole_run: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "mqa_gpt", "train", config, "--device", "cpu"]
-    command += [
-        "--set",
-        "run.steps=300",
-        "--set",
-        "run.save_every=0",
-        "--set",
-        "run.evaluate_every=0",
-    ]
-    run = [*command, "--out", str(tmp_path / "run")]
+    arguments = ["train", config, "--device", "cpu", *LONG, "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "mqa_gpt", *arguments]
     variables = environment() | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(run, env=variables, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(command, env=variables, stderr=subprocess.PIPE) as process:
         log = tmp_path / "run/log.jsonl"
         deadline = time.monotonic() + 120
         while not (log.exists() and '"train"' in log.read_text()):
@@ -190,6 +193,5 @@ def test_a_signal_ends_a_run_with_its_exit_status_and_the_run_can_go_on(
         _, said = process.communicate(timeout=120)
     assert process.returncode == status
     assert (b"SIGTERM; --resume continues" in said) == (number == signal.SIGTERM)
-    for out, more in ((tmp_path / "run", ["--resume"]), (tmp_path / "whole", [])):
-        subprocess.run([*command, "--out", str(out), *more], env=variables, check=True)
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert invoke(*arguments, "--resume").exit_code == 0
+    assert_same_run(tmp_path / "run", whole_run)
