@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache as once
 from pathlib import Path
-from threading import Lock
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from numba import config, njit
-from numba.core.caching import FunctionCache
+from numba import njit
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCacheLocator
 from torch import Tensor
 
 from mqa_kernels.cpu import attention, linear, rows
@@ -39,7 +38,6 @@ _DTYPES = {
 }
 
 _TEAM = Team()
-_LOCK = Lock()  # of numba's `config`
 
 Tensors = Sequence[Tensor | None]
 
@@ -174,14 +172,33 @@ def _aligned(size: int) -> int:
     return -(-size // 16) * 16
 
 
+class _Locator(InTreeCacheLocator):
+    """Where compiled code is kept: for all checkouts together, since the folder's name covers the
+    sources."""
+
+    def get_cache_path(self) -> str:
+        return str(cache_folder())
+
+    def get_source_stamp(self) -> str:
+        return ""
+
+
+class _Files(CompileResultCacheImpl):
+    _locator_classes: ClassVar = [_Locator]
+
+
 class _Cache(FunctionCache):
     """Compiled code on disk, which is used where it can be read and written."""
 
+    _impl_class = _Files
+
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            found = super().load_overload(sig, target_context)
         except Exception:  # damaged, or written by something else
             return None
+        # Two processes that save at once may choose the same file name.
+        return found if found is not None and found.signature.args == sig else None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         with suppress(OSError):  # such as a full disk
@@ -197,15 +214,10 @@ class _Cache(FunctionCache):
 @once
 def _compiled() -> Any:
     dispatcher = njit(nogil=True, error_model="numpy")(forward)
-    with suppress(RuntimeError), _LOCK:  # no home, nowhere to write: each process compiles again
-        own, theirs = cache_folder(), config.CACHE_DIR
-        config.CACHE_DIR = str(own)
-        try:
-            cache = _Cache(forward)
-        finally:
-            config.CACHE_DIR = theirs
-        # Where numba cannot write to it, it may choose a folder whose name covers less.
-        if Path(cache.cache_path).is_relative_to(own):
+    with suppress(RuntimeError):  # no home, nowhere to write: each process compiles again
+        own, cache = cache_folder(), _Cache(forward)
+        # A variable of numba's may choose another folder, whose name covers less.
+        if cache.cache_path == str(own):
             dispatcher._cache = cache
             keep_used(own)
     return dispatcher
@@ -228,7 +240,7 @@ def keep_used(own: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where compiled code is kept. numba looks at one file for changes; the name covers all."""
+    """Where compiled code is kept. The name changes with the code of this package."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
