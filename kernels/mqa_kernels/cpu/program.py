@@ -226,8 +226,8 @@ def _compiled() -> Any:
 def keep_used(own: Path) -> None:
     """Note that a folder of compiled code is used, and remove those that long have not been.
 
-    Each version of the kernels has a folder of its own, and so have other checkouts. A process that
-    loses its folder compiles again; it never sees half of one, since a folder is renamed first.
+    Each version of the kernels has a folder of its own. A process that loses its folder compiles
+    again; it never sees half of one, since a folder is renamed first.
     """
     with suppress(OSError):
         os.utime(own)
