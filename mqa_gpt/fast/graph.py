@@ -67,8 +67,13 @@ class Replay:
         # has a pool of memory of its own; one that is shared must not lose its last graph.
         recording = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
         # A recording that fails does not give back the stream, so that is done around it.
-        with torch.cuda.stream(torch.cuda.current_stream()), recording:
-            self._action()
+        try:
+            with torch.cuda.stream(torch.cuda.current_stream()), recording:
+                self._action()
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError):  # whose memory is needed
+                UNFINISHED.append(graph)
+            raise
         return graph
 
 
@@ -154,6 +159,10 @@ class RecordingStreams(threading.local):
 
 
 RECORDING_STREAMS = RecordingStreams()
+
+# Graphs whose recording failed. Where CUDA refuses to end it, PyTorch up to 2.11 goes on asking the
+# graph, alive or not, at every allocation whether that belongs to it (pytorch #180395).
+UNFINISHED: list[Any] = []
 
 # PyTorch allows one recording at a time in a process. First runs take turns with it, because
 # PyTorch has few streams: after 32 it hands out the first one again.

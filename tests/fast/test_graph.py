@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Thread
@@ -103,6 +105,31 @@ def test_an_error_that_remains_without_overlap_is_raised(cuda, overlapping):
         pytest.raises(RuntimeError, match="illegal address"),
     ):
         Replay(action, DEVICE)()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_kept"),
+    [(RuntimeError("CUDA error: invalidated"), True), (torch.OutOfMemoryError("CUDA"), False)],
+)
+def test_a_graph_whose_recording_fails_outlives_its_replay(cuda, error, is_kept, monkeypatch):
+    """Unless its memory is needed."""
+    monkeypatch.setenv("MQA_KERNELS_PDL", "0")
+    monkeypatch.setattr(graph, "UNFINISHED", [])
+    actions = iter([None, error])
+
+    def action() -> None:
+        if (problem := next(actions)) is not None:
+            raise problem
+
+    replay = Replay(action, DEVICE)
+    replay()
+    with pytest.raises(type(error)):
+        replay()
+    failed = weakref.ref(TapedGraph.made.pop())
+    error.__traceback__ = None
+    del replay
+    gc.collect()
+    assert (failed() is not None) == is_kept
 
 
 def in_a_thread(action: Callable[[], Any]) -> Any:
