@@ -25,7 +25,7 @@ from mqa_gpt import GPT, GPTConfig, KVCache
 from mqa_gpt.fast.decode_step import StaticCache
 from mqa_gpt.fast.fused_step import fused_argmax, fused_hidden, fused_logits
 from mqa_gpt.fast.int8 import quantize
-from mqa_kernels import attention, launch
+from mqa_kernels import attention, launch, reference
 
 Row = dict[str, Any]
 Action = Callable[[], Any]
@@ -200,7 +200,8 @@ def check_attention(device: torch.device, case: Case, dtype: torch.dtype) -> Row
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     out, lse = attention(*leaves, start, lengths=lengths, left_padding=left, return_lse=True)
     gradients = torch.autograd.grad(out, leaves, do)
-    mask = visible(device, case)[-3:]  # of many rows the last three are judged
+    # Of many rows the last three are judged.
+    mask = reference.visible_slots(q, k, start, lengths, left)[-3:]
     plain, wide, exact = (
         plain_attention([x[-3:].nan_to_num(0.0).to(other) for x in (q, k, v, do)], mask)
         for other in (dtype, torch.float32, torch.float64)
@@ -238,34 +239,16 @@ def inputs(device: torch.device, case: Case, dtype: torch.dtype) -> tuple[Tensor
     return q, k, v, do
 
 
-def visible(device: torch.device, case: Case) -> Tensor:
-    """(B, T, S) bool: which slots each query sees."""
-    B, T, S = len(case.start), case.T, case.S
-    start, lengths, left = (
-        torch.tensor(x, device=device)[:, None, None]
-        for x in (case.start, case.lengths or (T,) * B, case.left_padding or (0,) * B)
-    )
-    t, s = torch.arange(T, device=device)[:, None], torch.arange(S, device=device)
-    return (s <= start + t) & (s >= left) & (t < lengths)
-
-
 def plain_attention(tensors: list[Tensor], mask: Tensor) -> dict[str, Tensor]:
-    """Attention step by step in the dtype of q, k, v and dO, with a softmax of float32 at least.
+    """Plain PyTorch's attention and gradients in the dtype of q, k, v and dO.
 
     A query that sees nothing has 0 for "out" and "lse".
     """
-    q, k, v = leaves = [x.detach().requires_grad_() for x in tensors[:3]]
-    B, T, H, D = q.shape
-    G = k.shape[2]
-    hidden = ~mask[:, None, None]  # (B, 1, 1, T, S)
-    scores = torch.einsum("btghd,bsgd->bghts", q.reshape(B, T, G, H // G, D), k) * D**-0.5
-    # Not -inf: a row of nothing else has no softmax. Its probabilities are set to 0 below.
-    scores = scores.masked_fill(hidden, torch.finfo(q.dtype).min)
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
-    probabilities = scores.softmax(-1).masked_fill(hidden, 0.0).to(q.dtype)
-    out = torch.einsum("bghts,bsgd->btghd", probabilities, v).reshape(B, T, H, D)
+    leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+    scale = leaves[0].shape[-1] ** -0.5
+    out = reference.attention(*leaves, mask, scale)
     gradients = torch.autograd.grad(out, leaves, tensors[3])
-    lse = scores.detach().logsumexp(-1).flatten(1, 2).transpose(1, 2)  # (B, T, H)
+    lse = reference.log_sum_exp(*tensors[:2], mask, scale)  # (B, T, H)
     lse = lse.where(mask.any(-1)[..., None], 0.0)
     names = ("out", "lse", "dq", "dk", "dv")
     return dict(zip(names, (out.detach(), lse, *gradients), strict=True))

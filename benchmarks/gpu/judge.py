@@ -75,11 +75,8 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
 
     q (B, T, H, D); k, v (B, S, G, D); returns (B, T, H, D).
     """
-    B, T, H, D = q.shape
-    S, G = k.shape[1], k.shape[2]
-    probabilities = reference.scores_of(q, k, start, D**-0.5).softmax(-1)  # (B, T, H, S)
-    grouped = probabilities.view(B, T, G, H // G, S)
-    return torch.einsum("btgrs,bsgd->btgrd", grouped, v).reshape(B, T, H, D)
+    visible = reference.visible_slots(q, k, start)
+    return reference.attention(q, k, v, visible, q.shape[-1] ** -0.5)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The kernels' formulas in plain PyTorch: slow, obvious, and what the tests compare with.
 
-Attention itself has its reference in `mqa_gpt.attention`. Everything is computed in the arguments'
-dtype, so float64 arguments give a float64 answer. Dimensions as in `forward.py`.
+Everything is computed in the arguments' dtype, except softmax, which is float32 at least. So
+float64 arguments give a float64 answer. Dimensions as in `forward.py`.
 """
 
 from __future__ import annotations
@@ -11,20 +11,61 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def scores_of(q: Tensor, k: Tensor, start: int | Tensor, scale: float) -> Tensor:
-    """Scaled scores (B, T, H, S) of q (B, T, H, D) and k (B, S, G, D); -inf where masked."""
+def visible_slots(
+    q: Tensor,
+    k: Tensor,
+    start: int | Tensor = 0,
+    lengths: Tensor | None = None,
+    left_padding: Tensor | None = None,
+) -> Tensor:
+    """(B, T, S) bool: which slots of k (B, S, G, D) each query of q (B, T, H, D) sees.
+
+    Arguments as of `attention` in `ops.py`.
+    """
+    B, T, S = *q.shape[:2], k.shape[1]
+    start, lengths, left = (
+        torch.as_tensor(default if x is None else x, device=q.device).expand(B)[:, None, None]
+        for x, default in ((start, 0), (lengths, T), (left_padding, 0))
+    )  # (B, 1, 1)
+    t, s = torch.arange(T, device=q.device)[:, None], torch.arange(S, device=q.device)
+    return (s <= start + t) & (s >= left) & (t < lengths)
+
+
+def scores_of(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """Scaled scores (B, T, H, S) of q (B, T, H, D) and k (B, S, G, D), -inf where not `visible`
+    (B, T, S); the product in their dtype, then float32 at least."""
     B, T, H, D = q.shape
     S, G = k.shape[1], k.shape[2]
     scores = torch.einsum("btghd,bsgd->btghs", q.reshape(B, T, G, H // G, D), k) * scale
-    starts = torch.as_tensor(start, device=q.device).expand(B)
-    positions = starts[:, None] + torch.arange(T, device=q.device)  # (B, T)
-    hidden = torch.arange(S, device=q.device) > positions[:, :, None]  # (B, T, S)
-    return scores.reshape(B, T, H, S).masked_fill(hidden[:, :, None], float("-inf"))
+    scores = scores.reshape(B, T, H, S).masked_fill(~visible[:, :, None], float("-inf"))
+    return scores.to(torch.promote_types(q.dtype, torch.float32))
 
 
-def log_sum_exp(q: Tensor, k: Tensor, start: int | Tensor, scale: float) -> Tensor:
+def log_sum_exp(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
     """The natural log-sum-exp of each query's scores, (B, T, H)."""
-    return scores_of(q, k, start, scale).logsumexp(-1)
+    return scores_of(q, k, visible, scale).logsumexp(-1)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    scale: float,
+    factors: Tensor | float = 1.0,
+) -> Tensor:
+    """softmax(scale q k^T) v: (B, T, H, D). A query that sees nothing gets zeros.
+
+    Args:
+        visible: as `visible_slots` returns.
+        factors: of the probabilities (B, T, H, S). Dropout's are 0 and 1 / (1 - p).
+    """
+    B, T, H, D = q.shape
+    S, G = k.shape[1], k.shape[2]
+    probabilities = scores_of(q, k, visible, scale).softmax(-1) * factors
+    probabilities = probabilities.where(visible.any(-1)[:, :, None, None], 0.0).to(q.dtype)
+    grouped = probabilities.view(B, T, G, H // G, S)
+    return torch.einsum("btghs,bsgd->btghd", grouped, v).reshape(B, T, H, D)
 
 
 def attention_backward(
@@ -36,7 +77,7 @@ def attention_backward(
     """
     B, T, H, D = q.shape
     S, G = k.shape[1], k.shape[2]
-    scores = scores_of(q, k, start, scale)  # (B, T, H, S)
+    scores = scores_of(q, k, visible_slots(q, k, start), scale)  # (B, T, H, S)
     P = (scores - scores.logsumexp(-1, keepdim=True)).exp().view(B, T, G, H // G, S)
     q, do = (x.reshape(B, T, G, H // G, D) for x in (q, do))
     dP = torch.einsum("btghd,bsgd->btghs", do, v)

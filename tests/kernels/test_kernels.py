@@ -55,11 +55,9 @@ def without_nan(*tensors):
 
 
 def exact_attention(q, k, v, start, scale):
-    """Attention in float64 throughout (the reference's softmax is float32)."""
+    """Attention in float64 throughout (the model's softmax is float32)."""
     q, k, v = q.double(), k.double(), v.double()
-    values = v.repeat_interleave(q.shape[2] // v.shape[2], dim=2)  # (B, S, H, D)
-    probabilities = reference.scores_of(q, k, start, scale).softmax(-1)  # (B, T, H, S)
-    return torch.einsum("bths,bshd->bthd", probabilities, values)
+    return reference.attention(q, k, v, reference.visible_slots(q, k, start), scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -72,7 +70,8 @@ def test_forward_is_as_accurate_as_plain_pytorch(shape, dtype):
     k, v = without_nan(k, v)
     plain = reference_attention(q, k, v, start, scale)
     assert_as_accurate(out, plain, exact_attention(q, k, v, start, scale))
-    exact_lse = reference.log_sum_exp(q.double(), k.double(), start, scale)
+    visible = reference.visible_slots(q, k, start)
+    exact_lse = reference.log_sum_exp(q.double(), k.double(), visible, scale)
     torch.testing.assert_close(lse.double(), exact_lse, atol=1e-5, rtol=1e-5)
 
 
@@ -335,9 +334,7 @@ class TestDropout:
         do = torch.randn_like(q)
 
         def exact(q, k, v):
-            probabilities = reference.scores_of(q, k, 0, 0.25).softmax(-1) * kept / 0.6
-            values = v.repeat_interleave(2, dim=2)  # (B, S, H, D)
-            return torch.einsum("bths,bshd->bthd", probabilities, values)
+            return reference.attention(q, k, v, reference.visible_slots(q, k), 0.25, kept / 0.6)
 
         ours = gradients(lambda *x: attention(*x, 0, 0.25, 0.4, seed=seed), q, k, v, do)
         wide = gradients(exact, q.double(), k.double(), v.double(), do.double())

@@ -156,25 +156,6 @@ def argmax(
 # --- attention ---------------------------------------------------------------------------------
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, kept: Tensor | None, p: float
-) -> Tensor:
-    """Plain attention (B, T, H, D) in q's dtype, softmax in at least float32.
-
-    visible (B, T, S): which slots a query sees; kept (B, T, H, S): which probabilities dropout
-    keeps. A query that sees nothing gets zeros.
-    """
-    heads = q.shape[2] // k.shape[2]
-    k, v = (x.repeat_interleave(heads, 2) for x in (k, v))
-    scores = torch.einsum("bthd,bshd->bths", q, k) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~visible[:, :, None], float("-inf"))
-    softmax = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
-    softmax = torch.where(visible.any(-1)[:, :, None, None], softmax, 0)
-    if kept is not None:
-        softmax = torch.where(kept, softmax / (1 - p), 0)
-    return torch.einsum("bths,bshd->bthd", softmax.to(q.dtype), v)
-
-
 def philox(seed: int, counters: list[np.ndarray]) -> np.ndarray:
     """First 32 bits of Philox 4x32-10 (Salmon et al. 2011, section 3)."""
     low = np.uint64(0xFFFFFFFF)
@@ -227,16 +208,17 @@ def attention_case(
     if backward:
         ours += torch.autograd.grad(out, leaves, do)
 
-    slots, tokens = torch.arange(S), torch.arange(T)
-    visible = slots <= torch.tensor(start)[:, None, None] + tokens[:, None]  # (B, T, S)
-    visible &= (tokens < torch.tensor(new)[:, None])[:, :, None]
-    visible &= slots >= torch.tensor(left or [0] * B)[:, None, None]
-    kept = kept_by_dropout(int(seed), p, B, T, H, S, left or [0] * B) if seed is not None else None
+    visible = reference.visible_slots(
+        q, k, torch.tensor(start), torch.tensor(new), torch.tensor(left or [0] * B)
+    )
+    factors: Tensor | float = 1.0
+    if seed is not None:
+        factors = kept_by_dropout(int(seed), p, B, T, H, S, left or [0] * B) / (1 - p)
     inputs = [x.nan_to_num(0.0) for x in (q, k, v)]
 
     def answers(dtype: torch.dtype) -> list[Tensor]:
         leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
-        out = attend(*leaves, visible, kept, p)
+        out = reference.attention(*leaves, visible, D**-0.5, factors)
         return [out.detach(), *torch.autograd.grad(out, leaves, do.to(dtype))]
 
     exact = answers(torch.float64)

@@ -14,7 +14,7 @@ import gpu_kernels
 from gpu_kernels import CASES, TINY, Case, Twins, check_attention, plain_attention, verdict
 
 from mqa_gpt.config import PRESETS, GPTConfig
-from mqa_kernels import attention, launch
+from mqa_kernels import attention, launch, reference
 from tests.scripts.marks import WITHOUT_GPU
 
 CPU = torch.device("cpu")
@@ -26,7 +26,8 @@ def test_the_reference_is_scaled_dot_product_attention_with_a_mask():
     torch.manual_seed(0)
     q, do = torch.randn(2, 2, 5, 4, 8, dtype=torch.float64)
     k, v = torch.randn(2, 2, 9, 2, 8, dtype=torch.float64)
-    mask = gpu_kernels.visible(CPU, Case(5, 9, 4, 2, 8, (0, 4), (5, 4), (2, 0)))
+    start, lengths, left = (torch.tensor(x) for x in ((0, 4), (5, 4), (2, 0)))
+    mask = reference.visible_slots(q, k, start, lengths, left)
     found = plain_attention([q, k, v, do], mask)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     heads_first = [x.transpose(1, 2) for x in leaves]
