@@ -5,9 +5,9 @@
     TRITON_PTXAS_PATH=PATH python scripts/check_kernels.py --arch 90    # PATH: another ptxas
 
 Prints each kernel's shared memory, registers, resident blocks and tensor-core instructions. Fails
-where a kernel does not compile, spills, exceeds shared memory, multiplies 16-bit numbers without
-tensor cores, serializes their instructions, overwrites a register that one of them still reads, or
-(programmatic dependent launch) touches its predecessor's output before it waits.
+where a kernel does not compile, spills in a loop, exceeds shared memory, multiplies 16-bit numbers
+without tensor cores, serializes their instructions, overwrites a register that one of them still
+reads, or (programmatic dependent launch) touches its predecessor's output before it waits.
 
 Also shown, as it decides about the speed: how many groups of loads a loop leaves in flight where it
 waits for the oldest, and how many of its exponentials run while tensor cores multiply.
@@ -43,6 +43,7 @@ from sass import (
     parameter_names,
     parse,
     race_with_predecessor,
+    repeated_spills,
 )
 from tqdm import tqdm  # type: ignore[import-untyped]
 from triton import knobs
@@ -65,6 +66,7 @@ class Usage(NamedTuple):
     tensor_memory: int = 0  # columns
     registers: int = 0  # per thread
     spilled: int = 0  # bytes per thread
+    repeated_spills: int = 0  # loads and stores of them in loops
     blocks: int = 0  # resident on a multiprocessor
     tensor_cores: str = ""  # instructions
     serialized: bool = False  # wgmma instructions wait for each other
@@ -101,10 +103,11 @@ def main() -> int:
     if options.json:
         write_json(options.json, rows)
     problems = sum(bool(verdict(case, usage)) for case, usage in rows)
+    spills = sum(bool(usage.spilled) for _, usage in rows)
     assembler = ptxas_version(knobs.nvidia.ptxas.path)  # of GPUs before sm_100
     print(
         f"Triton {triton.__version__}, ptxas {assembler}: {len(rows)} kernels, "
-        f"{problems} with a problem"
+        f"{spills} spill, {problems} with a problem"
     )
     return 1 if problems else 0
 
@@ -136,6 +139,7 @@ def examine(case: Case, launch: Launch) -> Usage:
         tensor_memory=tensor_memory,
         registers=registers,
         spilled=spilled,
+        repeated_spills=repeated_spills(code),
         blocks=blocks_that_fit(case.arch, metadata.num_warps, registers, shared, tensor_memory),
         tensor_cores=", ".join(sorted(set(products))),
         serialized="wgmma.mma_async" in products and is_serialized(ptx),
@@ -203,8 +207,8 @@ def verdict(case: Case, usage: Usage) -> str:
         return usage.error
     limit = SHARED[case.arch]
     problems = []
-    if usage.spilled:
-        problems.append(f"{usage.spilled} bytes spilled")
+    if usage.repeated_spills:
+        problems.append(f"{usage.spilled} bytes spilled, {usage.repeated_spills} accesses in loops")
     if usage.shared > limit:
         problems.append(f"{usage.shared} bytes of shared memory of {limit}")
     if usage.tensor_memory > TENSOR_MEMORY:
@@ -216,6 +220,11 @@ def verdict(case: Case, usage: Usage) -> str:
         problems.append("wgmma instructions wait for each other")
     problems += filter(None, (usage.overwritten, usage.race))
     return "; ".join(problems)
+
+
+def with_spills(usage: Usage) -> str:
+    """Registers per thread, and the bytes that are spilled."""
+    return f"{usage.registers}{f' + {usage.spilled} bytes' if usage.spilled else ''}"
 
 
 def in_flight(usage: Usage) -> str:
@@ -232,10 +241,11 @@ def print_table(rows: list[tuple[Case, Usage]]) -> None:
     for case, usage in rows:
         table.add_row(
             f"sm_{case.arch}", case.dtype, str(case.D), str(case.H), str(case.G), case.call,
-            usage.kernel, usage.tiles, f"{usage.shared:,}", str(usage.registers), str(usage.blocks),
+            usage.kernel, usage.tiles, f"{usage.shared:,}", with_spills(usage), str(usage.blocks),
             usage.tensor_cores, in_flight(usage), usage.exponentials, verdict(case, usage),
         )  # fmt: skip
     Console(width=210).print(table)
+    print("registers + bytes: spilled around loops; in a loop it is a problem")
     print("in flight: groups of loads that a loop does not wait for; !: none, and one block fits")
     print("EX2: exponentials in loops that run while tensor cores multiply, of all")
 
@@ -255,8 +265,9 @@ def write_json(path: Path, rows: list[tuple[Case, Usage]]) -> None:
     head = {
         "question": "What does every kernel need of a GPU, in every configuration that is shipped?",
         "units": "bytes of shared memory and columns of tensor memory per block; registers and "
-        "bytes spilled per thread; blocks that fit on a multiprocessor; groups of copies that a "
-        "loop leaves in flight; exponentials in loops, and how many run while products do",
+        "bytes spilled per thread, and their accesses in loops; blocks that fit on a "
+        "multiprocessor; groups of copies that a loop leaves in flight; exponentials in loops, "
+        "and how many run while products do",
         "runs": old["runs"] | {version: run},
     }
     kernels = [row for row in old["kernels"] if row["triton"] != version]

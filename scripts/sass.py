@@ -240,6 +240,16 @@ def copies_in_flight(code: list[Instruction]) -> int | None:
     return min(waits, default=None)
 
 
+def repeated_spills(code: list[Instruction]) -> int:
+    """How many instructions in loops load or store spilled registers; in all, if nothing loops.
+
+    Around a loop, a spill is one store and one load of a register that the loop does not need.
+    """
+    accesses = {i for i, one in enumerate(code) if re.match(r"(LDL|STL)\b", one.name)}
+    inside = set().union(*loops(code)) or accesses
+    return len(accesses & inside)
+
+
 def parameter_names(signature: Mapping[str, str], architecture: int) -> dict[int, str]:
     """Names of a kernel's pointer arguments by where they are in constant bank 0.
 

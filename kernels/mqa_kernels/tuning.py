@@ -1,7 +1,8 @@
 """Tile sizes and launch settings, by shape and dtype.
 
 `make check-kernels` compiles them for every supported GPU and verifies that none spills registers
-or exceeds shared memory. Which of those that fit is the fastest has not been measured on a GPU.
+in a loop or exceeds shared memory. Which of those that fit is the fastest has not been measured on
+a GPU.
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ def linear_tiles(
     - BLOCK_N is the least whose `stream_cost` is within 5% of the best. It is at most 32 for one
       row, and where K is below 1024 or the weights are int8: with 64, some compiler versions spill.
       K is not split across programs, because combining would need another kernel.
-    - One row with K up to 2048 is a single step of 16 outputs, all of it in flight at once.
+    - One row with K up to 2048 is a single step of 16 outputs, all of it in flight at once. Beyond,
+      BLOCK_K is half as large for 32 outputs as for 16: the same would take 160 registers.
     - Two programs fit on a multiprocessor with 128 registers. Without the explicit limit the
       compiler takes more for some, and spills in others to make room for a third. With it, it
       spills where there are more than 512 sums.
@@ -161,7 +163,7 @@ def linear_tiles(
     if dtype == torch.float32:  # no tensor cores: a thread holds a whole BLOCK_K of its rows
         BLOCK_K = {1: 64, 8: 32, 16: 16}[ROWS] if int8 else 32 if rows == 1 else 16
     elif rows == 1:
-        BLOCK_K = (256 if K <= 2048 else 128) * 128 // (SPLIT_K * BLOCK_N)
+        BLOCK_K = 256 if K <= 2048 else 2048 // BLOCK_N
     elif int8:
         BLOCK_K = min(2048 // BLOCK_N, triton.next_power_of_2(triton.cdiv(K, 4 * SPLIT_K)))
     else:

@@ -21,6 +21,7 @@ from sass import (
     parse,
     products_in_flight,
     race_with_predecessor,
+    repeated_spills,
     successors,
     written,
 )
@@ -229,6 +230,15 @@ def test_the_copies_in_flight_are_those_that_the_strictest_wait_of_a_loop_allows
     assert copies_in_flight(assemble(loop(one, WAIT_ALL))) == 1  # that is for products
     assert copies_in_flight(assemble(loop("DEPBAR.LE SB0, 0x0"))) == 0
     assert copies_in_flight(assemble("top: LDG.E R0, desc[UR4][R2.64]\n@P0 BRA top\nEXIT")) is None
+
+
+def test_spills_are_repeated_in_loops_and_not_around_them():
+    def kernel(inside: str, end: str = "@P0 BRA top") -> list[Instruction]:
+        return assemble(f"STL.64 [R1], R2\ntop: MOV R4, R5\n{inside}\n{end}\nLDL.LU R2, [R1]\nEXIT")
+
+    assert repeated_spills(kernel("MOV R6, R7")) == 0
+    assert repeated_spills(kernel("LDL R6, [R1]\nSTL [R1+0x4], R6")) == 2
+    assert repeated_spills(kernel("LDL R6, [R1]", end="NOP")) == 3  # nothing loops
 
 
 SIGNATURE = {
