@@ -13,7 +13,6 @@ import triton
 
 from tests.ptx import mutations
 from tests.ptx.matrix import Case, case
-from tests.ptx.mutations import MUTATIONS
 
 EVERYTHING = os.environ.get("MQA_GPT_PTX") == "all"
 
@@ -26,88 +25,150 @@ pytestmark = [
 
 
 class Broken(NamedTuple):
-    """A kernel, the cases that run it, and what may be deleted from it unnoticed, and why.
+    """A kernel in a case that launches it.
 
-    A mutation counts as noticed if one of the cases fails.
+    Attributes:
+        places: mutation -> how many places can be mutated so, and how many of these unnoticed.
+            Masks count only if they hold back a thread in this case.
     """
 
     kernel: str
-    cases: list[Case]
-    redundant: dict[str, int]
+    case: Case
+    places: dict[str, tuple[int, int]]
 
 
-# Why something may be deleted. The race detector compares all accesses of the two epochs that a
-# deleted barrier separated, so this is what it found, not an assumption:
+BARRIER, COPIES = "without a barrier", "without waiting for copies"
+PRODUCTS, FENCE = "without waiting for products", "without a fence of shared memory"
+EARLIER = "without waiting for the kernel before"
+STORE, LOAD, COPY = (f"{action} without a mask" for action in ("storing", "loading", "copying"))
+
+# Why something may be deleted unnoticed. The race detector compares all accesses of the two epochs
+# that a deleted barrier separated, so this is what it found, not an assumption:
 #
 # - PRIVATE: a layout is converted through shared memory, and each warp reads only what it wrote.
 # - RING: a barrier before a copy into a slot of the ring that no warp has read since the barrier
 #   before: the first copies, and those after a loop.
+# - ONCE: the same in a loop that runs one step only.
 # - END: the barrier after a loop. What follows writes elsewhere than the loop's last step reads.
 # - DRAIN: the wait for copies after the last loop, which has left none in flight; the wait for
 #   products after the first loop, since another comes before the sums are used.
 # - LOOP: the fence before a loop, each step of which has its own.
-BARRIER, COPIES = "without a barrier", "without waiting for copies"
-PRODUCTS = "without waiting for products"
-FENCE = "without a fence of shared memory"
+# - STEP: the copy would be for a step that does not come.
+# - AGAIN: what the mask holds back is masked again before it is used: a score, or what is stored.
 KERNELS = [
     Broken(
         "qkv_kernel",
-        [case("qkv", B=2, T=3, H=4, G=1, D=64, lengths=[4, 0])],
-        {BARRIER: 1},  # PRIVATE
+        case("qkv", B=2, T=3, H=4, G=1, D=64, lengths=[4, 0]),
+        {BARRIER: (11, 1), EARLIER: (1, 0), STORE: (2, 0), LOAD: (3, 0)},  # PRIVATE
     ),
     Broken(
         "linear_kernel",
-        [case("linear", rows=5, K=4000, N=20)],
-        {BARRIER: 3},  # twice PRIVATE, RING
+        case("linear", rows=5, K=4000, N=20),
+        {
+            BARRIER: (22, 2),  # RING
+            COPIES: (2, 0),
+            EARLIER: (1, 0),
+            STORE: (1, 0),
+            LOAD: (11, 1),  # AGAIN
+            COPY: (26, 0),
+        },
     ),
     Broken(
         "linear_kernel",
-        [case("linear", rows=8, K=1000, N=20, activation=None, int8=True)],
-        {BARRIER: 2},  # RING
+        case("linear", rows=8, K=1000, N=20, activation=None, int8=True),
+        {
+            BARRIER: (15, 2),  # RING
+            COPIES: (5, 0),
+            EARLIER: (1, 0),
+            STORE: (1, 0),
+            LOAD: (8, 2),  # AGAIN
+            COPY: (18, 0),
+        },
     ),
     Broken(
         "argmax_kernel",
-        [case("argmax", rows=3, C=768, V=20)],
-        {BARRIER: 2},  # PRIVATE
+        case("argmax", rows=3, C=768, V=20),
+        {
+            BARRIER: (20, 2),  # RING
+            COPIES: (2, 0),
+            EARLIER: (1, 0),
+            STORE: (1, 0),
+            LOAD: (4, 0),
+            COPY: (30, 0),
+        },
     ),
     Broken(
         "forward_kernel",  # mma.sync
-        [case("decode", B=1, T=1, S=600, H=32, G=1, D=128, start=[590])],
-        {BARRIER: 3},  # twice RING, END
+        case("decode", B=1, T=1, S=600, H=32, G=1, D=128, start=[590]),
+        {
+            BARRIER: (27, 3),  # RING, END, RING
+            COPIES: (4, 0),
+            EARLIER: (1, 0),
+            STORE: (1, 0),
+            COPY: (80, 10),  # STEP, AGAIN
+        },
     ),
     Broken(
-        "forward_kernel",  # wgmma: loops of several steps; splits without a masked step
-        [
-            case("decode", B=1, T=100, S=270, H=1, G=1, D=128, start=[130]),
-            case("decode", B=1, T=3, S=1030, H=32, G=1, D=128, start=[1026]),
-        ],
-        {BARRIER: 1, FENCE: 2},  # END; LOOP
+        "forward_kernel",  # wgmma, in loops of several steps
+        case("decode", B=1, T=100, S=270, H=1, G=1, D=128, start=[130]),
+        {
+            BARRIER: (11, 3),  # RING, END, RING
+            COPIES: (4, 0),
+            PRODUCTS: (4, 0),
+            FENCE: (4, 2),  # LOOP
+            EARLIER: (1, 0),
+            STORE: (3, 0),
+            LOAD: (2, 0),
+            COPY: (20, 10),  # STEP, AGAIN
+        },
+    ),
+    Broken(
+        "forward_kernel",  # wgmma, in splits without a masked step
+        case("decode", B=1, T=3, S=1030, H=32, G=1, D=128, start=[1026]),
+        {
+            BARRIER: (11, 3),  # RING, RING, ONCE
+            COPIES: (4, 0),
+            PRODUCTS: (4, 0),
+            FENCE: (4, 2),  # LOOP
+            EARLIER: (1, 0),
+            STORE: (5, 0),
+            LOAD: (2, 0),
+            COPY: (40, 0),
+        },
     ),
     Broken(
         "dq_kernel",
-        [case("train", B=1, T=50, S=190, H=1, G=1, D=128, start=[130])],
-        {BARRIER: 2, COPIES: 1, PRODUCTS: 1, FENCE: 2},  # END, RING; DRAIN; LOOP
+        case("train", B=1, T=50, S=190, H=1, G=1, D=128, start=[130]),
+        {
+            BARRIER: (13, 2),  # END, RING
+            COPIES: (4, 1),  # DRAIN
+            PRODUCTS: (6, 1),  # DRAIN
+            FENCE: (4, 2),  # LOOP
+            STORE: (3, 0),
+            LOAD: (8, 0),
+            COPY: (36, 14),  # STEP
+        },
     ),
     Broken(
         "dkv_kernel",
-        [
-            case("train", B=1, T=70, S=160, H=2, G=1, D=128, start=[90]),
-            case("train", B=1, T=300, S=300, H=1, G=1, D=128, start=[0]),
-        ],
-        {BARRIER: 3, COPIES: 1, FENCE: 2},  # RING, twice END; DRAIN; LOOP
+        case("train", B=1, T=70, S=160, H=2, G=1, D=128, start=[90]),
+        {
+            BARRIER: (11, 4),  # RING, END, RING, END
+            COPIES: (4, 1),  # DRAIN
+            PRODUCTS: (6, 1),  # DRAIN
+        },
     ),
 ]
-# A mask is needed at the edges only, so that some may be deleted in any one case.
-MASKS = ("storing without a mask", "loading without a mask")
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
-@pytest.mark.parametrize("broken", KERNELS if EVERYTHING else KERNELS[:1], ids=lambda x: x.kernel)
+@pytest.mark.parametrize(
+    ("broken", "mutation"),
+    [
+        pytest.param(broken, mutation, id=f"{broken.kernel}-{i}-{mutation}".replace(" ", "-"))
+        for i, broken in enumerate(KERNELS if EVERYTHING else KERNELS[:1])
+        for mutation in broken.places
+    ],
+)
 def test_broken_kernels_are_noticed(broken, mutation, compiling):
-    found = [compiling(mutations.unnoticed, mutation, broken.kernel, each) for each in broken.cases]
-    total = found[0][0]
-    unnoticed = set.intersection(*(set(places) for _, places in found))
-    if mutation in MASKS:
-        assert total == 0 or len(unnoticed) < total
-    else:
-        assert len(unnoticed) <= broken.redundant.get(mutation, 0), f"{unnoticed} of {total}"
+    places, unnoticed = compiling(mutations.mutate, mutation, broken.kernel, broken.case)
+    assert (places, len(unnoticed)) == broken.places[mutation], f"unnoticed: {unnoticed}"
