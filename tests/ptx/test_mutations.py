@@ -156,6 +156,7 @@ KERNELS = [
             BARRIER: (11, 4),  # RING, END, RING, END
             COPIES: (4, 1),  # DRAIN
             PRODUCTS: (6, 1),  # DRAIN
+            FENCE: (4, 2),  # LOOP
         },
     ),
 ]
