@@ -157,6 +157,7 @@ KERNELS = [
             COPIES: (4, 1),  # DRAIN
             PRODUCTS: (6, 1),  # DRAIN
             FENCE: (4, 2),  # LOOP
+            STORE: (12, 0),
         },
     ),
 ]
