@@ -211,17 +211,18 @@ def patch(
             gpt, ids, other, metric, point, steps=steps
         ),
     }
-    truth, estimate = (one.restored for one in found.values())
-    agreement = torch.corrcoef(torch.stack([truth.flatten(), estimate.flatten()]))[0, 1].item()
+    correlation = patching.agreement(*found.values())
+    agreed = "none" if correlation is None else f"{correlation:.3f}"
+    truth = found["activation patching"].restored  # (L, T)
     tokens = [_text(tokenizer, id_) for id_ in ids]
     question = f"{_text(tokenizer, right)!r} against {_text(tokenizer, wrong)!r}"
     if picture is not None:
-        title = f"{question}, patched at {point}; correlation of the two {agreement:.3f}"
+        title = f"{question}, patched at {point}; correlation of the two: {agreed}"
         pictures.save(pictures.patching_picture(found, tokens, title), picture)
     if as_json:
         _print(
             model,
-            {"answer": right, "against": wrong, "tokens": tokens, "correlation": agreement}
+            {"answer": right, "against": wrong, "tokens": tokens, "correlation": correlation}
             | {name: _lists(one) for name, one in found.items()},
         )
         return
@@ -229,7 +230,7 @@ def patch(
     for t, token in enumerate(tokens):
         table.add_row(str(t), _show(token), *(f"{x:.2f}" for x in truth[:, t].tolist()))
     print_table(table)
-    note(f"{question}; correlation with attribution patching ({steps} steps): {agreement:.3f}")
+    note(f"{question}; correlation with attribution patching ({steps} steps): {agreed}")
 
 
 @_command

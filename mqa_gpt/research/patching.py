@@ -25,6 +25,8 @@ from mqa_gpt.research.record import record
 
 RESIDUALS = "transformer.h.*.resid_pre"
 
+SAME = 1e-5  # shares of an answer that differ by less are the same but for rounding
+
 Metric = Callable[[Tensor], Tensor]  # logits (B, V) after the last token -> (B,)
 
 
@@ -125,6 +127,19 @@ def attribute_positions(
         share = ((values - wrong) * torch.stack(gradients)).sum(-1)  # (L, 1, T)
         estimate += share[:, 0].float().cpu() / steps
     return Patching(estimate / (clean_metric - wrong_metric), clean_metric, wrong_metric)
+
+
+def agreement(truth: Patching, estimate: Patching) -> float | None:
+    """The correlation of what two ways of patching restore, over all layers and positions.
+
+    Returns:
+        Pearson's r, or None where one of the two restores the same everywhere but for rounding. A
+        residual stream does so in prompts of one token: at each layer it carries all there is.
+    """
+    both = torch.stack([truth.restored.flatten(), estimate.restored.flatten()])  # (2, LT)
+    if (both.amax(1) - both.amin(1)).min() < SAME:
+        return None
+    return torch.corrcoef(both)[0, 1].item()
 
 
 def _both(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,13 @@ from mqa_gpt.research.heads import (
     previous_token_scores,
 )
 from mqa_gpt.research.lens import logit_attribution, logit_lens
-from mqa_gpt.research.patching import attribute_positions, logit_difference, patch_positions
+from mqa_gpt.research.patching import (
+    Patching,
+    agreement,
+    attribute_positions,
+    logit_difference,
+    patch_positions,
+)
 from tests.helpers import error, random_ids, tiny_config, tiny_model
 
 CONFIG = tiny_config()
@@ -232,6 +239,26 @@ def test_the_patch_command_says_how_well_the_estimate_agrees() -> None:
     report = json.loads(run("patch", LENS, OTHER, "--json"))
     assert report["correlation"] > 0.95
     assert report["tokens"][3] == "source"
+
+
+@pytest.mark.parametrize("point", ["transformer.h.*.resid_pre", "transformer.h.*.resid_mid"])
+def test_prompts_of_one_token_have_no_correlation_in_the_residual_stream(point: str) -> None:
+    arguments = ["patch", " x", " y", "--answer", " a", "--against", " b", "--point", point]
+    report = json.loads(run(*arguments, "--json"))
+    assert report["correlation"] is None
+    assert report["activation patching"]["restored"] == [[1.0]] * 6
+    printed = CliRunner().invoke(app, ["research", *arguments])
+    assert printed.output.endswith("(1 steps): none\n")
+
+
+def test_the_agreement_of_two_patchings_is_pearsons_correlation() -> None:
+    values = torch.tensor([[[0.1, 0.7], [0.4, 0.2]], [[0.2, 0.9], [0.3, 0.3]]])
+    truth, estimate = (Patching(restored, 1.0, 0.0) for restored in values)
+    expected = statistics.correlation(values[0].flatten().tolist(), values[1].flatten().tolist())
+    assert agreement(truth, estimate) == pytest.approx(expected, abs=1e-6)
+    rounded = Patching(torch.tensor([[1.0, 1.0], [1 - 1e-6, 1.0]]), 1.0, 0.0)
+    assert agreement(rounded, estimate) is None
+    assert agreement(truth, rounded) is None
 
 
 @pytest.mark.parametrize(
