@@ -174,6 +174,7 @@ FREE_IN_BRANCH = (
     *(f"run.{key}" for key in ("steps", "clip", "spike_factor")),
     *(f"run.{key}" for key in ("evaluate_every", "evaluate_samples")),
     *(f"optimizer.{key}" for key in ("lr", "weight_decay")),
+    "data.infilling.end_in_context",
 )
 
 

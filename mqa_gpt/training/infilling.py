@@ -52,6 +52,10 @@ class InfillingConfig:
         characters, lines, nodes: shares of the kinds of holes; only their ratios matter.
         piece_tokens: two numbers between which the length of each piece is drawn log-uniformly. By
             default pieces are as long as their windows have room for.
+        end_in_context: whether `<|endoftext|>` is a choice for the tokens of prefix and suffix. It
+            never comes there, and a filling never asks. In SPM order no mark separates the prefix
+            from its middle, so a model that learns not to end in a long prefix seldom ends after a
+            short middle either. False takes the choice out of the loss there.
     """
 
     rate: float = 0.5
@@ -62,6 +66,7 @@ class InfillingConfig:
     lines: float = 0.0
     nodes: float = 0.0
     piece_tokens: tuple[int, int] | None = None
+    end_in_context: bool = True
 
     def __post_init__(self) -> None:
         for key in ("rate", "spm_rate", *KINDS):

@@ -84,7 +84,8 @@ class Trainer:
         if world.tensor_mesh is not None:
             tensor_parallel(model, world.tensor_mesh)
         prepare_blocks(model, run)
-        self.objective = Objective(model, run.dtype, config.data.within_documents)
+        no_end = None if config.data.infilling.end_in_context else training.end
+        self.objective = Objective(model, run.dtype, config.data.within_documents, no_end)
         shard(self.objective, world, self.ordered)
         self.optimizers = make_optimizers(model, config.optimizer, not self.ordered)
         initialise(self.optimizers)

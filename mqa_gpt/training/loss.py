@@ -34,7 +34,9 @@ class TokenLoss(NamedTuple):
     per_token: Tensor
 
 
-def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> TokenLoss:
+def next_token_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, excluded: Tensor | None = None
+) -> TokenLoss:
     """Cross-entropy of `hidden @ weight.T` with the labels, one chunk of tokens at a time.
 
     The products run in the dtype of `hidden`, or autocast's; the softmax and all sums are float32.
@@ -44,20 +46,25 @@ def next_token_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> TokenLoss
         hidden: (..., C) states after the final norm.
         weight: (V, C), the vocabulary projection `lm_head.weight`.
         labels: (...) int64, the token after each state, or `IGNORED` (-100).
+        excluded: (...) int64, a token other than the label that is no choice there, or -100.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     states = hidden.flatten(0, -2).to(dtype)  # (N, C)
-    loss, per_token = _TokenLoss.apply(states, weight, labels.flatten())  # type: ignore[no-untyped-call]
+    loss, per_token = _TokenLoss.apply(  # type: ignore[no-untyped-call]
+        states, weight, labels.flatten(), None if excluded is None else excluded.flatten()
+    )
     return TokenLoss(loss, per_token.view(labels.shape))
 
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden (N, C), weight (V, C), labels (N,) -> () and (N,)."""
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, excluded: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """hidden (N, C), weight (V, C), labels and excluded (N,) -> () and (N,)."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         losses = torch.empty(len(labels), dtype=wide, device=hidden.device)
@@ -72,6 +79,11 @@ class _TokenLoss(torch.autograd.Function):
                 label = label.masked_fill(~counts, 0)
                 # -log softmax(logits)[label]; the logits become the softmax in place.
                 logits = (x @ narrow.T).to(wide)  # (n, V)
+                if excluded is not None:
+                    token = excluded[rows, None]  # (n, 1)
+                    is_choice = (token == IGNORED) | ~counts
+                    away = torch.where(is_choice, 0.0, -torch.inf).to(wide)
+                    logits.scatter_add_(1, token.clamp(min=0), away)
                 logits -= logits.amax(1, keepdim=True)
                 chosen = logits.gather(1, label)  # (n, 1)
                 total = logits.exp_().sum(1, keepdim=True)  # (n, 1)
@@ -102,4 +114,4 @@ class _TokenLoss(torch.autograd.Function):
             grad_hidden *= grad_sum
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_sum).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None

@@ -12,7 +12,7 @@ from mqa_gpt.model import GPT
 from mqa_gpt.training.attention import attend_inside_documents
 from mqa_gpt.training.loss import IGNORED, TokenLoss, next_token_loss
 from mqa_gpt.training.ordered import TreeSum
-from mqa_gpt.training.packing import LEFT_TO_RIGHT, MIDDLE
+from mqa_gpt.training.packing import CONTEXT, LEFT_TO_RIGHT, MIDDLE
 from mqa_gpt.training.parallel import World, reshard, sum_gradients_after_next
 from mqa_gpt.training.samples import Batch
 
@@ -25,10 +25,15 @@ class Objective(nn.Module):
         model: whose parameters are trained.
         dtype: "float32" or "bfloat16", of matrix products.
         within_documents: hide the other documents of a sequence from attention.
+        no_end: the id of `<|endoftext|>` if it is no choice in the prefix and the suffix of holes
+            (see `InfillingConfig.end_in_context`), else None.
     """
 
-    def __init__(self, model: GPT, dtype: str, within_documents: bool) -> None:
+    def __init__(
+        self, model: GPT, dtype: str, within_documents: bool, no_end: int | None = None
+    ) -> None:
         super().__init__()
+        self.no_end = no_end
         self.model, self.dtype = model, dtype
         self.attend = attend_inside_documents(model) if within_documents else None
 
@@ -36,9 +41,14 @@ class Objective(nn.Module):
         """The loss in nats: its sum over the tokens that count, and each token's."""
         if self.attend is not None:
             self.attend.documents = batch.documents
+        excluded = None
+        if self.no_end is not None:
+            is_context = batch.kinds == CONTEXT
+            excluded = batch.labels.new_full(is_context.shape, IGNORED)
+            excluded.masked_fill_(is_context, self.no_end)
         with self._autocast():
             hidden = self.model.transformer(batch.ids)  # (B, T, C)
-            return next_token_loss(hidden, self.model.lm_head.weight, batch.labels)
+            return next_token_loss(hidden, self.model.lm_head.weight, batch.labels, excluded)
 
     def _autocast(self) -> AbstractContextManager[object]:
         """Matrix products in bfloat16 if so configured; weights and sums stay float32."""

@@ -124,6 +124,11 @@ class Samples:
         """Samples per epoch."""
         return self._blocks.samples
 
+    @property
+    def end(self) -> int:
+        """The id of `<|endoftext|>`."""
+        return self._blocks.packer.end
+
     def can_infill(self) -> bool:
         """Whether a middle that is not empty is among the first sequences if each document is
         rearranged for infilling.
@@ -135,7 +140,7 @@ class Samples:
         every = Samples(blocks.corpus, blocks.packer.tokenizer, config, seed=blocks.seed)
         batch = every.rows(range(min(LOOKED_AT, len(every))))
         middles = batch.labels[batch.kinds == MIDDLE]
-        return bool((middles != blocks.packer.end).any())
+        return bool((middles != self.end).any())
 
     def rows(self, numbers: Sequence[int]) -> Batch:
         """Samples by their numbers, counted over all epochs: number `len(samples)` is the first of
@@ -153,7 +158,7 @@ class Samples:
         ids = ids[:, :-1]
         documents = None
         if self.config.within_documents:
-            documents = (ids == self._blocks.packer.end).cumsum(1, dtype=torch.int32)
+            documents = (ids == self.end).cumsum(1, dtype=torch.int32)
         return Batch(ids.contiguous(), labels, kinds.contiguous(), documents)
 
     def _row(self, number: int) -> tuple[Tensor, Tensor]:

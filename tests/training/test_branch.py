@@ -82,12 +82,18 @@ def test_what_cannot_be_continued_is_refused_and_leaves_nothing(
         branch(tmp_path / "nothere", out, longer)
     with pytest.raises(InputError, match=r"is of step 4 and run.steps is 4: it must be more"):
         branch(tmp_path / "run", out, tiny_run(sources, run_steps=4))
-    other = tiny_run(sources, run_steps=6, model_n_layer=3, data_length=41, optimizer_lr=0.02)
+    other = tiny_run(
+        sources,
+        **{"run_steps": 6, "model_n_layer": 3, "data_length": 41, "optimizer_lr": 0.02},
+        data_infilling={"rate": 0.4, "end_in_context": False},
+    )
     with pytest.raises(InputError) as caught:
         start(other, out, branch_from=tmp_path / "run")
     assert "model.n_layer was 2 and is 3" in str(caught.value)
     assert "data.length was 40 and is 41" in str(caught.value)
+    assert "data.infilling.rate was 0.5 and is 0.4" in str(caught.value)
     assert "lr" not in str(caught.value)
+    assert "end_in_context" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     with pytest.raises(InputError, match="holds a run: pass --resume"):
         start(longer, tmp_path / "run", branch_from=tmp_path / "run")

@@ -65,6 +65,22 @@ def test_each_token_has_its_own_loss_and_an_ignored_one_has_none() -> None:
     assert torch.equal(per_token.sum(), total)
 
 
+def test_an_excluded_token_is_no_choice() -> None:
+    hidden, weight, labels = example()
+    is_excluded = torch.rand(labels.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    assert (is_excluded & (labels == IGNORED)).any()
+    excluded = ((labels + 7) % 61).masked_fill(~is_excluded, IGNORED)
+    others = torch.arange(61) != excluded[..., None]  # (3, 15, 61)
+    logits = (hidden @ weight.T).masked_fill(~others, -torch.inf)
+    expected = F.cross_entropy(logits.mT, labels, reduction="none")
+    expected_grads = torch.autograd.grad(expected.sum(), (hidden, weight))
+    total, per_token = next_token_loss(hidden, weight, labels, excluded)
+    assert error(per_token, expected) < 1e-5
+    assert error(per_token, next_token_loss(hidden, weight, labels).per_token) > 1e-3
+    for mine, its in zip(torch.autograd.grad(total, (hidden, weight)), expected_grads, strict=True):
+        assert relative_error(mine, its) < 1e-6
+
+
 def test_a_batch_without_labels_has_no_loss_and_no_gradient() -> None:
     hidden, weight, labels = example()
     total, _ = next_token_loss(hidden, weight, torch.full_like(labels, IGNORED))

@@ -74,6 +74,21 @@ def test_held_out_losses_are_told_apart_by_the_kind_of_label() -> None:
     assert mean_losses(Objective(model, "float32", False), [only], ALONE)["infilling"] is None
 
 
+def test_the_end_may_be_no_choice_in_prefix_and_suffix() -> None:
+    model, end = tiny_model(), 0
+    batch = batch_of(model, 8)
+    is_context = batch.kinds == CONTEXT
+    batch = batch._replace(labels=batch.labels.masked_fill(is_context & (batch.labels == end), 1))
+    assert (batch.labels[batch.kinds == MIDDLE] == end).any()
+    found = Objective(model, "float32", False, no_end=end)(batch).per_token
+    logits = model(batch.ids)  # (B, T, V)
+    logits[..., end].masked_fill_(is_context, -torch.inf)
+    expected = F.cross_entropy(logits.mT, batch.labels, reduction="none", ignore_index=IGNORED)
+    assert relative_error(found, expected) < 1e-5
+    every = Objective(model, "float32", False)(batch).per_token
+    assert torch.equal(found == every, ~is_context)
+
+
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_the_first_loss_of_a_new_model_is_that_of_guessing(backend: str) -> None:
     torch.manual_seed(0)

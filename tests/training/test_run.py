@@ -77,6 +77,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adamw": {},
     "muon, averaged": {"optimizer_name": "muon", "averaging_decay": 0.9},
     "no dropout, within documents": {**NO_DROPOUT, "data_within_documents": True},
+    "no end in context": {"data_infilling": {"rate": 0.9, "end_in_context": False}},
     "bfloat16, recomputed": {"run_dtype": "bfloat16", "run_recompute": True},
 }
 
