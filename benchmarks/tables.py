@@ -271,9 +271,9 @@ PROFILES = (
 
 def profiles() -> str:
     """Milliseconds of each part, and the share of its roofline."""
-    found = {title: result(f"step_profile_{name}") for title, name in PROFILES}
-    found = {title: each for title, each in found.items() if each}
-    parts = [{p["part"]: p for p in each["figures"]["parts"]} for each in found.values()]
+    results = {title: result(f"step_profile_{name}") for title, name in PROFILES}
+    found = {title: each["figures"] for title, each in results.items() if each}
+    parts = [{p["part"]: p for p in each["parts"] if p["share"] > 0.001} for each in found.values()]
     names = list(dict.fromkeys(name for each in parts for name in each))
     if not names:
         return "Not measured yet."
@@ -284,7 +284,7 @@ def profiles() -> str:
             [name, *(f"{1000 * c['seconds']:.2f}, {c['of_roofline']:.0%}" if c else NONE
                      for c in cells)]
         )  # fmt: skip
-    steps = [each["figures"]["step_seconds"] for each in found.values()]
+    steps = [each["step_seconds"] for each in found.values()]
     whole = [f"{1000 * s['undivided']:.1f}, {s['least'] / s['undivided']:.0%}" for s in steps]
     return markdown(["", *found], [["**all**", *whole], *rows])
 

@@ -35,7 +35,8 @@ def test_what_type_checkers_see_is_what_there_is():
 @pytest.mark.slow
 def test_the_package_by_itself_imports_no_torch_and_the_command_only_what_all_commands_need():
     code = "import mqa_gpt, sys; assert 'torch' not in sys.modules; import mqa_gpt.cli.app; "
-    code += "assert not sys.modules.keys() & {'numba', 'sympy', 'transformers'}"  # seconds
+    code += "assert not sys.modules.keys() & {'numba', 'sympy', 'transformers'}; "  # seconds
+    code += "mqa_gpt.GPT"
     subprocess.run([sys.executable, "-c", code], check=True, env=environment())
 
 

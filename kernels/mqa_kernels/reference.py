@@ -78,7 +78,7 @@ def attention_backward(
     B, T, H, D = q.shape
     S, G = k.shape[1], k.shape[2]
     scores = scores_of(q, k, visible_slots(q, k, start), scale)  # (B, T, H, S)
-    P = (scores - scores.logsumexp(-1, keepdim=True)).exp().view(B, T, G, H // G, S)
+    P = (scores - scores.logsumexp(-1, keepdim=True)).exp().to(q.dtype).view(B, T, G, H // G, S)
     q, do = (x.reshape(B, T, G, H // G, D) for x in (q, do))
     dP = torch.einsum("btghd,bsgd->btghs", do, v)
     delta = (do * out.view(do.shape)).sum(-1, keepdim=True)  # (B, T, G, H/G, 1)

@@ -160,8 +160,8 @@ class RecordingStreams(threading.local):
 
 RECORDING_STREAMS = RecordingStreams()
 
-# Graphs whose recording failed. Where CUDA refuses to end it, PyTorch up to 2.11 goes on asking the
-# graph, alive or not, at every allocation whether that belongs to it (pytorch #180395).
+# Graphs whose recording failed. Where CUDA refuses to end a recording, PyTorch up to 2.11 asks its
+# graph at every later allocation, even if the graph is no more (pytorch #180395). So it is kept.
 UNFINISHED: list[Any] = []
 
 # PyTorch allows one recording at a time in a process. First runs take turns with it, because

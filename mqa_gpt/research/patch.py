@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mqa_gpt.errors import InputError, is_int, shown
 from mqa_gpt.model import GPT
-from mqa_gpt.research.points import Point, select
+from mqa_gpt.research.points import Point, Selection, select
 from mqa_gpt.research.wraps import Pass, Probe, attention_of, part_of, watching, with_part
 
 Indices = int | Sequence[int] | slice
@@ -132,23 +132,26 @@ class _Patcher(Probe):
     def __init__(self, model: GPT, edits: Mapping[str, Any]) -> None:
         self.edits: dict[Point, list[Edit]] = {}
         self.names: dict[Edit, str] = {}
-        selection = select(model, list(edits))
-        for name, points in selection.asked.items():
+        used: dict[str, Sequence[Point]] = {}  # names with edits
+        for name, points in select(model, list(edits)).asked.items():
             for one in _as_edits(name, edits[name]):
+                used[name] = points
                 for i, point in enumerate(points):
                     own = _of_layer(one, point, i, len(points))
                     self.names[own] = name
                     self.edits.setdefault(point, []).append(own)
-        super().__init__(model, selection)
+        super().__init__(model, Selection(used))
         # Whether the rows and positions of an edit have come; on the device, not to wait for it.
         self._used: dict[Edit, Tensor | bool] = {}
 
     def visit(self, point: Point, x: Tensor, run: Pass) -> Tensor:
         """Apply the point's edits to x; see `Probe`."""
-        attn = attention_of(self.model, point.layer)
+        attn = None
+        if point.part not in ("", "shared"):
+            attn = attention_of(self.model, point.layer or 0)
         before = part_of(point.part, x, attn)
         after = before
-        for one in self.edits.get(point, ()):
+        for one in self.edits[point]:
             after = self._apply(one, point, after, run)
         return with_part(point.part, x, after, attn)
 

@@ -133,8 +133,8 @@ def agreement(truth: Patching, estimate: Patching) -> float | None:
     """The correlation of what two ways of patching restore, over all layers and positions.
 
     Returns:
-        Pearson's r, or None where one of the two restores the same everywhere but for rounding. A
-        residual stream does so in prompts of one token: at each layer it carries all there is.
+        Pearson's r, or None where one of the two restores the same everywhere but for rounding. So
+        it is with residual streams in prompts of one token: each layer's decides the answer alone.
     """
     both = torch.stack([truth.restored.flatten(), estimate.restored.flatten()])  # (2, LT)
     if (both.amax(1) - both.amin(1)).min() < SAME:

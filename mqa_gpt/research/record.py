@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from mqa_gpt.errors import InputError, shown
-from mqa_gpt.model import GPT
+from mqa_gpt.model import GPT, MultiQueryAttention
 from mqa_gpt.research.points import Point, Selection, matches, plain_name, select
 from mqa_gpt.research.wraps import Pass, Probe, attention_of, part_of, watching
 
@@ -54,11 +54,12 @@ def record(model: GPT, names: str | Sequence[str]) -> Iterator[Activations]:
 
 
 class _Saved(NamedTuple):
-    """A tensor as the model went on with it, the form of it that was asked for, and the tensor's
-    version, which counts the writes to it; None where it is a copy."""
+    """A tensor as the model went on with it, the form of it that was asked for, the attention whose
+    heads it has, and the tensor's version, which counts the writes to it; None for a copy."""
 
     tensor: Tensor
     part: str
+    attn: MultiQueryAttention | None
     version: int | None
 
 
@@ -80,14 +81,16 @@ class _Recorder(Probe):
         name, _, part, axes, layer = point
         if name in saved:
             raise InputError(f"{name} is computed more than once in a forward pass")
+        attn = None
+        if part not in ("", "shared"):
+            attn = attention_of(self.model, layer or 0)
         is_cache = run.memory is not None and "T" not in axes  # which later passes write to
         if is_cache or x.is_inference():
-            form = part_of(part, x, attention_of(self.model, layer)).clone()
-            saved[name] = _Saved(form, "", None)
+            saved[name] = _Saved(part_of(part, x, attn).clone(), "", None, None)
             return x
         if x.requires_grad and torch.is_grad_enabled():
             x.retain_grad()
-        saved[name] = _Saved(x, part, x._version)
+        saved[name] = _Saved(x, part, attn, x._version)
         return x
 
     def value(self, point: Point, saved: _Saved) -> Tensor:
@@ -97,7 +100,7 @@ class _Recorder(Probe):
                 f"{point.name} was written to after it was recorded: a hook of your own, or code "
                 "that uses the model's output, works in place; let it make a copy"
             )
-        return part_of(saved.part, saved.tensor, attention_of(self.model, point.layer))
+        return part_of(saved.part, saved.tensor, saved.attn)
 
     def gradient(self, point: Point, saved: _Saved) -> Tensor:
         """What a function's gradient by a point is, after its `backward`."""
@@ -108,7 +111,7 @@ class _Recorder(Probe):
                 "inference_mode(), with parameters that require gradients, and call backward() on "
                 "a function of its output (attn.result has the gradient of attn, for every head)"
             )
-        return part_of(saved.part, gradient, attention_of(self.model, point.layer))
+        return part_of(saved.part, gradient, saved.attn)
 
     def take(self) -> tuple[Pass, dict[str, _Saved]]:
         """What was recorded of the last pass, which is forgotten; see `WatchedReplay`."""

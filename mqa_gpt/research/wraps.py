@@ -379,9 +379,9 @@ def head_results(c_proj: nn.Module, z: Tensor, heads: int) -> Tensor:
     return torch.einsum("bthd,chd->bthc", z, weight.view(len(weight), heads, -1))
 
 
-def attention_of(model: GPT, layer: int | None) -> MultiQueryAttention | None:
-    """A layer's attention module; None for what is in no layer."""
-    return None if layer is None else cast(Block, model.transformer.h[layer]).attn
+def attention_of(model: GPT, layer: int) -> MultiQueryAttention:
+    """A layer's attention module."""
+    return cast(Block, model.transformer.h[layer]).attn
 
 
 def part_of(part: str, x: Tensor, attn: MultiQueryAttention | None) -> Tensor:

@@ -55,8 +55,8 @@ def branch(source: Path, out: Path, config: RunConfig) -> str:
     changed = differences(old, config, free=FREE_IN_BRANCH)
     if changed:
         raise InputError(
-            f"a run cannot continue from {source} with other settings than those of its schedule "
-            f"and length: {'; '.join(changed)}"
+            f"a run cannot continue from {source} where settings differ on which its steps "
+            f"depend: {'; '.join(changed)}"
         )
     step = checkpoints.read_state(last).step
     if step >= config.run.steps:

@@ -46,7 +46,7 @@ def next_token_loss(
         hidden: (..., C) states after the final norm.
         weight: (V, C), the vocabulary projection `lm_head.weight`.
         labels: (...) int64, the token after each state, or `IGNORED` (-100).
-        excluded: (...) int64, a token other than the label that is no choice there, or -100.
+        excluded: (...) int64, a token that is no choice there, or -100; the label always is one.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -81,7 +81,7 @@ class _TokenLoss(torch.autograd.Function):
                 logits = (x @ narrow.T).to(wide)  # (n, V)
                 if excluded is not None:
                     token = excluded[rows, None]  # (n, 1)
-                    is_choice = (token == IGNORED) | ~counts
+                    is_choice = (token == IGNORED) | (token == label)
                     away = torch.where(is_choice, 0.0, -torch.inf).to(wide)
                     logits.scatter_add_(1, token.clamp(min=0), away)
                 logits -= logits.amax(1, keepdim=True)

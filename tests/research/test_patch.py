@@ -136,11 +136,14 @@ def test_values_are_taken_at_absolute_positions(model: GPT, ids: torch.Tensor) -
     assert error(torch.cat(parts, 1), whole) < 1e-4
 
 
-def test_an_empty_list_of_edits_changes_nothing(model: GPT, ids: torch.Tensor) -> None:
+@torch.no_grad()
+@pytest.mark.parametrize("name", POINTS)
+def test_an_empty_list_of_edits_changes_no_bit(ids: torch.Tensor, name: str) -> None:
+    model = tiny_model()
+    model.set_backend("sdpa")  # which computes attention in another way than a patch of its inside
     plain = model(ids)
-    for name in ("transformer.h.1", "transformer.h.1.resid_mid", "transformer.h.1.attn.q"):
-        with patch(model, {name: []}):
-            assert torch.equal(model(ids), plain)
+    with patch(model, {name: []}):
+        assert torch.equal(model(ids), plain)
 
 
 def test_a_recording_of_one_position_is_not_spread_over_all(model: GPT, ids: torch.Tensor) -> None:

@@ -184,6 +184,28 @@ def test_with_gradients_recorded_attention_is_the_references(ids: torch.Tensor) 
         assert error(model(ids), recorded) < 1e-5
 
 
+def test_what_was_recorded_can_be_read_whatever_becomes_of_the_layers(ids: torch.Tensor) -> None:
+    model = tiny_model()
+    names = ["transformer.h.1", "transformer.h.*.resid_pre", "transformer.h.1.attn.q"]
+    with record(model, names) as acts:
+        model(ids)
+    before = [acts[name] for name in names]
+    del model.transformer.h[1:]
+    assert all(map(torch.equal, before, (acts[name] for name in names)))
+
+
+def test_a_layer_without_attention_is_recorded(ids: torch.Tensor) -> None:
+    class Same(torch.nn.Module):
+        def forward(self, x: torch.Tensor, *_: object) -> torch.Tensor:
+            return x
+
+    model = tiny_model()
+    model.transformer.h[1] = Same()
+    with torch.inference_mode(), record(model, ["transformer.h.0", "transformer.h.1"]) as acts:
+        model(ids)
+    assert torch.equal(acts["transformer.h.1"], acts["transformer.h.0"])
+
+
 def test_afterwards_the_model_is_as_before(model: GPT, ids: torch.Tensor) -> None:
     def state() -> list[object]:
         found: list[object] = []

@@ -35,6 +35,11 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 
+SPILLED_AROUND_LOOPS = {  # bytes
+    "3.6.0": [8, 8, 8, 8],
+    "3.7.1": [],
+    "3.7.1 with ptxas 13.5.37": [8, 16, 40],
+}
 RECORDED = json.loads((ROOT / "benchmarks/results/kernel_resources.json").read_text())
 LARGE = Case(90, "bfloat16", 128, 1, "train")
 FITS = Usage(
@@ -209,6 +214,8 @@ def test_the_recorded_results_have_every_case_for_two_versions_of_triton():
             for case, row in zip(cases, mine, strict=True)
         ]
         assert not any(problems)
+        spilled = sorted(row["spilled"] for row in mine if row["spilled"])
+        assert spilled == SPILLED_AROUND_LOOPS[version]  # which kernels/README.md explains
 
 
 def test_the_table_in_the_readme_has_the_recorded_figures():

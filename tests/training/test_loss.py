@@ -69,9 +69,11 @@ def test_an_excluded_token_is_no_choice() -> None:
     hidden, weight, labels = example()
     is_excluded = torch.rand(labels.shape, generator=torch.Generator().manual_seed(1)) < 0.5
     assert (is_excluded & (labels == IGNORED)).any()
-    excluded = ((labels + 7) % 61).masked_fill(~is_excluded, IGNORED)
-    others = torch.arange(61) != excluded[..., None]  # (3, 15, 61)
-    logits = (hidden @ weight.T).masked_fill(~others, -torch.inf)
+    # In the second row the label itself is named, which is a choice all the same.
+    excluded = ((labels + torch.tensor([7, 0, 7])[:, None]) % 61).masked_fill(~is_excluded, IGNORED)
+    tokens = torch.arange(61)
+    away = (tokens == excluded[..., None]) & (tokens != labels[..., None])  # (3, 15, 61)
+    logits = (hidden @ weight.T).masked_fill(away, -torch.inf)
     expected = F.cross_entropy(logits.mT, labels, reduction="none")
     expected_grads = torch.autograd.grad(expected.sum(), (hidden, weight))
     total, per_token = next_token_loss(hidden, weight, labels, excluded)

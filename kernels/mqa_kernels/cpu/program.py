@@ -13,6 +13,7 @@ from functools import cache as once
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numba
 import numpy as np
 import torch
 from numba import njit
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from mqa_kernels.cpu import attention, linear, rows
 from mqa_kernels.cpu.forward import PHASES, Scratch, Shape, forward
-from mqa_kernels.cpu.simd import HAS_VNNI
+from mqa_kernels.cpu.simd import HAS_VNNI, PROCESSOR
 from mqa_kernels.cpu.team import Team, new_counters
 
 CODES = {"gelu": rows.GELU, "gelu_tanh": rows.GELU_TANH, "relu": rows.RELU}
@@ -240,8 +241,9 @@ def keep_used(own: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """Where compiled code is kept. The name changes with the code of this package."""
-    digest = hashlib.sha256()
+    """Where compiled code is kept. The name changes with the code of this package, with numba's
+    version and with the processor: numba would replace what another version or host has written."""
+    digest = hashlib.sha256(repr((numba.__version__, PROCESSOR)).encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     if sys.platform == "win32":

@@ -23,7 +23,8 @@ from numba.core.typing.templates import ConcreteTemplate, infer_global
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 # What numba compiles for: this processor, or what variables such as NUMBA_CPU_FEATURES say.
-_triple, _, _features = cpu_target.target_context.codegen().magic_tuple()
+PROCESSOR = cpu_target.target_context.codegen().magic_tuple()
+_triple, _, _features = PROCESSOR
 _features = set(_features.split(","))
 # Compiles a kernel. Without the lock of the interpreter, and without Python's check for a division
 # by zero, which could raise.
