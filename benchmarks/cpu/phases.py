@@ -109,7 +109,8 @@ def _clock(which: np.ndarray, stamps: np.ndarray) -> Any:
 
 def _timed(phase: Any, read_clock: Any) -> Any:
     """The same phase, which reads the clock at its end, and the first one at its start too."""
-    phase = kernel(phase.py_func)  # numba cannot copy it into a function with *arguments
+    # numba cannot copy an inlined one into a function with *arguments.
+    phase = kernel(getattr(phase, "py_func", phase))
 
     def timed(team, number, *arguments):  # type: ignore[no-untyped-def]
         if number == 0:

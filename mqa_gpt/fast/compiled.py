@@ -109,7 +109,7 @@ class CompiledForward:
         if kinds in _READY:
             return self._program(ids, slots, positions, wanted, cache.kv, scales, rounds=rounds)
         with status() as say:
-            say("compiling for this processor, once: ten to twenty seconds")
+            say("compiling for this processor, once: about ten seconds")
             logits = self._program(ids, slots, positions, wanted, cache.kv, scales, rounds=rounds)
         _READY.add(kinds)
         return logits

@@ -12,9 +12,9 @@ from mqa_kernels.cpu.simd import (
     clamp,
     fma,
     inlined,
-    kernel,
     largest,
     load,
+    part,
     pointer,
     splat,
     store,
@@ -37,7 +37,7 @@ class Cache(NamedTuple):
     position: int
 
 
-@kernel
+@part
 def part_size(D: int) -> int:
     """Numbers of a head's part: D in whole vectors, then m and l; see `attend_block`."""
     return (D + LANES - 1) // LANES * LANES + LANES
@@ -96,7 +96,7 @@ def attend_block(
         h += 1
 
 
-@kernel
+@part
 def weigh(p: Any, v: Any, stride: int, n: int, out: Any, step: int, D: int, R: Any) -> None:
     """out[r] = sum of p[r, s] v[s] over n keys, for the `ROWS` heads of a tile or for one."""
     d = 0
@@ -114,7 +114,7 @@ def weigh(p: Any, v: Any, stride: int, n: int, out: Any, step: int, D: int, R: A
         d += LANES
 
 
-@kernel
+@part
 def combine(parts: Any, blocks: int, block_step: int, heads: int, D: int, y: Any) -> None:
     """y (heads, D) of the blocks' parts: sum of e^(m_j - m) acc_j over sum of e^(m_j - m) l_j."""
     step = part_size(D)

@@ -28,9 +28,9 @@ from mqa_kernels.cpu.simd import (
     at,
     clamp,
     fma,
-    kernel,
     largest,
     load,
+    part,
     pointer,
     splat,
     store,
@@ -143,7 +143,7 @@ def forward(
     linear(team, p, normed, s.C, head, logits, s.V, M, NONE, False, rounded, False, own, kinds)
 
 
-@kernel
+@part
 def embed(
     team: Any, phase: int, ids: Any, positions: Any, ends: Any, x: Any, C: int, kinds: Any
 ) -> int:
@@ -163,7 +163,7 @@ def embed(
     return phase + 1
 
 
-@kernel
+@part
 def norms(
     team: Any, phase: int, x: Any, rows: Any, weight: int, bias: int, out: Any, s: Any, kinds: Any
 ) -> int:
@@ -179,7 +179,7 @@ def norms(
     return phase + 1
 
 
-@kernel
+@part
 def append(
     team: Any,
     phase: int,

@@ -14,10 +14,10 @@ from mqa_kernels.cpu.simd import (
     clamp,
     fma,
     inlined,
-    kernel,
     largest,
     load,
     nearest,
+    part,
     pointer,
     splat,
     store,
@@ -56,7 +56,7 @@ class Kinds(NamedTuple):
     offsets: Any  # int32
 
 
-@kernel
+@inlined
 def dots(
     x: Any, ldx: int, w: Any, ldw: int, K: int, block: int, out: Any, ldo: int, R: int, N: int
 ) -> None:
@@ -117,7 +117,7 @@ def tile(
             dot_tile(x, ldx, w, ldw, K, following, end, out, ldo, adds, 6, 4)
 
 
-@kernel
+@part
 def round_rows(team: Any, phase: int, x: Any, K: int, N: int, out: Any, kinds: Any) -> int:
     """Each row of x (N, K) as integers from -127 to 127 times max |x| / 127.
 
@@ -186,7 +186,7 @@ def linear(
     )
 
 
-@kernel
+@part
 def product(
     team: Any,
     phase: int,
@@ -227,7 +227,7 @@ def product(
     return phase + 1
 
 
-@kernel
+@part
 def finish_row(
     sums: Any,
     factor: float,

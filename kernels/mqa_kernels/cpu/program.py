@@ -16,13 +16,12 @@ from typing import Any, ClassVar
 import numba
 import numpy as np
 import torch
-from numba import njit
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, InTreeCacheLocator
 from torch import Tensor
 
 from mqa_kernels.cpu import attention, linear, rows
 from mqa_kernels.cpu.forward import PHASES, Scratch, Shape, forward
-from mqa_kernels.cpu.simd import HAS_VNNI, PROCESSOR
+from mqa_kernels.cpu.simd import HAS_VNNI, PROCESSOR, kernel
 from mqa_kernels.cpu.team import Team, new_counters
 
 CODES = {"gelu": rows.GELU, "gelu_tanh": rows.GELU_TANH, "relu": rows.RELU}
@@ -214,7 +213,7 @@ class _Cache(FunctionCache):
 
 @once
 def _compiled() -> Any:
-    dispatcher = njit(nogil=True, error_model="numpy")(forward)
+    dispatcher = kernel(forward)
     with suppress(RuntimeError):  # no home, nowhere to write: each process compiles again
         own, cache = cache_folder(), _Cache(forward)
         # A variable of numba's may choose another folder, whose name covers less.

@@ -9,9 +9,9 @@ from mqa_kernels.cpu.simd import (
     clamp,
     fma,
     keep,
-    kernel,
     load,
     nearest,
+    part,
     power_of_two,
     splat,
     store,
@@ -23,7 +23,7 @@ INFINITY = float("inf")
 NONE, GELU, GELU_TANH, RELU = range(4)  # activations
 
 
-@kernel
+@part
 def exp(x: Any) -> Any:
     """e^x of a vector, within two units in the last place; 1.6e-38 below -87.
 
@@ -43,7 +43,7 @@ def exp(x: Any) -> Any:
     return y * power_of_two(n)
 
 
-@kernel
+@part
 def activate(x: Any, activation: int) -> Any:
     """The MLP's nonlinearity of a vector."""
     if activation == RELU:
@@ -66,7 +66,7 @@ def activate(x: Any, activation: int) -> Any:
     return fma(negative - positive, tail, positive)
 
 
-@kernel
+@part
 def layer_norm(x: Any, weight: Any, bias: Any, out: Any, C: int, epsilon: float) -> None:
     """out = (x - mean) / sqrt(variance + epsilon) * weight + bias, over C numbers."""
     sums = splat(0.0)

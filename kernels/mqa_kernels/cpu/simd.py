@@ -20,17 +20,25 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.core.typing.templates import ConcreteTemplate, infer_global
-from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba.extending import (
+    intrinsic,
+    lower_builtin,
+    models,
+    register_jitable,
+    register_model,
+)
 
 # What numba compiles for: this processor, or what variables such as NUMBA_CPU_FEATURES say.
 PROCESSOR = cpu_target.target_context.codegen().magic_tuple()
 _triple, _, _features = PROCESSOR
 _features = set(_features.split(","))
-# Compiles a kernel. Without the lock of the interpreter, and without Python's check for a division
-# by zero, which could raise.
+# Compiles a kernel, which Python calls. Without the lock of the interpreter, and without Python's
+# check for a division by zero, which could raise.
 kernel = njit(nogil=True, error_model="numpy")
-# The same for a part that is copied into the kernels that call it. A large one with one caller then
-# compiles faster: a kernel by itself is compiled to machine code, and once more inside its caller.
+# The same for a part of a kernel: not for calls from Python or C, which takes half as long again.
+part = register_jitable(error_model="numpy", no_cfunc_wrapper=True)
+# The same for a part that is copied into those that call it. A large one with one caller then
+# compiles faster: a part by itself is compiled to machine code, and once more inside its caller.
 inlined = njit(nogil=True, error_model="numpy", inline="always")
 
 LANES = 16 if "+avx512f" in _features else 8  # float32 numbers of a vector

@@ -28,7 +28,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from mqa_kernels.cpu.simd import has_pause, kernel
+from mqa_kernels.cpu.simd import has_pause, part
 
 _I64 = ir.IntType(64)
 SPINS = 20_000  # looks at a counter before a thread offers its core to others: some 0.1 ms
@@ -89,7 +89,7 @@ def _yield(typing: Any) -> Any:
     return types.void(), emit
 
 
-@kernel
+@part
 def wait(counters: Any, phase: int, items: int) -> None:
     """Return once all items of a phase are finished."""
     spins = 0
