@@ -259,14 +259,12 @@ def products() -> str:
     )
 
 
-PROFILES = (
-    ("tiny: a step, float32", "tiny_starcoder_py_cpu"),
-    ("tiny: a step, int8", "tiny_starcoder_py_cpu_int8"),
-    ("1B: a step, float32", "starcoderbase-1b_cpu"),
-    ("1B: a step, int8", "starcoderbase-1b_cpu_int8"),
-    ("tiny: a prefill, float32", "tiny_starcoder_py_cpu_prefill"),
-    ("tiny: a prefill, int8", "tiny_starcoder_py_cpu_int8_prefill"),
-)
+PROFILES = [
+    (f"{name}: a {kind}, {dtype}", f"{shape}_cpu{int8}{end}")
+    for kind, end in (("step", ""), ("prefill", "_prefill"))
+    for name, shape in (("tiny", "tiny_starcoder_py"), ("1B", "starcoderbase-1b"))
+    for dtype, int8 in (("float32", ""), ("int8", "_int8"))
+]
 
 
 def profiles() -> str:
