@@ -84,6 +84,7 @@ def numerics(device: torch.device) -> Iterator[Row]:
     gpu = device.type == "cuda"
     yield from attention_checks(device, CASES if gpu else SMALL_CASES, DTYPES[:1])
     checks = {
+        "dropout": partial(check_dropout, device),
         "again": partial(check_again, device),
         "large": partial(check_attention, device, LARGE if gpu else SMALL_CASES[0], torch.bfloat16),
     }
@@ -110,17 +111,14 @@ def attention_checks(
 def fused(device: torch.device) -> Iterator[Row]:
     """A decode step in the fused kernels by the rule, then replays of it, bit by bit."""
     poison_allocations()
-    gpu = device.type == "cuda"
-    counts = (1, 3, 8, 16, 32, 64) if gpu else (1, 3)
-    steps = 200 if gpu else 1
+    counts, steps = ((1, 3, 8, 16, 32, 64), 200) if device.type == "cuda" else ((1, 3), 1)
     for (name, config), (dtype, int8) in product(
         shallow(device).items(), (("bfloat16", False), ("bfloat16", True), ("float16", False))
     ):
         models = Twins(config, getattr(torch, dtype), int8, device)
         shape = {"model": name, "dtype": dtype, "weights": "int8" if int8 else dtype}
         yield from each(
-            (shape | {"rows": rows}, partial(check_step, models, rows))
-            for rows in (counts if dtype == "bfloat16" else (counts[0], counts[-1]))
+            (shape | {"rows": rows}, partial(check_step, models, rows)) for rows in counts
         )
         yield from each(
             (shape | {"rows": rows, "steps": steps},
@@ -239,19 +237,38 @@ def inputs(device: torch.device, case: Case, dtype: torch.dtype) -> tuple[Tensor
     return q, k, v, do
 
 
-def plain_attention(tensors: list[Tensor], mask: Tensor) -> dict[str, Tensor]:
-    """Plain PyTorch's attention and gradients in the dtype of q, k, v and dO.
-
-    A query that sees nothing has 0 for "out" and "lse".
-    """
+def plain_attention(
+    tensors: list[Tensor], mask: Tensor, factors: Tensor | float = 1.0
+) -> dict[str, Tensor]:
+    """Plain PyTorch's attention, with these factors of the probabilities, and its gradients, in the
+    dtype of q, k, v and dO. A query that sees nothing has 0 for "out" and "lse"."""
     leaves = [x.detach().requires_grad_() for x in tensors[:3]]
     scale = leaves[0].shape[-1] ** -0.5
-    out = reference.attention(*leaves, mask, scale)
+    out = reference.attention(*leaves, mask, scale, factors)
     gradients = torch.autograd.grad(out, leaves, tensors[3])
     lse = reference.log_sum_exp(*tensors[:2], mask, scale)  # (B, T, H)
     lse = lse.where(mask.any(-1)[..., None], 0.0)
     names = ("out", "lse", "dq", "dk", "dv")
     return dict(zip(names, (out.detach(), lse, *gradients), strict=True))
+
+
+def check_dropout(device: torch.device) -> Row:
+    """Output and gradients with dropout. Which probabilities are kept is read off attention over
+    one-hot values, for which there are as many channels as slots."""
+    T, H, G = (128, 32, 1) if device.type == "cuda" else (16, 4, 2)
+    q, k, v, do = tensors = inputs(device, Case(T, T, H, G, T, (0, 0)), torch.bfloat16)
+    attend = partial(attention, dropout_p=0.3, seed=torch.tensor([7], device=device))
+    one_hot = torch.eye(T, dtype=v.dtype, device=device)[None, :, None].expand_as(v)
+    factors = (attend(q * 0, k * 0, one_hot) > 0) / 0.7  # (B, T, H, S)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves)
+    gradients = torch.autograd.grad(out, leaves, do)
+    plain, exact = (
+        plain_attention([x.to(dtype) for x in tensors], reference.visible_slots(q, k), factors)
+        for dtype in (torch.bfloat16, torch.float64)
+    )
+    answers = zip(("out", "dq", "dk", "dv"), (out, *gradients), strict=True)
+    return verdict({n: judge(n, x, plain[n], exact[n]) for n, x in answers})
 
 
 def check_again(device: torch.device) -> Row:

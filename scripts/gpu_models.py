@@ -33,7 +33,7 @@ NEW_TOKENS = 64  # of a measured generation
 
 # (batch, tokens in the cache) of what is decoded, by weights; the most telling first.
 DECODE = {
-    "bfloat16": ((1, 1024), (32, 1024), (8, 1024), (128, 1024), (32, 8192 - STEPS)),
+    "bfloat16": ((1, 1024), (32, 1024), (8, 1024), (64, 1024), (128, 1024), (32, 8192 - STEPS)),
     "int8": ((1, 1024), (8, 1024), (32, 1024)),
 }
 PREFILL = ((1, 2048), (1, 8192), (8, 2048))  # (batch, tokens of a prompt)

@@ -37,15 +37,15 @@ def smoke(device: torch.device) -> Iterator[Row]:
         for case in cases
     }
     *_, config = shallow(device).values()  # the smallest
+    # Of the same rows, because compiling takes most of the time.
     for int8 in (False, True):
         models = Twins(replace(config, n_layer=1), torch.bfloat16, int8, device)
         weights = "int8" if int8 else "bfloat16"
-        for rows in (1, 17):
-            checks[f"fused step, {weights}, {rows} rows"] = partial(check_step, models, rows)
         for rows in REPLAYED:
-            checks[f"recorded step, {weights}, {rows} rows"] = partial(
-                check_replays, models.model, rows, 3
-            )
+            checks[f"fused step, {weights}, {rows} rows"] = partial(check_step, models, rows)
+            if not int8:
+                replays = partial(check_replays, models.model, rows, 3)
+                checks[f"recorded step, {rows} rows"] = replays
     passed = True
     for row in each(({"check": name}, check) for name, check in checks.items()):
         passed = passed and bool(row.get("passed"))

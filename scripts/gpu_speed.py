@@ -19,7 +19,7 @@ from mqa_kernels import attention as attend
 
 H, D = 32, 128  # of StarCoder 7B; one key/value head
 PASSES = ((1, 8192), (2, 8192), (8, 2048))  # (sequences, tokens of each)
-CACHES = ((16, 8192), (16, 256), (1, 16384), (128, 1024))  # (rows, tokens that each holds)
+CACHES = ((16, 8192), (256, 8192), (1, 16384), (128, 1024))  # (rows, tokens that each holds)
 SMALL = ((1, 33),)  # instead of these, without a GPU
 
 

@@ -90,6 +90,11 @@ PRODUCTS = """
 """
 
 
+def usage_of(row: dict[str, object]) -> Usage:
+    """A recorded row of the table."""
+    return Usage(**{field: row[field] for field in Usage._fields})
+
+
 def spilling(case: Case) -> list[Usage]:
     """A stand-in for check_case."""
     return [FITS, FITS._replace(kernel="dkv_kernel", spilled=8, repeated_spills=2)]
@@ -209,13 +214,15 @@ def test_the_recorded_results_have_every_case_for_two_versions_of_triton():
         cases = [Case(*(row[field] for field in Case._fields)) for row in mine]
         only_hopper = " with ptxas " in version
         assert set(cases) == {case for case in all_cases() if case.arch == 90 or not only_hopper}
-        problems = [
-            verdict(case, Usage(**{field: row[field] for field in Usage._fields}))
-            for case, row in zip(cases, mine, strict=True)
-        ]
+        problems = [verdict(case, usage_of(row)) for case, row in zip(cases, mine, strict=True)]
         assert not any(problems)
         spilled = sorted(row["spilled"] for row in mine if row["spilled"])
         assert spilled == SPILLED_AROUND_LOOPS[version]  # which kernels/README.md explains
+
+
+def test_a_lone_block_of_an_official_head_dim_waits_for_all_loads_only_with_dropout():
+    exposed = [row for row in RECORDED["kernels"] if "!" in in_flight(usage_of(row))]
+    assert {row["call"] for row in exposed if row["arch"] == 90 and row["D"] <= 128} == {"dropout"}
 
 
 def test_the_table_in_the_readme_has_the_recorded_figures():

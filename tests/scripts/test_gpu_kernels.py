@@ -74,6 +74,17 @@ def test_wrong_attention_fails_its_case(wrong, monkeypatch):
     assert row["errors"]["lse"] <= 1 or wrong is one_slot_too_far
 
 
+def test_dropping_other_probabilities_than_the_seed_says_fails(monkeypatch):
+    def wrong(q, *rest, seed, **options):
+        return attention(q, *rest, seed=seed + q.requires_grad, **options)
+
+    assert gpu_kernels.check_dropout(CPU)["passed"]
+    monkeypatch.setattr(gpu_kernels, "attention", wrong)
+    row = gpu_kernels.check_dropout(CPU)
+    assert not row["passed"]
+    assert min(row["errors"].values()) > 1
+
+
 def test_padding_that_transformers_cannot_hide_fails(monkeypatch):
     def wrong(*arguments, left_padding, **options):
         return attention(*arguments, **options)

@@ -102,7 +102,7 @@ class TestSections:
         assert {row["dtype"] for row in judged} == {"float32", "bfloat16", "float16"}
         assert all(set(row["errors"]) == {"out", "lse", "dq", "dk", "dv"} for row in judged)
         checks = [row["check"] for row in rows if "check" in row]
-        assert checks == ["again", "large", "transformers"]
+        assert checks == ["dropout", "again", "large", "transformers"]
 
     def test_fused_judges_steps_in_16_bits_and_int8_and_their_replays(self):
         rows = list(gpu_kernels.fused(CPU))

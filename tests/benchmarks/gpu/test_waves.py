@@ -29,8 +29,8 @@ def _compiled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waves, "resources", lambda _: Resources(128, 80_000, BLOCKS))
 
 
-def found(phase: str, **conditions: object) -> list[dict]:
-    rows = rows_of(SHAPE, phase)
+def found(phase: str, shape: str = SHAPE, **conditions: object) -> list[dict]:
+    rows = rows_of(shape, phase)
     return [row for row in rows if all(row.get(k) == v for k, v in conditions.items())]
 
 
@@ -75,12 +75,11 @@ def test_decoding_is_never_faster_than_the_memory():
 
 
 @pytest.mark.parametrize("phase", waves.PHASES)
-def test_the_recorded_result_has_the_launches_of_today(phase: str):
-    recorded = [
-        row for row in RECORDED if (row["shape"], row["phase"]) == (SHAPE, phase)
-    ]  # fmt: skip
+@pytest.mark.parametrize("shape", waves.SHAPES)
+def test_the_recorded_result_has_the_launches_of_today(shape: str, phase: str):
+    recorded = [row for row in RECORDED if (row["shape"], row["phase"]) == (shape, phase)]
     keys = ("part", "batch", "kernel", "tiles")
-    today = [(*(row[key] for key in keys), list(row["grid"])) for row in found(phase)]
+    today = [(*(row[key] for key in keys), list(row["grid"])) for row in found(phase, shape)]
     assert [(*(row[key] for key in keys), row["grid"]) for row in recorded] == today
 
 
