@@ -108,7 +108,9 @@ class Program:
             )
         threads = torch.get_num_threads()
         can_round = HAS_VNNI and self._dtypes[0] == torch.int8 and s.C % 64 == s.F % 64 == 0
-        can_round = can_round and max(s.C, s.F) <= 14 * 4 * linear.BLOCK
+        # A row's end has room for an integer of each block, and the factor.
+        most = (linear.ROW_END // 4 - 1) * 4 * linear.BLOCK
+        can_round = can_round and max(s.C, s.F) <= most
         rounds = rounds and can_round
         # float32 where there are none, so that no code is compiled for them.
         rounded = torch.int8 if can_round else torch.float32
@@ -179,6 +181,10 @@ class _Locator(InTreeCacheLocator):
     def get_cache_path(self) -> str:
         return str(cache_folder())
 
+    def ensure_cache_path(self) -> None:
+        with suppress(OSError):  # code can be read where none can be written
+            super().ensure_cache_path()
+
     def get_source_stamp(self) -> str:
         return ""
 
@@ -214,7 +220,7 @@ class _Cache(FunctionCache):
 @once
 def _compiled() -> Any:
     dispatcher = kernel(forward)
-    with suppress(RuntimeError):  # no home, nowhere to write: each process compiles again
+    with suppress(RuntimeError):  # no home: each process compiles again
         own, cache = cache_folder(), _Cache(forward)
         # A variable of numba's may choose another folder, whose name covers less.
         if cache.cache_path == str(own):
