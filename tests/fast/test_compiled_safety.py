@@ -7,6 +7,8 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from numba.core.caching import NullCache
 
 from mqa_gpt import GPT, generate
 from mqa_gpt.cache import KVCache
+from mqa_gpt.fast import compiled
 from mqa_gpt.fast.compiled import compiled_forward, step_forward
 from mqa_gpt.fast.int8_cache import Int8KVCache
 from mqa_gpt.generation.prefill import prefill
@@ -140,6 +143,43 @@ def test_tokens_beyond_the_cache_the_context_or_the_layers_are_refused(model):
     model.transformer.h.append(block)
     with pytest.raises(ValueError, match="the cache"):
         step_forward(model)(torch.tensor([[1]]), model.new_cache(1, 4))
+
+
+@torch.inference_mode()
+def test_the_first_pass_of_each_kind_says_that_it_compiles(monkeypatch):
+    said: list[str] = []
+
+    @contextmanager
+    def status() -> Iterator[Callable[[str], None]]:
+        yield said.append
+
+    def compute(program: object, ids: object, *others: object, **options: object) -> Tensor:
+        return torch.zeros(1, 97)
+
+    monkeypatch.setattr(compiled, "status", status)
+    monkeypatch.setattr(compiled, "_READY", set())
+    monkeypatch.setattr(program.Program, "__call__", compute)
+    for model in (tiny_model(), tiny_model(), tiny_model().bfloat16()):
+        for _ in range(2):
+            step_forward(model)(torch.tensor([[1]]), model.new_cache(1, 4))
+    assert said == ["compiling for this processor, once: about ten seconds"] * 2
+
+
+@torch.inference_mode()
+def test_as_many_threads_compute_as_torch_has(model, monkeypatch):
+    asked: list[int] = []
+
+    def run(function: object, arguments: object, threads: int, owners: object) -> None:
+        asked.append(threads)
+
+    monkeypatch.setattr(compiled, "_READY", set())
+    monkeypatch.setattr(program._TEAM, "run", run)
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        step_forward(model)(torch.tensor([[1]]), model.new_cache(1, 4))
+    torch.set_num_threads(before)
+    assert asked == [1, 3]
 
 
 GENERATE = """

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("numba", reason="numba, the extra 'cpu', is not installed")
+
+from numba.core.caching import IndexDataCacheFile
 
 from mqa_kernels.cpu import linear, program, rows
 from mqa_kernels.cpu.simd import (
@@ -296,6 +301,23 @@ def test_a_caller_that_gets_no_thread_works_alone(monkeypatch):
     assert numbers == [0]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_gets_helpers_of_its_own():
+    team = Team()
+
+    def is_helped() -> bool:
+        came = threading.Event()
+        team.run(lambda number: came.set() if number else came.wait(10), (), 2)
+        return came.is_set()
+
+    assert is_helped()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if is_helped() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_a_place_may_be_counted_from_another():
     @kernel
     def second(x: Any, floats: Any) -> float:
@@ -317,3 +339,60 @@ def test_compiled_code_that_is_long_unused_is_removed_and_so_are_the_leavings_of
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"compiled-own", "compiled-recent", "other"}
     assert (tmp_path / "compiled-own").stat().st_mtime > 0
+
+
+def test_another_processor_numba_or_source_has_compiled_code_of_its_own(monkeypatch, tmp_path):
+    folders = [program.cache_folder()]
+    changes: list[tuple[Any, str, Any]] = [
+        (program, "PROCESSOR", ("another", "processor", "")),
+        (numba, "__version__", "0"),
+        (program, "__file__", str(tmp_path / "program.py")),
+    ]
+    for owner, name, value in changes:
+        with monkeypatch.context() as change:
+            change.setattr(owner, name, value)
+            folders.append(program.cache_folder())
+    assert len(set(folders)) == 4
+    assert len({folder.parent for folder in folders}) == 1
+    assert program.cache_folder() == folders[0]
+
+
+@pytest.fixture
+def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty folder for compiled code."""
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(name, str(tmp_path))
+    return program.cache_folder()
+
+
+def double(x: Any) -> Any:
+    return x + x
+
+
+def with_cache() -> Any:
+    """`double` as a new process compiles or finds it."""
+    dispatcher = kernel(double)
+    dispatcher._cache = program._Cache(double)
+    return dispatcher
+
+
+def test_a_folder_that_cannot_be_written_to_is_read(own_folder, monkeypatch):
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise PermissionError
+
+    with_cache()(1)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)  # root may write anywhere
+    monkeypatch.setattr(IndexDataCacheFile, "save", refuse)
+    found = with_cache()
+    assert (found(2), found(0.5)) == (4, 1.0)
+    assert (found.stats.cache_hits.total(), found.stats.cache_misses.total()) == (1, 1)
+
+
+def test_two_processes_that_keep_code_under_one_name_do_not_run_each_others(own_folder):
+    for number in (1, 0.5):
+        with_cache()(number)
+    first, second = sorted(own_folder.glob("*.nbc"))
+    second.write_bytes(first.read_bytes())
+    found = with_cache()
+    assert (found(2), found(0.5)) == (4, 1.0)
+    assert (found.stats.cache_hits.total(), found.stats.cache_misses.total()) == (1, 1)
