@@ -26,18 +26,20 @@ SHAPES = ("tiny_starcoder_py", "starcoderbase-1b")
 BATCHES = (1, 8, 16)
 DECODE, PREFILL = "tg31 @ d128", "pp128"
 NONE = "–"
-NAMED = ("torch", "numba", "transformers", "ctranslate2")  # whose versions are shown
+NAMED = ("torch", "numba", "transformers", "ctranslate2", "openvino")  # whose versions are shown
 
 # The columns of the table of speeds: heading, the run of `mqa-gpt bench`, the program in it or
 # "limit", and the program in cpu_start_*.json.
 COLUMNS = (
     ("mqa-gpt", "float32", "mqa-gpt", "mqa-gpt"),
     ("CTranslate2", "float32", "ctranslate2 float32", "ctranslate2 float32"),
+    ("OpenVINO", "float32", "openvino float32", ""),
     ("transformers", "float32", "transformers", "transformers"),
     ("limit", "float32", "limit", ""),
     ("mqa-gpt bfloat16", "bfloat16", "mqa-gpt", ""),
     ("mqa-gpt int8", "int8", "mqa-gpt", "mqa-gpt int8"),
     ("CTranslate2 int8", "int8", "ctranslate2 int8", "ctranslate2 int8"),
+    ("OpenVINO int8", "int8", "openvino int8", ""),
     ("limit int8", "int8", "limit", ""),
 )
 
@@ -72,9 +74,6 @@ def shown(value: float | None, spec: str = ",.1f") -> str:
 def markdown(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [heading, ["---"] * len(heading), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-# ---------------------------------------------------------------------------------------- speeds
 
 
 def rate(shape: str, kind: str, program: str, test: str, batch: int) -> float | None:
@@ -165,14 +164,11 @@ def short_speeds() -> str:
     return markdown(["", *(heading for heading, *_ in columns)], rows)
 
 
-# ----------------------------------------------------------------------------------------- goals
-
-
 def goals() -> str:
     """What is aimed at, and how far it is reached."""
 
     def faster(kind: str, peer: str, test: str, batch: int) -> Callable[[str], float | None]:
-        peer = f"{peer} {kind}" if peer == "ctranslate2" else peer
+        peer = peer if peer == "transformers" else f"{peer} {kind}"
         return lambda shape: measured(shape, kind, test, batch).get(peer, {}).get("ours_faster")
 
     def bandwidth(kind: str) -> Callable[[str], float | None]:
@@ -207,16 +203,19 @@ def goals() -> str:
         ("int8, 1 prompt, × CTranslate2 int8", 2.2, faster("int8", "ctranslate2", DECODE, 1)),
         ("int8, 1 prompt, × transformers float32", 6.0, faster("int8", "transformers", DECODE, 1)),
         ("int8, 8 prompts, × CTranslate2 int8", 2.5, faster("int8", "ctranslate2", DECODE, 8)),
-        ("prefill, float32, 1 prompt, × CTranslate2", 1.1,
-         faster("float32", "ctranslate2", PREFILL, 1)),
-        ("prefill, float32, 8 prompts, × CTranslate2", 1.1,
-         faster("float32", "ctranslate2", PREFILL, 8)),
-        ("prefill, int8, 1 prompt, × CTranslate2 int8", 1.1,
-         faster("int8", "ctranslate2", PREFILL, 1)),
-        ("prefill, int8, 8 prompts, × CTranslate2 int8", 1.1,
-         faster("int8", "ctranslate2", PREFILL, 8)),
+        *(
+            (f"{kind}, {what}, × {peer}{end}", aim, faster(kind, peer.lower(), test, batch))
+            for kind, end in (("float32", ""), ("int8", " int8"))
+            for what, test, batch, peer, aim in (
+                ("prefill of 1 prompt", PREFILL, 1, "CTranslate2", 1.1),
+                ("prefill of 8 prompts", PREFILL, 8, "CTranslate2", 1.1),
+                ("1 prompt", DECODE, 1, "OpenVINO", 1.0),
+                ("8 prompts", DECODE, 8, "OpenVINO", 1.0),
+                ("prefill of 8 prompts", PREFILL, 8, "OpenVINO", 1.0),
+            )
+        ),
         ("first token of a new process, × transformers", 1.0, cold),
-    ]  # fmt: skip
+    ]
     rows = [
         [name, f"at least {aim:.2f}", *(met(aim, of(shape)) for shape in SHAPES)]
         for name, aim, of in table
@@ -236,9 +235,6 @@ def met(aim: float, value: float | None, at_most: bool = False) -> str:
         return NONE
     is_missed = value > aim if at_most else value < aim
     return f"{value:.2f}{', missed' if is_missed else ''}"
-
-
-# --------------------------------------------------------------------------------- other questions
 
 
 def products() -> str:
@@ -334,8 +330,6 @@ def report() -> str:
     lines = [f"    {line}".rstrip() for line in text.splitlines()[1:]]
     return "\n".join([f"Part of a report (`benchmarks/results/{name}.json`):", "", *lines])
 
-
-# ----------------------------------------------------------------------------------------- kernels
 
 SPLITS = tuple(2**power for power in range(8))
 

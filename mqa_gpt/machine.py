@@ -26,6 +26,7 @@ PACKAGES = (
     "huggingface_hub",
     "numba",
     "ctranslate2",
+    "openvino",
 )
 
 # Models of fewer parameters decode fastest with one thread: what a second one saves on so short a

@@ -33,6 +33,7 @@ from mqa_gpt.sampling import GREEDY
 from mqa_gpt.verify.compare import quiet_transformers
 
 OURS = "mqa-gpt"
+OPENVINO = "it needs an older transformers, so see docs/bench.md for an environment of its own"
 
 
 class Written(NamedTuple):
@@ -63,11 +64,13 @@ class Peer(NamedTuple):
             checkpoint.
         packages: what has to be installed.
         copies: how often the weights are in memory at the peak.
+        install: how to get them.
     """
 
     load: Callable[[Path, GPT], Iterator[Program]]
     packages: tuple[str, ...]
     copies: int
+    install: str = f"run {INSTALL_PEERS} in the checkout"
 
 
 def ours(model: GPT) -> Program:
@@ -124,7 +127,7 @@ def require_peers(names: Sequence[str]) -> None:
         if missing:
             raise InputError(
                 f"comparing with {name} needs {' and '.join(missing)}, not installed here: "
-                f"run {INSTALL_PEERS} in the checkout"
+                f"{PEERS[name].install}"
             )
 
 
@@ -134,19 +137,51 @@ def load_transformers(folder: Path, model: GPT) -> Iterator[Program]:
     with quiet_transformers():
         theirs = transformers.GPTBigCodeForCausalLM.from_pretrained(folder, dtype=model.dtype)
     theirs.to(model.device)
+    yield Program("transformers", _transformers_generate(theirs), model.dtype.itemsize)
+
+
+def load_openvino(folder: Path, model: GPT) -> Iterator[Program]:
+    """OpenVINO through Optimum, with weights in float32 and in 8 bits; it computes in float32."""
+    optimum: Any = import_module("optimum.intel")
+    if model.device.type != "cpu" or model.dtype != torch.float32:
+        raise InputError(
+            f"openvino is compared in float32 on a CPU, but the model is in {model.dtype} on "
+            f"{model.device}: choose --dtype float32 --device cpu"
+        )
+    settings = {
+        "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": "f32",
+    }
+    int8 = optimum.OVWeightQuantizationConfig(bits=8, sym=True)
+    for name, quantization, itemsize in (("float32", None, 4), ("int8", int8, 1)):
+        with quiet_transformers():
+            theirs = optimum.OVModelForCausalLM.from_pretrained(
+                folder,
+                export=True,
+                load_in_8bit=False,
+                quantization_config=quantization,
+                ov_config=settings,
+            )
+        yield Program(f"openvino {name}", _transformers_generate(theirs), itemsize)
+
+
+def _transformers_generate(theirs: Any) -> Generate:
+    """The `generate` of transformers, whatever computes its logits."""
+    transformers: Any = import_module("transformers")
     # Without an end token all have the full length.
     theirs.generation_config = transformers.GenerationConfig(pad_token_id=0)
 
     def run(prompts: list[list[int]], count: int) -> Written:
         times = _Times()
-        ids = torch.tensor(prompts, device=model.device)  # (B, T)
+        ids = torch.tensor(prompts, device=theirs.device)  # (B, T)
         mask = torch.ones_like(ids)
         output = theirs.generate(
             ids, attention_mask=mask, max_new_tokens=count, do_sample=False, streamer=times
         )
         return Written(output[:, ids.shape[1] :].tolist(), times.seconds[1])
 
-    yield Program("transformers", run, model.dtype.itemsize)
+    return run
 
 
 class _Times:
@@ -270,4 +305,5 @@ def _generate(prompts: list[list[int]], count: int) -> Written:
 PEERS = {
     "transformers": Peer(load_transformers, ("transformers",), 1),
     "ctranslate2": Peer(load_ctranslate2, ("ctranslate2", "transformers"), 3),
+    "openvino": Peer(load_openvino, ("optimum-intel", "openvino"), 4, OPENVINO),
 }

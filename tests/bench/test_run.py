@@ -31,7 +31,7 @@ from mqa_gpt.bench.report import BenchReport, count_text, times_faster
 from mqa_gpt.bench.run import benchmark, random_model
 from mqa_gpt.cli.app import app
 from mqa_gpt.errors import InputError
-from mqa_gpt.machine import INSTALL_PEERS
+from mqa_gpt.machine import INSTALL_PEERS, version
 from tests.fake_cuda import Tape
 from tests.helpers import random_ids, tiny_config
 
@@ -244,8 +244,16 @@ def test_other_tokens_are_reported(folder, monkeypatch):
     assert [r.same_tokens for r in report.results] == [None, False]
 
 
-def test_ctranslate2_runs_the_same_weights(folder):
-    pytest.importorskip("ctranslate2")
+def require_peer(name: str) -> None:
+    """Skip a test where a program is not installed."""
+    missing = [package for package in peers.PEERS[name].packages if version(package) is None]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not installed")
+
+
+@pytest.mark.parametrize("name", ["ctranslate2", "openvino"])
+def test_other_programs_run_the_same_weights(name, folder):
+    require_peer(name)
     report = benchmark(
         model=folder,
         dtype="float32",
@@ -254,11 +262,11 @@ def test_ctranslate2_runs_the_same_weights(folder):
         new_lengths=[9],
         batches=[2],
         repeats=1,
-        compare=["ctranslate2"],
+        compare=[name],
     )
     names = {result.contender for result in report.results}
-    assert names == {"mqa-gpt", "ctranslate2 float32", "ctranslate2 int8"}
-    exact = [r for r in report.results if r.contender == "ctranslate2 float32"]
+    assert names == {"mqa-gpt", f"{name} float32", f"{name} int8"}
+    exact = [r for r in report.results if r.contender == f"{name} float32"]
     assert all(result.same_tokens for result in exact)
 
 
@@ -276,14 +284,14 @@ def test_a_shape_gets_random_weights_in_the_dtype_asked_for_and_no_zeros():
         assert model(random_ids(config, 2, 9)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["mqa-gpt", "transformers", "ctranslate2"])
+@pytest.mark.parametrize("name", ["mqa-gpt", *peers.PEERS])
 def test_every_program_says_when_its_first_tokens_came(name, folder, tmp_path):
     """So that decoding is timed by itself, and not as a difference of two runs."""
     model = GPT.from_pretrained(folder, dtype="float32")
     if name == "mqa-gpt":
         programs = [peers.ours(model)]
     else:
-        pytest.importorskip(name)
+        require_peer(name)
         model.save_pretrained(tmp_path / "peer")
         programs = list(peers.PEERS[name].load(tmp_path / "peer", model))
     prompts = random_ids(tiny_config(), 3, 9).tolist()
@@ -375,7 +383,8 @@ def test_parameters_are_shown_in_three_digits_of_a_fitting_unit(count: int, text
 
 def test_an_unknown_peer_is_refused():
     assert refusal("--compare", "transformers,vllm") == (
-        "error: there is no program 'vllm' to compare with: there are transformers, ctranslate2\n"
+        "error: there is no program 'vllm' to compare with: there are transformers, ctranslate2, "
+        "openvino\n"
     )
 
 
@@ -384,6 +393,14 @@ def test_a_peer_that_is_not_installed_is_refused_with_what_to_install(monkeypatc
     assert refusal("--compare", "ctranslate2") == (
         "error: comparing with ctranslate2 needs ctranslate2 and transformers, not installed here: "
         f"run {INSTALL_PEERS} in the checkout\n"
+    )
+
+
+def test_openvino_is_refused_with_where_an_environment_for_it_is_described(monkeypatch):
+    monkeypatch.setattr(peers, "version", lambda package: None)
+    assert refusal("--compare", "openvino") == (
+        "error: comparing with openvino needs optimum-intel and openvino, not installed here: it "
+        "needs an older transformers, so see docs/bench.md for an environment of its own\n"
     )
 
 
