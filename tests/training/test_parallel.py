@@ -34,6 +34,7 @@ from tests.training.runs import (
     last_tensors,
     results,
     say_nothing,
+    start,
     tiny_run,
     write_sources,
 )
@@ -73,17 +74,6 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> None:
         child.kill()
     assert errors.empty(), errors.get()
     assert [child.exitcode for child in children] == [0] * size
-
-
-def start(config: RunConfig, out: Path, resume: bool = False, tensor_parallel: int = 1) -> None:
-    train(
-        config,
-        out,
-        resume=resume,
-        device="cpu",
-        tensor_parallel=tensor_parallel,
-        say=say_nothing,
-    )
 
 
 SHORT = {
@@ -241,7 +231,7 @@ def test_embedding_and_head_stay_one_parameter(sources: Path, tmp_path: Path) ->
 
 
 def tied(config: RunConfig, out: Path) -> None:
-    """A run after which embedding and head are compared."""
+    """A sharded model whose embedding and head are compared."""
     with world("cpu") as ranks:
         tokenizer = Tokenizer(byte_tokenizer(*SPECIALS))
         model = make_model(config, tokenizer, ranks.device)
