@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from mqa_gpt.errors import InputError
@@ -24,7 +26,7 @@ from mqa_gpt.training.config import RunConfig
 from mqa_gpt.training.loop import Trainer
 from mqa_gpt.training.model import make_model
 from mqa_gpt.training.objective import Objective
-from mqa_gpt.training.parallel import FirstRankError, shard, world
+from mqa_gpt.training.parallel import PATIENCE, FirstRankError, shard, world
 from mqa_gpt.training.plan import plan_run
 from mqa_gpt.training.run import train
 from mqa_gpt.training.signals import RunInterruptedError
@@ -202,6 +204,30 @@ def ends_with(
         begin(config, device="cpu", say=say_nothing)
     is_first = os.environ["RANK"] == "0"
     assert isinstance(caught.value, FirstRankError) != (is_first or out is None)
+
+
+def test_ranks_wait_longer_for_the_documents_than_for_anything_else(
+    sources: Path, tmp_path: Path
+) -> None:
+    on_ranks(2, patient_once, tiny_run(sources, run_steps=1), tmp_path / "run")
+
+
+def patient_once(config: RunConfig, out: Path) -> None:
+    """A run in which is noted how long its ranks wait for the first one, each time that they do."""
+    patience = []
+    original = dist.broadcast_object_list
+
+    def broadcast(*arguments: Any, group: Any = None, **options: Any) -> None:
+        backend = (group or dist.group.WORLD)._get_backend(torch.device("cpu"))
+        patience.append(backend.options._timeout)
+        original(*arguments, group=group, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "broadcast_object_list", broadcast)
+        start(config, out)
+    assert patience.count(PATIENCE) == 1
+    assert all(time <= PATIENCE / 100 for time in patience if time != PATIENCE)
+    assert len(patience) > 3
 
 
 def test_a_checkpoint_that_the_first_rank_cannot_write_ends_all(
