@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -10,6 +12,7 @@ import typer
 from mqa_gpt.cli.input import prompt_texts
 from mqa_gpt.cli.options import (
     CachedModelOptions,
+    GenerationOptions,
     Json,
     NoSpecialTokens,
     PromptFile,
@@ -18,7 +21,10 @@ from mqa_gpt.cli.options import (
     Statistics,
 )
 from mqa_gpt.cli.output import note, run
+from mqa_gpt.cli.ranks import rank_count, sharing_layers
+from mqa_gpt.errors import InputError
 from mqa_gpt.llm import LLM
+from mqa_gpt.model import GPT
 
 
 def generate(
@@ -43,7 +49,8 @@ def generate(
 
     A PROMPT of - is read from standard input, which is also where a prompt comes from if none is
     given in a pipe. A single completion is printed as it is written, several at the end, each under
-    a heading. In a pipe, standard output holds the completion and nothing else.
+    a heading. In a pipe, standard output holds the completion and nothing else. Under torchrun the
+    ranks share each layer of a multi-query model.
 
     \b
     Examples:
@@ -51,12 +58,54 @@ def generate(
       mqa-gpt generate --file start.py --stop '\\n\\n' --stats
       head -50 app.py | mqa-gpt generate --echo > new.py
       mqa-gpt generate 'class Stack:' --temperature 0.8 --top-p 0.95 --n 4 --json
+      torchrun --nproc-per-node 2 -m mqa_gpt generate 'def area(' --dtype float32
     """
-    named_texts = prompt_texts(prompts or [], file or [])
+    with sharing_layers(model.device) as (device, divide):
+        if rank_count() > 1:
+            _require_the_same(prompts or [], file or [], generation)
+        _generate(
+            prompt_texts(prompts or [], file or []),
+            generation,
+            dataclasses.replace(model, device=device),
+            divide,
+            special_tokens=not no_special_tokens,
+            echo=sys.stdout.isatty() if echo is None else echo,
+            show_stats=stats,
+            as_json=as_json,
+        )
+
+
+def _require_the_same(prompts: list[str], files: list[str], options: GenerationOptions) -> None:
+    """Raise InputError if ranks would read or draw different things."""
+    if "-" in prompts + files or not prompts + files:
+        raise InputError(
+            "several ranks cannot share standard input: give prompts as arguments or with --file"
+        )
+    if options.temperature > 0 and options.seed is None:
+        raise InputError("several ranks draw the same tokens only with --seed: add it")
+
+
+def _generate(
+    named_texts: dict[str, str],
+    generation: ReportedOptions,
+    model: CachedModelOptions,
+    divide: Callable[[GPT], None],
+    *,
+    special_tokens: bool,
+    echo: bool,
+    show_stats: bool,
+    as_json: bool,
+) -> None:
+    """Load the model, and print completions of the prompts.
+
+    Args:
+        divide: what is done with the loaded model (see `sharing_layers`).
+    """
     model.check()
     options = generation.for_library()
     llm, load_seconds = model.load(generation.draft)
-    if not no_special_tokens:
+    divide(llm.model)
+    if special_tokens:
         for name, text in named_texts.items():
             if unknown := llm.tokenizer.unknown_markers(text):
                 note(f"note: {', '.join(unknown)} in {name} is plain text to this model")
@@ -66,16 +115,14 @@ def generate(
         generation.max_new_tokens,
         n=generation.n,
         names=list(named_texts),
-        special_tokens=not no_special_tokens,
+        special_tokens=special_tokens,
         truncate=generation.truncate,
         **options,
     )
     if generation.truncate:
         prompt_tokens = [c.prompt_tokens for c in started.completions[:: generation.n]]
         for (name, text), kept in zip(named_texts.items(), prompt_tokens, strict=True):
-            _note_cut(llm, name, text, kept, generation.max_new_tokens, not no_special_tokens)
-    if echo is None:
-        echo = sys.stdout.isatty()
+            _note_cut(llm, name, text, kept, generation.max_new_tokens, special_tokens)
     run(
         llm,
         started,
@@ -83,7 +130,7 @@ def generate(
         n=generation.n,
         model=model.name,
         load_seconds=load_seconds,
-        show_stats=stats,
+        show_stats=show_stats,
         as_json=as_json,
     )
 

@@ -13,7 +13,7 @@ from mqa_gpt.training.checks import require_tokenizer
 from mqa_gpt.training.config import DATA_FOLDER, SIZES_FILE, TOKENIZER_FOLDER, RunConfig
 from mqa_gpt.training.documents import Report
 from mqa_gpt.training.model import model_config
-from mqa_gpt.training.parallel import on_first
+from mqa_gpt.training.parallel import World, on_first
 from mqa_gpt.training.prepare import held_out_documents, prepare, training_documents
 from mqa_gpt.training.samples import Samples
 from mqa_gpt.training.vocabulary import train_tokenizer
@@ -36,15 +36,21 @@ class Data(NamedTuple):
     report: Report
 
 
-def load_data(config: RunConfig, out: Path, say: Callable[[str], None]) -> Data:
+def load_data(
+    config: RunConfig, out: Path, say: Callable[[str], None], ranks: World | None = None
+) -> Data:
     """Make a run's tokenizer, sizes and corpora in its folder, or open what an earlier call made.
 
     The first rank makes them while the others wait.
 
+    Args:
+        ranks: None if there is only this process.
+
     Raises:
         InputError: the sources, the tokenizer or the folder cannot be used.
     """
-    return on_first(lambda: _load(config, out, say)) or _load(config, out, say)
+    group = None if ranks is None else ranks.patient
+    return on_first(lambda: _load(config, out, say), group) or _load(config, out, say)
 
 
 def _load(config: RunConfig, out: Path, say: Callable[[str], None]) -> Data:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -27,6 +28,10 @@ from mqa_gpt.training.ordered import OrderedReduceScatter
 
 T = TypeVar("T")
 
+# How long ranks wait for the first one to tokenize the documents. PyTorch gives up after 10 minutes
+# on GPUs, which is right for everything else.
+PATIENCE = timedelta(days=7)
+
 
 class FirstRankError(InputError):
     """On the other ranks: what the first one has ended with, and says."""
@@ -42,6 +47,7 @@ class World:
         mesh: of the ranks with different shares, maybe of one; None if there is only this process.
         tensor_mesh: of the ranks that compute the same share together; None if each is alone.
         is_first: whether this is the rank that writes what is written once.
+        patient: a group of all ranks that waits for `PATIENCE`; None if there is only one process.
     """
 
     rank: int
@@ -50,6 +56,7 @@ class World:
     mesh: DeviceMesh | None = None
     tensor_mesh: DeviceMesh | None = None
     is_first: bool = True
+    patient: dist.ProcessGroup | None = None
 
     @property
     def ranks(self) -> int:
@@ -115,15 +122,19 @@ def world(device: str | None = None, tensor_parallel: int = 1) -> Iterator[World
             mesh=mesh["share"],
             tensor_mesh=mesh["tensor"] if tensor_parallel > 1 else None,
             is_first=dist.get_rank() == 0,
+            patient=dist.new_group(backend="gloo", timeout=PATIENCE),
         )
     finally:
         dist.destroy_process_group()
 
 
-def on_first(function: Callable[[], T]) -> T | None:
+def on_first(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T | None:
     """Call a function on the first rank, while the others wait; its result, on them None.
 
     If it fails, all ranks end: its error is raised on the first one, FirstRankError on the others.
+
+    Args:
+        group: of all ranks, which says how long they wait: `World.patient`, or None for the usual.
     """
     if not dist.is_initialized():
         return function()
@@ -134,7 +145,7 @@ def on_first(function: Callable[[], T]) -> T | None:
         except Exception as error:
             failure = error
     message = [None if failure is None else str(failure)]
-    dist.broadcast_object_list(message, 0)
+    dist.broadcast_object_list(message, 0, group=group)
     if failure is not None:
         raise failure
     if message[0] is not None:

@@ -113,7 +113,7 @@ def train(
             branched = on_first(begin)
             if branched:
                 tell(branched)
-            data = load_data(config, out, tell)
+            data = load_data(config, out, tell, ranks)
             found = checkpoints.complete(out)
             if found:
                 model = GPT(read_config(out)).to(ranks.device)

@@ -15,9 +15,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from mqa_gpt.training import checkpoints, speed
 from mqa_gpt.training.config import RunConfig
 from mqa_gpt.training.log import read_log
+from mqa_gpt.training.run import train
 
 # Each rank measures the processor first, which would take half the time of a run as small as these.
 speed.PROBE_SIZE = 64
+
+NO_DROPOUT = {f"model_{name}_pdrop": 0.0 for name in ("attn", "embd", "resid")}
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta")
 
@@ -74,6 +77,25 @@ def tiny_run(sources: Path, **changes: Any) -> RunConfig:
 
 def say_nothing(text: str) -> None:
     """For `train`."""
+
+
+def start(
+    config: RunConfig,
+    out: Path,
+    resume: bool = False,
+    tensor_parallel: int = 1,
+    branch_from: Path | None = None,
+) -> None:
+    """A run on the CPU that says nothing."""
+    train(
+        config,
+        out,
+        resume=resume,
+        branch_from=branch_from,
+        device="cpu",
+        tensor_parallel=tensor_parallel,
+        say=say_nothing,
+    )
 
 
 def last_tensors(run: Path) -> dict[str, Tensor]:

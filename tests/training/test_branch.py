@@ -11,10 +11,9 @@ import pytest
 from mqa_gpt.errors import InputError
 from mqa_gpt.training import branch as branching
 from mqa_gpt.training.branch import branch
-from mqa_gpt.training.config import RunConfig, read_run_config
+from mqa_gpt.training.config import read_run_config
 from mqa_gpt.training.log import read_log
-from mqa_gpt.training.run import train
-from tests.training.runs import assert_same_run, results, say_nothing, tiny_run, write_sources
+from tests.training.runs import assert_same_run, results, start, tiny_run, write_sources
 
 WSD = {"schedule_name": "wsd", "schedule_final": 0.0, "schedule_decay_share": 0.5}
 
@@ -22,10 +21,6 @@ WSD = {"schedule_name": "wsd", "schedule_final": 0.0, "schedule_decay_share": 0.
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sources(tmp_path_factory.mktemp("sources"))
-
-
-def start(config: RunConfig, out: Path, **options: Any) -> None:
-    train(config, out, device="cpu", say=say_nothing, **options)
 
 
 @pytest.mark.slow

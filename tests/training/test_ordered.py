@@ -10,8 +10,8 @@ import torch
 from mqa_gpt.errors import InputError
 from mqa_gpt.training.config import RunConfig
 from mqa_gpt.training.ordered import TreeSum, tree_sum
-from tests.training.runs import assert_same_run, tiny_run, write_sources
-from tests.training.test_parallel import SHORT, interrupted, on_ranks, start
+from tests.training.runs import assert_same_run, start, tiny_run, write_sources
+from tests.training.test_parallel import SHORT, interrupted, on_ranks
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from mqa_gpt.errors import InputError
@@ -24,7 +26,7 @@ from mqa_gpt.training.config import RunConfig
 from mqa_gpt.training.loop import Trainer
 from mqa_gpt.training.model import make_model
 from mqa_gpt.training.objective import Objective
-from mqa_gpt.training.parallel import FirstRankError, shard, world
+from mqa_gpt.training.parallel import PATIENCE, FirstRankError, shard, world
 from mqa_gpt.training.plan import plan_run
 from mqa_gpt.training.run import train
 from mqa_gpt.training.signals import RunInterruptedError
@@ -34,6 +36,7 @@ from tests.training.runs import (
     last_tensors,
     results,
     say_nothing,
+    start,
     tiny_run,
     write_sources,
 )
@@ -73,17 +76,6 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> None:
         child.kill()
     assert errors.empty(), errors.get()
     assert [child.exitcode for child in children] == [0] * size
-
-
-def start(config: RunConfig, out: Path, resume: bool = False, tensor_parallel: int = 1) -> None:
-    train(
-        config,
-        out,
-        resume=resume,
-        device="cpu",
-        tensor_parallel=tensor_parallel,
-        say=say_nothing,
-    )
 
 
 SHORT = {
@@ -214,6 +206,30 @@ def ends_with(
     assert isinstance(caught.value, FirstRankError) != (is_first or out is None)
 
 
+def test_ranks_wait_longer_for_the_documents_than_for_anything_else(
+    sources: Path, tmp_path: Path
+) -> None:
+    on_ranks(2, patient_once, tiny_run(sources, run_steps=1), tmp_path / "run")
+
+
+def patient_once(config: RunConfig, out: Path) -> None:
+    """A run in which is noted how long its ranks wait for the first one, each time that they do."""
+    patience = []
+    original = dist.broadcast_object_list
+
+    def broadcast(*arguments: Any, group: Any = None, **options: Any) -> None:
+        backend = (group or dist.group.WORLD)._get_backend(torch.device("cpu"))
+        patience.append(backend.options._timeout)
+        original(*arguments, group=group, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "broadcast_object_list", broadcast)
+        start(config, out)
+    assert patience.count(PATIENCE) == 1
+    assert all(time <= PATIENCE / 100 for time in patience if time != PATIENCE)
+    assert len(patience) > 3
+
+
 def test_a_checkpoint_that_the_first_rank_cannot_write_ends_all(
     sources: Path, tmp_path: Path
 ) -> None:
@@ -241,7 +257,7 @@ def test_embedding_and_head_stay_one_parameter(sources: Path, tmp_path: Path) ->
 
 
 def tied(config: RunConfig, out: Path) -> None:
-    """A run after which embedding and head are compared."""
+    """A sharded model whose embedding and head are compared."""
     with world("cpu") as ranks:
         tokenizer = Tokenizer(byte_tokenizer(*SPECIALS))
         model = make_model(config, tokenizer, ranks.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,10 @@ def write_log(folder: Path, steps: int) -> None:
 def test_it_is_a_picture_in_the_runs_folder_or_elsewhere(tmp_path: Path, steps: int) -> None:
     write_log(tmp_path, steps)
     assert plot_run(tmp_path).read_bytes().startswith(b"\x89PNG")
-    assert plot_run(tmp_path, tmp_path / "curves.svg").read_text().startswith("<?xml")
+    drawn = plot_run(tmp_path, tmp_path / "curves.svg").read_text()
+    texts = set(re.findall("<!-- (.*) -->", drawn))  # as matplotlib notes them
+    assert {"training", "held out", "held out, left to right", "learning rate"} <= texts
+    assert "held out, infilling" not in texts  # was never measured
     with pytest.raises(InputError, match=r"curves\.nothing cannot be drawn"):
         plot_run(tmp_path, tmp_path / "curves.nothing")
 

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, GPTBigCodeForCausalLM
 from mqa_gpt import GPT, LLM
 from mqa_gpt.errors import InputError
 from mqa_gpt.training import checkpoints
-from mqa_gpt.training.config import RunConfig, to_toml
+from mqa_gpt.training.config import to_toml
 from mqa_gpt.training.export import export_checkpoint
 from mqa_gpt.training.log import LOG_FILE, read_log
 from mqa_gpt.training.loop import Trainer
@@ -29,13 +29,16 @@ from mqa_gpt.training.run import prepare_folder, require_folder, train
 from mqa_gpt.training.signals import RunInterruptedError
 from tests.helpers import random_ids, relative_error
 from tests.training.runs import (
+    NO_DROPOUT,
     assert_same_run,
     last_tensors,
     results,
     say_nothing,
+    start,
     tiny_run,
     write_sources,
 )
+from tests.training.test_loop import spoil_gradients
 
 KILLS = int(os.environ.get("MQA_GPT_KILLS", "5"))
 
@@ -43,10 +46,6 @@ KILLS = int(os.environ.get("MQA_GPT_KILLS", "5"))
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sources(tmp_path_factory.mktemp("sources"))
-
-
-def start(config: RunConfig, out: Path, resume: bool = False) -> None:
-    train(config, out, resume=resume, device="cpu", say=say_nothing)
 
 
 @pytest.fixture
@@ -70,8 +69,6 @@ def before_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], 
 def fail() -> None:
     raise RuntimeError("as if the process had died")
 
-
-NO_DROPOUT = {f"model_{name}_pdrop": 0.0 for name in ("attn", "embd", "resid")}
 
 RECIPES: dict[str, dict[str, Any]] = {
     "adamw": {},
@@ -179,59 +176,6 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
     assert read_log(tmp_path / "run")[-1]["message"] == number.name
     start(tiny_run(sources), tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
-
-
-def spoil_gradients(monkeypatch: pytest.MonkeyPatch, step: int, factor: float) -> None:
-    """Multiply the gradients of one step."""
-    from mqa_gpt.training import loop
-
-    original = loop.add_gradients
-    calls = [0]
-
-    def add_gradients(objective: torch.nn.Module, *arguments: Any) -> tuple[float, int]:
-        found = original(objective, *arguments)
-        calls[0] += 1
-        if calls[0] == step:
-            for parameter in objective.parameters():
-                assert parameter.grad is not None
-                parameter.grad *= factor
-        return found
-
-    monkeypatch.setattr(loop, "add_gradients", add_gradients)
-
-
-@pytest.mark.slow
-def test_a_step_that_is_not_finite_stops_the_run_before_the_weights_change(
-    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = tiny_run(sources)
-    start(config, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        spoil_gradients(patch, 7, math.nan)
-        with pytest.raises(FloatingPointError, match=r"step 7: .*norm nan; lower optimizer\.lr"):
-            start(config, tmp_path / "run")
-    assert checkpoints.complete(tmp_path / "run")[-1].name == "step-00000006"
-    start(config, tmp_path / "run", resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
-
-
-@pytest.mark.parametrize(("factor", "spike_factor"), [(math.inf, 0.0), (1e4, 20.0)])
-def test_a_bad_step_is_skipped_and_said_where_the_config_wants_that(
-    factor: float,
-    spike_factor: float,
-    sources: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("mqa_gpt.training.loop.SPIKE_WINDOW", 4)
-    spoil_gradients(monkeypatch, 7, factor)
-    config = tiny_run(sources, run_on_bad_step="skip", run_spike_factor=spike_factor)
-    said: list[str] = []
-    train(config, tmp_path / "run", device="cpu", say=said.append)
-    assert checkpoints.read_state(checkpoints.complete(tmp_path / "run")[-1]).skipped == 1
-    (line,) = [line for line in said if line.startswith("step 7 is skipped: the ")]
-    assert ("times the median" in line) == bool(spike_factor)
-    assert all(tensor.isfinite().all() for tensor in last_tensors(tmp_path / "run").values())
 
 
 @pytest.mark.slow
@@ -465,33 +409,3 @@ def test_a_run_needs_the_checkpoint_that_it_started_from_no_more(
     )
     start(config, tmp_path / "second", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "second")
-
-
-@pytest.mark.slow
-def test_one_batch_is_learned_by_heart(sources: Path, tmp_path: Path) -> None:
-    config = tiny_run(
-        sources,
-        **NO_DROPOUT,
-        model_initializer_range=0.02,
-        run_repeat_batch=True,
-        run_steps=150,
-        run_batch_size=2,
-        run_evaluate_every=0,
-        run_save_every=0,
-    )
-    start(config, tmp_path / "run")
-    losses = [record["loss"] for record in read_log(tmp_path / "run") if record["kind"] == "train"]
-    assert abs(losses[0] - math.log(290)) < 0.1
-    assert losses[-1] < 0.01
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("setting", [{"model_backend": "reference"}, {"run_recompute": True}])
-def test_the_curve_does_not_depend_on_how_attention_is_computed(
-    setting: dict[str, Any], sources: Path, tmp_path: Path
-) -> None:
-    for name, changes in (("usual", {"model_backend": "sdpa"}), ("other", setting)):
-        start(tiny_run(sources, **NO_DROPOUT, **changes), tmp_path / name)
-    usual, other = (results(tmp_path / name) for name in ("usual", "other"))
-    for one, two in zip(usual, other, strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)

@@ -15,8 +15,8 @@ from mqa_gpt.training import checkpoints
 from mqa_gpt.training.parallel import whole, world
 from mqa_gpt.training.tensor_parallel import divide, fused, tensor_parallel
 from tests.helpers import random_ids, relative_error, tiny_model
-from tests.training.runs import last_tensors, tiny_run, write_sources
-from tests.training.test_parallel import SHORT, assert_close_runs, interrupted, on_ranks, start
+from tests.training.runs import NO_DROPOUT, last_tensors, start, tiny_run, write_sources
+from tests.training.test_parallel import SHORT, assert_close_runs, interrupted, on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -73,6 +73,7 @@ def compare_tokens() -> None:
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_run_has_the_losses_of_one_rank(size: int, sources: Path, tmp_path: Path) -> None:
     """Four ranks are two shares of the batch, each computed by two."""
+    # No dropout: ranks that share heads draw the same mask for different heads.
     config = tiny_run(sources, optimizer_name="muon", averaging_decay=0.9, **NO_DROPOUT, **SHORT)
     start(config, tmp_path / "one")
     on_ranks(size, start, config, tmp_path / "many", False, 2)
@@ -95,10 +96,6 @@ def test_a_run_is_resumed_with_other_ways_of_sharing(sources: Path, tmp_path: Pa
     on_ranks(2, interrupted, config, tmp_path / "other", 3, 1)
     on_ranks(4, start, config, tmp_path / "other", True, 4)
     assert_close_runs(tmp_path / "one", tmp_path / "other")
-
-
-# Ranks that share heads draw the same mask for different heads.
-NO_DROPOUT = {"model_resid_pdrop": 0.0, "model_embd_pdrop": 0.0, "model_attn_pdrop": 0.0}
 
 
 def test_what_is_joined_can_be_divided_again() -> None:
