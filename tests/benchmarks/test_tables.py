@@ -12,8 +12,8 @@ import pytest
 from benchmarks import tables
 
 NAMES = {
-    "float32": ("mqa-gpt", "ctranslate2 float32", "transformers"),
-    "int8": ("mqa-gpt", "ctranslate2 int8", "transformers"),
+    "float32": ("mqa-gpt", "ctranslate2 float32", "transformers", "openvino float32"),
+    "int8": ("mqa-gpt", "ctranslate2 int8", "transformers", "openvino int8"),
 }
 
 
@@ -51,7 +51,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "benchmarks/results"
     folder.mkdir(parents=True)
     for kind, names in NAMES.items():
-        rates = dict(zip(names, (30.0, 20.0, 10.0), strict=True))
+        rates = dict(zip(names, (30.0, 20.0, 10.0, 15.0), strict=True))
         (folder / f"bench_tiny_starcoder_py_{kind}.json").write_text(json.dumps(bench(rates)))
     seconds = {"mqa-gpt": 2.0, "mqa-gpt, nothing compiled": 14.0, "transformers": 3.0}
     programs = {
@@ -76,11 +76,17 @@ def test_the_table_of_speeds_has_every_program_and_the_limit(files):
     assert len(rows) == 2 * 3 + 2  # of the shape that was measured
     assert rows[0] == [
         "tiny_starcoder_py", "decode, 1 prompt, tokens/s",
-        "30.0", "20.0", "10.0", "37.5", "–", "30.0", "20.0", "37.5",
+        "30.0", "20.0", "15.0", "10.0", "37.5", "–", "30.0", "20.0", "15.0", "37.5",
     ]  # fmt: skip
-    assert rows[4][2:6] == ["30.0", "20.0", "10.0", "60.0"]  # prefill: of the rate of products
-    assert rows[6][2:5] == ["2.00", "–", "3.00"]
-    assert rows[7][2:5] == ["1.25", "–", "1.25"]
+    assert rows[4][2:7] == [
+        "30.0",
+        "20.0",
+        "15.0",
+        "10.0",
+        "60.0",
+    ]  # prefill: of the rate of products
+    assert rows[6][2:6] == ["2.00", "–", "–", "3.00"]
+    assert rows[7][2:6] == ["1.25", "–", "–", "1.25"]
     assert "Some CPU, AVX2, 2 threads; torch 1.2, numba 1.2" in text
     assert "at most 2% away" in text
 
@@ -92,6 +98,7 @@ def test_goals_that_are_not_reached_are_said_to_be_missed(files):
         "0.90, missed",
     ]
     assert found["float32, 1 prompt, × CTranslate2"] == ["at least 1.00", "1.50", "–"]
+    assert found["int8, 1 prompt, × OpenVINO int8"] == ["at least 1.00", "2.00", "–"]
     assert found["int8, 1 prompt, × transformers float32"][:2] == ["at least 6.00", "3.00, missed"]
     assert found["first token of a new process, × transformers"][1] == "1.50"
     assert found["first token, nothing compiled yet: seconds more"][1] == "12.00, missed"
@@ -106,6 +113,7 @@ def test_what_is_faster_in_three_of_four_rounds_is_bold_in_the_short_table(files
         rounds = {
             "mqa-gpt": [1.0, 1.0, 1.0, 1.0, 1.0],
             "ctranslate2 float32": [1.2, 1.2, 1.2, 1.2, 0.9],
+            "openvino float32": [1.2, 1.2, 1.2, 1.2, 1.2],
             "transformers": [1.2, 1.2, 1.2, 0.9, 0.9],
         }
         if found["batch"] == 8:
@@ -113,8 +121,17 @@ def test_what_is_faster_in_three_of_four_rounds_is_bold_in_the_short_table(files
         found["seconds"] = rounds[found["contender"]]
     path.write_text(json.dumps(report))
     table = cells(tables.short_speeds())
-    assert table[0] == ["decode, 1 prompt", "30.0", "20.0", "10.0", "30.0", "20.0"]
-    assert table[1] == ["decode, 8 prompts", "**30.0**", "20.0", "10.0", "30.0", "20.0"]
+    assert table[0] == ["decode, 1 prompt", "30.0", "20.0", "15.0", "10.0", "30.0", "20.0", "15.0"]
+    assert table[1] == [
+        "decode, 8 prompts",
+        "**30.0**",
+        "20.0",
+        "15.0",
+        "10.0",
+        "30.0",
+        "20.0",
+        "15.0",
+    ]
 
 
 def test_what_no_file_holds_is_not_made_up(files):
