@@ -102,8 +102,8 @@ def test_actions_take_turns_and_may_time_themselves():
 def test_every_figure_follows_from_the_clock_and_known_sizes(folder, monkeypatch):
     monkeypatch.setattr(bench, "ours", lambda model: program("mqa-gpt", first=1.5))
     # A round: prefill, writing, both, then the three probes.
-    rounds = [(2.0, 4.0, 3.0, 0.5, 1.0, 0.1), (1.0, 4.0, 2.0, 0.5, 1.0, 0.1)]
-    rounds.append((4.0, 8.0, 9.0, 0.5, 1.0, 0.1))
+    rounds = [(2.0, 4.0, 3.0, 0.7, 1.0, 0.1), (1.0, 4.0, 2.0, 0.5, 1.5, 0.2)]
+    rounds.append((4.0, 8.0, 9.0, 0.6, 1.2, 0.3))
     report = benchmark(
         model=folder,
         device="cpu",
@@ -176,6 +176,16 @@ def test_a_single_round_has_no_deviation(folder):
     assert "±" not in one
     assert "; 2 repeats\n" in two
     assert "±" in two
+
+
+@pytest.mark.parametrize("faster", [torch.bfloat16, torch.float32])
+def test_the_ceiling_of_16_bit_products_is_that_of_the_faster_dtype(faster, monkeypatch):
+    def probe(device: torch.device, dtype: torch.dtype, size: int) -> ceilings.Probe:
+        return ceilings.Probe(lambda: None, 2.0 if dtype == faster else 1.0)
+
+    monkeypatch.setattr(ceilings, "product_probe", probe)
+    monkeypatch.setattr(ceilings, "_rate", lambda probe: probe.amount)
+    assert ceilings.probes(CPU, torch.bfloat16)["matmul_tflops"].amount == 2.0
 
 
 def test_a_probe_counts_all_the_passes_that_it_makes(monkeypatch):
