@@ -11,8 +11,8 @@ program calls it, in tokens per second of all rows together:
 Two ceilings give these rates a scale. A decode step has to read the weights and the cache: GB/s,
 and as a share of what this machine reads, MBU (model bandwidth utilisation). A prefill has to
 multiply: TFLOP/s, and as a share of the rate of a matrix product, MFU (model FLOPs utilisation);
-with 8-bit weights on a CPU, of a product of 8-bit integers. Ceilings and tests are
-measured in turn, so that a busy machine slows all of them alike.
+with 8-bit weights on a CPU, of a product of 8-bit integers. Ceilings and tests are measured in
+turn, and the fastest round of a ceiling counts.
 """
 
 from __future__ import annotations

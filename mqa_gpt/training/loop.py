@@ -145,8 +145,8 @@ class Trainer:
         self.model.zero_grad()
         if problem and run.on_bad_step == "stop":
             raise FloatingPointError(
-                f"step {state.step + 1}: {problem}; lower optimizer.lr, or set run.on_bad_step to "
-                "skip and resume"
+                f"step {state.step + 1}: {problem}; set run.on_bad_step to skip and resume, or go "
+                "on in another folder (--from) with a lower optimizer.lr"
             )
         state.step += 1
         state.tokens += tokens
