@@ -52,10 +52,12 @@ def result(name: str) -> Any:
 
 
 def measured(shape: str, kind: str, test: str, batch: int) -> dict[str, Any]:
-    """The results of one test by `mqa-gpt bench`, by program."""
-    report = result(f"bench_{shape}_{kind}")
+    """The results of one test by `mqa-gpt bench`, by program. Of a large model, transformers has
+    a run of its own, in which ours is measured again."""
+    reports = (result(f"bench_{shape}_{kind}{end}") for end in ("_transformers", ""))
     return {
         found["contender"]: found
+        for report in reports
         for found in (report["results"] if report else ())
         if (found["test"], found["batch"]) == (test, batch)
     }

@@ -106,6 +106,21 @@ def test_goals_that_are_not_reached_are_said_to_be_missed(files):
     assert beyond == ["at most 0.40", "0.51, missed", "–"]
 
 
+def test_transformers_may_have_a_run_of_its_own_and_the_ratios_are_those_of_that(files):
+    path = files / "benchmarks/results/bench_starcoderbase-1b_float32_transformers.json"
+    path.write_text(json.dumps(bench({"mqa-gpt": 8.0, "transformers": 5.0})))
+    path = files / "benchmarks/results/bench_starcoderbase-1b_float32.json"
+    path.write_text(json.dumps(bench({"mqa-gpt": 9.0, "ctranslate2 float32": 6.0})))
+    found = tables.measured("starcoderbase-1b", "float32", tables.DECODE, 8)
+    assert {name: row["median"] for name, row in found.items()} == {
+        "mqa-gpt": 9.0,
+        "ctranslate2 float32": 6.0,
+        "transformers": 5.0,
+    }
+    goals = {row[0]: row[1:] for row in cells(tables.goals())}
+    assert goals["float32, 8 prompts, × transformers"][2] == "1.60, missed"
+
+
 def test_what_is_faster_in_three_of_four_rounds_is_bold_in_the_short_table(files):
     path = files / "benchmarks/results/bench_tiny_starcoder_py_float32.json"
     report = json.loads(path.read_text())
