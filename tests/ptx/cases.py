@@ -189,7 +189,8 @@ def attention_case(
     lengths: list[int] | None = None, left: list[int] | None = None, p: float = 0.0,
     backward: bool = True,
 ) -> None:  # fmt: skip
-    """attention and, with `backward`, its gradients. Slots that no query sees hold NaN."""
+    """attention with its log-sum-exp and, with `backward`, its gradients. Slots that no query sees
+    hold NaN."""
     q = torch.randn(B, T, H + 2, D).to(dtype)[:, :, :H]  # views of wider rows, as in the model
     kv = torch.randn(B, S, G, 2 * D).to(dtype)
     new = lengths or [T] * B
@@ -199,8 +200,8 @@ def attention_case(
     do = torch.randn(B, T, H, D).to(dtype)
     seed = torch.tensor([0x1234_5678_9ABC]) if p else None
     leaves = [x.detach().requires_grad_(backward) for x in (q, k, v)]
-    out = attention(
-        *leaves, torch.tensor(start), dropout_p=p, seed=seed,
+    out, lse = attention(
+        *leaves, torch.tensor(start), dropout_p=p, seed=seed, return_lse=True,
         lengths=None if lengths is None else torch.tensor(lengths),
         left_padding=None if left is None else torch.tensor(left),
     )  # fmt: skip
@@ -224,6 +225,13 @@ def attention_case(
     exact = answers(torch.float64)
     for i, (mine, plain) in enumerate(zip(ours, answers(dtype), strict=False)):
         assert_as_accurate(mine, plain, exact[i], factor=2 if i == 0 else 3)
+
+    sees = visible.any(-1)[..., None]  # (B, T, 1); the others' log-sum-exp is undefined
+    plain_lse, exact_lse = (  # of scores that are not rounded
+        reference.log_sum_exp(*(x.to(wider) for x in inputs[:2]), visible, D**-0.5)
+        for wider in (torch.float32, torch.float64)
+    )
+    assert_as_accurate(*(x.where(sees, 0.0) for x in (lse, plain_lse, exact_lse)))
 
 
 CASES: dict[str, Callable[..., None]] = {
