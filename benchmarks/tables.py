@@ -365,29 +365,29 @@ def schedules() -> str:
 
 
 def products_of_a_step() -> str:
-    """Programs and places of the products of a decode step of the 7B model."""
+    """Programs, places and share of the bandwidth of the 7B model's products in a decode step."""
     shape = {"shape": "starcoderbase-7b", "phase": "decode"}
     rows, names = [], ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", "lm_head")
     for weights in ("bfloat16", "int8"):
-        for batch in BATCHES:
+        for batch in sorted({row["batch"] for row in waves(**shape)}):
             found = {row["part"]: row for row in waves(**shape, weights=weights, batch=batch)}
             cells = [
-                f"{found[name]['grid'][0]:,} / {132 * found[name]['blocks']}"
+                f"{found[name]['grid'][0]:,} / {132 * found[name]['blocks']}: "
+                f"{found[name]['efficiency']:.2f}"
                 for name in names
                 if name in found
             ]
             rows.append([f"{weights}, {batch} row{'s' * (batch > 1)}", *cells])
-    shares: dict[bool, list[float]] = {True: [], False: []}
-    for row in waves(phase="decode"):
-        if "weights" in row and "efficiency" in row:
-            shares[row["shape"] == "tiny_starcoder_py"].append(row["efficiency"])
-    if not shares[False]:
+    products = [r for r in waves(phase="decode") if "weights" in r and "efficiency" in r]
+    if not products:
         return "Not simulated yet."
     table = markdown(["", *(f"`{name}`" for name in names)], rows)
+    large = [row for row in products if row["shape"] != "tiny_starcoder_py"]
+    least = min(large, key=lambda row: row["efficiency"])
     return (
-        f"{table}\n\nThe lowest simulated share of the bandwidth in models from 1B on is "
-        f"{min(shares[False]):.2f}. In tiny_starcoder_py it is "
-        f"{min(shares[True], default=math.nan):.2f}: its products take no longer than a load."
+        f"{table}\n\nThe lowest share in models from 1B on is {least['efficiency']:.2f}: "
+        f"`{least['part']}` of {least['shape']} with {least['weights']} weights and "
+        f"{least['batch']} rows."
     )
 
 

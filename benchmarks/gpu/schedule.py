@@ -59,22 +59,26 @@ def waves(programs: int, places: int) -> tuple[int, float]:
     return count, programs / places - (count - 1)
 
 
-def step_rate(step_bytes: float, ahead: int, compute: float = 0.0) -> Callable[[int], float]:
+def step_rate(
+    step_bytes: float, ahead: int, compute: float = 0.0, cached_bytes: float = 0.0
+) -> Callable[[int], float]:
     """Steps per second of one of several programs that read memory: `simulate`'s rate.
 
-    A step takes the longest of its bytes' share of the bandwidth, the latency of a load divided by
-    the steps that are loaded ahead, and its products and exponentials, for which the programs of
-    a multiprocessor take turns.
+    A step takes the longest of its bytes' share of the bandwidth, of memory and of the L2 cache,
+    the latency of a load divided by the steps that are loaded ahead, and its products and
+    exponentials, for which the programs of a multiprocessor take turns.
 
     Args:
         step_bytes: read from memory in a step.
         ahead: steps whose loads are under way while one is computed, at least 1.
         compute: seconds of a multiprocessor.
+        cached_bytes: read in a step that lie in the L2 cache. What memory delivers passes it too.
     """
 
     def rate(running: int) -> float:
         return 1 / max(
             running * step_bytes / BANDWIDTH,
+            running * (step_bytes + cached_bytes) / CACHE_BANDWIDTH,
             LATENCY / ahead,
             compute * max(1.0, running / MULTIPROCESSORS),
         )

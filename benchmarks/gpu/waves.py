@@ -7,8 +7,9 @@ Needs no GPU. Compiling takes some ten minutes, once.
 
 Calls the public functions as prefill, training and a decode step do, compiles each launch instead
 of running it (as check_kernels.py), and simulates how its programs are scheduled (schedule.py):
-with equal steps where arithmetic is the limit (prefill and training), and with the memory's
-bandwidth and latency in decoding. What lies between two launches is not simulated.
+with equal steps where arithmetic is the limit (prefill and training), and in decoding with the
+bandwidth of memory and of the L2 cache, and the latency of loads. What lies between two launches is
+not simulated.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ SHAPES = (
 PHASES = ("prefill", "training", "decode")
 PROMPTS = (1024, 8192)  # tokens of one prompt
 TRAINING = ((2, 8192), (4, 4096), (8, 2048), (32, 512))  # rows and tokens of a training step
-BATCHES = (1, 8, 16)
+BATCHES = (1, 8, 16, 32, 64)
 CONTEXTS = (1024, 8192)  # tokens of each row in a decode step, which the cache is made for
 NAMES = {
     "forward_kernel": "forward",
@@ -229,11 +230,12 @@ def decode(config: GPTConfig) -> Iterator[dict[str, Any]]:
                     )
         for int8 in (False, True):
             launches = launches_of(partial(weights_of_a_step, config, B, int8))
-            for part, launch in zip(PRODUCTS, launches, strict=True):
+            products = [each for each in launches if each.kernel != "norm_kernel"]
+            for part, launch in zip(PRODUCTS, products, strict=True):
                 weights = {"weights": "int8" if int8 else "bfloat16"}
                 case = {"batch": B, "part": part} | weights
                 yield case | (
-                    described(launch, 1) if part == "argmax" else weight_row(launch, int8)
+                    described(launch, 1) if part == "argmax" else weight_row(launch, B, int8)
                 )
 
 
@@ -299,22 +301,26 @@ def combine_row(config: GPTConfig, launch: Launch, B: int, splits: int) -> dict[
     return described(launch, 1) | {"seconds": seconds}
 
 
-def weight_row(launch: Launch, int8: bool) -> dict[str, Any]:
-    """A product of a few rows, limited by reading the weights."""
+def weight_row(launch: Launch, B: int, int8: bool) -> dict[str, Any]:
+    """A product of B rows, limited by reading the weights, or by rows of x from the L2 cache, which
+    every program reads."""
     options = launch.options
     columns = options["SPLIT_K"] * options["BLOCK_K"]
     steps = options["K"] / columns  # columns beyond K are not read
     size = columns * options["BLOCK_N"] * (1 if int8 else DTYPE.itemsize)
-    found = read(launch, [steps] * launch.programs, size, options["STAGES"])
+    x = columns * B * DTYPE.itemsize
+    found = read(launch, [steps] * launch.programs, size, options["STAGES"], cached_bytes=x)
     return described(launch, math.ceil(steps)) | found
 
 
 def read(
-    launch: Launch, steps: Sequence[float], step_bytes: int, stages: int, compute: float = 0.0
-) -> dict[str, Any]:
+    launch: Launch, steps: Sequence[float], step_bytes: int, stages: int,
+    compute: float = 0.0, cached_bytes: float = 0.0,
+) -> dict[str, Any]:  # fmt: skip
     """Simulated seconds, and the share of the bandwidth."""
     ahead = max(1, min(stages - 1, math.ceil(max(steps))))
-    seconds = simulate(steps, launch.places, step_rate(step_bytes, ahead, compute))
+    rate = step_rate(step_bytes, ahead, compute, cached_bytes)
+    seconds = simulate(steps, launch.places, rate)
     return {
         "seconds": seconds,
         "efficiency": sum(steps) * step_bytes / BANDWIDTH / seconds,

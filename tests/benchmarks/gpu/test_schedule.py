@@ -58,6 +58,8 @@ def test_a_lone_program_is_limited_by_its_own_rate():
     busy = step_rate(1.0, ahead=1, compute=1.0)
     assert busy(1) == busy(132) == 1.0
     assert busy(264) == 0.5
+    many_rows = step_rate(1.0, ahead=1, cached_bytes=schedule.CACHE_BANDWIDTH / 10 - 1)
+    assert many_rows(5) == pytest.approx(2)
 
 
 def test_combining_costs_more_with_more_splits_and_nothing_without():
