@@ -50,11 +50,13 @@ STORE, LOAD, COPY = (f"{action} without a mask" for action in ("storing", "loadi
 #   before: the first copies, and those after a loop.
 # - ONCE: the same in a loop that runs one step only.
 # - END: the barrier after a loop. What follows writes elsewhere than the loop's last step reads.
-# - DRAIN: the wait for copies after the last loop, which has left none in flight; the wait for
-#   products after the first loop, since another comes before the sums are used.
+# - DRAIN: the wait for copies after a loop. Those in flight are for steps that do not come, into
+#   slots of the ring that what follows does not use. Or the wait for products after the first loop,
+#   since another comes before the sums are used.
 # - LOOP: the fence before a loop, each step of which has its own.
 # - STEP: the copy would be for a step that does not come.
 # - AGAIN: what the mask holds back is masked again before it is used: a score, or what is stored.
+DROPOUT = case("train", B=1, T=9, S=200, H=4, G=1, D=64, start=[190], p=0.2)
 KERNELS = [
     Broken(
         "qkv_kernel",
@@ -86,6 +88,39 @@ KERNELS = [
         },
     ),
     Broken(
+        "linear_kernel",  # wgmma, in 7 steps: the last one's slot is written after the loop
+        case("linear", rows=20, K=880, N=70, shipped=4096),
+        {
+            BARRIER: (10, 4),  # RING
+            COPIES: (2, 1),  # DRAIN
+            PRODUCTS: (2, 0),
+            FENCE: (1, 0),
+            EARLIER: (1, 0),
+            STORE: (16, 0),
+            LOAD: (2, 0),
+            COPY: (62, 2),  # STEP
+        },
+    ),
+    Broken(
+        "linear_kernel",  # in 8 steps: what is written after the loop is a slot that copies fill
+        case("linear", rows=20, K=1024, N=70, shipped=4096, int8=True),
+        {
+            BARRIER: (10, 5),  # RING, END
+            COPIES: (2, 0),
+            PRODUCTS: (1, 0),
+            FENCE: (1, 0),
+            EARLIER: (1, 0),
+            STORE: (16, 0),
+            LOAD: (4, 0),
+            COPY: (62, 2),  # STEP
+        },
+    ),
+    Broken(
+        "norm_kernel",
+        case("linear", rows=17, K=880, N=5),
+        {BARRIER: (5, 0), EARLIER: (1, 0), STORE: (1, 0), LOAD: (4, 0)},
+    ),
+    Broken(
         "argmax_kernel",
         case("argmax", rows=3, C=768, V=20),
         {
@@ -96,6 +131,16 @@ KERNELS = [
             LOAD: (4, 0),
             COPY: (30, 0),
         },
+    ),
+    Broken(
+        "choose_kernel",
+        case("argmax", rows=3, C=100, V=40),
+        {EARLIER: (1, 0), STORE: (2, 0), LOAD: (1, 0)},
+    ),
+    Broken(
+        "combine_kernel",
+        case("decode", B=1, T=1, S=600, H=32, G=1, D=128, start=[590]),
+        {EARLIER: (1, 0), STORE: (1, 0), LOAD: (7, 0)},
     ),
     Broken(
         "forward_kernel",  # mma.sync
@@ -160,6 +205,33 @@ KERNELS = [
             STORE: (12, 0),
             LOAD: (12, 0),
             COPY: (24, 0),
+        },
+    ),
+    Broken(
+        "forward_kernel",
+        DROPOUT,
+        {
+            BARRIER: (11, 3),  # RING, END, RING
+            COPIES: (4, 0),
+            PRODUCTS: (4, 0),
+            FENCE: (4, 2),  # LOOP
+            EARLIER: (1, 0),
+            STORE: (3, 0),
+            LOAD: (2, 0),
+            COPY: (24, 0),
+        },
+    ),
+    Broken(
+        "dq_kernel",
+        DROPOUT,
+        {
+            BARRIER: (11, 1),  # END
+            COPIES: (4, 2),  # DRAIN
+            PRODUCTS: (6, 0),
+            FENCE: (4, 2),  # LOOP
+            STORE: (4, 0),
+            LOAD: (11, 0),
+            COPY: (4, 2),  # STEP
         },
     ),
 ]
