@@ -9,12 +9,13 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -142,12 +143,13 @@ def load_transformers(folder: Path, model: GPT) -> Iterator[Program]:
 
 def load_openvino(folder: Path, model: GPT) -> Iterator[Program]:
     """OpenVINO through Optimum, with weights in float32 and in 8 bits; it computes in float32."""
-    optimum: Any = import_module("optimum.intel")
     if model.device.type != "cpu" or model.dtype != torch.float32:
         raise InputError(
             f"openvino is compared in float32 on a CPU, but the model is in {model.dtype} on "
             f"{model.device}: choose --dtype float32 --device cpu"
         )
+    with redirect_stdout(sys.stderr):  # where it prints what it does
+        optimum: Any = import_module("optimum.intel")
     settings = {
         "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
         "INFERENCE_PRECISION_HINT": "f32",
@@ -155,7 +157,7 @@ def load_openvino(folder: Path, model: GPT) -> Iterator[Program]:
     }
     int8 = optimum.OVWeightQuantizationConfig(bits=8, sym=True)
     for name, quantization, itemsize in (("float32", None, 4), ("int8", int8, 1)):
-        with quiet_transformers():
+        with quiet_transformers(), redirect_stdout(sys.stderr):
             theirs = optimum.OVModelForCausalLM.from_pretrained(
                 folder,
                 export=True,

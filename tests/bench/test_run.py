@@ -262,7 +262,7 @@ def require_peer(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ctranslate2", "openvino"])
-def test_other_programs_run_the_same_weights(name, folder):
+def test_other_programs_run_the_same_weights_and_print_nothing(name, folder, capfd):
     require_peer(name)
     report = benchmark(
         model=folder,
@@ -278,6 +278,7 @@ def test_other_programs_run_the_same_weights(name, folder):
     assert names == {"mqa-gpt", f"{name} float32", f"{name} int8"}
     exact = [r for r in report.results if r.contender == f"{name} float32"]
     assert all(result.same_tokens for result in exact)
+    assert capfd.readouterr().out == ""  # which is the report's
 
 
 def test_a_shape_gets_random_weights_in_the_dtype_asked_for_and_no_zeros():
