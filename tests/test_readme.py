@@ -139,6 +139,7 @@ def test_make_has_the_targets_that_are_named():
 def test_what_else_is_needed_is_installed_by_one_command_wherever_it_is_said():
     for text in (README, ALL, help_texts()):
         text = " ".join(text.split())
+        text = text.replace(".venv-openvino/bin/pip install", "")  # another environment
         said = sum(map(text.count, (INSTALL_PEERS, INSTALL_NUMBA, INSTALL_EVAL)))
         assert text.count("pip install") == said > 0
 
