@@ -150,12 +150,12 @@ def load_openvino(folder: Path, model: GPT) -> Iterator[Program]:
         )
     with redirect_stdout(sys.stderr):  # where it prints what it does
         optimum: Any = import_module("optimum.intel")
+        int8 = optimum.OVWeightQuantizationConfig(bits=8, sym=True)
     settings = {
         "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
         "INFERENCE_PRECISION_HINT": "f32",
         "KV_CACHE_PRECISION": "f32",
     }
-    int8 = optimum.OVWeightQuantizationConfig(bits=8, sym=True)
     for name, quantization, itemsize in (("float32", None, 4), ("int8", int8, 1)):
         with quiet_transformers(), redirect_stdout(sys.stderr):
             theirs = optimum.OVModelForCausalLM.from_pretrained(
