@@ -234,6 +234,19 @@ KERNELS = [
             COPY: (4, 2),  # STEP
         },
     ),
+    Broken(
+        "dkv_kernel",
+        DROPOUT,
+        {
+            BARRIER: (9, 1),  # END
+            COPIES: (4, 1),  # DRAIN
+            PRODUCTS: (6, 0),
+            FENCE: (4, 2),  # LOOP
+            STORE: (8, 0),
+            LOAD: (8, 0),
+            COPY: (24, 6),  # STEP
+        },
+    ),
 ]
 
 
