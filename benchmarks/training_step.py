@@ -117,10 +117,10 @@ def step_of(model: nn.Module, loss: Callable[[], Tensor]) -> Step:
 
 
 def measured_memory(
-    name: str, config: GPTConfig, ids: Tensor, dtype: torch.dtype
+    name: str, config: GPTConfig, ids: Tensor, dtype: torch.dtype, recompute: bool
 ) -> dict[str, int]:
     """Bytes that this process holds after a step, and at most in the next one."""
-    step = make_step(name, config, ids, dtype)
+    step = make_step(name, config, ids, dtype, recompute=recompute)
     step()
     if ids.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ids.device)
@@ -140,6 +140,7 @@ def memory_of(name: str, options: argparse.Namespace) -> dict[str, int]:
         value = getattr(options, option)
         words += [] if value is None else [f"--{option}", str(value)]
     words += ["--one-thread"] if options.one_thread else []
+    words += ["--recompute"] if options.recompute else []
     written = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
     found: dict[str, int] = json.loads(written)
     return found
@@ -152,6 +153,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=positive, default=4, help="sequences per step")
     parser.add_argument("--tokens", type=positive, default=512, help="per sequence")
     parser.add_argument("--vocabulary", type=positive, help="default: the shape's")
+    parser.add_argument(
+        "--recompute", action="store_true", help="as with run.recompute = true, in ours only"
+    )
     parser.add_argument("--repeats", type=several, default=5, help="rounds, after one to warm up")
     parser.add_argument("--memory-of", choices=(OURS, THEIRS), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -170,13 +174,18 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(1)
     ids = torch.randint(config.vocab_size, (options.batch, options.tokens + 1), device=device)
     if options.memory_of is not None:
-        print(json.dumps(measured_memory(options.memory_of, config, ids, dtype)))
+        memory_now = measured_memory(options.memory_of, config, ids, dtype, options.recompute)
+        print(json.dumps(memory_now))
         return 0
 
     dtype_name = str(dtype).removeprefix("torch.")
-    output = result_path(options.output, f"training_step_{options.shape}_{dtype_name}_{where}.json")
+    name = f"training_step_{options.shape}_{dtype_name}_{where}"
+    output = result_path(options.output, f"{name}{'_recompute' * options.recompute}.json")
     memory = {name: memory_of(name, options) for name in (OURS, THEIRS)}
-    steps = {name: make_step(name, config, ids, dtype) for name in (OURS, THEIRS)}
+    steps = {
+        name: make_step(name, config, ids, dtype, recompute=options.recompute)
+        for name in (OURS, THEIRS)
+    }
     losses = {name: step() for name, step in steps.items()}
     times = Clock(device).times(steps, options.repeats, "training steps")
     figures: dict[str, Any] = {

@@ -66,6 +66,7 @@ def add_sizes(parser: argparse.ArgumentParser, steps: int) -> None:
     parser.add_argument("--length", type=positive, default=256, help="tokens per sequence")
     parser.add_argument("--batch", type=positive, default=8, help="sequences per step")
     parser.add_argument("--held-out-sequences", type=positive, default=128, help="of a loss")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--note", help="kept with the result: what else this machine was doing")
 
@@ -103,6 +104,7 @@ def run_config(options: argparse.Namespace, **sections: dict[str, Any]) -> RunCo
             "batch_size": options.batch,
             "micro_batch_size": options.batch,
             "evaluate_samples": options.held_out_sequences,
+            "dtype": options.dtype,
         },
     }
     for section, changes in sections.items():
