@@ -144,7 +144,7 @@ def _no_config(folder: Path) -> str:
     return (
         f"{folder} holds a peft adapter for {of}, not a model: load the model, merge the adapter "
         "into it with peft's PeftModel.from_pretrained(model, folder).merge_and_unload(), save the "
-        "result with its save_pretrained, and load that"
+        "result and its tokenizer with LLM(model, tokenizer).save(folder), and load that"
     )
 
 

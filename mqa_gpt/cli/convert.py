@@ -40,9 +40,9 @@ def convert(
         typer.Option(
             "--text",
             "-t",
-            metavar="PATH",
-            help="Typical text, some 50 kB or more: the aligned head is the best one for it, and "
-            "losses on it are reported. May be given several times.",
+            metavar="FILE",
+            help="Typical text, some 50 kB or more: losses on it are reported, and the aligned "
+            "head is the best one for it. May be given several times.",
         ),
     ] = None,
     *,
@@ -74,8 +74,6 @@ def convert(
     if method not in METHODS:
         raise InputError(f"--method is {shown(method)}: expected one of {', '.join(METHODS)}")
     texts = [read_text(file) for file in text or []]
-    if texts and method != "aligned":
-        raise InputError(f"--method {method} reads no text: leave out --text, or use aligned")
     require_empty(out)
     folder = resolve(checkpoint.name_or_dir, checkpoint.revision)
     if not is_gpt2(folder) and read_config(folder).multi_query == (to == "mqa"):
@@ -96,7 +94,8 @@ def convert(
     stored_dtype = model.dtype
     if stored_dtype.itemsize == 2:
         model.float()  # to compute with; rounded again below
-    converted = to_mha(model) if to == "mha" else to_mqa(model, method, batches)
+    fitted_to = batches if method == "aligned" else []
+    converted = to_mha(model) if to == "mha" else to_mqa(model, method, fitted_to)
     losses = [mean_loss(which, batches) for which in (model, converted) if batches]
     save_model(converted.to(stored_dtype), out, tokenizer=tokenizer)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -154,8 +153,6 @@ def run(
     except FirstRankError:  # which that rank says
         raise typer.Exit(BAD_INPUT) from None
     except RunInterruptedError as interruption:
-        if interruption.number == signal.SIGINT:
-            raise KeyboardInterrupt from None
         note(f"{interruption}; --resume continues")
         raise typer.Exit(128 + interruption.number) from None
     if as_json and is_first:

@@ -18,6 +18,7 @@ from mqa_gpt.training.packing import require_tokens
 from mqa_gpt.training.parallel import World, require_shared_batch
 from mqa_gpt.training.samples import Samples
 from mqa_gpt.training.tensor_parallel import require_equal_shares
+from mqa_gpt.training.vocabulary import TokenizerConfig
 
 
 def require_runnable(config: RunConfig, ranks: World, *, is_prepared: bool = False) -> None:
@@ -103,6 +104,12 @@ def notes(config: RunConfig, training: Samples) -> list[str]:
         found.append(
             f"schedule.warmup_steps is {warmup:,} and run.steps is {run.steps:,}: the learning "
             "rate grows to the end of the run"
+        )
+    existing = config.tokenizer.source or config.model.pretrained
+    if existing is not None and config.tokenizer.vocab_size != TokenizerConfig.vocab_size:
+        found.append(
+            f"tokenizer.vocab_size has no effect: the tokenizer is that of {existing}, and none is "
+            "trained"
         )
     if run.sample_every and not run.prompts and not run.holes:
         found.append("run.sample_every has no effect without run.prompts or run.holes")

@@ -99,7 +99,8 @@ class LoopConfig:
         evaluate_samples: held-out sequences that are read for one, or a few more: whole batches.
         save_every: steps between checkpoints; 0 means only at the end.
         keep: number of latest checkpoints that stay, besides the best by held-out loss.
-        sample_every: steps between texts that the model writes for `prompts` and `holes`; 0: never.
+        sample_every: steps between texts that the model writes for `prompts` and `holes`; 0 means
+            only at the end.
         sample_tokens: new tokens of each.
         prompts: texts to continue.
         holes: pairs of texts, before and after a hole to fill.

@@ -190,7 +190,8 @@ def _root(source: str) -> Path:
     root = Path(source).expanduser()
     if not root.exists():
         raise ConfigError(
-            f"data.sources: {root} does not exist: name folders, .jsonl or .parquet files"
+            f"data.sources: {root.absolute()} does not exist: name folders, .jsonl or .parquet "
+            "files"
         )
     return root
 

@@ -65,13 +65,14 @@ def written_texts(model: GPT, tokenizer: Tokenizer, config: LoopConfig) -> list[
     """What a gathered model writes for the prompts and holes of a run, greedily.
 
     Returns:
-        One text per prompt, then one per hole, in which what is written stands in brackets.
+        One text per prompt, then one per hole, in which what is written stands in brackets, control
+        tokens too, so that one sees whether and where it ended.
     """
     prompts = [ids for _, ids in text_prompts(tokenizer, config)]
     written = generate(model, prompts, config.sample_tokens, eos_token_id=tokenizer.end_of_text_id)
     around = [(text, "") for text in config.prompts] + list(config.holes)
     return [
-        f"{before}[{tokenizer.decode(ids)}]{after}"
+        f"{before}[{tokenizer.decode(ids, skip_special_tokens=False)}]{after}"
         for (before, after), ids in zip(around, written, strict=True)
     ]
 

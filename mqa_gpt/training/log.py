@@ -12,6 +12,8 @@ from typing import Any, TextIO
 from mqa_gpt.errors import InputError
 
 LOG_FILE = "log.jsonl"
+# The held-out losses by their keys in a record, and what people read.
+LOSSES = {"loss": "all", "left_to_right": "left to right", "infilling": "middles"}
 
 
 class RunLog:

@@ -9,7 +9,7 @@ from typing import Any
 from mqa_gpt.errors import InputError
 from mqa_gpt.machine import INSTALL_PEERS
 from mqa_gpt.training.config import require_run
-from mqa_gpt.training.log import LOG_FILE, read_log
+from mqa_gpt.training.log import LOG_FILE, LOSSES, read_log
 
 SMOOTHED_POINTS = 200  # of a curve: more steps than these are averaged in groups
 
@@ -43,11 +43,10 @@ def plot_run(run: Path, output: Path | None = None) -> Path:
     (losses, rate), (norm, speed) = axes
     losses.plot(*_curve(steps, "loss"), color="0.7", linewidth=1, label="training")
     held_out = [record for record in records if record["kind"] == "held_out"]
-    colors = {"loss": "C0", "left_to_right": "C2", "infilling": "C1"}
-    for name, color in colors.items():
+    for (name, meaning), color in zip(LOSSES.items(), ("C0", "C2", "C1"), strict=True):
         points = [(r["step"], r[name]) for r in held_out if r.get(name) is not None]
-        label = "held out" if name == "loss" else f"held out, {name.replace('_', ' ')}"
         if points:
+            label = f"held out, {meaning}"
             losses.plot(*zip(*points, strict=True), ".-", color=color, label=label)
     losses.set_ylabel("loss, nats per token")
     losses.legend()

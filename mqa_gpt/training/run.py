@@ -33,7 +33,7 @@ from mqa_gpt.training.config import (
 )
 from mqa_gpt.training.data import load_data
 from mqa_gpt.training.export import export, gathered, written_texts
-from mqa_gpt.training.log import LOG_FILE, RunLog, require_tensorboard
+from mqa_gpt.training.log import LOG_FILE, LOSSES, RunLog, require_tensorboard
 from mqa_gpt.training.loop import Step, Trainer
 from mqa_gpt.training.model import make_model
 from mqa_gpt.training.parallel import World, on_first, world
@@ -185,7 +185,7 @@ class Run:
                 if received and done < run.steps:
                     self.log.write("event", done, message=signal.Signals(received).name)
                     self.save()
-                    raise RunInterruptedError(received)
+                    raise RunInterruptedError(received, done)
 
     def record(self, step: Step, show: Callable[[int, str], None]) -> None:
         """One line of the log, and the progress bar."""
@@ -215,8 +215,9 @@ class Run:
         if self.trainer.held_out is not None:
             losses = self.trainer.evaluate()
             self.log.write("held_out", done, **losses)
-            found = [f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None]
-            parts.append(f"held out: {', '.join(found).replace('_', ' ')}")
+            known = {LOSSES[key]: loss for key, loss in losses.items() if loss is not None}
+            found = ", ".join(f"{name} {loss:.4f}" for name, loss in known.items())
+            parts.append(f"held out: {found}")
         if done < steps:
             parts.append(f"{duration_text(state.seconds / done * (steps - done))} left")
         self.say(f"step {done:,} of {steps:,}: {'; '.join(parts)}")

@@ -16,8 +16,8 @@ class RunInterruptedError(Exception):
         number: signal.SIGINT or signal.SIGTERM.
     """
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"interrupted by {signal.Signals(number).name}")
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name} after step {step:,}")
         self.number = number
 
 

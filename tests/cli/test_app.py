@@ -227,6 +227,14 @@ def test_a_stop_string_ends_the_completion_across_tokens(folder: str, stop: str,
     assert invoke("generate", "-m", folder, "abc", "--stop", stop).stdout == text
 
 
+def test_it_is_said_why_a_completion_is_empty(folder: str):
+    result = invoke("generate", "-m", folder, "abc", "--stop", "d")
+    assert result.stdout == ""
+    said = "note: the completion is empty: the end token or the --stop text came first\n"
+    assert result.stderr == said
+    assert said not in invoke("generate", "-m", folder, "abc", "--stop", "e").stderr
+
+
 def test_stop_strings_may_be_several_and_escaped(folder: str):
     with mock.patch.object(LLM, "begin", side_effect=KeyboardInterrupt) as begin:
         invoke("generate", "-m", folder, "a", "--stop", r"\n\tx", "--stop", r"a\\nb\d")

@@ -35,7 +35,7 @@ def test_a_run_is_trained_plotted_exported_and_used(config: str, tmp_path: Path)
     assert "optimizer.lr = 0.002\n" in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("step 2 of 4: ")]
     assert re.fullmatch(
-        r"step 2 of 4: training loss [\d.]+; held out: loss [\d.]+,.* infilling [\d.]+; \d+ s left",
+        r"step 2 of 4: training loss [\d.]+; held out: all [\d.]+,.* middles [\d.]+; \d+ s left",
         line,
     )
     assert f"the model is in {out}/model" in result.stderr
@@ -116,8 +116,8 @@ def test_what_cannot_work_is_refused_at_once_with_file_and_line(
     assert refusal(*run, "--dry-run") == f"{tmp_path}/long.toml:{line}: {wrong}"
     source = ("--set", "data.sources=['nowhere']", "--set", "data.length=40")
     assert refusal_after_settings(*run, *source) == (
-        "--set data.sources=['nowhere']: data.sources: nowhere does not exist: name folders, "
-        ".jsonl or .parquet files"
+        f"--set data.sources=['nowhere']: data.sources: {Path.cwd()}/nowhere does not exist: name "
+        "folders, .jsonl or .parquet files"
     )
     assert not (tmp_path / "run").exists()
 
@@ -192,6 +192,7 @@ def test_a_signal_ends_a_run_with_its_exit_status_and_the_run_can_go_on(
         os.kill(process.pid, number)
         _, said = process.communicate(timeout=120)
     assert process.returncode == status
-    assert (b"SIGTERM; --resume continues" in said) == (number == signal.SIGTERM)
+    (step,) = re.findall(rf"interrupted by {number.name} after step (\d+); --resume", said.decode())
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{int(step):08}"]
     assert invoke(*arguments, "--resume").exit_code == 0
     assert_same_run(tmp_path / "run", whole_run)

@@ -14,7 +14,7 @@ from mqa_gpt import Tokenizer
 from mqa_gpt.errors import ConfigError, InputError
 from mqa_gpt.training import data, documents, log
 from mqa_gpt.training.checks import require_runnable
-from mqa_gpt.training.config import RunConfig
+from mqa_gpt.training.config import ModelConfig, RunConfig
 from mqa_gpt.training.parallel import World
 from mqa_gpt.training.plan import plan_run
 from mqa_gpt.training.run import train
@@ -55,7 +55,7 @@ def reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"data_length": 49}, "data.length is 49 and model.n_positions is 48: "),
         ({"data_sources": []}, "data.sources is empty: "),
-        ({"data_sources": ["nowhere"]}, "data.sources: nowhere does not exist: "),
+        ({"data_sources": ["/nowhere"]}, "data.sources: /nowhere does not exist: "),
         ({"model_vocab_size": 280}, "model.vocab_size is 280 and the tokenizer has 290 entries: "),
         ({"tokenizer_source": "/none"}, "tokenizer.source is '/none': there is no folder '/none'"),
         ({"model_preset": "starcoder", "data_length": 8193}, "data.length is 8,193 and model.n_"),
@@ -219,6 +219,15 @@ def test_what_will_have_no_effect_is_noted(sources: Path, tmp_path: Path) -> Non
     short["schedule_warmup_steps"] = 1
     silent = said_by(tiny_run(sources, **short, run_sample_every=1), tmp_path / "silent")
     assert silent == ["run.sample_every has no effect without run.prompts or run.holes"]
+    run = tmp_path / "none"
+    tuned = dataclasses.replace(
+        tiny_run(sources, **short), model=ModelConfig(pretrained=str(run / "model"))
+    )
+    (kept,) = said_by(tuned, tmp_path / "kept")
+    assert kept == (
+        f"tokenizer.vocab_size has no effect: the tokenizer is that of {run}/model, and none is "
+        "trained"
+    )
     late = {"rate": 0.0, "late_rate": 1.0, "late_epoch": 1}
     (line,) = said_by(tiny_run(sources, **short, data_infilling=late), tmp_path / "late")
     assert line == (

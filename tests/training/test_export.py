@@ -58,7 +58,7 @@ def test_texts_show_what_is_written_in_brackets(run: Path) -> None:
     llm = LLM.load(run / "model", device="cpu", dtype="float32")
     config = tiny_run(run, run_prompts=["def "], run_holes=[["a = ", "\n"]], run_sample_tokens=5)
     one, other = written_texts(llm.model, llm.tokenizer, config.run)
-    new = llm.generate("def ", max_new_tokens=5).text
-    assert one == f"def [{new}]"
+    new = llm.generate("def ", max_new_tokens=5).token_ids
+    assert one == f"def [{llm.tokenizer.decode(new, skip_special_tokens=False)}]"
     assert other.startswith("a = [")
     assert other.endswith("]\n")

@@ -28,8 +28,8 @@ def test_it_is_a_picture_in_the_runs_folder_or_elsewhere(tmp_path: Path, steps: 
     assert plot_run(tmp_path).read_bytes().startswith(b"\x89PNG")
     drawn = plot_run(tmp_path, tmp_path / "curves.svg").read_text()
     texts = set(re.findall("<!-- (.*) -->", drawn))  # as matplotlib notes them
-    assert {"training", "held out", "held out, left to right", "learning rate"} <= texts
-    assert "held out, infilling" not in texts  # was never measured
+    assert {"training", "held out, all", "held out, left to right", "learning rate"} <= texts
+    assert "held out, middles" not in texts  # was never measured
     with pytest.raises(InputError, match=r"curves\.nothing cannot be drawn"):
         plot_run(tmp_path, tmp_path / "curves.nothing")
 

@@ -21,7 +21,8 @@ def test_the_first_signal_is_noted_and_the_handler_comes_back(number: signal.Sig
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == number
     assert signal.getsignal(number) is handler
-    assert str(RunInterruptedError(number)) == f"interrupted by {number.name}"
+    message = f"interrupted by {number.name} after step 1,200"
+    assert str(RunInterruptedError(number, 1200)) == message
 
 
 def test_the_second_ctrl_c_ends_at_once() -> None:
