@@ -26,13 +26,14 @@ CLOSE = 1e-5  # relative, between float32 losses that are summed in different or
 def training(device: torch.device) -> Iterator[Row]:
     """Losses of some steps against transformers'; then time, memory and MFU of a step."""
     gpu = device.type == "cuda"
-    length = 512 if gpu else 16
-    yield from each(
-        ({"model": name, "check": "losses"}, partial(check_losses, config, length, device))
-        for name, config in ((name, trained(config)) for name, config in shallow(device).items())
-    )
-    config = trained(GPTConfig.preset("starcoderbase-1b") if gpu else TINY)
     lengths = LENGTHS if gpu else (16,)
+    config = trained(GPTConfig.preset("starcoderbase-1b") if gpu else TINY)
+    models = [(name, trained(shape), 512 if gpu else 16) for name, shape in shallow(device).items()]
+    models.append(("starcoderbase-1b, all layers", config, lengths[-1]))
+    yield from each(
+        ({"model": name, "check": "losses", "tokens": T}, partial(check_losses, shape, T, device))
+        for name, shape, T in models
+    )
     cases = (
         ({"backend": backend, "tokens": T, "recompute": again},
          partial(step_speed, config, T, device, backend, again))
