@@ -193,15 +193,17 @@ def funnel_shift(i: Instruction, r: Registers) -> Run:
 
 def bit_field(i: Instruction, r: Registers) -> Run:
     """bfe: `length` bits of a from `position` on; signed ones extend their highest bit."""
-    check_modifiers(i, "u32", "s32")
-    a = r.source(i.operands[1], U4)
-    position, length = (r.source(x, U4) & U4.type(255) for x in i.operands[2:])
-    if any(str(x).startswith("%") for x in i.operands[2:]) or int((position + length)[0]) > 32:
-        raise UnknownPTXError(i.text)
-    top, down = (U4.type(32) - length - position)[0], (U4.type(32) - length)[0]
+    check_modifiers(i, "u32", "s32", "u64", "s64")
     dtype = dtype_of(i.type)
-    target = r.target(i.operands[0], dtype)
-    if int(length[0]) == 0:
+    bits, unsigned = (64, U8) if dtype.itemsize == 8 else (32, U4)
+    a, target = r.source(i.operands[1], unsigned), r.target(i.operands[0], dtype)
+    if any(str(x).startswith("%") for x in i.operands[2:]):
+        raise UnknownPTXError(i.text)
+    position, length = (int(str(x), 0) & 255 for x in i.operands[2:])
+    if position + length > bits:
+        raise UnknownPTXError(i.text)
+    top, down = unsigned.type(bits - length - position), unsigned.type(bits - length)
+    if length == 0:
         return assign(target, lambda: np.zeros_like(a).view(dtype))
     return assign(target, lambda: (a << top).view(dtype) >> dtype.type(down))
 

@@ -131,6 +131,19 @@ def test_bfe_takes_a_field_of_bits(position, length):
     assert out["%r3"].view("i4").tolist() == [signed(x, length) for x in expected]
 
 
+@pytest.mark.parametrize(
+    ("position", "length"), [(0, 1), (27, 1), (30, 9), (0, 64), (63, 1), (4, 60)]
+)
+def test_bfe_takes_a_field_of_64_bits(position, length):
+    low, high = pairs()
+    a = low.astype("u8") | high.astype("u8") << np.uint64(32)
+    fields = f"%rd1, {position}, {length}"
+    out = run(f"bfe.u64 %rd2, {fields}; bfe.s64 %rd3, {fields};", {"%rd1": a}, 192)
+    expected = [x >> position & ((1 << length) - 1) for x in a.tolist()]
+    assert out["%rd2"].tolist() == expected
+    assert out["%rd3"].view("i8").tolist() == [signed(x, length) for x in expected]
+
+
 @pytest.mark.parametrize("amount", [0, 5, 31, 32, 37])
 def test_shf_shifts_a_pair_of_registers(amount):
     a, b = pairs()
