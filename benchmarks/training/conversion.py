@@ -16,23 +16,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks.measure import (
     can_plot,
-    device_name,
     interleaved,
     make_parser,
     open_plot,
     refuse_bad_input,
-    result_path,
     several,
     within,
     write_result,
 )
 from benchmarks.mqa_vs_mha import decode_step
-from benchmarks.training.small import Curve, add_sizes, load, run_config, train
+from benchmarks.training.small import Curve, add_sizes, load, result_file, run_config, train
 from mqa_gpt.model import GPT
 from mqa_gpt.training.config import RunConfig
 from mqa_gpt.training.conversion import to_mqa
@@ -186,8 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--decode-rows", type=several, default=8)
     parser.add_argument("--repeats", type=several, default=50, help="decode steps timed")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device or "cpu")
-    output = result_path(options.output, f"training_conversion_{device_name(device)}.json")
+    output = result_file(options, "conversion")
     figures = measure(options)
     status = write_result(output, __file__, __doc__, options, figures)
     if can_plot():

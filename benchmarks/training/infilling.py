@@ -18,20 +18,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.measure import (
     can_plot,
-    device_name,
     make_parser,
     open_plot,
     positive,
     refuse_bad_input,
-    result_path,
     within,
     write_result,
 )
-from benchmarks.training.small import add_sizes, load, run_config, train
+from benchmarks.training.small import add_sizes, load, result_file, run_config, train
 from mqa_gpt.model import GPT
 from mqa_gpt.training.config import RunConfig
 from mqa_gpt.training.data import Data
@@ -132,8 +128,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=positive, default=4)
     parser.add_argument("--lr", type=within(1e-6, 1.0), default=4e-3, help="peak, of Muon")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device or "cpu")
-    output = result_path(options.output, f"training_infilling_{device_name(device)}.json")
+    output = result_file(options, "infilling")
     figures = measure(options)
     for rate, runs in figures.items():
         left_to_right, infilling = mean_losses(runs)

@@ -18,20 +18,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.measure import (
     can_plot,
-    device_name,
     make_parser,
     open_plot,
     positive,
     refuse_bad_input,
-    result_path,
     within,
     write_result,
 )
-from benchmarks.training.small import Curve, add_sizes, load, run_config, steps_to_reach, train
+from benchmarks.training.small import (
+    Curve,
+    add_sizes,
+    load,
+    result_file,
+    run_config,
+    steps_to_reach,
+    train,
+)
 from mqa_gpt.training.data import Data
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -155,8 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--weight-decay", type=within(0.0, 10.0), default=0.1)
     options = parser.parse_args(arguments)
-    device = torch.device(options.device or "cpu")
-    output = result_path(options.output, f"training_optimizers_{device_name(device)}.json")
+    output = result_file(options, "optimizers")
     figures = measure(options)
     for variant, found in figures["variants"].items():
         for steps in map(int, found["runs"]):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import positive, replacing
+from benchmarks.measure import device_name, positive, replacing, result_path
 from mqa_gpt.model import GPT
 from mqa_gpt.progress import progress
 from mqa_gpt.training.config import RunConfig
@@ -66,9 +66,18 @@ def add_sizes(parser: argparse.ArgumentParser, steps: int) -> None:
     parser.add_argument("--length", type=positive, default=256, help="tokens per sequence")
     parser.add_argument("--batch", type=positive, default=8, help="sequences per step")
     parser.add_argument("--held-out-sequences", type=positive, default=128, help="of a loss")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products"
+    )
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--note", help="kept with the result: what else this machine was doing")
+
+
+def result_file(options: argparse.Namespace, experiment: str) -> Path:
+    """Where an experiment's result goes: --output, or a name that says device and dtype."""
+    device = device_name(torch.device(options.device or "cpu"))
+    dtype = "" if options.dtype == "float32" else f"_{options.dtype}"
+    return result_path(options.output, f"training_{experiment}_{device}{dtype}.json")
 
 
 def run_config(options: argparse.Namespace, **sections: dict[str, Any]) -> RunConfig:

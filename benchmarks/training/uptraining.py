@@ -16,15 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.measure import (
     can_plot,
-    device_name,
     make_parser,
     open_plot,
     refuse_bad_input,
-    result_path,
     within,
     write_result,
 )
@@ -36,7 +32,7 @@ from benchmarks.training.conversion import (
     held_out_loss,
     text_of,
 )
-from benchmarks.training.small import add_sizes, load, train
+from benchmarks.training.small import add_sizes, load, result_file, train
 from mqa_gpt.model import GPT
 
 
@@ -98,8 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--uptraining-lr", type=within(1e-6, 1.0), nargs="+", default=[4e-4, 2e-3], help="tried"
     )
     options = parser.parse_args(arguments)
-    device = torch.device(options.device or "cpu")
-    output = result_path(options.output, f"training_uptraining_{device_name(device)}.json")
+    output = result_file(options, "uptraining")
     figures = measure(options)
     for name, found in figures.items():
         print(f"{name}: {', '.join(f'{loss:.4f}' for loss in best_losses(found)[1])}")

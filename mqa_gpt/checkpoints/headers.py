@@ -143,8 +143,8 @@ def _no_config(folder: Path) -> str:
     of = "a model that it does not name" if base is None else shown(base)
     return (
         f"{folder} holds a peft adapter for {of}, not a model: load the model, merge the adapter "
-        "into it with peft's PeftModel.from_pretrained(model, folder).merge_and_unload(), save the "
-        "result and its tokenizer with LLM(model, tokenizer).save(folder), and load that"
+        "into it with peft's PeftModel.from_pretrained(model, adapter).merge_and_unload(), save "
+        "the result with LLM(model, tokenizer).save(new_folder), and load new_folder"
     )
 
 

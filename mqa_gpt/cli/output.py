@@ -99,7 +99,7 @@ def run(
         elif not ended and is_report_next and _is_one_stream():
             note("")  # ends the line of the completion
         if not completions[0].text and completions[0].finish_reason == "stop":
-            note("note: the completion is empty: the end token or the --stop text came first")
+            note("note: the completion is empty: it ended before any text")
     else:
         _print_under_headings(completions, around, n)
     if not as_json:

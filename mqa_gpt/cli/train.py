@@ -153,7 +153,8 @@ def run(
     except FirstRankError:  # which that rank says
         raise typer.Exit(BAD_INPUT) from None
     except RunInterruptedError as interruption:
-        note(f"{interruption}; --resume continues")
+        if is_first:
+            note(f"{interruption}; --resume continues")
         raise typer.Exit(128 + interruption.number) from None
     if as_json and is_first:
         found: dict[str, Any] = {

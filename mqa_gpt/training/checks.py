@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from mqa_gpt.attention import select_attention
 from mqa_gpt.config import GPTConfig
-from mqa_gpt.errors import CheckpointError, ConfigError, shown
+from mqa_gpt.errors import CheckpointError, ConfigError, InputError, shown
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training.config import RunConfig
 from mqa_gpt.training.documents import require_sources
@@ -39,6 +40,10 @@ def require_runnable(config: RunConfig, ranks: World, *, is_prepared: bool = Fal
             f"model.backend is {shown(backend)}, but data.within_documents is true, which only "
             "sdpa can do: choose sdpa or auto"
         )
+    try:
+        select_attention(backend, ranks.device)
+    except InputError as error:
+        raise ConfigError(f"model.backend is {shown(backend)}: {error}") from None
     if ranks.tensor_mesh is not None:
         with naming("model.pretrained", pretrained):
             sizes = given_sizes(config)

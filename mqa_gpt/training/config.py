@@ -96,7 +96,8 @@ class LoopConfig:
         spike_factor: a gradient norm above this multiple of the median of the last 64 is a spike; 0
             turns this off.
         evaluate_every: steps between held-out losses; 0 means only at the end.
-        evaluate_samples: held-out sequences that are read for one, or a few more: whole batches.
+        evaluate_samples: held-out sequences of an evaluation, rounded up to whole batches; if there
+            are fewer, they are read again with other holes.
         save_every: steps between checkpoints; 0 means only at the end.
         keep: number of latest checkpoints that stay, besides the best by held-out loss.
         sample_every: steps between texts that the model writes for `prompts` and `holes`; 0 means

@@ -25,8 +25,8 @@ class Data(NamedTuple):
     Attributes:
         tokenizer: of the run.
         training: samples of the documents that are trained on.
-        held_out: samples of those that are not, or None if there are none. Their infilling is that
-            of the first epoch, in every evaluation.
+        held_out: samples of those that are not, or None if there are none. An evaluation reads the
+            first `evaluate_samples` of them: beyond one epoch, the documents with other holes.
         report: of the documents.
     """
 

@@ -89,7 +89,7 @@ def gpt2_config(folder: Path) -> GPTConfig:
             f"{file}: scale_attn_by_inverse_layer_idx is true, which divides each layer's scores "
             "by its number: this architecture cannot express it"
         )
-    # The classes of the other architecture, and switches that change rounding or summaries only.
+    # GPT-2's class names, the switch that was just found to be off, and an old name of n_positions.
     dropped = ("architectures", "auto_map", "scale_attn_by_inverse_layer_idx", "n_ctx")
     kept = {key: value for key, value in values.items() if key not in dropped}
     try:

@@ -20,12 +20,23 @@ import math
 
 import torch
 
+from mqa_gpt.config import GPTConfig
 from mqa_gpt.errors import ConfigError
 from mqa_gpt.model import GPT, MLP, MultiQueryAttention
 
 POSITION_SHARPNESS = 1.8  # scales layer 0's queries and keys
 WORD_SHARPNESS = 2.0  # scales layer 1's queries and keys
 COPY_STRENGTH = 0.5  # scales what layer 1 writes
+
+
+def require_room(config: GPTConfig) -> None:
+    """Raise ConfigError unless a model of these sizes has room for the circuit."""
+    C, D = config.n_embd, config.head_dim
+    if not config.multi_query or config.n_layer < 2 or D % 2 or C < 4 * D or C % 4:
+        raise ConfigError(
+            "model.induction is true, which needs multi_query, two layers, an even width of heads, "
+            "and an n_embd that is a multiple of 4 and at least 4 heads wide"
+        )
 
 
 @torch.no_grad()
@@ -36,12 +47,11 @@ def start_from_induction(model: GPT) -> None:
     circuit.
 
     Raises:
-        ConfigError: the model is not multi-query with two layers, D even and C >= 4D.
+        ConfigError: as `require_room`.
     """
     config = model.config
+    require_room(config)
     C, D = config.n_embd, config.head_dim
-    if not config.multi_query or config.n_layer < 2 or D % 2 or C < 4 * D or C % 4:
-        raise ConfigError("an induction circuit needs multi_query, two layers, D even and C >= 4D")
     std = config.initializer_range
     for module in model.modules():
         if isinstance(module, MultiQueryAttention | MLP):

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 from mqa_gpt.errors import InputError
 
 LOG_FILE = "log.jsonl"
-# The held-out losses by their keys in a record, and what people read.
+# Held-out losses: their key in a record, and the name shown to users.
 LOSSES = {"loss": "all", "left_to_right": "left to right", "infilling": "middles"}
 
 

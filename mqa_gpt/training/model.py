@@ -14,7 +14,7 @@ from mqa_gpt.errors import ConfigError
 from mqa_gpt.model import GPT
 from mqa_gpt.tokenizer import Tokenizer
 from mqa_gpt.training.config import RunConfig
-from mqa_gpt.training.induction import start_from_induction
+from mqa_gpt.training.induction import require_room, start_from_induction
 
 
 def model_config(config: RunConfig, tokenizer: Tokenizer) -> GPTConfig:
@@ -30,7 +30,8 @@ def require_sizes(config: RunConfig, vocab_size: int, end: int | None = None) ->
     """The sizes of a run's model with a tokenizer of `vocab_size` entries.
 
     Raises:
-        ConfigError: its vocabulary is smaller than the tokenizer's, or its context than a sequence.
+        ConfigError: its vocabulary is smaller than the tokenizer's, or its context than a sequence,
+            or it has no room for the induction circuit.
     """
     sizes = given_sizes(config, vocab_size=vocab_size, bos_token_id=end, eos_token_id=end)
     if vocab_size > sizes.vocab_size:
@@ -38,6 +39,8 @@ def require_sizes(config: RunConfig, vocab_size: int, end: int | None = None) ->
             f"model.vocab_size is {sizes.vocab_size:,} and the tokenizer has {vocab_size:,} "
             "entries: it must be at least as many"
         )
+    if config.model.induction:
+        require_room(sizes)
     if config.data.length > sizes.n_positions:
         raise ConfigError(
             f"data.length is {config.data.length:,} and model.n_positions is "

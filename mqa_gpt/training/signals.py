@@ -12,6 +12,9 @@ from types import FrameType
 class RunInterruptedError(Exception):
     """A signal ended the run; its checkpoint is written.
 
+    Args:
+        step: steps that are done, for the message.
+
     Attributes:
         number: signal.SIGINT or signal.SIGTERM.
     """

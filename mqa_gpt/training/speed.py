@@ -2,8 +2,8 @@
 
 MFU is the operations that the model needs per token (`training_flops`, nothing that is computed
 twice) times tokens per second, over the device's peak. Two counts are in use, so both are logged:
-`mfu` is 6 N + 12 L C T, as PaLM, nanoGPT and torchtitan count, and `mfu_causal` counts of
-attention only the half that causality leaves.
+`mfu` is 6 N + 12 L C T, as PaLM, nanoGPT and torchtitan count, and `mfu_causal` counts only
+the causal half of attention.
 """
 
 from __future__ import annotations

@@ -227,10 +227,10 @@ def test_a_stop_string_ends_the_completion_across_tokens(folder: str, stop: str,
     assert invoke("generate", "-m", folder, "abc", "--stop", stop).stdout == text
 
 
-def test_it_is_said_why_a_completion_is_empty(folder: str):
+def test_a_note_says_that_a_completion_is_empty(folder: str):
     result = invoke("generate", "-m", folder, "abc", "--stop", "d")
     assert result.stdout == ""
-    said = "note: the completion is empty: the end token or the --stop text came first\n"
+    said = "note: the completion is empty: it ended before any text\n"
     assert result.stderr == said
     assert said not in invoke("generate", "-m", folder, "abc", "--stop", "e").stderr
 

@@ -65,14 +65,24 @@ def test_heads_become_one_and_losses_on_the_text_are_reported(mha: Path, tmp_pat
 )
 def test_too_little_text_is_refused(text: str, message: str, mha: Path, tmp_path: Path) -> None:
     (tmp_path / "text.py").write_text(text)
-    result = convert("--model", mha, "--out", tmp_path / "out", "--text", tmp_path / "text.py")
+    words = ("--model", mha, "--text", tmp_path / "text.py")
+    result = convert(*words, "--out", tmp_path / "out")
     assert result.exit_code == 2
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
+    # To report losses, two tokens are enough.
+    mean = convert(*words, "--out", tmp_path / "mean", "--method", "mean")
+    assert mean.exit_code == (0 if text else 2), mean.output
+    assert ("loss on the text" in mean.stdout) == bool(text)
 
 
 def test_one_head_becomes_many_with_the_same_logits(mha: Path, tmp_path: Path) -> None:
     convert("--model", mha, "--out", tmp_path / "mqa")
+    (tmp_path / "text.py").write_text(TEXT)
+    words = ("--to", "mha", "--text", tmp_path / "text.py", "--json")
+    result = convert("--model", tmp_path / "mqa", *words, "--out", tmp_path / "same")
+    report = json.loads(result.stdout)
+    assert report["after"]["loss"] == pytest.approx(report["before"]["loss"], rel=1e-4)
     result = convert("--model", tmp_path / "mqa", "--to", "mha", "--out", tmp_path / "back")
     assert result.exit_code == 0, result.output
     assert "key/value heads" in result.stdout

@@ -12,7 +12,7 @@ import torch
 
 from mqa_gpt import Tokenizer
 from mqa_gpt.errors import ConfigError, InputError
-from mqa_gpt.training import data, documents, log
+from mqa_gpt.training import checks, data, documents, log
 from mqa_gpt.training.checks import require_runnable
 from mqa_gpt.training.config import ModelConfig, RunConfig
 from mqa_gpt.training.parallel import World
@@ -56,6 +56,7 @@ def reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"data_length": 49}, "data.length is 49 and model.n_positions is 48: "),
         ({"data_sources": []}, "data.sources is empty: "),
         ({"data_sources": ["/nowhere"]}, "data.sources: /nowhere does not exist: "),
+        ({"model_induction": True, "model_n_embd": 20}, "model.induction is true, which needs "),
         ({"model_vocab_size": 280}, "model.vocab_size is 280 and the tokenizer has 290 entries: "),
         ({"tokenizer_source": "/none"}, "tokenizer.source is '/none': there is no folder '/none'"),
         ({"model_preset": "starcoder", "data_length": 8193}, "data.length is 8,193 and model.n_"),
@@ -107,6 +108,18 @@ def test_what_cannot_work_is_said_first_and_leaves_nothing(
             run()
         assert str(caught.value).startswith(message)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("reads_nothing")
+def test_a_backend_that_does_not_run_here_is_refused_first(
+    sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(backend: str, device: torch.device) -> None:
+        raise InputError(f"{backend} needs a GPU")
+
+    monkeypatch.setattr(checks, "select_attention", refuse)
+    with pytest.raises(ConfigError, match=r"model\.backend is 'triton': triton needs a GPU"):
+        plan_run(tiny_run(sources, model_backend="triton"), device="cpu", say=say_nothing)
 
 
 @pytest.mark.usefixtures("reads_nothing")

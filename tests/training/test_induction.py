@@ -102,6 +102,6 @@ def test_a_model_without_room_for_the_circuit_is_refused_unchanged(
 ) -> None:
     config = GPTConfig(**SIZES | change)
     model = new_model(config)
-    with pytest.raises(ValueError, match="an induction circuit needs"):
+    with pytest.raises(ValueError, match="is true, which needs multi_query, two layers"):
         start_from_induction(model)
     assert torch.equal(model.transformer.wpe.weight, new_model(config).transformer.wpe.weight)
