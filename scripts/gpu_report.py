@@ -10,8 +10,9 @@ The most telling sections come first, for the case that time runs out: whether e
 all (`smoke`), then checks, then speed, then the same with another setting (`*-no-overlap`) or with
 another assembler if there is one (`*-ptxas`).
 
-Each section runs in its own process, and `gpu_report.json` is rewritten after every row, so a
-section that fails, crashes or hangs costs only what it had left to do. The exit status is 1 if a
+Each section runs in its own process, the checks of kernels at the same time, and `gpu_report.json`
+is rewritten after every row. So a section that fails, crashes or hangs costs only what it had left
+to do. The exit status is 1 if a
 check fails or a section does not finish.
 """
 
@@ -31,7 +32,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import import_module
-from multiprocessing.connection import Connection
+from itertools import groupby
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,6 +63,8 @@ SECTIONS = {
     "ceilings": Section("gpu_models", "ceilings"),
     "fused": Section("gpu_kernels", "fused"),
     "numerics": Section("gpu_kernels", "numerics"),
+    "numerics-ptxas": Section("gpu_kernels", "numerics", PTXAS),
+    "dtypes": Section("gpu_kernels", "dtypes"),
     "steps": Section("gpu_speed", "steps"),
     "attention": Section("gpu_speed", "attention"),
     "decode": Section("gpu_models", "decode"),
@@ -67,14 +72,14 @@ SECTIONS = {
     "steps-no-overlap": Section("gpu_speed", "steps", {"MQA_KERNELS_PDL": "0"}),
     "steps-ptxas": Section("gpu_speed", "steps", PTXAS),
     "attention-ptxas": Section("gpu_speed", "attention", PTXAS),
-    "numerics-ptxas": Section("gpu_kernels", "numerics", PTXAS),
-    "dtypes": Section("gpu_kernels", "dtypes"),
     "parity": Section("gpu_models", "parity"),
     "prefill": Section("gpu_models", "prefill"),
     "profile": Section("gpu_models", "profile"),
     "autotune": Section("gpu_autotune", "autotune"),
 }
 ON_REQUEST = {"autotune"}  # with --only
+# They only check, and most of their time compile on one core each. The others measure, alone.
+SIDE_BY_SIDE = {"fused", "numerics", "numerics-ptxas", "dtypes"}
 # The ceiling that limits a rate.
 LIMITS = {"gb_per_s": "copy_gb_per_s", "tflops": "matmul_tflops"}
 
@@ -110,16 +115,19 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         parser.error(f"--out: {path} cannot be written: {error.strerror}")
 
-    for name in options.only:
-        print(f"== {name}", flush=True)
+    for names in batches(options.only):
+        print("==", *names, flush=True)
         begin = time.monotonic()
-        section = sections[name] = {"rows": [], "error": "interrupted", "seconds": 0.0}
-        for row in run_section(with_ptxas(SECTIONS[name], options.ptxas), options.limit):
+        sections |= {name: {"rows": [], "error": "interrupted", "seconds": 0.0} for name in names}
+        batch = {name: with_ptxas(SECTIONS[name], options.ptxas) for name in names}
+        for name, row in run_sections(batch, options.limit):
+            section = sections[name]
             if "ended" in row:
                 section["error"] = row["ended"]
             else:
                 section["rows"].append(row | share_of_limit(row, sections))
-                print(line_of(section["rows"][-1]), flush=True)
+                of = f"{name:16}" if len(names) > 1 else ""
+                print(of + line_of(section["rows"][-1]), flush=True)
             section["seconds"] = round(time.monotonic() - begin, 1)
             write(path, report)
     failed = failures(sections)
@@ -154,36 +162,60 @@ def with_ptxas(section: Section, ptxas: Path | None) -> Section | None:
     return section._replace(environment=path) if ptxas else None
 
 
-def run_section(section: Section | None, limit: float) -> Iterator[Row]:
-    """A section's rows as its process sends them; the last one is {"ended": None or why}."""
-    if section is None:
-        yield {"skipped": "there is no newer ptxas than Triton's here; --ptxas names one"}
-        yield {"ended": None}
-        return
+def batches(names: list[str]) -> Iterator[list[str]]:
+    """The sections in their order, those together that may run at the same time."""
+    for together, group in groupby(names, SIDE_BY_SIDE.__contains__):
+        some = list(group)
+        yield from [some] if together else ([name] for name in some)
+
+
+def run_sections(batch: dict[str, Section | None], limit: float) -> Iterator[tuple[str, Row]]:
+    """Names and rows of sections, each in a process of its own, all at the same time.
+
+    A section's last row is {"ended": None, or why it did not finish}. None is one that cannot run.
+    """
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=serve, args=(section, theirs))
-    process.start()
-    theirs.close()  # so that the process's death ends our pipe
-    end = time.monotonic() + limit
-    row: Row = {}
+    running: dict[Connection, tuple[str, SpawnProcess]] = {}
     try:
-        while "ended" not in row:
-            if not ours.poll(max(0.0, end - time.monotonic())):
-                row = {"ended": f"stopped after {limit:g} s"}
-            else:
-                try:
-                    row = ours.recv()
-                except EOFError:
-                    process.join()
-                    row = {"ended": f"its process died: exit code {process.exitcode}"}
-            yield row
+        for name, section in batch.items():
+            if section is None:
+                yield name, {"skipped": "there is no newer ptxas than Triton's; --ptxas names one"}
+                yield name, {"ended": None}
+                continue
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=serve, args=(section, theirs))
+            process.start()
+            theirs.close()  # so that the process's death ends our pipe
+            running[ours] = name, process
+        end = time.monotonic() + limit
+        while running:
+            ready = wait(list(running), max(0.0, end - time.monotonic()))
+            for pipe in ready or list(running):
+                assert isinstance(pipe, Connection)
+                name, process = running[pipe]
+                row: Row = {"ended": f"stopped after {limit:g} s"}
+                if ready:
+                    try:
+                        row = pipe.recv()
+                    except EOFError:
+                        process.join()
+                        row = {"ended": f"its process died: exit code {process.exitcode}"}
+                if "ended" in row:
+                    stop(process)
+                    del running[pipe]
+                yield name, row
     finally:
-        assert process.pid is not None
-        with suppress(ProcessLookupError):  # and whatever it started, such as a compiler
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-        process.join()
+        for _, process in running.values():
+            stop(process)
+
+
+def stop(process: SpawnProcess) -> None:
+    """End a section's process and whatever it has started, such as a compiler."""
+    assert process.pid is not None
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
 
 
 def serve(section: Section, pipe: Connection) -> None:

@@ -196,8 +196,8 @@ def test_sections_that_compare_assemblers_get_the_other_one_or_are_skipped(monke
     assert chosen is not None
     assert chosen.environment == {"TRITON_PTXAS_PATH": "/there/ptxas"}
     assert gpu_report.with_ptxas(gpu_report.SECTIONS["steps"], None) is not None
-    rows = list(gpu_report.run_section(gpu_report.with_ptxas(section, None), 1))
-    assert [list(row) for row in rows] == [["skipped"], ["ended"]]
+    rows = list(gpu_report.run_sections({"it": gpu_report.with_ptxas(section, None)}, 1))
+    assert [(name, *row) for name, row in rows] == [("it", "skipped"), ("it", "ended")]
 
 
 def test_a_section_runs_with_its_environment(tmp_path, monkeypatch):
@@ -206,7 +206,55 @@ def test_a_section_runs_with_its_environment(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     section = gpu_report.Section("telling", "tells", {"MQA_KERNELS_PDL": "0"})
-    assert list(gpu_report.run_section(section, 600)) == [{"pdl": "0"}, {"ended": None}]
+    rows = list(gpu_report.run_sections({"told": section}, 600))
+    assert rows == [("told", {"pdl": "0"}), ("told", {"ended": None})]
+
+
+def test_checks_run_side_by_side_and_measurements_alone():
+    names = [*gpu_report.SECTIONS]
+    batches = list(gpu_report.batches(names))
+    assert [name for batch in batches for name in batch] == names
+    assert [batch for batch in batches if len(batch) > 1] == [
+        ["fused", "numerics", "numerics-ptxas", "dtypes"]
+    ]
+
+
+WAITING = """
+import os, pathlib, time
+def meets(device, own, other):
+    pathlib.Path(own).touch()
+    while not pathlib.Path(other).exists():
+        time.sleep(0.01)
+    yield {"met": own}
+def one(device):
+    yield from meets(device, os.environ["ONE"], os.environ["OTHER"])
+def other(device):
+    yield from meets(device, os.environ["OTHER"], os.environ["ONE"])
+def sleeps(device):
+    yield {"pid": os.getpid()}
+    time.sleep(600)
+"""
+
+
+def test_sections_of_a_batch_run_at_the_same_time(tmp_path, monkeypatch):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("ONE", str(tmp_path / "1"))
+    monkeypatch.setenv("OTHER", str(tmp_path / "2"))
+    batch = {name: gpu_report.Section("waiting", name) for name in ("one", "other")}
+    rows = list(gpu_report.run_sections(batch, 600))  # either waits for the other
+    assert sorted(name for name, row in rows if "met" in row) == ["one", "other"]
+    assert [row["ended"] for _, row in rows if "ended" in row] == [None, None]
+
+
+def test_an_interruption_ends_all_processes(tmp_path, monkeypatch):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = gpu_report.run_sections({"it": gpu_report.Section("waiting", "sleeps")}, 600)
+    _, row = next(rows)
+    rows.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(row["pid"], 0)
 
 
 FAILING = """
@@ -246,17 +294,17 @@ def test_a_section_that_fails_or_dies_keeps_its_rows_and_the_next_one_runs(
 
 
 def test_a_section_that_takes_too_long_is_stopped():
-    assert list(gpu_report.run_section(gpu_report.SECTIONS["environment"], 0.1)) == [
-        {"ended": "stopped after 0.1 s"}
-    ]
+    batch = {"it": gpu_report.SECTIONS["environment"]}
+    rows = list(gpu_report.run_sections(batch, 0.1))
+    assert rows == [("it", {"ended": "stopped after 0.1 s"})]
 
 
 def test_a_run_that_is_killed_leaves_what_it_had(tmp_path, monkeypatch):
-    def section(section: gpu_report.Section, limit: float) -> Iterator[dict[str, Any]]:
-        yield {"passed": True}
+    def run(batch: dict[str, Any], limit: float) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield "decode", {"passed": True}
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gpu_report, "run_section", section)
+    monkeypatch.setattr(gpu_report, "run_sections", run)
     with pytest.raises(KeyboardInterrupt):
         gpu_report.main(["--out", str(tmp_path), "--only", "decode"])
     section = json.loads((tmp_path / "gpu_report.json").read_text())["sections"]["decode"]
@@ -272,7 +320,7 @@ def test_a_report_that_cannot_be_written_is_refused_at_once(
         (tmp_path / "report").touch()
     else:
         (tmp_path / "report/gpu_report.json").mkdir(parents=True)
-    monkeypatch.setattr(gpu_report, "run_section", None)  # no section starts
+    monkeypatch.setattr(gpu_report, "run_sections", None)  # no section starts
     with pytest.raises(SystemExit) as ended:
         gpu_report.main(["--out", str(tmp_path / "report")])
     assert ended.value.code == 2
