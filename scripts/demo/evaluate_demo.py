@@ -2,16 +2,18 @@
 
     mqa-gpt train configs/demo.toml --out demo-run
     python scripts/demo/evaluate_demo.py demo-run
+    mqa-gpt train configs/demo-2.toml --out demo-run-2
+    python scripts/demo/evaluate_demo.py demo-run-2
 
 Reads the model, config and log of a run; writes `figures.json` and `README.md` (from `card.md`)
-next to the model. Computes in float32.
+next to the model. Settings and losses of an earlier run are read from the `figures.json` next to
+the model that this run started from. Computes in float32.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import io
 import json
 import lzma
 import math
@@ -19,12 +21,18 @@ import platform
 import random
 import sys
 import textwrap
-import tokenize
-from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from python_source import (
+    Signature,
+    function_body,
+    one_line_statements,
+    parsed_body,
+    signatures,
+)
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from mqa_gpt import LLM
@@ -44,6 +52,11 @@ from mqa_gpt.training.log import read_log
 from mqa_gpt.training.prepare import held_out_documents, training_documents
 
 CARD = Path(__file__).with_name("card.md")  # with the names of the figures in braces
+COMMANDS = (  # one after the other
+    "mqa-gpt train configs/demo.toml --out demo-run",
+    "mqa-gpt train configs/demo-2.toml --out demo-run-2",
+)
+fill = partial(textwrap.fill, width=100, break_on_hyphens=False)
 
 SEED = 0
 FUNCTIONS = 50
@@ -53,13 +66,6 @@ HOLES = 200
 HOLE_PROMPT_TOKENS = 256
 HOLE_TOKENS = 48
 BATCH = 10
-
-
-class Signature(NamedTuple):
-    """A function's signature: the module's text up to its end, and the signature alone."""
-
-    before: str
-    text: str
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,10 +90,12 @@ def evaluate(run: Path, device: str | None) -> None:
     report = Report()
     for _ in training_documents(config.data, held_out_documents(config.data), report):
         pass
-    training = training_facts(run, config)
+    training = [*earlier_training(config), training_facts(run, config)]
     figures = {
-        "command": "mqa-gpt train configs/demo.toml --out RUN; "
-        "python scripts/demo/evaluate_demo.py RUN",
+        "command": "; ".join(
+            f"{train}; python scripts/demo/evaluate_demo.py {train.split()[-1]}"
+            for train in COMMANDS[: len(training)]
+        ),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": describe(),
         "python": platform.python_version(),
@@ -98,11 +106,21 @@ def evaluate(run: Path, device: str | None) -> None:
         "compression": compare_with_xz(llm, held_out),
         "completion": complete_functions(llm, held_out),
         "infilling": fill_holes(llm, held_out),
-        "card": card_texts(llm, config, training),
+        "card": card_texts(llm, training),
     }
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
     (folder / "README.md").write_text(card(llm, figures), "utf-8")
     print(json.dumps(figures, indent=2))
+
+
+def earlier_training(config: RunConfig) -> list[dict[str, Any]]:
+    """The facts of the runs that made the weights from which this run went on, if it did."""
+    if config.model.pretrained is None:
+        return []
+    file = Path(config.model.pretrained) / "figures.json"
+    if not file.is_file():
+        raise InputError(f"{file} is missing: evaluate the run that made this model first")
+    return list(json.loads(file.read_text("utf-8"))["training"])
 
 
 def training_facts(run: Path, config: RunConfig) -> dict[str, Any]:
@@ -128,14 +146,26 @@ def training_facts(run: Path, config: RunConfig) -> dict[str, Any]:
     }
 
 
-def card_texts(llm: LLM, config: RunConfig, training: dict[str, Any]) -> dict[str, str]:
+def card_texts(llm: LLM, training: list[dict[str, Any]]) -> dict[str, str]:
     """The paragraphs of the card that depend on how this model was trained."""
-    model, data, holes, optimizer = (
-        llm.model.config,
-        config.data,
-        config.data.infilling,
-        config.optimizer,
+    model = llm.model.config
+    sizes = (
+        f"{model.n_layer} layers, {model.n_head} query heads and one key/value head of width "
+        f"{model.head_dim}, width {model.n_embd}, MLP width {model.inner_size}, context "
+        f"{model.n_positions}, vocabulary {model.vocab_size}, tied embeddings, dropout "
+        f"{model.resid_pdrop:g}. Trained on the CPU by"
     )
+    parts = [
+        f"    {command}\n\n{fill(run_text(facts))}"
+        for command, facts in zip(COMMANDS[: len(training)], training, strict=True)
+    ]
+    return {"settings": "\n\n".join([fill(sizes), *parts])}
+
+
+def run_text(facts: dict[str, Any]) -> str:
+    """How one run trained the model, in sentences."""
+    config = RunConfig.from_dict(facts["config"])
+    holes, optimizer = config.data.infilling, config.optimizer
     total = sum(holes.shares)
     kinds = (f"{share / total:.0%} of the holes {what}" for share, what in zip(
         holes.shares, ("lie anywhere", "are one to three lines", "are nodes of the syntax tree"),
@@ -144,37 +174,25 @@ def card_texts(llm: LLM, config: RunConfig, training: dict[str, Any]) -> dict[st
     rates = f"{holes.rate:.0%}"
     if holes.late_rate is not None:
         rates += f" (from epoch {holes.late_epoch + 1} on {holes.late_rate:.0%})"
-    infilling = (
-        f"The documents are shuffled again in each epoch, and {rates} of them are rearranged for "
-        f"infilling ({holes.spm_rate:.0%} of these in SPM order): {', '.join(kinds)}."
-    )
     name = {"muon": "Muon for the hidden matrices, AdamW for the rest", "adamw": "AdamW"}
-    decay = f"weight decay {optimizer.weight_decay:g}"
-    if config.schedule.weight_decay_final != 1:
-        decay += f" falling to {config.schedule.weight_decay_final:g} of that"
-    last = training["started"][-1]
-    settings = (
-        f"{model.n_layer} layers, {model.n_head} query heads and one key/value head of width "
-        f"{model.head_dim}, width {model.n_embd}, MLP width {model.inner_size}, context "
-        f"{model.n_positions}, vocabulary {model.vocab_size}, tied embeddings, dropout "
-        f"{model.resid_pdrop:g}. "
-        + "The initial weights hold an induction circuit (`mqa_gpt/training/induction.py`). "
+    last = facts["started"][-1]
+    threads = "1 thread" if last["threads"] == 1 else f"{last['threads']} threads"
+    return (
+        "The initial weights hold an induction circuit (`mqa_gpt/training/induction.py`). "
         * config.model.induction
+        + f"{rates} of the documents are rearranged for infilling ({holes.spm_rate:.0%} of these "
+        f"in SPM order): {', '.join(kinds)}. "
+        + "In prefixes and suffixes `<|endoftext|>` is left out of the loss (`end_in_context = "
+        "false`). "
+        * (not holes.end_in_context)
         + f"{name[optimizer.name]}; {config.schedule.warmup_steps} warm-up steps to "
-        f"{optimizer.lr:g}, then a {config.schedule.name} schedule; {decay}; the exported weights "
-        f"are an average (decay {config.averaging.decay:g}). {training['steps']:,} steps, "
-        f"{training['tokens'] / 1e6:,.1f} million tokens in sequences of {data.length}; "
-        f"{config.run.dtype} on {last['device']} ({last['threads']} threads), "
-        f"{training['seconds'] / 60:,.0f} minutes. Stored in {config.run.export_dtype}."
+        f"{optimizer.lr:g}, then a {config.schedule.name} schedule; weight decay "
+        f"{optimizer.weight_decay:g}; the exported weights are an average (decay "
+        f"{config.averaging.decay:g}). {facts['steps']:,} steps, "
+        f"{facts['tokens'] / 1e6:,.1f} million tokens in sequences of {config.data.length}; "
+        f"{config.run.dtype} on {last['device']} ({threads}), "
+        f"{facts['seconds'] / 60:,.0f} minutes. Stored in {config.run.export_dtype}."
     )
-    commands = (
-        "    mqa-gpt train configs/demo.toml --out demo-run\n"
-        "    python scripts/demo/evaluate_demo.py demo-run"
-    )
-    return {
-        "infilling": infilling,
-        "settings": f"{textwrap.fill(settings, 100, break_on_hyphens=False)}\n\n{commands}",
-    }
 
 
 def bits_per_byte(model: GPT, tokenizer: Tokenizer, texts: list[str]) -> float:
@@ -268,51 +286,6 @@ def count_functions(
     return counts
 
 
-def logical_lines(text: str) -> Iterator[list[tokenize.TokenInfo]]:
-    """The tokens of each statement up to its NEWLINE, without comments and indentation."""
-    line: list[tokenize.TokenInfo] = []
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in (tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT):
-            line.append(token)
-        if token.type == tokenize.NEWLINE:
-            yield line
-            line = []
-
-
-def signatures(text: str) -> Iterator[Signature]:
-    """Every `def` of a module whose body is on lines of its own."""
-    lines = io.StringIO(text).readlines()
-    for tokens in logical_lines(text):
-        words = [token.string for token in tokens]
-        if (words[0] == "def" or words[:2] == ["async", "def"]) and words[-2] == ":":
-            first, last = tokens[0].start[0], tokens[-1].start[0]
-            yield Signature("".join(lines[:last]), "".join(lines[first - 1 : last]))
-
-
-def function_body(signature: str, text: str, ended: bool) -> tuple[str, bool]:
-    """The lines of `text` that belong to the function, and whether its end was reached."""
-    indent = len(signature) - len(signature.lstrip())
-    lines = io.StringIO(text).readlines()
-    for i, line in enumerate(lines):
-        if line.strip() and len(line) - len(line.lstrip()) <= indent:
-            return "".join(lines[:i]), True
-    return ("".join(lines), True) if ended else ("".join(lines[:-1]), False)
-
-
-def parsed_body(function: str) -> list[ast.stmt]:
-    """The statements of a function, or none if it does not parse."""
-    try:
-        tree = ast.parse("if True:\n" + function if function[0].isspace() else function)
-    # ValueError: a null character; the last two: nested too deeply, such as a thousand minus signs
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return []
-    statement = tree.body[0]
-    if isinstance(statement, ast.If):
-        statement = statement.body[0]
-    assert isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef)
-    return statement.body
-
-
 def fill_holes(llm: LLM, modules: dict[str, str]) -> dict[str, Any]:
     """Take lines out of the modules: how many bits they cost, and how many the model restores.
 
@@ -363,19 +336,6 @@ def count_fillings(
         "ended": sum(ended for _, ended in fillings),
         "one_line": sum(ended and len(text.split("\n")) == 2 for text, ended in fillings),
     }
-
-
-def one_line_statements(text: str) -> Iterator[tuple[str, str, str]]:
-    """(before, statement, after) of every one-line statement but docstrings."""
-    lines = io.StringIO(text).readlines()
-    for tokens in logical_lines(text):
-        first, last = tokens[0], tokens[-1]
-        if first.start[0] == last.start[0] and first.type != tokenize.STRING:
-            row, column = first.start
-            line = lines[row - 1]
-            statement = line[column:].rstrip("\n")
-            before, after = "".join(lines[: row - 1]), "".join(lines[row:])
-            yield before + line[:column], statement, line[column + len(statement) :] + after
 
 
 def write(

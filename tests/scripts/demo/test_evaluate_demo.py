@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 from pathlib import Path
@@ -16,10 +15,6 @@ from evaluate_demo import (
     complete_functions,
     count_fillings,
     fill_holes,
-    function_body,
-    one_line_statements,
-    parsed_body,
-    signatures,
 )
 
 from mqa_gpt import LLM, Tokenizer
@@ -30,141 +25,6 @@ from mqa_gpt.training.config import read_run_config
 from mqa_gpt.training.run import train
 from mqa_gpt.training.vocabulary import train_tokenizer
 from tests.helpers import our_model, reference_model, tiny_config
-
-SOURCE = '''\
-"""A module whose text says def: def no_function():
-    def none_here_either():
-"""
-import os  # def nor_here():
-definitely = {
-def_ault: 1,
-  }
-
-@decorator(
-    1)
-def plain(a, b=")"):  # def in a comment
-    """Doc."""
-
-    def inner(x): \t
-        return [
-x, "ä # no comment"
-        ]
-# a comment at the margin
-
-    return inner
-
-def one_line(x): return x[1:]
-
-class A:
-    async def method(
-        self,
-        size: int = -1,
-    ) -> list[int]:
-
-        text = """
-def not_me():
-"""
-        if size: pass; size = 1
-        return \\
-            [text]
-'''
-
-
-def test_signatures_are_found_for_functions_whose_body_is_on_its_own_lines() -> None:
-    found = list(signatures(SOURCE))
-    assert [signature.text for signature in found] == [
-        'def plain(a, b=")"):  # def in a comment\n',
-        "    def inner(x): \t\n",
-        "    async def method(\n        self,\n        size: int = -1,\n    ) -> list[int]:\n",
-    ]
-    for signature in found:
-        assert SOURCE.startswith(signature.before)
-        assert signature.before.endswith(signature.text)
-
-
-def test_before_statement_and_after_join_to_the_text() -> None:
-    holes = list(one_line_statements(SOURCE))
-    assert [statement for _, statement, _ in holes] == [
-        "import os  # def nor_here():",
-        'def plain(a, b=")"):  # def in a comment',
-        "def inner(x): \t",
-        "return inner",
-        "def one_line(x): return x[1:]",
-        "class A:",
-        "if size: pass; size = 1",
-    ]
-    for hole in holes:
-        assert "".join(hole) == SOURCE
-        assert hole[0].endswith(("\n", "\n    ", "\n        "))
-        assert hole[2].startswith("\n")
-
-
-def test_a_last_line_without_a_line_break_is_a_statement_too() -> None:
-    assert list(one_line_statements("a = 1\nb = 2")) == [
-        ("", "a = 1", "\nb = 2"),
-        ("a = 1\n", "b = 2", ""),
-    ]
-
-
-TOP = "def f(x):\n"
-METHOD = "    async def f(\n        x\n    ):\n"
-
-
-@pytest.mark.parametrize(
-    ("signature", "text", "body"),
-    [
-        (TOP, "    return 1\n\n\ndef g():\n    pass\n", "    return 1\n\n\n"),
-        (TOP, "    if x:\n\n        # deeper\n        y\n    z\nf(1)", None),
-        (TOP, "    x\n# a comment at the margin\n    y\n", "    x\n"),
-        (TOP, "return 1\n", ""),
-        (METHOD, "        return 1\n\n    @property\n    def g(self):", "        return 1\n\n"),
-        (METHOD, "        return 1\nclass B:\n", "        return 1\n"),
-        (METHOD, "    return 1\n", ""),
-    ],
-)
-@pytest.mark.parametrize("ended", [True, False])
-def test_a_function_ends_before_the_first_line_indented_no_deeper_than_its_def(
-    signature: str, text: str, body: str | None, ended: bool
-) -> None:
-    body = text.removesuffix("f(1)") if body is None else body
-    assert function_body(signature, text, ended) == (body, True)
-
-
-@pytest.mark.parametrize("signature", [TOP, METHOD])
-def test_an_unfinished_function_loses_its_last_line(signature: str) -> None:
-    text = "        x = 1\n\n        return x"
-    assert function_body(signature, text, ended=False) == ("        x = 1\n\n", False)
-    assert function_body(signature, text, ended=True) == (text, True)
-    assert function_body(signature, "        x", ended=False) == ("", False)
-    assert function_body(signature, "", ended=True) == ("", True)
-
-
-@pytest.mark.parametrize("signature", [TOP, METHOD])
-def test_a_function_that_parses_yields_its_statements(signature: str) -> None:
-    body = (
-        '        """Doc\nmore."""\n        def g():\n          a\n          b\n\n        return g'
-    )
-    types = [type(statement) for statement in parsed_body(signature + body)]
-    assert types == [ast.Expr, ast.FunctionDef, ast.Return]
-
-
-@pytest.mark.parametrize("signature", [TOP, METHOD])
-@pytest.mark.parametrize(
-    "body",
-    [
-        "",
-        "        # only a comment\n",
-        "        return (\n",
-        '        """Never closed\n',
-        "        if x:\n",
-        "          x\n        y\n",
-        "        x = '\0'\n",
-        f"        {'-' * 9999}x\n",
-        f"        {'not ' * 9999}x\n",
-    ],
-)
-def test_a_function_that_does_not_parse_yields_nothing(signature: str, body: str) -> None:
-    assert parsed_body(signature + body) == []
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +183,7 @@ def test_a_folder_without_a_run_is_not_evaluated(
 
 @pytest.mark.slow
 def test_a_run_of_the_demo_gets_figures_and_a_card(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sources = tmp_path / "library"
     sources.mkdir()
@@ -344,7 +204,8 @@ def test_a_run_of_the_demo_gets_figures_and_a_card(
     figures = json.loads((tmp_path / "run/model/figures.json").read_text())
     size = len(module("heapq").encode())
     assert figures["training_characters"] == 3 * len(module("a"))
-    assert figures["training"]["steps"] == figures["training"]["held_out"][-1]["step"] == 2
+    (facts,) = figures["training"]
+    assert facts["steps"] == facts["held_out"][-1]["step"] == 2
     assert figures["completion"]["functions"] == figures["infilling"]["holes"] == 4
     assert figures["compression"]["bytes"] == size
     row = figures["compression"]["modules"]["heapq.py"]
@@ -352,6 +213,34 @@ def test_a_run_of_the_demo_gets_figures_and_a_card(
     card = (tmp_path / "run/model/README.md").read_text()
     assert f"| `heapq.py` | {size:,} | {row['model']:.3f} | {row['xz']:.3f} |" in card
     assert "Muon for the hidden matrices" in " ".join(card.split())
+
+    first_figures = tmp_path / "run/model/figures.json"
+    overrides = (f'model.pretrained="{tmp_path}/run/model"', *overrides[:1], *overrides[3:4],
+                 "data.infilling.rate=0.25", *overrides[6:])  # fmt: skip
+    config = read_run_config(Path(__file__).parents[3] / "configs/demo-2.toml", overrides)
+    train(config, tmp_path / "run-2", device="cpu", say=lambda _: None)
+    assert evaluate_demo.main([str(tmp_path / "run-2"), "--device", "cpu"]) == 0
+    figures = json.loads((tmp_path / "run-2/model/figures.json").read_text())
+    assert [facts["config"]["data"]["infilling"]["rate"] for facts in figures["training"]] == [
+        0.5,
+        0.25,
+    ]
+    card = " ".join((tmp_path / "run-2/model/README.md").read_text().split())
+    first, second = card.split("configs/demo-2.toml")
+    assert "50% (from epoch 9 on 80%) of the documents" in first
+    assert "25% of the documents" in second
+    assert "`<|endoftext|>` is left out of the loss" in second
+    commands = [line.strip() for line in figures["command"].split(";")]
+    assert commands == [
+        "mqa-gpt train configs/demo.toml --out demo-run",
+        "python scripts/demo/evaluate_demo.py demo-run",
+        "mqa-gpt train configs/demo-2.toml --out demo-run-2",
+        "python scripts/demo/evaluate_demo.py demo-run-2",
+    ]
+
+    first_figures.unlink()
+    assert evaluate_demo.main([str(tmp_path / "run-2"), "--device", "cpu"]) == 2
+    assert f"{first_figures} is missing: evaluate the run" in capsys.readouterr().err
 
 
 def test_bits_per_byte_equal_those_of_one_token_at_a_time() -> None:
