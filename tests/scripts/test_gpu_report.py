@@ -230,6 +230,8 @@ def one(device):
     yield from meets(device, os.environ["ONE"], os.environ["OTHER"])
 def other(device):
     yield from meets(device, os.environ["OTHER"], os.environ["ONE"])
+def works(device):
+    yield {"passed": True}
 def sleeps(device):
     yield {"pid": os.getpid()}
     time.sleep(600)
@@ -245,6 +247,16 @@ def test_sections_of_a_batch_run_at_the_same_time(tmp_path, monkeypatch):
     rows = list(gpu_report.run_sections(batch, 600))  # either waits for the other
     assert sorted(name for name, row in rows if "met" in row) == ["one", "other"]
     assert [row["ended"] for _, row in rows if "ended" in row] == [None, None]
+
+
+def test_a_section_that_hangs_does_not_hold_up_the_others(tmp_path, monkeypatch):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    monkeypatch.syspath_prepend(tmp_path)
+    batch = {name: gpu_report.Section("waiting", name) for name in ("sleeps", "works")}
+    rows = gpu_report.run_sections(batch, 60)
+    ended = next(row["ended"] for name, row in rows if name == "works" and "ended" in row)
+    rows.close()
+    assert ended is None
 
 
 def test_an_interruption_ends_all_processes(tmp_path, monkeypatch):
